@@ -1,0 +1,1 @@
+"""HTTP towards operators: metrics and probes."""

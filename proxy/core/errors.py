@@ -1,0 +1,164 @@
+"""The tree of errors: what each one is called, which status it has, what the caller can do.
+
+An error knows its status, its DigitalOcean-style `id`, a sentence that says what to do, and the
+name that RFC 9209 has for it. It never holds a token, a header or a body. How it becomes bytes is
+`http.py`'s affair; who logs it is the edge's.
+"""
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class ProxyError(Exception):
+    """An error of ours. `str(error)` is the message without the `snapshot-proxy: ` in front."""
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    id: ClassVar[str] = "server_error"
+    proxy_error: str = "proxy_internal_error"
+    """The error type of RFC 9209 §2.3."""
+
+    retry_after_s: int | None = None
+    """Whole seconds, 1 to 60; only with 429 and 503."""
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used: one line naming setting, value, and what is allowed."""
+
+
+# -- the request is not one that we answer -----------------------------------------------------
+
+
+class RequestError(ProxyError):
+    """The caller's request is at fault."""
+
+    proxy_error = "http_request_error"
+
+
+class BadRequest(RequestError):
+    """The request is malformed."""
+
+    status = HTTPStatus.BAD_REQUEST
+    id = "bad_request"
+
+
+class Unauthorized(RequestError):
+    """No usable bearer token."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    id = "unauthorized"
+
+
+class NotFound(RequestError):
+    """A path that is not part of this proxy."""
+
+    status = HTTPStatus.NOT_FOUND
+    id = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """A known path, another method."""
+
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+    id = "method_not_allowed"
+
+    def __init__(self, allow: str) -> None:
+        super().__init__(f"this path answers {allow}")
+        self.allow = allow
+
+
+class PayloadTooLarge(RequestError):
+    """A body of more than 16 KiB on a request that needs none."""
+
+    status = HTTPStatus(413)
+    id = "payload_too_large"
+
+
+class UriTooLong(RequestError):
+    """A request target of more than 8,190 bytes."""
+
+    status = HTTPStatus(414)
+    id = "uri_too_long"
+
+
+class NotProxied(RequestError):
+    """A path of the API that this proxy does not serve. Never a 404: see the README on Terraform."""
+
+    status = HTTPStatus.MISDIRECTED_REQUEST
+    id = "not_proxied"
+    proxy_error = "http_request_denied"
+
+
+class HeadersTooLarge(RequestError):
+    """A header line above 8,190 bytes, or more than 64 headers."""
+
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    id = "headers_too_large"
+
+
+class HttpVersionNotSupported(RequestError):
+    """Neither HTTP/1.0 nor HTTP/1.1."""
+
+    status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+    id = "http_version_not_supported"
+
+
+class NotCached(RequestError):
+    """`only-if-cached`, and nothing fresh enough is cached (RFC 9111 §5.2.1.7)."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    id = "not_cached"
+
+
+# -- the proxy is at its limits ----------------------------------------------------------------
+
+
+class Overloaded(ProxyError):
+    """More connections or fetches than the proxy holds at once."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    id = "overloaded"
+    proxy_error = "connection_limit_reached"
+    retry_after_s = 1
+
+
+# -- the upstream is at fault ------------------------------------------------------------------
+
+
+class UpstreamError(ProxyError):
+    """The upstream gave no answer that can be passed on. `proxy_error` tells how it failed."""
+
+    status = HTTPStatus.BAD_GATEWAY
+
+    def __init__(self, message: str, *, proxy_error: str) -> None:
+        super().__init__(message)
+        self.proxy_error = proxy_error
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection to the upstream, or one that ended before an answer."""
+
+    id = "upstream_unreachable"
+
+
+class UpstreamDisconnected(UpstreamUnreachable):
+    """The connection ended before the first byte of an answer: a read may be asked once more."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """The upstream was reached and did not answer in time."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    id = "upstream_timeout"
+
+
+class UpstreamInvalid(UpstreamError):
+    """An answer that is not what the API documents.
+
+    `fact` says what is wrong and where (`snapshot.min_disk_size is not an integer`), never a value.
+    """
+
+    id = "upstream_invalid"
+
+    def __init__(self, fact: str, *, proxy_error: str = "http_protocol_error") -> None:
+        super().__init__(f"the upstream's answer is not what its API documents: {fact}", proxy_error=proxy_error)
+        self.fact = fact

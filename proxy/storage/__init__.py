@@ -1,0 +1,1 @@
+"""Entries and stamps in Redis, and the embedded server."""
