@@ -6,14 +6,29 @@ name that RFC 9209 has for it. It never holds a token, a header or a body. How i
 """
 
 from http import HTTPStatus
-from typing import ClassVar
+
+RETRYABLE = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+"""Only these answers carry Retry-After: with it, some clients repeat whatever they got, a 404 included."""
+
+RETRY_AFTER_S = 5
+"""Where nobody said a better number."""
+
+_IDS: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "unauthorized",
+    HTTPStatus.FORBIDDEN: "forbidden",
+    HTTPStatus.NOT_FOUND: "not_found",
+    HTTPStatus.CONFLICT: "conflict",
+    HTTPStatus.UNPROCESSABLE_ENTITY: "unprocessable_entity",
+    HTTPStatus.TOO_MANY_REQUESTS: "too_many_requests",
+}
+"""DigitalOcean's names for its statuses, as far as they are known."""
 
 
 class ProxyError(Exception):
     """An error of ours. `str(error)` is the message without the `snapshot-proxy: ` in front."""
 
-    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    id: ClassVar[str] = "server_error"
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+    id: str = "server_error"
     proxy_error: str = "proxy_internal_error"
     """The error type of RFC 9209 §2.3."""
 
@@ -69,14 +84,14 @@ class MethodNotAllowed(RequestError):
 class PayloadTooLarge(RequestError):
     """A body of more than 16 KiB on a request that needs none."""
 
-    status = HTTPStatus(413)
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     id = "payload_too_large"
 
 
 class UriTooLong(RequestError):
     """A request target of more than 8,190 bytes."""
 
-    status = HTTPStatus(414)
+    status = HTTPStatus.REQUEST_URI_TOO_LONG
     id = "uri_too_long"
 
 
@@ -127,7 +142,8 @@ class Overloaded(ProxyError):
 class UpstreamError(ProxyError):
     """The upstream gave no answer that can be passed on. `proxy_error` tells how it failed."""
 
-    status = HTTPStatus.BAD_GATEWAY
+    status: int = HTTPStatus.BAD_GATEWAY
+    id: str
 
     def __init__(self, message: str, *, proxy_error: str) -> None:
         super().__init__(message)
@@ -142,6 +158,20 @@ class UpstreamUnreachable(UpstreamError):
 
 class UpstreamDisconnected(UpstreamUnreachable):
     """The connection ended before the first byte of an answer: a read may be asked once more."""
+
+
+class UpstreamUnexplained(UpstreamError):
+    """The upstream answered with an error status and nothing readable: the status is kept."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(
+            f"the upstream answered {status} and did not say why", proxy_error="http_protocol_error"
+        )
+        self.status = status
+        self.id = _IDS.get(
+            status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "bad_request"
+        )
+        self.retry_after_s = RETRY_AFTER_S if status in RETRYABLE else None
 
 
 class UpstreamTimeout(UpstreamError):
@@ -160,5 +190,7 @@ class UpstreamInvalid(UpstreamError):
     id = "upstream_invalid"
 
     def __init__(self, fact: str, *, proxy_error: str = "http_protocol_error") -> None:
-        super().__init__(f"the upstream's answer is not what its API documents: {fact}", proxy_error=proxy_error)
+        super().__init__(
+            f"the upstream's answer is not what its API documents: {fact}", proxy_error=proxy_error
+        )
         self.fact = fact

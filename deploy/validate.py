@@ -1,0 +1,226 @@
+# ruff: noqa: INP001, T201 - a script: no package, and printing is its output
+"""Whether the deployment files are sound: one line for each check, status 1 if one of them fails.
+
+    python deploy/validate.py
+
+Needs no engine and no network: it reads the files as the programs that they are for would, and compares
+what two of them have to agree on.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+API_PORT, ADMIN_PORT = 8080, 8081
+"""The defaults of server.port and admin.port; the image exposes them."""
+
+
+class Unsound(Exception):  # noqa: N818 - what it says of the files
+    """A deployment file is not what it has to be; the message says which, and why."""
+
+
+def main() -> int:
+    """Print one line for each check. Returns the exit status."""
+    failures = 0
+    for check in CHECKS:
+        try:
+            check(ROOT)
+        except Unsound as problem:
+            failures += 1
+            print(f"FAIL  {check.__doc__}\n{problem}")
+        else:
+            print(f"ok    {check.__doc__}")
+    return 1 if failures else 0
+
+
+# -- the checks: each is given the source tree, and named by its docstring -----------------------
+
+
+def check_dockerfile(root: Path) -> None:
+    """Dockerfile: hadolint finds nothing."""
+    _run("hadolint", str(root / "Dockerfile"))
+
+
+def check_compose(root: Path) -> None:
+    """compose.yaml: resolves, with at least two proxies."""
+    if len(proxies(root)) < 2:  # noqa: PLR2004 - the number is the check
+        raise Unsound(f"the services are {sorted(resolved(root)['services'])}")
+
+
+def check_balancer(root: Path) -> None:
+    """nginx.conf: balances over exactly the proxies of compose.yaml."""
+    servers = re.findall(r"^\s*server\s+([^\s;{]+)", (root / "deploy/nginx.conf").read_text(), re.MULTILINE)
+    _expect_same(servers, [f"{name}:{API_PORT}" for name in proxies(root)])
+
+
+def check_scrape_targets(root: Path) -> None:
+    """prometheus.yml: scrapes exactly the proxies of compose.yaml."""
+    config = _yaml(root / "deploy/prometheus.yml")
+    targets = [
+        target
+        for job in config["scrape_configs"]
+        for group in job["static_configs"]
+        for target in group["targets"]
+    ]
+    _expect_same(targets, [f"{name}:{ADMIN_PORT}" for name in proxies(root)])
+
+
+def check_provisioning(root: Path) -> None:
+    """Grafana: the provisioning parses, and dashboards use a data source that it declares."""
+    grafana = root / "deploy/grafana"
+    for path in grafana.glob("provisioning/*/*.yml"):
+        _yaml(path)
+    declared = {
+        source["uid"] for source in _yaml(grafana / "provisioning/datasources/prometheus.yml")["datasources"]
+    }
+    for path, dashboard in _dashboards(root):
+        used = {source["uid"] for source in _values(dashboard, "datasource")}
+        if not used or used - declared:
+            raise Unsound(
+                f"{path.name} uses the data sources {sorted(used)}, declared are {sorted(declared)}"
+            )
+
+
+def check_metrics(root: Path) -> None:
+    """Dashboards and rules: every metric in them is one that the proxy has."""
+    known = set(_series(metric_types()))
+    for path, expression in _expressions(root):
+        if unknown := set(re.findall(r"snapshot_proxy_\w+", expression)) - known:
+            raise Unsound(f"{path.name} uses {', '.join(sorted(unknown))} in {expression!r}")
+
+
+CHECKS = (
+    check_dockerfile,
+    check_compose,
+    check_balancer,
+    check_scrape_targets,
+    check_provisioning,
+    check_metrics,
+)
+
+
+# -- what they read ----------------------------------------------------------------------------
+
+
+def resolved(root: Path) -> dict[str, Any]:
+    """Return compose.yaml as Docker Compose understands it: anchors, defaults and paths filled in."""
+    text = _run("docker-compose", "--file", str(root / "deploy/compose.yaml"), "config", "--format", "json")
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def proxies(root: Path) -> list[str]:
+    """Return the names of the services that are proxies."""
+    return [name for name in resolved(root)["services"] if name.startswith("proxy-")]
+
+
+def metric_types() -> Mapping[str, str]:
+    """Return the type of each metric, `counter`, `gauge` or `histogram`, by its name.
+
+    `proxy.metrics.TYPES` where that is declared, else the table below.
+    """
+    try:
+        metrics = importlib.import_module("proxy.metrics")
+    except ModuleNotFoundError:
+        return _TYPES
+    types: Mapping[str, str] = getattr(metrics, "TYPES", _TYPES)
+    return types
+
+
+_TYPES = {
+    "snapshot_proxy_requests_total": "counter",
+    "snapshot_proxy_request_duration_seconds": "histogram",
+    "snapshot_proxy_upstream_requests_total": "counter",
+    "snapshot_proxy_upstream_request_duration_seconds": "histogram",
+    "snapshot_proxy_upstream_avoided_total": "counter",
+    "snapshot_proxy_entry_age_seconds": "histogram",
+    "snapshot_proxy_quota_remaining": "gauge",
+    "snapshot_proxy_quota_limit": "gauge",
+    "snapshot_proxy_quota_cooldown_seconds": "gauge",
+    "snapshot_proxy_quota_wait_seconds": "histogram",
+    "snapshot_proxy_store_operations_total": "counter",
+    "snapshot_proxy_store_up": "gauge",
+    "snapshot_proxy_store_shared": "gauge",
+    "snapshot_proxy_secret_mismatch": "gauge",
+    "snapshot_proxy_upstream_breaker_open": "gauge",
+    "snapshot_proxy_invalidations_total": "counter",
+    "snapshot_proxy_memory_bytes": "gauge",
+    "snapshot_proxy_memory_entries": "gauge",
+    "snapshot_proxy_flights": "gauge",
+    "snapshot_proxy_connections": "gauge",
+    "snapshot_proxy_build_info": "gauge",
+}
+
+
+def _series(types: Mapping[str, str]) -> Iterator[str]:
+    """Yield the names that a query can use."""
+    for name, kind in types.items():
+        if kind == "histogram":
+            yield from (f"{name}_bucket", f"{name}_count", f"{name}_sum")
+        else:
+            yield name
+
+
+def _expressions(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each PromQL expression, with the file that it stands in."""
+    for path, dashboard in _dashboards(root):
+        yield from ((path, expression) for expression in _values(dashboard, "expr"))
+    for pattern in _yaml(root / "deploy/prometheus.yml").get("rule_files", []):
+        paths = list((root / "deploy").glob(pattern))
+        if not paths:
+            raise Unsound(f"prometheus.yml names the rules {pattern}, which are not there")
+        for path in paths:
+            yield from ((path, expression) for expression in _values(_yaml(path), "expr"))
+
+
+def _dashboards(root: Path) -> Iterator[tuple[Path, Any]]:
+    for path in sorted((root / "deploy/grafana/dashboards").glob("*.json")):
+        try:
+            yield path, json.loads(path.read_bytes())
+        except ValueError as error:
+            raise Unsound(f"{path.name}: {error}") from None
+
+
+def _values(node: Any, key: str) -> Iterator[Any]:
+    """Yield what stands under `key`, at whatever depth."""
+    if isinstance(node, dict):
+        if key in node:
+            yield node[key]
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _values(child, key)
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise Unsound(f"{path.name}: {error}") from None
+
+
+def _expect_same(found: list[str], expected: list[str]) -> None:
+    if sorted(found) != sorted(expected):
+        raise Unsound(f"found {sorted(found)}, expected {sorted(expected)}")
+
+
+def _run(tool: str, *arguments: str) -> str:
+    """Run a tool of the development environment and return what it printed."""
+    command = [str(Path(sys.executable).with_name(tool)), *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - named above
+    if done.returncode != 0:
+        raise Unsound((done.stdout + done.stderr).strip())
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The access log: one line a request, of what the metrics count too. Never a target, a header or an id."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+from proxy.core.events import Outcome, RequestDone
+from proxy.logs import event
+
+_LOG = logging.getLogger(__name__)
+_FROM_CACHE = frozenset({Outcome.HIT, Outcome.NEGATIVE})
+
+
+def access_log(which: Literal["all", "misses", "off"]) -> Callable[[RequestDone], None]:
+    """Make the observer that writes `all` requests, those that the cache did not answer, or none."""
+
+    def write(done: RequestDone) -> None:
+        if which == "all" or (which == "misses" and done.outcome not in _FROM_CACHE):
+            why: dict[str, Any] = {} if done.error_id is None else {"error_id": done.error_id}
+            if done.fact is not None:
+                why["fact"] = done.fact
+            event(
+                _LOG,
+                logging.INFO,
+                "request",
+                route=done.route,
+                status=int(done.status),
+                cache=done.outcome,
+                caller=done.caller,
+                milliseconds=round(done.seconds * 1000, 1),
+                request_id=done.request_id,
+                **why,
+            )
+
+    return write

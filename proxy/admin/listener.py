@@ -1,0 +1,37 @@
+"""The admin listener: metrics and probes. It sees no token and no snapshot."""
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from proxy.core.http import CACHE_NAME
+
+
+def admin_application(
+    *, scrape: Callable[[str], tuple[bytes, str]], ready: Callable[[], bool]
+) -> web.Application:
+    """Make the application. `scrape` writes the metrics for an `Accept`, `ready` tells whether to send traffic."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        body, content_type = scrape(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def healthz(_: web.Request) -> web.Response:
+        """The process lives."""
+        return web.json_response({"status": "alive"})
+
+    async def readyz(_: web.Request) -> web.Response:
+        """It takes traffic. Redis away does not make it unready: it answers all the same."""
+        if ready():
+            return web.json_response({"status": "ready"})
+        return web.json_response({"status": "stopping"}, status=503)
+
+    async def unversioned(_: web.BaseRequest, response: web.StreamResponse) -> None:
+        response.headers["Server"] = CACHE_NAME
+
+    application = web.Application()
+    application.router.add_get("/metrics", metrics)
+    application.router.add_get("/healthz", healthz)
+    application.router.add_get("/readyz", readyz)
+    application.on_response_prepare.append(unversioned)
+    return application

@@ -1,0 +1,316 @@
+"""The composition root: who is given what, and in which order things start and stop."""
+
+import asyncio
+import logging
+import math
+import resource
+import secrets
+import ssl
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import http_parser, web
+
+from proxy import __version__
+from proxy.access import access_log
+from proxy.admin.listener import admin_application
+from proxy.callers import Callers
+from proxy.core.errors import ProxyError, SettingsError
+from proxy.core.events import RequestDone
+from proxy.core.identity import Keyring
+from proxy.core.policy import Policy
+from proxy.edge.api import Api
+from proxy.edge.connection import Limits, Listener
+from proxy.flights import Flights
+from proxy.logs import announce, event
+from proxy.metrics import Metrics
+from proxy.readthrough import Fetched, ReadThrough
+from proxy.settings import Settings, read_secret
+from proxy.storage.connect import connector
+from proxy.storage.embedded import EmbeddedServer
+from proxy.storage.keys import Keys
+from proxy.storage.link import Link
+from proxy.storage.store import Store
+from proxy.upstream import Upstream, UpstreamOptions
+
+_BACKLOG = 1024
+_FETCHES_PER_CONNECTION = 2  # a caller may leave while its fetch goes on
+_TLS_RELOAD_S = 2.0
+_MARGIN_S = 60
+_SPARE_FILES = 256
+_LOG = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The service cannot start here, and the configuration is not why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the two listeners are, as URLs."""
+
+    api: str
+    admin: str
+
+
+class App:
+    """The service. `start` may raise SettingsError, StartError, EmbeddedServerError or OSError."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._cleanup = AsyncExitStack()
+        self._background: list[asyncio.Task[None]] = []
+        self._ready = False
+        self._server: asyncio.Server
+        self._listener: Listener
+
+    async def start(self) -> Addresses:
+        """Start everything; return when both listeners accept connections. Redis need not be there."""
+        refuse_slow_parser()
+        try:
+            return await self._start()
+        except BaseException:
+            await self._close()
+            raise
+
+    async def stop(self, *, lame_duck: bool) -> None:
+        """Stop without losing a request: not ready, lame duck, drain, close."""
+        settings = self._settings.server
+        self._ready = False
+        self._listener.draining = True
+        announce(_LOG, "stopping")
+        if lame_duck:
+            await asyncio.sleep(settings.lame_duck_s)
+        self._server.close()
+        await self._listener.drain(settings.drain_s)
+        await self._close()
+        announce(_LOG, "stopped")
+
+    async def kill(self) -> None:
+        """Stop now, whatever runs."""
+        await self._listener.drain(0)
+        await self._close()
+
+    async def _start(self) -> Addresses:
+        settings = self._settings
+        raise_file_limit(settings.server.max_connections + settings.upstream.max_connections + _SPARE_FILES)
+        metrics = Metrics(__version__)
+        keyring = Keyring(self._secret())
+        callers = Callers(settings.callers.aliases_file)
+        tls = _tls_context(settings)
+
+        store = await self._store(keyring, metrics)
+        upstream = Upstream(
+            UpstreamOptions(
+                base_url=settings.upstream.base_url,
+                connect_timeout_s=settings.upstream.connect_timeout_s,
+                read_timeout_s=settings.upstream.read_timeout_s,
+                max_body_bytes=settings.upstream.max_body_bytes,
+                max_connections=settings.upstream.max_connections,
+                http_proxy=settings.upstream.http_proxy,
+                ca_file=settings.upstream.ca_file,
+            ),
+            metrics.observe,
+        )
+        self._cleanup.push_async_callback(upstream.close)
+        flights: Flights[Fetched | ProxyError] = Flights(
+            settings.server.max_connections * _FETCHES_PER_CONNECTION
+        )
+        self._cleanup.push_async_callback(flights.close)
+        readthrough = ReadThrough(
+            store,
+            upstream,
+            flights,
+            Policy(
+                fresh_s=settings.cache.fresh_s,
+                negative_s=settings.cache.negative_s,
+                stale_while_revalidate_s=settings.cache.stale_while_revalidate_s,
+                stale_if_error_s=settings.cache.stale_if_error_s,
+                jitter=settings.cache.jitter,
+            ),
+            total_timeout_s=settings.upstream.total_timeout_s,
+            monotonic=asyncio.get_running_loop().time,
+        )
+        log = access_log(settings.log.access)
+
+        def observe(done: RequestDone) -> None:
+            metrics.observe(done)
+            log(done)
+
+        api = Api(readthrough, keyring, name_caller=callers.name, observe=observe)
+        self._listener = Listener(
+            api.respond,
+            Limits(
+                header_timeout_s=settings.server.header_timeout_s,
+                idle_timeout_s=settings.server.idle_timeout_s,
+                max_connections=settings.server.max_connections,
+            ),
+            api.malformed,
+        )
+        metrics.watch(
+            connections=lambda: len(self._listener.connections),
+            flights=lambda: len(flights),
+            store_up=lambda: store.up,
+            store_shared=lambda: settings.redis.url != "embedded",
+            secret_mismatch=lambda: store.secret_mismatch,
+        )
+        admin = await self._serve_admin(metrics)
+        self._server = await asyncio.get_running_loop().create_server(
+            self._listener,
+            settings.server.host,
+            settings.server.port,
+            ssl=tls,
+            backlog=_BACKLOG,
+            reuse_port=settings.server.reuse_port or None,
+            ssl_handshake_timeout=None if tls is None else settings.server.header_timeout_s,
+            ssl_shutdown_timeout=None if tls is None else 1.0,
+        )
+        self._cleanup.callback(self._server.close)
+        self._go_on(callers.follow())
+        if tls is not None:
+            self._go_on(_follow_tls(tls, settings.server.tls_cert_file, settings.server.tls_key_file))
+        self._ready = True
+        addresses = Addresses(
+            _url("http" if tls is None else "https", self._server.sockets[0].getsockname()), admin
+        )
+        announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
+        return addresses
+
+    def _secret(self) -> bytes:
+        """Read the shared secret. An embedded store dies with this process, and so may its secret."""
+        if self._settings.security.previous_secret_file:
+            read_secret(self._settings.security.previous_secret_file, setting="security.previous_secret_file")
+        if self._settings.security.secret_file:
+            return read_secret(self._settings.security.secret_file)
+        return secrets.token_bytes(32)
+
+    async def _store(self, keyring: Keyring, metrics: Metrics) -> Store:
+        redis, cache = self._settings.redis, self._settings.cache
+        url = redis.url
+        if url == "embedded":
+            embedded = EmbeddedServer(redis.embedded_max_bytes)
+            await embedded.start()
+            self._cleanup.push_async_callback(embedded.stop)
+            url = embedded.url
+            event(
+                _LOG,
+                logging.WARNING,
+                "embedded-store",
+                consequence="for one replica only; set redis.url to share entries between replicas",
+            )
+        password = (
+            read_secret(redis.password_file, setting="redis.password_file", least_bytes=1).decode(
+                errors="replace"
+            )
+            if redis.password_file
+            else ""
+        )
+        connect = connector(
+            url,
+            connect_timeout_s=redis.connect_timeout_s,
+            username=redis.username,
+            password=password,
+            ca_file=redis.ca_file,
+        )
+        fetch_s = (
+            math.ceil(self._settings.upstream.total_timeout_s + self._settings.quota.max_wait_s) + _MARGIN_S
+        )
+        longest_s = max(cache.fresh_s, cache.max_fresh_s, cache.negative_s) + max(
+            cache.stale_while_revalidate_s, cache.stale_if_error_s
+        )
+        store = Store(
+            Link(connect, timeout_s=redis.timeout_s, connect_timeout_s=redis.connect_timeout_s),
+            Keys(redis.key_prefix),
+            keyring,
+            stamp_ttl_s=longest_s + fetch_s,
+            guard_s=fetch_s,
+            observe=metrics.observe,
+        )
+        self._cleanup.push_async_callback(store.close)
+        await store.start()
+        if not store.up:
+            event(
+                _LOG,
+                logging.WARNING,
+                "redis-away",
+                consequence="every request goes upstream until it is back",
+            )
+        return store
+
+    async def _serve_admin(self, metrics: Metrics) -> str:
+        admin = self._settings.admin
+        runner = web.AppRunner(
+            admin_application(scrape=metrics.scrape, ready=lambda: self._ready), access_log=None
+        )
+        await runner.setup()
+        self._cleanup.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, admin.host, admin.port, shutdown_timeout=1.0).start()
+        return _url("http", runner.addresses[0])
+
+    def _go_on(self, work: Coroutine[None, None, None]) -> None:
+        self._background.append(asyncio.create_task(work))
+
+    async def _close(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._cleanup.aclose()
+
+
+def refuse_slow_parser() -> None:
+    """Raise StartError on aiohttp's pure-Python parser: other limits, other faults, a tenth of the speed."""
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        raise StartError(
+            "aiohttp runs without its C parser: install its binary wheel, and unset AIOHTTP_NO_EXTENSIONS"
+        )
+
+
+def raise_file_limit(wanted: int) -> None:
+    """Raise this process's limit of open files towards `wanted`, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < reachable:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
+    if reachable < wanted:
+        event(_LOG, logging.WARNING, "file-limit", limit=reachable, wanted=wanted)
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    server = settings.server
+    if not server.tls_cert_file:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(server.tls_cert_file, server.tls_key_file)
+    except (OSError, ssl.SSLError):
+        raise SettingsError(
+            f"server.tls_cert_file = {server.tls_cert_file!r}: must be a PEM certificate chain that"
+            f" server.tls_key_file is the key of"
+        ) from None
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+async def _follow_tls(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
+    """Load certificate and key again when they change; new connections then get the new ones."""
+
+    def changed_at() -> tuple[int, int]:
+        return Path(cert_file).stat().st_mtime_ns, Path(key_file).stat().st_mtime_ns
+
+    loaded = changed_at()
+    while True:
+        await asyncio.sleep(_TLS_RELOAD_S)
+        try:
+            if (now := changed_at()) != loaded:
+                context.load_cert_chain(cert_file, key_file)
+                loaded = now
+                event(_LOG, logging.INFO, "tls-reloaded")
+        except (OSError, ssl.SSLError) as error:  # half of the pair is new: the other half will follow
+            event(_LOG, logging.WARNING, "tls-not-reloaded", cause=type(error).__name__)
+
+
+def _url(scheme: str, address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

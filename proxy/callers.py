@@ -1,0 +1,87 @@
+"""Names for callers: an alias in metrics and logs in the place of a token.
+
+The file maps aliases to SHA-256 hashes, so that it holds no token; it is read again when it changes, and a
+version that cannot be read leaves the last good one in force.
+"""
+
+import asyncio
+import hashlib
+import logging
+import re
+import tomllib
+from pathlib import Path
+
+from proxy.core.errors import SettingsError
+from proxy.core.events import OTHER_CALLER
+from proxy.core.identity import Token
+from proxy.logs import event
+
+MOST_ALIASES = 64
+
+_RELOAD_S = 2.0
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LOG = logging.getLogger(__name__)
+
+
+class Callers:
+    """The aliases of `callers.aliases_file`; without a file every caller is `other`."""
+
+    def __init__(self, aliases_file: str) -> None:
+        self._path = Path(aliases_file) if aliases_file else None
+        self._changed_at: int | None = None
+        self._aliases: dict[str, str] = {}
+        if self._path is not None:
+            self._changed_at = self._path.stat().st_mtime_ns
+            self._aliases = read_aliases(self._path)
+
+    def name(self, token: Token) -> str:
+        """Give the token's alias, or `other`."""
+        if not self._aliases:
+            return OTHER_CALLER
+        return self._aliases.get(hashlib.sha256(token.reveal().encode()).hexdigest(), OTHER_CALLER)
+
+    async def follow(self) -> None:
+        """Read the file again whenever it changes, until cancelled."""
+        while self._path is not None:
+            await asyncio.sleep(_RELOAD_S)
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the file again if it changed."""
+        if self._path is None:
+            return
+        try:
+            changed_at = self._path.stat().st_mtime_ns
+            if changed_at == self._changed_at:
+                return
+            self._changed_at = changed_at
+            self._aliases = read_aliases(self._path)
+        except (OSError, SettingsError) as error:
+            event(_LOG, logging.WARNING, "aliases-not-read", cause=type(error).__name__)
+        else:
+            event(_LOG, logging.INFO, "aliases-read", aliases=len(self._aliases))
+
+
+def read_aliases(path: Path) -> dict[str, str]:
+    """Read `alias = "SHA-256 of the token, hex"` lines: a map from hash to alias. Raises SettingsError."""
+    where = f"callers.aliases_file = {str(path)!r}"
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{where}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise SettingsError(f"{where}: must be TOML") from None
+    if len(document) > MOST_ALIASES:
+        raise SettingsError(f"{where}: must hold at most {MOST_ALIASES} aliases")
+    aliases: dict[str, str] = {}
+    for alias, digest in document.items():
+        if not _ALIAS.fullmatch(alias) or alias == OTHER_CALLER:
+            raise SettingsError(
+                f"{where}: an alias must be letters, digits and . _ - (63 at most), and not 'other'"
+            )
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest.lower()):
+            raise SettingsError(f"{where}: {alias} must be the SHA-256 of a token, 64 hexadecimal digits")
+        if aliases.setdefault(digest.lower(), alias) != alias:
+            raise SettingsError(f"{where}: {alias} names a token that has another alias already")
+    return aliases

@@ -1,0 +1,126 @@
+"""The command line. Exit status: 0 fine, 1 runtime failure, 2 bad configuration or usage."""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from proxy import __version__
+from proxy.core.errors import SettingsError
+from proxy.settings import Loaded, check_files, load, to_toml
+
+FINE, FAILED, MISUSED = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser(arguments[:1] == ["simulate"]).parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except SettingsError as error:
+        print(f"snapshot-proxy: {error}", file=sys.stderr)  # noqa: T201 # the command's answer
+        return MISUSED
+    except KeyboardInterrupt:
+        return FINE
+
+
+def _parser(simulating: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snapshot-proxy", description="A caching read-through proxy for DigitalOcean's snapshot API."
+    )
+    parser.add_argument("--version", action="version", version=f"snapshot-proxy {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(command=command)
+        return added
+
+    configured = [
+        add("serve", _serve, "run the service"),
+        add("check", _check, "say what would keep the service from working well, and how to mend it"),
+        add("config", _config, "print the effective configuration and where each value came from"),
+        add("healthcheck", _healthcheck, "ask the running service whether it lives"),
+    ]
+    for one in configured:
+        one.add_argument("--config", metavar="FILE", help="the configuration, TOML")
+        one.add_argument(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            action="append",
+            default=[],
+            dest="overrides",
+            help="one setting; may be given several times, and wins over environment and file",
+        )
+    demo = add("demo", _demo, "show the main job on this machine, with a simulator of the API")
+    demo.add_argument("--once", action="store_true", help="end after the transcript")
+    simulate = add("simulate", _simulate, "run a simulator of DigitalOcean's snapshot API")
+    if simulating:
+        _simulator_arguments(simulate)
+    return parser
+
+
+def _load(args: argparse.Namespace) -> Loaded:
+    loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
+    check_files(loaded)
+    return loaded
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    """Run on uvloop where the extra `fast` is installed, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
+
+
+# -- commands ----------------------------------------------------------------------------------
+# Each imports what it needs: a health check runs every few seconds, and should not load a server.
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from proxy import serve
+
+    return _run(serve.serve(_load(args).settings))
+
+
+def _check(args: argparse.Namespace) -> int:
+    from proxy import check
+
+    return _run(check.check(_load(args).settings))
+
+
+def _config(args: argparse.Namespace) -> int:
+    sys.stdout.write(to_toml(_load(args)))
+    return FINE
+
+
+def _healthcheck(args: argparse.Namespace) -> int:
+    from proxy import healthcheck
+
+    return healthcheck.healthcheck(
+        load(config_file=args.config, overrides=args.overrides, environ=os.environ).settings.admin
+    )
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from proxy import demo
+
+    return _run(demo.demo(once=args.once))
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from proxy.simulator import command
+
+    return _run(command.run(args))
+
+
+def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
+    from proxy.simulator import command
+
+    command.add_arguments(parser)

@@ -1,0 +1,164 @@
+"""What is kept of an answer, and how it is sealed for a store that is not trusted.
+
+An `Entry` is one caller's answer for one snapshot. Its value in the store is an envelope with a MAC over
+the store's key and everything in it: a flipped bit, a value under another key, another caller's value or
+another version does not verify, and is a miss.
+
+**Stamps** make invalidation exact. A stamp is a random nonce in the store; an envelope carries those that its
+fill read *before* it called the upstream, and counts only while each still stands there unchanged. So
+replacing a stamp ends every entry that depends on it, the ones still being fetched included, without
+scanning, clocks or order; a stamp that was evicted is a miss and nothing worse.
+
+    envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest
+    rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · 3 stamps · etag's length u8 · etag · body
+    stamp      nonce 16 bytes · MAC 8 bytes over (key's length u16, key, nonce)
+"""
+
+import hmac
+from dataclasses import dataclass
+from struct import Struct
+from typing import NamedTuple
+
+from proxy.core.identity import Keyring
+
+NONCE_BYTES = 16
+SEEN_BYTES = 17
+"""So many bytes from the start of an envelope (version and MAC) tell it from every other."""
+
+_VERSION = b"\x01"
+_STAMP_BYTES = 24
+_FIXED = Struct(">HdIII")
+_LENGTH = Struct(">H")
+_AFTER_STAMPS = _FIXED.size + 3 * _STAMP_BYTES
+
+
+class CorruptValue(Exception):
+    """A value that this proxy did not write under this key."""
+
+
+class Lifetimes(NamedTuple):
+    """How long an entry may be used, in whole seconds from its call; fixed at fill.
+
+    The stale windows begin where freshness ends and run side by side (RFC 5861 §3, §4).
+    """
+
+    fresh_s: int
+    stale_while_revalidate_s: int = 0
+    stale_if_error_s: int = 0
+
+    @property
+    def retention_s(self) -> int:
+        """After so many seconds nothing can use the entry."""
+        return self.fresh_s + max(self.stale_while_revalidate_s, self.stale_if_error_s)
+
+
+class Stamps(NamedTuple):
+    """The three stamps that an entry depends on."""
+
+    caller: bytes
+    snapshot: bytes
+    everything: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One caller's answer for one snapshot.
+
+    `called_at` is when its upstream call started (Unix seconds): age counts from there, so that an answer
+    is never younger than what it says.
+    """
+
+    status: int
+    body: bytes
+    etag: str
+    called_at: float
+    lifetimes: Lifetimes
+
+    def age_s(self, now: float) -> float:
+        """Seconds since the call started. A clock that stepped back counts as age 0 (RFC 9111 §4.2.3)."""
+        return max(0.0, now - self.called_at)
+
+    def is_fresh(self, now: float) -> bool:
+        """Tell whether the entry may answer without a look upstream (RFC 9111 §4.2)."""
+        return self.age_s(now) < self.lifetimes.fresh_s
+
+    def ttl_s(self, now: float) -> int:
+        """Whole seconds of freshness left, below 1 where there are none (RFC 9211 §2.3)."""
+        return self.lifetimes.fresh_s - int(self.age_s(now))
+
+
+class Basis(NamedTuple):
+    """What a lookup saw, and what a fill has to find again to be stored.
+
+    `seen` is the start of the envelope that stood there (17 bytes), or empty: a fill does not replace what
+    came after its lookup.
+    """
+
+    stamps: Stamps
+    seen: bytes
+
+
+class Lookup(NamedTuple):
+    """What the store knows. Without a `basis` it could not be asked, and nothing can be stored."""
+
+    entry: Entry | None
+    basis: Basis | None
+
+
+UNAVAILABLE = Lookup(entry=None, basis=None)
+
+
+def seal(entry: Entry, stamps: Stamps, key: bytes, keyring: Keyring) -> bytes:
+    """Encode `entry` and the stamps it depends on for the store's `key`."""
+    etag = entry.etag.encode()
+    rest = b"".join(
+        (
+            _FIXED.pack(entry.status, entry.called_at, *entry.lifetimes),
+            *stamps,
+            bytes((len(etag),)),
+            etag,
+            entry.body,
+        )
+    )
+    return _VERSION + _envelope_mac(key, rest, keyring) + rest
+
+
+def unseal(value: bytes, key: bytes, keyring: Keyring) -> tuple[Entry, Stamps]:
+    """Decode what `seal` made for this very `key` and secret. Raises CorruptValue for anything else."""
+    mac, rest = value[1:SEEN_BYTES], value[SEEN_BYTES:]
+    if value[:1] != _VERSION or not hmac.compare_digest(mac, _envelope_mac(key, rest, keyring)):
+        raise CorruptValue
+    status, called_at, *lifetimes = _FIXED.unpack_from(rest)
+    caller, snapshot, everything = (
+        rest[start : start + _STAMP_BYTES] for start in range(_FIXED.size, _AFTER_STAMPS, _STAMP_BYTES)
+    )
+    body_at = _AFTER_STAMPS + 1 + rest[_AFTER_STAMPS]
+    entry = Entry(
+        status=status,
+        body=rest[body_at:],
+        etag=rest[_AFTER_STAMPS + 1 : body_at].decode(),
+        called_at=called_at,
+        lifetimes=Lifetimes(*lifetimes),
+    )
+    return entry, Stamps(caller, snapshot, everything)
+
+
+def make_stamp(key: bytes, nonce: bytes, keyring: Keyring) -> bytes:
+    """Make a stamp of 16 random bytes, for the store's `key`."""
+    return nonce + _stamp_mac(key, nonce, keyring)
+
+
+def is_stamp(value: bytes, key: bytes, keyring: Keyring) -> bool:
+    """Tell whether `make_stamp` made `value` for this very `key` and secret."""
+    nonce = value[:NONCE_BYTES]
+    return len(value) == _STAMP_BYTES and hmac.compare_digest(
+        value[NONCE_BYTES:], _stamp_mac(key, nonce, keyring)
+    )
+
+
+def _envelope_mac(key: bytes, rest: bytes, keyring: Keyring) -> bytes:
+    return keyring.mac(b"".join((_VERSION, _LENGTH.pack(len(key)), key, rest)))
+
+
+def _stamp_mac(key: bytes, nonce: bytes, keyring: Keyring) -> bytes:
+    return keyring.mac(b"".join((b"stamp", _LENGTH.pack(len(key)), key, nonce)))[: _STAMP_BYTES - NONCE_BYTES]

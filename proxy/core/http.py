@@ -1,0 +1,84 @@
+"""The words of HTTP that a cache speaks: validators, conditions, Cache-Status, envelopes.
+
+Sources: RFC 9110 §8.8.3 and §13.1.2 (ETag, If-None-Match), RFC 9209 (Proxy-Status), RFC 9211 (Cache-Status).
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+import orjson
+
+from proxy.core.errors import ProxyError
+
+CACHE_NAME = "snapshot-proxy"
+
+_ETAG_HEX = 32
+_ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+
+
+class Why(StrEnum):
+    """Why a request went upstream (RFC 9211 §2.2)."""
+
+    URI_MISS = "uri-miss"
+    STALE = "stale"
+    REQUEST = "request"
+    BYPASS = "bypass"
+
+
+class Detail(StrEnum):
+    """What else there is to say (RFC 9211 §2.8)."""
+
+    NEGATIVE = "negative"
+    STORE_UNAVAILABLE = "store-unavailable"
+
+
+def hit(ttl_s: int, detail: Detail | None = None) -> str:
+    """Write the Cache-Status of an answer from the cache."""
+    return f"{CACHE_NAME}; hit; ttl={ttl_s}{_detail(detail)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """How a request went upstream. `str()` of it is its Cache-Status.
+
+    `status` is the upstream's, None where it gave none.
+    """
+
+    why: Why
+    status: int | None = None
+    stored: bool = False
+    collapsed: bool = False
+    detail: Detail | None = None
+
+    def __str__(self) -> str:
+        # A bypass says why it was one; the answer's own status is the upstream's.
+        status = "" if self.status is None or self.why is Why.BYPASS else f"; fwd-status={self.status}"
+        stored = "; stored" if self.stored else ""
+        collapsed = "; collapsed" if self.collapsed else ""
+        return f"{CACHE_NAME}; fwd={self.why}{status}{stored}{collapsed}{_detail(self.detail)}"
+
+
+def etag_of(body: bytes) -> str:
+    """Give the strong entity tag of `body`, quotes included: 128 bits of SHA-256."""
+    return f'"{hashlib.sha256(body).hexdigest()[:_ETAG_HEX]}"'
+
+
+def is_not_modified(if_none_match: str, etag: str) -> bool:
+    """Tell whether `If-None-Match` names `etag`, by the weak comparison that RFC 9110 §13.1.2 wants."""
+    return if_none_match.strip() == "*" or etag in _ETAG.findall(if_none_match)
+
+
+def error_body(error: ProxyError, request_id: str) -> bytes:
+    """Write an error of ours in the shape of DigitalOcean's: `{"id", "message", "request_id"}`."""
+    return orjson.dumps({"id": error.id, "message": f"{CACHE_NAME}: {error}", "request_id": request_id})
+
+
+def proxy_status(error: ProxyError) -> str:
+    """Write the Proxy-Status of an error of ours (RFC 9209 §2.3)."""
+    return f"{CACHE_NAME}; error={error.proxy_error}"
+
+
+def _detail(detail: Detail | None) -> str:
+    return "" if detail is None else f"; detail={detail}"

@@ -1,0 +1,92 @@
+"""Who asks, and for what: token, partition, snapshot id, and the key made of both.
+
+The law of this file: a token becomes a `Partition` by a keyed hash and is never compared, stored or
+shown itself; whoever wants an entry needs a partition first (`EntryKey` has no other way in).
+"""
+
+import hmac
+import re
+from dataclasses import dataclass
+from typing import NamedTuple, NewType
+
+from proxy.core.errors import BadRequest
+
+Partition = NewType("Partition", str)
+"""One caller's part of everything that is kept: 128 bits, 32 hexadecimal digits."""
+
+_PARTITION_HEX = 32
+_MAC_BYTES = 16
+_CACHED_ID = re.compile(r"[1-9][0-9]{0,18}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_FORWARDED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Token:
+    """A caller's token. Shows itself to nobody but to whoever says `reveal()`."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the token: for the upstream's header and for keyed hashes only."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Token(***)"
+
+
+class Keyring:
+    """What the shared secret is good for. Replicas with equal secrets make equal partitions and MACs.
+
+    `secret` is at least 32 bytes (`security.secret_file`), the same on every replica.
+    """
+
+    __slots__ = ("_seal_key", "_secret", "fingerprint")
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._seal_key = hmac.digest(secret, b"seal", "sha256")
+        self.fingerprint = hmac.digest(secret, b"same", "sha256")[:8].hex()
+        """Tells replicas whether they share the secret, and nothing else about it."""
+
+    def partition(self, token: Token) -> Partition:
+        """Give the caller's partition: HMAC-SHA256(secret, "part" ‖ token), its first 128 bits."""
+        digest = hmac.digest(self._secret, b"part" + token.reveal().encode(), "sha256")
+        return Partition(digest.hex()[:_PARTITION_HEX])
+
+    def mac(self, message: bytes) -> bytes:
+        """Authenticate `message`: 16 bytes of HMAC-SHA256 under a key of its own."""
+        return hmac.digest(self._seal_key, message, "sha256")[:_MAC_BYTES]
+
+    def __repr__(self) -> str:
+        return "Keyring(***)"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotId:
+    """A snapshot's id, checked on the raw target.
+
+    `text` is decimal, a UUID in lower case, or another short segment that is forwarded as it came;
+    only the first two are `cacheable`, since only they are what the API documents.
+    """
+
+    text: str
+    cacheable: bool
+
+    @classmethod
+    def parse(cls, segment: str) -> "SnapshotId":
+        """Read one raw path segment. Raises BadRequest for whatever could mean something else upstream."""
+        lowered = segment.lower()
+        if _CACHED_ID.fullmatch(lowered):
+            return cls(lowered, cacheable=True)
+        if _FORWARDED_ID.fullmatch(segment):
+            return cls(segment, cacheable=False)
+        raise BadRequest("a snapshot id is a number or a UUID; nothing else, and nothing percent-encoded")
+
+
+class EntryKey(NamedTuple):
+    """Where one caller's entry for one snapshot is kept: in memory, in flight, in Redis."""
+
+    partition: Partition
+    snapshot_id: str

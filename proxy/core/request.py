@@ -1,0 +1,112 @@
+"""From a raw request target and headers to what is asked: `Target`, `Token`, `Directives`.
+
+Everything is matched on the raw target, before anything decodes it: what is not in the grammar here
+never reaches the upstream. Nothing in this file shows what it refuses.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from proxy.core.errors import BadRequest, NotFound, NotProxied, Unauthorized
+from proxy.core.identity import EntryKey, SnapshotId, Token
+
+_ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_BEARER = re.compile(r"bearer +([\x21-\x7e](?:[\x20-\x7e]{0,510}[\x21-\x7e])?)", re.IGNORECASE)
+_DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*)))?')
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SNAPSHOTS = "/v2/snapshots"
+_LONGEST_AGE_S = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Directives:
+    """What a request's Cache-Control asks of a cache (RFC 9111 §5.2.1)."""
+
+    no_cache: bool = False
+    no_store: bool = False
+    only_if_cached: bool = False
+    max_age_s: int | None = None
+
+
+NO_DIRECTIVES = Directives()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One read of one snapshot by one caller: all that the rooms below the edge ever see of a request."""
+
+    key: EntryKey
+    snapshot_id: SnapshotId
+    token: Token
+    directives: Directives
+    request_id: str
+    caller: str
+
+
+def parse_target(target: str) -> SnapshotId:
+    """Tell which snapshot the raw `target` of a request line names; its query is ignored.
+
+    Raises BadRequest, NotProxied (other paths of the API) or NotFound. The authority of an
+    absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was meant).
+    """
+    if not target.startswith("/"):
+        authority = _ABSOLUTE_FORM.match(target)
+        if authority is None:
+            raise BadRequest("the request target is neither a path nor an absolute URL")
+        target = target[authority.end() :]
+    path = target.partition("?")[0]
+    if path.startswith(_SNAPSHOTS + "/") and len(path) > len(_SNAPSHOTS) + 1:
+        return SnapshotId.parse(path[len(_SNAPSHOTS) + 1 :].removesuffix("/"))
+    if path.startswith("/v2/"):
+        raise NotProxied("this proxy serves GET /v2/snapshots/{id} only; send this request to the API itself")
+    raise NotFound("nothing is here; snapshots are under /v2/snapshots/{id}")
+
+
+def parse_authorization(values: Sequence[str]) -> Token:
+    """Read the caller's token from all `Authorization` headers of a request.
+
+    Raises Unauthorized where there is no bearer token (RFC 6750 §2.1), BadRequest where there are two headers.
+    """
+    match values:
+        case [value]:
+            bearer = _BEARER.fullmatch(value)
+            if bearer is not None:
+                return Token(bearer[1])
+        case []:
+            pass
+        case _:
+            raise BadRequest("send one Authorization header, not several")
+    raise Unauthorized("send your DigitalOcean token as 'Authorization: Bearer <token>'")
+
+
+def parse_directives(cache_control: Sequence[str], pragma: Sequence[str] = ()) -> Directives:
+    """Read the request's `Cache-Control` headers; `Pragma: no-cache` counts where there are none.
+
+    Unknown directives are ignored, as RFC 9111 §5.2.3 wants; an unreadable `max-age` counts as 0,
+    which never makes an answer older than the caller wants.
+    """
+    if not cache_control:
+        no_cache = any("no-cache" in value.lower() for value in pragma)  # RFC 9111 §5.4
+        return Directives(no_cache=True) if no_cache else NO_DIRECTIVES
+    flags: set[str] = set()
+    max_age_s: int | None = None
+    for name, quoted, plain in _DIRECTIVE.findall(",".join(cache_control)):
+        match name.lower():
+            case "max-age":
+                digits = quoted or plain
+                seconds = int(digits[:11]) if digits.isascii() and digits.isdigit() else 0
+                max_age_s = min(seconds, _LONGEST_AGE_S if max_age_s is None else max_age_s)
+            case flag:
+                flags.add(flag)
+    return Directives(
+        no_cache="no-cache" in flags,
+        no_store="no-store" in flags,
+        only_if_cached="only-if-cached" in flags,
+        max_age_s=max_age_s,
+    )
+
+
+def parse_request_id(value: str | None) -> str | None:
+    """Give the caller's `X-Request-Id` back where it is fit for logs and headers, else None."""
+    return value if value is not None and _REQUEST_ID.fullmatch(value) else None

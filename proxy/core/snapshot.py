@@ -1,0 +1,227 @@
+"""The upstream's JSON becomes the normalized bytes that are cached and served.
+
+Documented keys first, in the documented order, then keys unknown today, sorted. Equal snapshots give
+equal bytes. Whatever does not fit the documented schema raises UpstreamInvalid with the field's name,
+never with its value. Source of the schema: the components `snapshots` and `snapshots_base` of
+DigitalOcean's official specification.
+
+Numbers keep value and kind. orjson keeps every integer of 64 bits and every number of at most fifteen
+significant digits exactly; a document with a longer number takes the slower way through `_parse_exactly`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, DecimalException
+from typing import Any
+
+import orjson
+
+from proxy.core.errors import UpstreamInvalid
+
+# A number that a double may not hold: sixteen digits or more, or an exponent of three.
+_LONG_NUMBER = re.compile(rb"[0-9][0-9.]{15}|[0-9][eE][+-]?[0-9]{3}")
+_RFC3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d):([0-5]\d|60)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):([0-5]\d))", re.ASCII
+)
+_LONGEST_INTEGER = 20  # characters of a 64-bit integer
+_RESOURCE_TYPES = frozenset({"droplet", "volume"})
+
+
+def normalize_snapshot(body: bytes, expected_id: str | None) -> bytes:
+    """Turn the body of `GET /v2/snapshots/{id}` into `{"snapshot": {…}}`, normalized.
+
+    `expected_id` is the id that was asked for, in lower case; None where any will do.
+    """
+    document = parse(body)
+    if not isinstance(document, dict) or "snapshot" not in document:
+        raise UpstreamInvalid("there is no snapshot in it")
+    snapshot = _snapshot(document["snapshot"], "snapshot")
+    if expected_id is not None and snapshot["id"].lower() != expected_id:
+        raise UpstreamInvalid("snapshot.id is not the one that was asked for")
+    return _dump({"snapshot": snapshot})
+
+
+def parse(body: bytes) -> Any:
+    """Parse JSON. A number that orjson would change becomes an `Exact`."""
+    if _LONG_NUMBER.search(body):
+        return _parse_exactly(body)
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("it is not JSON") from None
+
+
+def error_envelope(body: bytes, request_id: str) -> bytes | None:
+    """Give an upstream's error `{"id", "message", "request_id"?, …}` back with a request_id, or None if it is none."""
+    try:
+        envelope = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    match envelope:
+        case {"id": str(), "message": str()}:
+            if not isinstance(envelope.get("request_id"), str):
+                envelope["request_id"] = request_id
+            try:
+                return orjson.dumps(envelope)
+            except TypeError:
+                return None
+        case _:
+            return None
+
+
+# -- one snapshot, field by field --------------------------------------------------------------
+
+
+def _snapshot(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UpstreamInvalid(f"{path} is not an object")
+    known = {name: check(value.get(name, _MISSING), f"{path}.{name}") for name, check in _FIELDS.items()}
+    unknown = {name: _sorted(value[name]) for name in sorted(value.keys() - _FIELDS.keys())}
+    return known | unknown
+
+
+def _sorted(value: Any) -> orjson.Fragment:
+    """Keep an unknown value as it is, its objects' keys in one order."""
+    return orjson.Fragment(_dump(value, orjson.OPT_SORT_KEYS))
+
+
+def _dump(value: Any, option: int = 0) -> bytes:
+    try:
+        return orjson.dumps(value, default=_literal, option=option | orjson.OPT_PASSTHROUGH_DATACLASS)
+    except TypeError:  # orjson writes 254 levels, and no lone surrogates
+        raise UpstreamInvalid("it is nested too deeply or not Unicode") from None
+
+
+_MISSING = object()
+
+
+def _text(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise UpstreamInvalid(f"{path} is not a string")
+    return value
+
+
+def _identifier(value: Any, path: str) -> str:
+    """Strings today, integers in old payloads."""
+    match value:
+        case str() if value:
+            return value
+        case int() if not isinstance(value, bool):
+            return str(value)
+        case Exact(literal=digits, integer=True):
+            return digits
+        case _:
+            raise UpstreamInvalid(f"{path} is neither a string nor an integer")
+
+
+def _instant(value: Any, path: str) -> str:
+    """RFC 3339 in UTC with `Z`. Offsets are whole minutes, so the seconds stay as they are, 60 included."""
+    match = _RFC3339.fullmatch(_text(value, path))
+    if match is None:
+        raise UpstreamInvalid(f"{path} is not an RFC 3339 date-time")
+    day, minute, second, fraction, sign, hours, minutes = match.groups()
+    try:
+        local = datetime.fromisoformat(f"{day}T{minute}").replace(tzinfo=UTC)
+        offset = timedelta(hours=int(hours), minutes=int(minutes)) if sign else timedelta()
+        moment = local - offset if sign == "+" else local + offset
+    except (ValueError, OverflowError):
+        raise UpstreamInvalid(f"{path} is not an RFC 3339 date-time") from None
+    fraction = (fraction or "").rstrip("0")
+    return f"{moment:%Y-%m-%dT%H:%M}:{second}{'.' if fraction else ''}{fraction}Z"
+
+
+def _integer(value: Any, path: str) -> Any:
+    match value:
+        case int() | Exact(integer=True) if not isinstance(value, bool):
+            return value
+        case _:
+            raise UpstreamInvalid(f"{path} is not an integer")
+
+
+def _number(value: Any, path: str) -> Any:
+    if isinstance(value, (int, float, Exact)) and not isinstance(value, bool):
+        return value
+    raise UpstreamInvalid(f"{path} is not a number")
+
+
+def _texts(value: Any, path: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UpstreamInvalid(f"{path} is not a list of strings")
+    return value
+
+
+def _tags(value: Any, path: str) -> list[str] | None:
+    """Null or nothing for a token without the scope `tag:read`."""
+    return None if value is None or value is _MISSING else _texts(value, path)
+
+
+def _resource_type(value: Any, path: str) -> str:
+    if _text(value, path) not in _RESOURCE_TYPES:
+        raise UpstreamInvalid(f"{path} is neither droplet nor volume")
+    return str(value)
+
+
+_FIELDS: Mapping[str, Callable[[Any, str], Any]] = {
+    "id": _identifier,
+    "created_at": _instant,
+    "min_disk_size": _integer,
+    "name": _text,
+    "regions": _texts,
+    "resource_id": _identifier,
+    "resource_type": _resource_type,
+    "size_gigabytes": _number,
+    "tags": _tags,
+}
+"""Every documented key, in the documented order, and what it has to be."""
+
+
+# -- numbers that orjson would change ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A JSON number with more digits, or a larger exponent, than orjson keeps."""
+
+    literal: str
+    integer: bool
+
+
+def _literal(value: Any) -> orjson.Fragment:
+    if isinstance(value, Exact):
+        return orjson.Fragment(value.literal)
+    raise TypeError
+
+
+def _parse_exactly(body: bytes) -> Any:
+    try:
+        return json.loads(
+            body.decode(), parse_int=_exact_integer, parse_float=_exact_float, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError, DecimalException):
+        raise UpstreamInvalid("it is not JSON") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    """JSON has no NaN and no Infinity; Python's parser takes them."""
+    raise ValueError(name)
+
+
+def _exact_integer(digits: str) -> int | Exact:
+    if len(digits) <= _LONGEST_INTEGER and -(2**63) <= (value := int(digits)) < 2**64:
+        return value
+    return Exact(digits, integer=True)
+
+
+def _exact_float(digits: str) -> float | Exact:
+    value, exact = float(digits), Decimal(digits)
+    if math.isfinite(value) and Decimal(repr(value)) == exact:
+        return value
+    sign, significant, exponent = exact.as_tuple()
+    while significant[-1] == 0:
+        significant, exponent = significant[:-1], int(exponent) + 1
+    literal = str(Decimal((sign, significant, int(exponent))))
+    return Exact(literal if "." in literal or "E" in literal else literal + ".0", integer=False)

@@ -1,0 +1,96 @@
+"""Answers become aiohttp responses: status, headers, body, and nothing of the server's version."""
+
+import secrets
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from http import HTTPStatus
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from proxy.core.errors import RETRY_AFTER_S, RETRYABLE, MethodNotAllowed, ProxyError
+from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status
+from proxy.readthrough import Failed, Served
+
+_JSON = "application/json; charset=utf-8"
+
+
+def new_request_id() -> str:
+    """Make an id for a request whose caller gave none: 128 bits, 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+def served_response(
+    served: Served, *, now: float, request_id: str, if_none_match: str | None
+) -> web.Response:
+    """Give an answer of the cache or the upstream its headers. 304 where the caller has it already."""
+    headers = _headers(request_id)
+    headers["Cache-Status"] = served.cache_status
+    headers.extend(served.ratelimit)
+    if served.entry is None:
+        headers["Cache-Control"] = "no-store"
+    else:
+        entry = served.entry
+        headers["ETag"] = entry.etag
+        headers["Age"] = str(int(entry.age_s(now)))
+        headers["Cache-Control"] = f"private, max-age={entry.lifetimes.fresh_s}"
+        headers["Vary"] = "Authorization"
+        # RFC 9110 §13.2.1: a condition counts only where the answer without it is a success.
+        if (
+            if_none_match is not None
+            and entry.status == HTTPStatus.OK
+            and is_not_modified(if_none_match, entry.etag)
+        ):
+            return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
+    headers["Content-Type"] = _JSON
+    if served.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if served.status in RETRYABLE:
+        headers["Retry-After"] = str(served.retry_after_s or RETRY_AFTER_S)
+    return web.Response(status=served.status, headers=headers, body=served.body)
+
+
+def failed_response(failed: Failed, request_id: str) -> web.Response:
+    """Answer a read with an error of ours."""
+    response = error_response(failed.error, request_id)
+    response.headers["Cache-Status"] = failed.cache_status
+    return response
+
+
+def error_response(error: ProxyError, request_id: str | None = None) -> web.Response:
+    """Answer with an error of ours."""
+    request_id = request_id or new_request_id()
+    return web.Response(
+        status=error.status, headers=_error_headers(error, request_id), body=error_body(error, request_id)
+    )
+
+
+def refusal(error: ProxyError) -> bytes:
+    """Write a whole answer to whoever gets no request in: an error of ours, and the connection closes."""
+    request_id = new_request_id()
+    body = error_body(error, request_id)
+    headers = _error_headers(error, request_id)
+    headers["Date"] = format_datetime(datetime.now(UTC), usegmt=True)
+    headers["Content-Length"] = str(len(body))
+    headers["Connection"] = "close"
+    lines = [f"HTTP/1.1 {error.status:d} {HTTPStatus(error.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def _headers(request_id: str) -> CIMultiDict[str]:
+    return CIMultiDict({"Server": CACHE_NAME, "X-Request-Id": request_id})
+
+
+def _error_headers(error: ProxyError, request_id: str) -> CIMultiDict[str]:
+    headers = _headers(request_id)
+    headers["Content-Type"] = _JSON
+    headers["Cache-Control"] = "no-store"
+    headers["Proxy-Status"] = proxy_status(error)
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = error.allow
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return headers

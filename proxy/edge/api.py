@@ -1,0 +1,185 @@
+"""The API listener: a raw request is checked and becomes a `Call`, its answer becomes headers and bytes.
+
+Nothing below this file sees a raw request. Whatever happens to a request, it is counted once, here or, where
+there was no request at all, in `malformed`.
+"""
+
+import logging
+import time
+from asyncio import CancelledError
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.web_protocol import RequestPayloadError
+
+from proxy.core.errors import (
+    BadRequest,
+    HttpVersionNotSupported,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    ProxyError,
+    UpstreamInvalid,
+)
+from proxy.core.events import OTHER_CALLER, Outcome, RequestDone, Route
+from proxy.core.identity import EntryKey, Keyring, Token
+from proxy.core.request import (
+    Call,
+    parse_authorization,
+    parse_directives,
+    parse_request_id,
+    parse_target,
+)
+from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
+from proxy.edge.connection import Handler
+from proxy.logs import event
+from proxy.readthrough import Failed, ReadThrough, Served
+
+MAX_BODY_BYTES = 16_384
+"""Real clients send `{}` and `null` with requests that need no body: so much is read and ignored."""
+
+_ALLOW = "GET, HEAD"
+_CLIENT_LEFT = 499
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Log:
+    """What is known of a request so far; becomes its one `RequestDone`."""
+
+    request_id: str
+    route: Route = Route.OTHER
+    outcome: Outcome = Outcome.NONE
+    status: int = _CLIENT_LEFT
+    caller: str = OTHER_CALLER
+    entry_age_s: float | None = None
+    error: ProxyError | None = None
+
+
+class Api:
+    """Answers requests. `name_caller` gives a token's alias; `observe` is told of every request once."""
+
+    def __init__(
+        self,
+        readthrough: ReadThrough,
+        keyring: Keyring,
+        *,
+        name_caller: Callable[[Token], str],
+        observe: Callable[[RequestDone], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._readthrough = readthrough
+        self._keyring = keyring
+        self._name_caller = name_caller
+        self._observe = observe
+        self._clock = clock
+
+    async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request, whatever it is."""
+        started = time.perf_counter()
+        log = _Log(parse_request_id(request.headers.get("X-Request-Id")) or new_request_id())
+        try:
+            response = await self._answer(request, log)
+            log.status = response.status
+        except CancelledError:
+            raise
+        except ProxyError as error:
+            log.error = error
+            response = error_response(error, log.request_id)
+            log.status = response.status
+        except Exception as error:  # noqa: BLE001 # the last line of defence: a bug is an answer too, and no header is shown
+            event(_LOG, logging.ERROR, "bug", exc=error, request_id=log.request_id)
+            log.error = ProxyError("an error inside the proxy; its log tells more")
+            response = error_response(log.error, log.request_id)
+            log.status = response.status
+        finally:
+            self._done(log, started)
+        if request.can_read_body:
+            response.force_close()  # what was not read would be taken for the next request
+        return response
+
+    def malformed(self, error: ProxyError) -> None:
+        """Count what never became a request."""
+        self._done(_Log("", status=error.status, error=error), time.perf_counter())
+
+    async def _answer(self, request: web.BaseRequest, log: _Log) -> web.StreamResponse:
+        call = await self._call(request, log)
+        answer = await self._readthrough.get(call)
+        log.outcome = answer.outcome
+        match answer:
+            case Served():
+                now = self._clock()
+                if answer.outcome in (Outcome.HIT, Outcome.NEGATIVE) and answer.entry is not None:
+                    log.entry_age_s = answer.entry.age_s(now)
+                conditions = request.headers.getall("If-None-Match", None)
+                return served_response(
+                    answer,
+                    now=now,
+                    request_id=log.request_id,
+                    if_none_match=None if conditions is None else ",".join(conditions),
+                )
+            case Failed():
+                log.error = answer.error
+                return failed_response(answer, log.request_id)
+
+    async def _call(self, request: web.BaseRequest, log: _Log) -> Call:
+        """Check the request, in the order in which a caller can mend it, and read what body there is."""
+        headers = request.headers
+        if request.version not in (HttpVersion10, HttpVersion11):
+            raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
+        hosts = len(headers.getall("Host", ()))
+        if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
+            raise BadRequest("send exactly one Host header")
+        snapshot_id = parse_target(request.raw_path)
+        log.route = Route.SNAPSHOT
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(_ALLOW)
+        token = parse_authorization(headers.getall("Authorization", ()))
+        log.caller = self._name_caller(token)
+        if request.body_exists:
+            await _skip_body(request)
+        protocol = request.protocol
+        assert isinstance(protocol, Handler)
+        protocol.connection.reading_ended()
+        return Call(
+            key=EntryKey(self._keyring.partition(token), snapshot_id.text),
+            snapshot_id=snapshot_id,
+            token=token,
+            directives=parse_directives(headers.getall("Cache-Control", ()), headers.getall("Pragma", ())),
+            request_id=log.request_id,
+            caller=log.caller,
+        )
+
+    def _done(self, log: _Log, started: float) -> None:
+        self._observe(
+            RequestDone(
+                route=log.route,
+                outcome=log.outcome,
+                status=log.status,
+                caller=log.caller,
+                seconds=time.perf_counter() - started,
+                request_id=log.request_id,
+                entry_age_s=log.entry_age_s,
+                error_id=None if log.error is None else log.error.id,
+                fact=log.error.fact if isinstance(log.error, UpstreamInvalid) else None,
+            )
+        )
+
+
+async def _skip_body(request: web.BaseRequest) -> None:
+    """Read a body that nobody needs. Raises PayloadTooLarge or BadRequest."""
+    too_large = PayloadTooLarge(f"this request needs no body, and yours has more than {MAX_BODY_BYTES} bytes")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise too_large
+    if request.version == HttpVersion11 and request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+    size = 0
+    try:
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > MAX_BODY_BYTES:
+                raise too_large
+    except RequestPayloadError:
+        raise BadRequest("the request's body is not well-formed") from None

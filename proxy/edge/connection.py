@@ -1,0 +1,322 @@
+"""One object a connection, around aiohttp's own protocol object: deadlines, limits, drain.
+
+aiohttp parses and answers; this file decides how long a connection may take for what, how many there may be,
+and when they have to go. A connection is
+
+    IDLE     between requests: for `idle_timeout_s`
+    READING  from the first byte of a request until all of it is here: for `header_timeout_s`
+    BUSY     while we owe an answer: as long as that takes, but a caller who does not read what we write
+             has `header_timeout_s` to go on reading
+
+One timer a connection looks at these deadlines now and then and is set for the next; requests only move a number.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+
+from proxy.core.errors import BadRequest, HeadersTooLarge, Overloaded, ProxyError, UriTooLong
+from proxy.edge.answers import error_response, refusal
+from proxy.logs import event
+
+MAX_LINE_BYTES = 8190
+MAX_HEADERS = 64
+MOST_REFUSED = 100
+"""Connections over the limit that are told so, at most; the rest is dropped at once."""
+
+# aiohttp counts a header's name and value, but not the `: ` between them.
+_MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
+_LINGER_S = 2.0
+_LONG_S = 365 * 86_400
+_NEVER = float("inf")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how many: seconds, and connections."""
+
+    header_timeout_s: float
+    idle_timeout_s: float
+    max_connections: int
+
+
+class _Phase(Enum):
+    IDLE = auto()
+    READING = auto()
+    BUSY = auto()
+
+
+class Listener:
+    """All connections of the API listener, and what they share.
+
+    `respond` answers one request; `on_malformed` is told of each answer that was given to what is no request.
+    """
+
+    def __init__(
+        self,
+        respond: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        limits: Limits,
+        on_malformed: Callable[[ProxyError], None],
+    ) -> None:
+        self._server = web.Server(respond, handler_cancellation=True)
+        self.limits = limits
+        self.on_malformed = on_malformed
+        self.connections: set[Connection] = set()
+        self.refused: set[Connection] = set()
+        self.draining = False
+        self._loop = asyncio.get_running_loop()
+        self._quiet = asyncio.Event()
+
+    def __call__(self) -> "Connection":
+        """Make the protocol of a new connection, for `loop.create_server`."""
+        handler = Handler(
+            self._server,
+            loop=self._loop,
+            access_log_class=_NoAccessLog,  # ours is written where the outcome is known
+            auto_decompress=False,  # it would inflate a body that nobody wants
+            keepalive_timeout=_LONG_S,  # the deadlines are the connection's
+            lingering_time=_LINGER_S,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=_MAX_FIELD_BYTES,
+            max_headers=MAX_HEADERS,
+        )
+        handler.connection = Connection(self, handler, self._loop)
+        return handler.connection
+
+    def closed(self, connection: "Connection") -> None:
+        """Take note that a connection is gone."""
+        self.connections.discard(connection)
+        self.refused.discard(connection)
+        if not self.connections:
+            self._quiet.set()
+
+    async def drain(self, within_s: float) -> None:
+        """Let the running requests end, at most `within_s`; then close whatever is left."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        self._quiet.clear()
+        try:
+            if self.connections:
+                async with asyncio.timeout(within_s):
+                    await self._quiet.wait()
+        except TimeoutError:
+            event(_LOG, logging.WARNING, "drain-incomplete", connections=len(self.connections))
+        for connection in [*self.connections, *self.refused]:
+            connection.abort()
+        await self._server.shutdown(0)
+
+
+class Handler(web.RequestHandler):
+    """aiohttp's protocol object, with our words for what is no request."""
+
+    connection: "Connection"
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002 # aiohttp's signature; there was no request
+        status: int = 500,  # noqa: ARG002 # always 400 from the parser: the exception tells more
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer from constants: aiohttp's own text shows headers, `Authorization` included."""
+        error = _malformed(exc, message)
+        self.connection.reading_ended()
+        self.connection.listener.on_malformed(error)
+        response = error_response(error)
+        response.force_close()
+        return response
+
+    def log_exception(self, *_args: Any, **_kw: Any) -> None:
+        """Say that it happened: aiohttp's arguments show headers."""
+        event(_LOG, logging.ERROR, "connection-failed")
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write the answer, and tell the connection when it is written."""
+        if self.connection.listener.draining:
+            resp.force_close()
+        finished = await super().finish_response(request, resp, start_time)
+        self.connection.answered()
+        return finished
+
+
+class _NoAccessLog(AbstractAccessLogger):
+    """What aiohttp would have: half of the speed for it."""
+
+    @property
+    def enabled(self) -> bool:
+        """Off."""
+        return False
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Never called."""
+
+
+def _malformed(exc: BaseException | None, message: str | None) -> ProxyError:
+    """Tell what was wrong with what the parser refused; its own words stay unsaid."""
+    match exc:
+        case LineTooLong(args=(_, limit, *_)) if limit == MAX_LINE_BYTES:
+            return UriTooLong(f"the request target is longer than {MAX_LINE_BYTES} bytes")
+        case LineTooLong():
+            return HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
+        case HttpProcessingError() if message == "Too many headers received":
+            return HeadersTooLarge(f"there are more than {MAX_HEADERS} headers")
+        case HttpProcessingError():
+            return BadRequest("this is not a well-formed HTTP request")
+        case _:
+            return ProxyError("an error inside the proxy; its log tells more")
+
+
+class Connection(asyncio.Protocol):
+    """The deadlines of one connection; bytes pass through to aiohttp's protocol object and back unseen."""
+
+    __slots__ = (
+        "_deadline",
+        "_handler",
+        "_loop",
+        "_more",
+        "_phase",
+        "_timer",
+        "_transport",
+        "_unread",
+        "_write_deadline",
+        "listener",
+    )
+
+    def __init__(self, listener: Listener, handler: Handler, loop: asyncio.AbstractEventLoop) -> None:
+        self.listener = listener
+        self._handler: Handler | None = handler
+        self._loop = loop
+        self._phase = _Phase.IDLE
+        self._deadline = _NEVER
+        self._write_deadline = _NEVER
+        self._unread = 0
+        self._more = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport
+
+    # -- what asyncio tells --------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, or refuse where there are too many."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        self._enter(_Phase.IDLE)
+        if len(self.listener.connections) < self.listener.limits.max_connections:
+            self.listener.connections.add(self)
+            assert self._handler is not None
+            self._handler.connection_made(transport)
+        elif len(self.listener.refused) < MOST_REFUSED:
+            self._handler = None
+            self.listener.refused.add(self)
+        else:
+            self._handler = None
+            self._transport.abort()
+            return
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        """Take a chunk of bytes."""
+        if self._handler is None:
+            self._refuse()
+            return
+        if self._phase is _Phase.IDLE:
+            self._enter(_Phase.READING)
+        elif self._phase is _Phase.BUSY:
+            self._more = True
+        self._handler.data_received(data)
+
+    def eof_received(self) -> None:
+        """Take note that the caller sends no more; asyncio then closes the connection."""
+        if self._handler is not None:
+            self._handler.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.listener.closed(self)
+        if self._handler is not None:
+            self._handler.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Give a caller who does not read a deadline."""
+        self._unread = self._transport.get_write_buffer_size()
+        self._write_deadline = self._loop.time() + self.listener.limits.header_timeout_s
+        if self._handler is not None:
+            self._handler.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Take the deadline back."""
+        self._write_deadline = _NEVER
+        if self._handler is not None:
+            self._handler.resume_writing()
+
+    # -- what the request's handling tells -----------------------------------------------------
+
+    def reading_ended(self) -> None:
+        """All of the request is here: from now on we owe an answer."""
+        self._enter(_Phase.BUSY)
+
+    def answered(self) -> None:
+        """The answer is written; bytes that came meanwhile are the next request's."""
+        self._enter(_Phase.READING if self._more else _Phase.IDLE)
+
+    # -- deadlines -----------------------------------------------------------------------------
+
+    def close_if_idle(self) -> None:
+        """Close between two requests; one that has begun is answered first."""
+        if self._phase is _Phase.IDLE:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close now, whatever was not written."""
+        self._transport.abort()
+
+    def _enter(self, phase: _Phase) -> None:
+        limits = self.listener.limits
+        self._phase = phase
+        match phase:
+            case _Phase.IDLE:
+                self._deadline = self._loop.time() + limits.idle_timeout_s
+            case _Phase.READING:
+                self._deadline = self._loop.time() + limits.header_timeout_s
+            case _Phase.BUSY:
+                self._deadline = _NEVER
+                self._more = False
+
+    def _arm(self) -> None:
+        limits = self.listener.limits
+        # No deadline lies nearer than this: so often the timer looks, and requests need not touch it.
+        at_the_latest = self._loop.time() + min(limits.header_timeout_s, limits.idle_timeout_s)
+        due = min(self._deadline, self._write_deadline, at_the_latest)
+        self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        unread = self._transport.get_write_buffer_size()
+        if self._write_deadline <= now and unread < self._unread:
+            # Slow, but reading.
+            self._unread = unread
+            self._write_deadline = now + self.listener.limits.header_timeout_s
+        if min(self._deadline, self._write_deadline) > now:
+            self._arm()
+        elif self._phase is _Phase.IDLE and not unread:
+            self._transport.close()
+        else:
+            self._transport.abort()
+
+    def _refuse(self) -> None:
+        error = Overloaded("too many connections; try again in a moment")
+        self.listener.on_malformed(error)
+        self._transport.write(refusal(error))
+        self._transport.close()

@@ -1,0 +1,92 @@
+"""Many callers, one fetch.
+
+A *flight* is a fetch in a task of its own: callers wait on it shielded, so that nobody who leaves can cancel
+it for the others, or for what it is about to store. Callers with the same key share one flight. A flight that
+has landed is still shared for a moment with those who began to look for an answer while it was in the air:
+between their look and their joining, its answer was stored.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, NamedTuple, TypeVar
+
+from proxy.core.errors import Overloaded
+
+T = TypeVar("T")
+
+LINGER_S = 1.0
+"""Longer than a look-up takes: for so long a landed flight is remembered."""
+
+
+class Landed(NamedTuple, Generic[T]):
+    """What a flight brought; `collapsed` for all but the one who started it."""
+
+    result: T
+    collapsed: bool
+
+
+class _Flight(Generic[T]):
+    __slots__ = ("landed_at", "task")
+
+    def __init__(self, task: "asyncio.Task[T]") -> None:
+        self.task = task
+        self.landed_at: float | None = None
+
+
+class Flights(Generic[T]):
+    """The fetches of this process: at most `most` in the air at once.
+
+    `fetch` returns its failures as values: an exception is a bug, and everybody who waits gets it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._by_key: dict[Hashable, _Flight[T]] = {}
+        self._tasks: set[asyncio.Task[T]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def join(self, key: Hashable, since: float, fetch: Callable[[], Awaitable[T]]) -> Landed[T]:
+        """Wait for the flight of `key`, or start one. `since` is the loop time at which the caller began to look.
+
+        Raises Overloaded where there is none to join and no room for another.
+        """
+        flight = self._by_key.get(key)
+        if flight is not None and (flight.landed_at is None or flight.landed_at >= since):
+            return Landed(await asyncio.shield(flight.task), collapsed=True)
+        flight = _Flight(self._start(fetch))
+        self._by_key[key] = flight
+        flight.task.add_done_callback(lambda _: self._land(key, flight))
+        return Landed(await asyncio.shield(flight.task), collapsed=False)
+
+    async def alone(self, fetch: Callable[[], Awaitable[T]]) -> Landed[T]:
+        """Fetch for one caller only, in a task all the same. Raises Overloaded where there is no room."""
+        return Landed(await asyncio.shield(self._start(fetch)), collapsed=False)
+
+    async def close(self) -> None:
+        """Cancel what is still in the air; whoever waits for it is cancelled too."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, fetch: Callable[[], Awaitable[T]]) -> "asyncio.Task[T]":
+        if len(self._tasks) >= self._most:
+            raise Overloaded("too many requests wait for the upstream; try again in a moment")
+
+        async def fly() -> T:
+            return await fetch()
+
+        task = asyncio.create_task(fly(), name="flight")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _land(self, key: Hashable, flight: _Flight[T]) -> None:
+        loop = asyncio.get_running_loop()
+        flight.landed_at = loop.time()
+        loop.call_later(LINGER_S, self._forget, key, flight)
+
+    def _forget(self, key: Hashable, flight: _Flight[T]) -> None:
+        if self._by_key.get(key) is flight:
+            del self._by_key[key]

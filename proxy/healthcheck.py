@@ -1,0 +1,26 @@
+"""The health check of containers: one question to the admin listener, with nothing but the standard library."""
+
+import sys
+from http.client import HTTPConnection, HTTPException
+
+from proxy.core.errors import SettingsError
+from proxy.settings import Admin
+
+_TIMEOUT_S = 2.0
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 # what a listener may be bound to
+
+
+def healthcheck(admin: Admin) -> int:
+    """Give 0 if `/healthz` of the running service answers 200 within two seconds, else 1."""
+    if admin.port == 0:
+        raise SettingsError("admin.port = 0: name the port that the running service listens on")
+    connection = HTTPConnection(_EVERYWHERE.get(admin.host, admin.host), admin.port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", "/healthz")
+        healthy = connection.getresponse().status == 200  # noqa: PLR2004 # OK
+    except (OSError, HTTPException) as error:
+        print(f"snapshot-proxy: no answer from the admin listener: {type(error).__name__}", file=sys.stderr)  # noqa: T201 # the command's answer
+        return 1
+    finally:
+        connection.close()
+    return 0 if healthy else 1

@@ -1,0 +1,148 @@
+"""What Prometheus is told: the declarations, and one `observe` for every event.
+
+Labels are closed sets, aliases included; nothing that a caller sends becomes one.
+"""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import assert_never
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+from proxy.core.events import Outcome, RequestDone, StoreOperation, UpstreamCall
+
+_PREFIX = "snapshot_proxy_"
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+_AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
+_AVOIDED = (Outcome.HIT, Outcome.NEGATIVE, Outcome.COLLAPSED)
+_OWN_STATUSES = frozenset(
+    {
+        HTTPStatus.NOT_MODIFIED,
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+)
+
+
+class Metrics:
+    """All metrics of one process, in a registry of their own."""
+
+    def __init__(self, version: str) -> None:
+        disable_created_metrics()  # a second series for every first one
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._requests = self._counter(
+            "requests", "Requests, each counted once.", "route", "cache", "status", "caller"
+        )
+        self._request_seconds = self._histogram(
+            "request_duration_seconds", "From a request's head to its answer.", _SECONDS, "cache"
+        )
+        self._upstream_requests = self._counter(
+            "upstream_requests", "Calls to the upstream.", "route", "status", "caller"
+        )
+        self._upstream_seconds = self._histogram(
+            "upstream_request_duration_seconds", "From a call to the end of its answer.", _SECONDS, "route"
+        )
+        self._avoided = self._counter(
+            "upstream_avoided", "Requests that needed no call to the upstream.", "reason"
+        )
+        self._entry_age = self._histogram(
+            "entry_age_seconds", "Age of the entries that answered, since their call.", _AGES_S
+        )
+        self._store_operations = self._counter(
+            "store_operations", "Operations on the store.", "operation", "outcome"
+        )
+        self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
+        for reason in _AVOIDED:
+            self._avoided.labels(reason)
+
+    def watch(
+        self,
+        *,
+        connections: Callable[[], float],
+        flights: Callable[[], float],
+        store_up: Callable[[], float],
+        store_shared: Callable[[], float],
+        secret_mismatch: Callable[[], float],
+    ) -> None:
+        """Declare the gauges that are read where they stand, at each scrape."""
+        for name, help_text, read in (
+            ("connections", "Open connections of callers.", connections),
+            ("flights", "Fetches on their way.", flights),
+            ("store_up", "1 while Redis answers.", store_up),
+            (
+                "store_shared",
+                "1 where the store is shared by replicas, 0 where it is embedded.",
+                store_shared,
+            ),
+            ("secret_mismatch", "1 where another replica uses another secret.", secret_mismatch),
+        ):
+            self._gauge(name, help_text).set_function(read)
+
+    def observe(self, event: RequestDone | UpstreamCall | StoreOperation) -> None:
+        """Count what happened."""
+        match event:
+            case RequestDone():
+                self._requests.labels(
+                    event.route, event.outcome, status_label(event.status), event.caller
+                ).inc()
+                self._request_seconds.labels(event.outcome).observe(event.seconds)
+                if event.outcome in _AVOIDED:
+                    self._avoided.labels(event.outcome).inc()
+                if event.entry_age_s is not None:
+                    self._entry_age.observe(event.entry_age_s)
+            case UpstreamCall():
+                status = event.status if isinstance(event.status, str) else status_label(event.status)
+                self._upstream_requests.labels(event.route, status, event.caller).inc()
+                self._upstream_seconds.labels(event.route).observe(event.seconds)
+            case StoreOperation():
+                self._store_operations.labels(event.operation, event.outcome).inc()
+            case _:
+                assert_never(event)
+
+    def names(self) -> set[str]:
+        """Name every series that a scrape can show, for the check of dashboards and rules."""
+        return {
+            name for family in self._registry.collect() for name in _series_names(family.name, family.type)
+        }
+
+    def scrape(self, accept: str) -> tuple[bytes, str]:
+        """Write all of it in the format that the header `Accept` asks for; give it and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, help_text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(_PREFIX + name, help_text, labels, buckets=buckets, registry=self._registry)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(_PREFIX + name, help_text, labels, registry=self._registry)
+
+
+def status_label(status: int) -> str:
+    """Give a status its label: its own where the contract names it, else its class."""
+    return str(int(status)) if status in _OWN_STATUSES else f"{status // 100}xx"
+
+
+def _series_names(family: str, kind: str) -> set[str]:
+    match kind:
+        case "counter":
+            return {f"{family}_total"}
+        case "histogram":
+            return {f"{family}_bucket", f"{family}_count", f"{family}_sum"}
+        case _:
+            return {family}

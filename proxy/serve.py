@@ -1,0 +1,45 @@
+"""The service as a process: signals in, exit status out."""
+
+import asyncio
+import logging
+import signal
+
+from proxy import logs
+from proxy.app import App, StartError
+from proxy.settings import Settings
+from proxy.storage.embedded import EmbeddedServerError
+
+_LOG = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings) -> int:
+    """Run until SIGTERM (lame duck, then drain) or SIGINT (drain at once); a second signal ends it now.
+
+    Gives the exit status: 0 after a signal, 1 where it could not start.
+    """
+    logs.configure(settings.log.level, settings.log.format)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(logs.on_loop_error)
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+
+    app = App(settings)
+    try:
+        await app.start()
+    except (StartError, EmbeddedServerError) as error:
+        logs.announce(_LOG, "cannot-start", cause=str(error))
+        return 1
+    except OSError as error:
+        logs.announce(_LOG, "cannot-start", cause=error.strerror or type(error).__name__)
+        return 1
+
+    first = await signals.get()
+    stopping = asyncio.create_task(app.stop(lame_duck=first is signal.SIGTERM))
+    second = asyncio.create_task(signals.get())
+    await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        await app.kill()
+    second.cancel()
+    await asyncio.gather(stopping, second, return_exceptions=True)
+    return 0

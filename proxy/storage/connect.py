@@ -1,0 +1,35 @@
+"""Clients by URL, for `Link`: one connection each, no repetition, no patience of their own."""
+
+from collections.abc import Callable
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+
+def connector(
+    url: str, *, connect_timeout_s: float, username: str = "", password: str = "", ca_file: str = ""
+) -> Callable[[], Redis]:
+    """Make what opens clients to `redis://`, `rediss://` or `unix://` (redis-py's own URL syntax).
+
+    `username` and `password` win over the URL's where they are not empty; `ca_file` replaces the system's
+    authorities for `rediss://`.
+    """
+    options: dict[str, Any] = {"username": username, "password": password}
+    if url.startswith("rediss://"):
+        options["ssl_ca_certs"] = ca_file
+
+    def connect() -> Redis:
+        client: Redis = Redis.from_url(
+            url,
+            max_connections=1,
+            protocol=3,
+            retry=Retry(NoBackoff(), 0),  # redis-py's own: ten attempts, a minute for one command
+            socket_connect_timeout=connect_timeout_s,
+            socket_timeout=connect_timeout_s,  # `Link` has the shorter deadlines
+            **{name: value for name, value in options.items() if value},
+        )
+        return client
+
+    return connect

@@ -1,0 +1,210 @@
+"""HTTP towards DigitalOcean: one question, one answer or one `UpstreamError`.
+
+The laws of this file: nothing of the caller's goes up but the token and the request id; nothing is repeated,
+redirected, remembered (cookies) or taken from the environment (proxies); no more than `max_body_bytes` of an
+answer is ever held, however it was compressed; errors of aiohttp end here, since they show headers.
+"""
+
+import asyncio
+import ssl
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import aiohttp
+
+from proxy import __version__
+from proxy.core.errors import (
+    RETRYABLE,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from proxy.core.events import Route, UpstreamCall
+from proxy.core.policy import Answer
+from proxy.core.request import Call
+
+USER_AGENT = f"snapshot-proxy/{__version__}"
+
+_CHUNK_BYTES = 65_536
+_GZIP = 16 + zlib.MAX_WBITS
+_RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamOptions:
+    """Where the API is, and how long it may take. Seconds and bytes, as in the section `upstream`."""
+
+    base_url: str
+    connect_timeout_s: float
+    read_timeout_s: float
+    max_body_bytes: int
+    max_connections: int
+    http_proxy: str = ""
+    ca_file: str = ""
+
+
+class Upstream:
+    """DigitalOcean's API over one connection pool."""
+
+    def __init__(self, options: UpstreamOptions, observe: Callable[[UpstreamCall], None]) -> None:
+        self._options = options
+        self._observe = observe
+        context = ssl.create_default_context()
+        if options.ca_file:
+            context.load_verify_locations(options.ca_file)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=options.max_connections, ssl=context),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,  # its chunks have no bound that we could set
+            raise_for_status=False,
+            skip_auto_headers=("User-Agent",),
+            middlewares=(_say_once,),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=options.connect_timeout_s, sock_read=options.read_timeout_s
+            ),
+        )
+
+    async def close(self) -> None:
+        """Close the pool."""
+        await self._session.close()
+
+    async def get(self, call: Call, deadline: float) -> Answer:
+        """Ask for one snapshot with the caller's token. `deadline` is loop time. Raises UpstreamError."""
+        called_at, started = time.time(), time.perf_counter()
+        status: int | Literal["timeout", "error"] = "error"
+        try:
+            async with asyncio.timeout_at(deadline):
+                response = await self._session.get(
+                    f"{self._options.base_url}/v2/snapshots/{call.snapshot_id.text}",
+                    headers={
+                        "Authorization": f"Bearer {call.token.reveal()}",
+                        "Accept": "application/json",
+                        "Accept-Encoding": "gzip",
+                        "User-Agent": USER_AGENT,
+                        "X-Request-Id": call.request_id,
+                    },
+                    allow_redirects=False,
+                    proxy=self._options.http_proxy or None,
+                )
+                async with response:
+                    body = await _read(response, self._options.max_body_bytes)
+            status = response.status
+        except (aiohttp.ClientError, OSError, zlib.error) as error:  # TimeoutError is an OSError
+            translated = _translate(error)
+            status = "timeout" if isinstance(translated, UpstreamTimeout) else "error"
+            raise translated from None
+        finally:
+            self._observe(UpstreamCall(Route.SNAPSHOT, status, call.caller, time.perf_counter() - started))
+        return Answer(
+            status=response.status,
+            body=body,
+            called_at=called_at,
+            retry_after_s=_retry_after_s(response),
+            ratelimit=tuple(
+                (name, value)
+                for name in _RATELIMIT
+                if (value := response.headers.get(name, "")).isascii() and value.isdigit()
+            ),
+        )
+
+
+async def _say_once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Keep aiohttp from repeating what it sent on a connection that was closed under it, DELETE included."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+        raise _Disconnected from None
+
+
+class _Disconnected(aiohttp.ClientConnectionError):
+    """The connection ended before an answer began."""
+
+
+async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """Read and inflate a body, never holding more than `most` bytes of it and one chunk."""
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "x-gzip"):
+        raise UpstreamInvalid(
+            "its content coding was not asked for", proxy_error="http_response_content_coding"
+        )
+    inflater = None if coding == "identity" else zlib.decompressobj(_GZIP)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+            part = chunk if inflater is None else inflater.decompress(chunk, most - size + 1)
+            size += len(part)
+            if size > most:
+                response.close()
+                raise UpstreamInvalid(
+                    f"it has more than {most} bytes (upstream.max_body_bytes)",
+                    proxy_error="http_response_body_size",
+                )
+            parts.append(part)
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+        if isinstance(error, TimeoutError):
+            raise
+        raise _incomplete() from None
+    if inflater is not None and not inflater.eof:
+        raise _incomplete()
+    return b"".join(parts)
+
+
+def _incomplete() -> UpstreamInvalid:
+    return UpstreamInvalid("it ended before it was complete", proxy_error="http_response_incomplete")
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> int | None:
+    """Read `Retry-After` in seconds, 1 to 60, of the answers that may carry one."""
+    value = response.headers.get("Retry-After", "").strip()
+    if response.status not in RETRYABLE or not (value.isascii() and value.isdigit()):
+        return None
+    return min(max(int(value[:6]), 1), 60)
+
+
+def _translate(error: Exception) -> UpstreamError:
+    """Name what went wrong, in our words and RFC 9209's. The most special cases stand first."""
+    match error:
+        case _Disconnected():
+            return UpstreamDisconnected(
+                "the upstream closed the connection before it answered; the request may be tried again",
+                proxy_error="connection_terminated",
+            )
+        case aiohttp.ConnectionTimeoutError():
+            return _unreachable("it did not take the connection in time", "connection_timeout")
+        case TimeoutError():
+            return UpstreamTimeout(
+                "the upstream did not answer in time; try again", proxy_error="http_response_timeout"
+            )
+        case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
+            return _unreachable("upstream.http_proxy does not let us through", "destination_unavailable")
+        case aiohttp.ClientConnectorDNSError():
+            return _unreachable("its name does not resolve", "dns_error")
+        case aiohttp.ClientConnectorCertificateError():
+            return _unreachable(
+                "its certificate is not to be trusted (upstream.ca_file)", "tls_certificate_error"
+            )
+        case aiohttp.ClientSSLError():
+            return _unreachable("TLS with it failed", "tls_protocol_error")
+        case ConnectionRefusedError() | aiohttp.ClientConnectorError():
+            return _unreachable("nothing there takes the connection", "connection_refused")
+        case zlib.error():
+            return UpstreamInvalid("it is not the gzip it says", proxy_error="http_response_content_coding")
+        case aiohttp.ClientResponseError():
+            return UpstreamInvalid("it is not HTTP", proxy_error="http_protocol_error")
+        case _:
+            return _unreachable("the connection failed", "connection_terminated")
+
+
+def _unreachable(why: str, proxy_error: str) -> UpstreamUnreachable:
+    return UpstreamUnreachable(f"the upstream cannot be reached: {why}", proxy_error=proxy_error)

@@ -1,0 +1,33 @@
+"""A simulator on loopback and a client of it."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from proxy.simulator import Simulator, Token
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    """Run a simulator of the default world and limits."""
+    async with Simulator() as running:
+        yield running
+
+
+@pytest.fixture
+def token(simulator: Simulator) -> Token:
+    """Issue a token with full access to the default team."""
+    return simulator.world.token(label="tester")
+
+
+@pytest.fixture
+async def client(simulator: Simulator, token: Token) -> AsyncIterator[aiohttp.ClientSession]:
+    """Open a session with `token`, a new connection for each request: aiohttp repeats nothing on these."""
+    async with aiohttp.ClientSession(
+        simulator.url,
+        headers={"Authorization": f"Bearer {token.value}"},
+        connector=aiohttp.TCPConnector(force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    ) as session:
+        yield session
