@@ -242,11 +242,13 @@ class App:
     async def _serve_admin(self, metrics: Metrics) -> str:
         admin = self._settings.admin
         runner = web.AppRunner(
-            admin_application(scrape=metrics.scrape, ready=lambda: self._ready), access_log=None
+            admin_application(scrape=metrics.scrape, ready=lambda: self._ready),
+            access_log=None,
+            shutdown_timeout=1.0,
         )
         await runner.setup()
         self._cleanup.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, admin.host, admin.port, shutdown_timeout=1.0).start()
+        await web.TCPSite(runner, admin.host, admin.port).start()
         return _url("http", runner.addresses[0])
 
     def _go_on(self, work: Coroutine[None, None, None]) -> None:

@@ -2,7 +2,7 @@
 
 `before`: the request was logged and counted, but has not read or changed the world. `after`: its answer is
 made of the world as it was, but has not left. A client that leaves opens no gate: the request goes on when
-released.
+released. A request above the limits meets no gate.
 """
 
 import asyncio

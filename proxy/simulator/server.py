@@ -16,7 +16,6 @@ from proxy.simulator.service import DEFAULT_LIMITS, Latency, Service
 from proxy.simulator.wire import Connection
 from proxy.simulator.world import World
 
-_SHUTDOWN_S = 1.0
 # A logger of its own that nobody configures: aiohttp's access log halves the throughput.
 _SILENT = logging.Logger("simulator", logging.CRITICAL)  # noqa: LOG001 - not registered, on purpose
 
@@ -63,12 +62,12 @@ class Simulator(Service):
         loop = asyncio.get_running_loop()
         server = self._server = web.Server(self._handle)
 
-        def connection() -> Connection:
+        def accept() -> Connection:
             self.connections_opened += 1
             return Connection(server, loop=loop, access_log=_SILENT, auto_decompress=False)
 
         self._listener = await loop.create_server(
-            connection, self._host, self._port, ssl=self._ssl_context, backlog=1024
+            accept, self._host, self._port, ssl=self._ssl_context, backlog=1024
         )
         self._port = self._listener.sockets[0].getsockname()[1]
         scheme = "https" if self._ssl_context else "http"
@@ -82,12 +81,12 @@ class Simulator(Service):
         self._listener.close()
         for task in self._running:
             task.cancel()
-        connections = self._server.connections
-        await self._server.shutdown(_SHUTDOWN_S)
+        connections = [each for each in self._server.connections if isinstance(each, Connection)]
         for connection in connections:
             if connection.transport is not None:
                 connection.transport.abort()
-        await self._listener.wait_closed()
+        ends = [connection.lost for connection in connections]
+        await asyncio.gather(*ends, *self._running, return_exceptions=True)
         self._listener = self._server = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:

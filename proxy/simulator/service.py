@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 from proxy.simulator import api
 from proxy.simulator.answers import (
@@ -249,29 +248,26 @@ class Service:
         if latency_s > 0:
             await asyncio.sleep(latency_s)
 
-    def _head(self, exchange: _Exchange, standing: Standing, answer: Answer) -> CIMultiDict[str]:
+    def _head(self, exchange: _Exchange, standing: Standing, answer: Answer) -> dict[str, str]:
         request_id = exchange.request_id
-        headers = CIMultiDict(
-            {
-                "content-type": answer.content_type,
-                "ratelimit-limit": str(standing.limit),
-                "ratelimit-remaining": str(standing.remaining),
-                "ratelimit-reset": str(standing.reset),
-                "cache-control": "max-age=0, private, must-revalidate",
-                "x-gateway": "Edge-Gateway",
-                "x-request-id": request_id,
-                "cf-cache-status": "DYNAMIC",
-                "cf-ray": f"{request_id[:8]}{request_id[9:13]}0000-AMS",
-                "set-cookie": f"__cf_bm={request_id}; path=/; HttpOnly; Secure; SameSite=None",
-                "server": "cloudflare",
-            }
-        )
+        headers = {
+            "content-type": answer.content_type,
+            "ratelimit-limit": str(standing.limit),
+            "ratelimit-remaining": str(standing.remaining),
+            "ratelimit-reset": str(standing.reset),
+            "cache-control": "max-age=0, private, must-revalidate",
+            "x-gateway": "Edge-Gateway",
+            "x-request-id": request_id,
+            "cf-cache-status": "DYNAMIC",
+            "cf-ray": f"{request_id[:8]}{request_id[9:13]}0000-AMS",
+            "set-cookie": f"__cf_bm={request_id}; path=/; HttpOnly; Secure; SameSite=None",
+            "server": "cloudflare",
+        }
         if answer.status in {204, 304}:
             del headers["content-type"]
         elif answer.status in {200, 201}:
             headers["etag"] = entity_tag(answer.body)
-        headers.update(answer.headers)
-        return headers
+        return headers | {name.lower(): value for name, value in answer.headers}
 
     def _envelope(self, problem: Problem, exchange: _Exchange) -> Answer:
         return problem.answer(self._envelope_id(exchange))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 from proxy.simulator.faults import Fault, FaultKind
 
@@ -56,10 +55,10 @@ class Connection(web.RequestHandler):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Status, headers and body as they are to be written."""
+    """Status, headers (names in lower case) and body as they are to be written."""
 
     status: int
-    headers: CIMultiDict[str]
+    headers: dict[str, str]
     body: bytes
 
     def whole(self) -> web.Response:
@@ -73,9 +72,7 @@ def zipped(reply: Reply, accept_encoding: str) -> Reply:
         return reply
     if not accepts_gzip(accept_encoding):
         return reply
-    headers = reply.headers.copy()
-    headers["content-encoding"] = "gzip"
-    headers["vary"] = "Accept-Encoding"
+    headers = {**reply.headers, "content-encoding": "gzip", "vary": "Accept-Encoding"}
     return Reply(reply.status, headers, gzip.compress(reply.body, compresslevel=1, mtime=0))
 
 

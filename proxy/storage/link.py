@@ -9,9 +9,9 @@ asking fails at once.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import (
@@ -23,6 +23,7 @@ from redis.exceptions import (
 
 from proxy.logs import event
 
+T = TypeVar("T")
 Command = tuple[str | bytes | int, ...]
 
 LANES = 2
@@ -73,6 +74,7 @@ class Link:
         self._first_attempt = asyncio.Event()
         self._connected = 0
         self._lanes: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def up(self) -> bool:
@@ -93,7 +95,8 @@ class Link:
         for lane in self._lanes:
             lane.cancel()
         await asyncio.gather(*self._lanes, return_exceptions=True)
-        self._lanes = []
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._timeout_s)
 
     def deadline(self) -> float:
         """Give the loop time until which an operation that begins now may wait."""
@@ -115,28 +118,26 @@ class Link:
     # -- a lane --------------------------------------------------------------------------------
 
     async def _lane(self) -> None:
-        client = self._connect()
         failures = 0
-        try:
-            while True:
+        while True:
+            client = self._connect()
+            try:
                 connected = await self._open(client)
                 self._first_attempt.set()
                 if connected:
                     failures = 0
                     await self._converse(client)
-                else:
-                    await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
-                    failures += 1
-        finally:
-            await client.aclose()
+            finally:
+                self._hang_up(client)
+            if not connected:
+                await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+                failures += 1
 
     async def _open(self, client: Redis) -> bool:
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                await client.ping()
+            await self._within(self._connect_timeout_s, client.ping())
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             event(_LOG, logging.DEBUG, "redis-connect-failed", cause=type(error).__name__)
-            await _hang_up(client)
             return False
         return True
 
@@ -155,47 +156,71 @@ class Link:
             if not self.up:
                 _fail(self._queue, Unavailable(too_slow=False))
                 self._queue.clear()
-            await _hang_up(client)
 
     async def _take(self, client: Redis) -> bool:
-        """Wait for something to do, and do it. False: the connection broke."""
+        """Wait for something to do, and do it. False: the connection is not to be used again."""
         await self._asked.wait()
         self._asked.clear()
         batch, self._queue = self._queue, deque()
-        return not batch or await _exchange(client, batch)
+        return not batch or await self._exchange(client, batch)
 
+    async def _exchange(self, client: Redis, batch: Sequence[_Ask]) -> bool:
+        """Run one pipeline and hand out the replies. False: the connection is not to be used again."""
+        pipeline = client.pipeline(transaction=False)
+        for ask in batch:
+            for command in ask.commands:
+                pipeline.execute_command(*command)
+        remaining_s = min(ask.deadline for ask in batch) - asyncio.get_running_loop().time()
+        try:
+            replies = await self._within(remaining_s, pipeline.execute(raise_on_error=False))
+        except (RedisError, OSError) as error:
+            _fail(batch, Unavailable(too_slow=isinstance(error, (TimeoutError, RedisTimeoutError))))
+            return False
+        except BaseException:
+            _fail(batch, Unavailable(too_slow=False))
+            raise
+        start = 0
+        for ask in batch:
+            end = start + len(ask.commands)
+            if not ask.replies.done():
+                ask.replies.set_result(replies[start:end])
+            start = end
+        # A server that was demoted, or that still loads its data, is no use: look for another.
+        return not any(isinstance(reply, (ReadOnlyError, RedisConnectionError)) for reply in replies)
 
-async def _exchange(client: Redis, batch: Sequence[_Ask]) -> bool:
-    """Run one pipeline and hand out the replies. False: the connection is not to be used again."""
-    pipeline = client.pipeline(transaction=False)
-    for ask in batch:
-        for command in ask.commands:
-            pipeline.execute_command(*command)
-    try:
-        async with asyncio.timeout_at(min(ask.deadline for ask in batch)):
-            replies = await pipeline.execute(raise_on_error=False)
-    except (RedisError, OSError) as error:
-        _fail(batch, Unavailable(too_slow=isinstance(error, (TimeoutError, RedisTimeoutError))))
-        return False
-    except asyncio.CancelledError:
-        _fail(batch, Unavailable(too_slow=False))
-        raise
-    start = 0
-    for ask in batch:
-        end = start + len(ask.commands)
-        if not ask.replies.done():
-            ask.replies.set_result(replies[start:end])
-        start = end
-    # A server that was demoted, or that still loads its data, is no use: look for another.
-    return not any(isinstance(reply, (ReadOnlyError, RedisConnectionError)) for reply in replies)
+    async def _within(self, seconds: float, work: Awaitable[T]) -> T:
+        """Wait for redis-py, and not a moment longer: it swallows cancellations while it connects.
+
+        So what it does runs in a task of its own, which is left behind where it is late.
+        """
+        task = self._spawn(work)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=max(seconds, 0))
+        finally:
+            task.cancel()  # nothing, where it is done
+        if not done:
+            raise TimeoutError
+        return task.result()
+
+    def _hang_up(self, client: Redis) -> None:
+        self._spawn(client.aclose())
+
+    def _spawn(self, work: Awaitable[T]) -> asyncio.Task[T]:
+        async def run() -> T:
+            return await work
+
+        task = asyncio.create_task(run(), name="redis-py")
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it has seen it; nobody waits for what was late
 
 
 def _fail(asks: Sequence[_Ask], error: Unavailable) -> None:
     for ask in asks:
         if not ask.replies.done():
             ask.replies.set_exception(error)
-
-
-async def _hang_up(client: Redis) -> None:
-    with suppress(RedisError, OSError):
-        await client.connection_pool.disconnect()

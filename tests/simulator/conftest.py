@@ -23,11 +23,22 @@ def token(simulator: Simulator) -> Token:
 
 @pytest.fixture
 async def client(simulator: Simulator, token: Token) -> AsyncIterator[aiohttp.ClientSession]:
-    """Open a session with `token`, a new connection for each request: aiohttp repeats nothing on these."""
+    """Open a session with `token`, a connection for each request; where it breaks, a ClientOSError."""
     async with aiohttp.ClientSession(
         simulator.url,
         headers={"Authorization": f"Bearer {token.value}"},
         connector=aiohttp.TCPConnector(force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
+        middlewares=(_only_once,),
     ) as session:
         yield session
+
+
+async def _only_once(
+    request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Stop aiohttp from repeating a request by itself: it does so after its own errors, and wraps others."""
+    try:
+        return await send(request)
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise ConnectionError(str(error)) from error

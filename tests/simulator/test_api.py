@@ -106,6 +106,12 @@ def test_scopes(method: str, target: str, needs: list[str]) -> None:
     assert ask(World(), method, target, body, scopes=FULL_ACCESS - set(needs)) == FORBIDDEN
 
 
+@pytest.mark.parametrize(("method", "target"), [("GET", "/v2/snapshots/1"), ("DELETE", "/v2/snapshots/1")])
+def test_a_token_that_may_nothing_learns_nothing(method: str, target: str) -> None:
+    """Not even that there is no such snapshot."""
+    assert ask(World(), method, target, scopes=frozenset({"tag:read"})) == FORBIDDEN
+
+
 @pytest.mark.parametrize(
     ("method", "target", "body", "expected"),
     [

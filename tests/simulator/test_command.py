@@ -37,13 +37,13 @@ async def simulating(*arguments: str) -> AsyncIterator[tuple[Process, Any]]:
         yield process, json.loads(await process.stdout.readline())
     finally:
         if process.returncode is None:
-            process.kill()
+            process.terminate()
         await process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 async def test_ready_and_a_clean_end(number: signal.Signals) -> None:
-    """It says where it is and which tokens there are, works, and ends with 0, also with a client connected."""
+    """It says where it is and which tokens there are, and ends with 0, also with a client connected."""
     async with simulating("--per-minute", "1") as (process, ready), aiohttp.ClientSession() as client:
         assert ready["event"] == "ready"
         assert list(ready["tokens"]) == ["full", "reader", "other"]
@@ -53,7 +53,8 @@ async def test_ready_and_a_clean_end(number: signal.Signals) -> None:
             async with client.get(f"{ready['url']}/v2/snapshots/6372321", headers=headers) as response:
                 seen[label] = response.status, (await response.json()).get("snapshot", {}).get("tags")
         assert seen == {"full": (200, ["web", "env:prod"]), "reader": (200, None), "other": (404, None)}
-        async with client.get(f"{ready['url']}/v2/account", headers=headers) as response:
+        again = {"Authorization": f"Bearer {ready['tokens']['full']}"}
+        async with client.get(f"{ready['url']}/v2/account", headers=again) as response:
             assert response.status == 429
         process.send_signal(number)
         assert await asyncio.wait_for(process.wait(), 10) == 0
@@ -77,14 +78,20 @@ async def test_tls(tmp_path: Path) -> None:
         assert response.status == 401
 
 
-@pytest.mark.parametrize( ("arguments", "message"), [ pytest.param(["--host", "0.0.0.0"], "loopback only,
-not on 0.0.0.0", id="host"),  # noqa: S104 - refused pytest.param(["--per-hour", "-1"], "limits are 0 or
-more", id="limit"), pytest.param(["--minute-s", "0"], "windows are longer than 0 s", id="window"),
-pytest.param(["--latency-ms", "-1"], "a latency is 0 or more seconds", id="latency"),
-pytest.param(["--tls-cert", "cert.pem"], "--tls-cert and --tls-key go together", id="half-of-tls"),
-pytest.param(["--tls-cert", "nix", "--tls-key", "nix"], "No such file", id="no-certificate"), ], ) async def
-test_arguments_that_make_no_sense( capsys: pytest.CaptureFixture[str], arguments: list[str], message: str )
--> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--host", "192.0.2.1"], "loopback only, not on 192.0.2.1", id="host"),
+        pytest.param(["--per-hour", "-1"], "limits are 0 or more", id="limit"),
+        pytest.param(["--minute-s", "0"], "windows are longer than 0 s", id="window"),
+        pytest.param(["--latency-ms", "-1"], "a latency is 0 or more seconds", id="latency"),
+        pytest.param(["--tls-cert", "cert.pem"], "--tls-cert and --tls-key go together", id="half-of-tls"),
+        pytest.param(["--tls-cert", "nix", "--tls-key", "nix"], "No such file", id="no-certificate"),
+    ],
+)
+async def test_arguments_that_make_no_sense(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     """Status 2 and one line."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -60,14 +60,31 @@ async def test_counters(client: aiohttp.ClientSession, control: aiohttp.ClientSe
     }
 
 
-@pytest.mark.parametrize( ("fault", "expected"), [ pytest.param({"kind": "status"}, [503, 200], id="once"),
-pytest.param({"kind": "status", "status": 500, "times": 2}, [500, 500, 200], id="twice"),
-pytest.param({"kind": "redirect", "times": None}, [302, 302], id="always"), pytest.param({"kind": "status",
-"method": "DELETE"}, [200], id="another-method"), pytest.param({"kind": "status", "path": "/v2/account"},
-[200], id="another-path"), pytest.param({"kind": "status", "token": "nobody"}, [200], id="another-token"),
-pytest.param( {"kind": "status", "status": 429, "headers": {"retry-after": "1"}, "envelope": True, "acts":
-False}, [429, 200], id="all-options", ), ], ) async def test_faults( client: aiohttp.ClientSession, control:
-aiohttp.ClientSession, fault: dict[str, Any], expected: list[int] ) -> None:
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        pytest.param({"kind": "status"}, [503, 200], id="once"),
+        pytest.param({"kind": "status", "status": 500, "times": 2}, [500, 500, 200], id="twice"),
+        pytest.param({"kind": "redirect", "times": None}, [302, 302], id="always"),
+        pytest.param({"kind": "status", "method": "DELETE"}, [200], id="another-method"),
+        pytest.param({"kind": "status", "path": "/v2/account"}, [200], id="another-path"),
+        pytest.param({"kind": "status", "token": "nobody"}, [200], id="another-token"),
+        pytest.param(
+            {
+                "kind": "status",
+                "status": 429,
+                "headers": {"retry-after": "1"},
+                "envelope": True,
+                "acts": False,
+            },
+            [429, 200],
+            id="all-options",
+        ),
+    ],
+)
+async def test_faults(
+    client: aiohttp.ClientSession, control: aiohttp.ClientSession, fault: dict[str, Any], expected: list[int]
+) -> None:
     """They strike as if they had been added in the process, and can be taken away."""
     async with control.post("faults", json=fault) as response:
         assert response.status == 204
@@ -123,32 +140,60 @@ async def test_latency_and_reset(
     assert simulator.latency_s == 0
 
 
-@pytest.mark.parametrize( ("method", "resource", "body", "status", "error"), [ pytest.param("GET",
-"nothing", None, 404, "no /_simulator/nothing here; there are log,", id="resource"), pytest.param("GET",
-"log/1", None, 404, "no /_simulator/log/1 here", id="deeper"), pytest.param("DELETE", "log", None, 405,
-"/_simulator/log takes GET", id="method"), pytest.param("PUT", "faults", None, 405, "/_simulator/faults
-takes POST and DELETE", id="methods"), pytest.param("GET", "log?after=x", None, 400, "invalid literal",
-id="no-number"), pytest.param("POST", "faults", b"{", 400, "the body is not JSON", id="no-json"),
-pytest.param("POST", "faults", b"[]", 400, "the body is not a JSON object", id="no-object"),
-pytest.param("POST", "faults", b"{}", 400, "kind is one of status, timeout,", id="no-kind"),
-pytest.param("POST", "faults", b'{"kind":"x"}', 400, "not 'x'", id="unknown-kind"), pytest.param("POST",
-"faults", b'{"kind":"html","time":1}', 400, "unknown field 'time'; there", id="field"), pytest.param("POST",
-"faults", b'{"kind":"html","times":0}', 400, "times is 1 or more", id="times"), pytest.param( "POST",
-"faults", b'{"kind":"html","times":"1"}', 400, "times is int or null, not '1'", id="type" ),
-pytest.param("POST", "faults", b'{"kind":"html","status":true}', 400, "status is int, not True", id="bool"),
-pytest.param("POST", "faults", b'{"kind":"html","status":1}', 400, "a status is 200 to 599", id="status"),
-pytest.param( "POST", "faults", b'{"kind":"html","headers":{"a":1}}', 400, "headers are names and strings",
-id="headers" ), pytest.param("POST", "tokens", b'{"team":"x"}', 400, "no team 'x'", id="team"),
-pytest.param("POST", "tokens", b'{"scopes":["x"]}', 400, "no scope 'x'; there are account:read",
-id="scope"), pytest.param("POST", "tokens", b'{"label":"tester"}', 400, "'tester' is taken", id="label"),
-pytest.param("DELETE", "tokens/x", None, 404, "no token is labelled 'x'", id="no-such-token"),
-pytest.param("PUT", "snapshots/1", b'{"id":"2"}', 400, "the path says '1', the body '2'", id="two-ids"),
-pytest.param("PUT", "snapshots/1?team=x", b"{}", 400, "no team 'x'", id="snapshot-team"),
-pytest.param("POST", "latency", b"{}", 400, "latency_s is a number of seconds", id="no-latency"),
-pytest.param("POST", "latency", b'{"latency_s":[1]}', 400, "or two in a list", id="half-a-range"),
-pytest.param("POST", "latency", b'{"latency_s":-1}', 400, "a latency is 0 or more", id="negative"), ], )
-@pytest.mark.usefixtures("token") async def test_errors( control: aiohttp.ClientSession, method: str,
-resource: str, body: bytes | None, status: int, error: str ) -> None:
+@pytest.mark.parametrize(
+    ("method", "resource", "body", "status", "error"),
+    [
+        pytest.param(
+            "GET", "nothing", None, 404, "no /_simulator/nothing here; there are log,", id="resource"
+        ),
+        pytest.param("GET", "log/1", None, 404, "no /_simulator/log/1 here", id="deeper"),
+        pytest.param("DELETE", "log", None, 405, "/_simulator/log takes GET", id="method"),
+        pytest.param("PUT", "faults", None, 405, "/_simulator/faults takes POST and DELETE", id="methods"),
+        pytest.param("GET", "log?after=x", None, 400, "invalid literal", id="no-number"),
+        pytest.param("POST", "faults", b"{", 400, "the body is not JSON", id="no-json"),
+        pytest.param("POST", "faults", b"[]", 400, "the body is not a JSON object", id="no-object"),
+        pytest.param("POST", "faults", b"{}", 400, "kind is one of status, timeout,", id="no-kind"),
+        pytest.param("POST", "faults", b'{"kind":"x"}', 400, "not 'x'", id="unknown-kind"),
+        pytest.param(
+            "POST", "faults", b'{"kind":"html","time":1}', 400, "unknown field 'time'; there", id="field"
+        ),
+        pytest.param("POST", "faults", b'{"kind":"html","times":0}', 400, "times is 1 or more", id="times"),
+        pytest.param(
+            "POST", "faults", b'{"kind":"html","times":"1"}', 400, "times is int or null, not '1'", id="type"
+        ),
+        pytest.param(
+            "POST", "faults", b'{"kind":"html","status":true}', 400, "status is int, not True", id="bool"
+        ),
+        pytest.param(
+            "POST", "faults", b'{"kind":"html","status":1}', 400, "a status is 200 to 599", id="status"
+        ),
+        pytest.param(
+            "POST",
+            "faults",
+            b'{"kind":"html","headers":{"a":1}}',
+            400,
+            "headers are names and strings",
+            id="headers",
+        ),
+        pytest.param("POST", "tokens", b'{"team":"x"}', 400, "no team 'x'", id="team"),
+        pytest.param(
+            "POST", "tokens", b'{"scopes":["x"]}', 400, "no scope 'x'; there are account:read", id="scope"
+        ),
+        pytest.param("POST", "tokens", b'{"label":"tester"}', 400, "'tester' is taken", id="label"),
+        pytest.param("DELETE", "tokens/x", None, 404, "no token is labelled 'x'", id="no-such-token"),
+        pytest.param(
+            "PUT", "snapshots/1", b'{"id":"2"}', 400, "the path says '1', the body '2'", id="two-ids"
+        ),
+        pytest.param("PUT", "snapshots/1?team=x", b"{}", 400, "no team 'x'", id="snapshot-team"),
+        pytest.param("POST", "latency", b"{}", 400, "latency_s is a number of seconds", id="no-latency"),
+        pytest.param("POST", "latency", b'{"latency_s":[1]}', 400, "or two in a list", id="half-a-range"),
+        pytest.param("POST", "latency", b'{"latency_s":-1}', 400, "a latency is 0 or more", id="negative"),
+    ],
+)
+@pytest.mark.usefixtures("token")
+async def test_errors(
+    *, control: aiohttp.ClientSession, method: str, resource: str, body: bytes | None, status: int, error: str
+) -> None:
     """Each says what is wrong."""
     async with control.request(method, resource, data=body) as response:
         assert response.status == status

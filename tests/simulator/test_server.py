@@ -85,7 +85,7 @@ async def test_ipv6() -> None:
 async def test_a_defect_of_the_simulator_is_a_500(
     simulator: Simulator, client: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And is logged: a Droplet snapshot with an id that is no number is nothing that the image API can say."""
+    """And is logged: an image has a number, so that this Droplet snapshot cannot be shown as one."""
     simulator.world.put({"id": "x1", "resource_type": "droplet"})
     async with client.get("/v2/images/x1") as response:
         assert response.status == 500

@@ -119,6 +119,7 @@ async def check(specification: Any, method: str, path: str, response: aiohttp.Cl
 @pytest.mark.parametrize("scopes", [FULL_ACCESS, FULL_ACCESS - {"tag:read"}], ids=["full", "without-tags"])
 @pytest.mark.parametrize(("method", "path", "ids", "body", "status"), DOCUMENTED)
 async def test_documented(
+    *,
     specification: Any,
     simulator: Simulator,
     client: aiohttp.ClientSession,

