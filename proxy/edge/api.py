@@ -9,13 +9,13 @@ import time
 from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
-from http import HTTPStatus
 
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 
 from proxy.core.errors import (
     BadRequest,
+    HeadersTooLarge,
     HttpVersionNotSupported,
     MethodNotAllowed,
     PayloadTooLarge,
@@ -32,7 +32,7 @@ from proxy.core.request import (
     parse_target,
 )
 from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
-from proxy.edge.connection import Handler
+from proxy.edge.connection import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
 from proxy.logs import event
 from proxy.readthrough import Failed, ReadThrough, Served
 
@@ -95,7 +95,7 @@ class Api:
             log.status = response.status
         finally:
             self._done(log, started)
-        if request.can_read_body:
+        if request.can_read_body or response.status == PayloadTooLarge.status:
             response.force_close()  # what was not read would be taken for the next request
         return response
 
@@ -126,8 +126,11 @@ class Api:
     async def _call(self, request: web.BaseRequest, log: _Log) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
         headers = request.headers
-        if request.version not in (HttpVersion10, HttpVersion11):
+        if isinstance(request, ForeignRequest):
             raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
+        # aiohttp's own limit is a few bytes off in all headers but the first.
+        if any(len(name) + len(value) > MAX_FIELD_BYTES for name, value in request.raw_headers):
+            raise HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
         hosts = len(headers.getall("Host", ()))
         if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
             raise BadRequest("send exactly one Host header")

@@ -8,7 +8,8 @@ and when they have to go. A connection is
     BUSY     while we owe an answer: as long as that takes, but a caller who does not read what we write
              has `header_timeout_s` to go on reading
 
-One timer a connection looks at these deadlines now and then and is set for the next; requests only move a number.
+One timer a connection looks at these deadlines now and then and is set for the next; requests only move a
+number.
 """
 
 import asyncio
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, cast
 
-from aiohttp import web
-from aiohttp.abc import AbstractAccessLogger
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
+from aiohttp.abc import AbstractAccessLogger, AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from proxy.core.errors import BadRequest, HeadersTooLarge, Overloaded, ProxyError, UriTooLong
@@ -31,8 +33,9 @@ MAX_HEADERS = 64
 MOST_REFUSED = 100
 """Connections over the limit that are told so, at most; the rest is dropped at once."""
 
-# aiohttp counts a header's name and value, but not the `: ` between them.
-_MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
+MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
+"""A header's name and value, without the `: ` between them."""
+
 _LINGER_S = 2.0
 _LONG_S = 365 * 86_400
 _NEVER = float("inf")
@@ -66,7 +69,7 @@ class Listener:
         limits: Limits,
         on_malformed: Callable[[ProxyError], None],
     ) -> None:
-        self._server = web.Server(respond, handler_cancellation=True)
+        self._server = web.Server(respond, request_factory=self._request, handler_cancellation=True)
         self.limits = limits
         self.on_malformed = on_malformed
         self.connections: set[Connection] = set()
@@ -85,7 +88,7 @@ class Listener:
             keepalive_timeout=_LONG_S,  # the deadlines are the connection's
             lingering_time=_LINGER_S,
             max_line_size=MAX_LINE_BYTES,
-            max_field_size=_MAX_FIELD_BYTES,
+            max_field_size=MAX_FIELD_BYTES,  # it forgets the name in all but the first: see `api.py`
             max_headers=MAX_HEADERS,
         )
         handler.connection = Connection(self, handler, self._loop)
@@ -113,6 +116,24 @@ class Listener:
         for connection in [*self.connections, *self.refused]:
             connection.abort()
         await self._server.shutdown(0)
+
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: "asyncio.Task[None]",
+    ) -> web.BaseRequest:
+        if message.version in (HttpVersion10, HttpVersion11):
+            return web.BaseRequest(message, payload, protocol, writer, task, self._loop)
+        # aiohttp would put the caller's version into our status line (RFC 9112 §2.3 forbids it).
+        message = message._replace(version=HttpVersion11, should_close=True)
+        return ForeignRequest(message, payload, protocol, writer, task, self._loop)
+
+
+class ForeignRequest(web.BaseRequest):
+    """A request in a version of HTTP that we do not speak; what is said to it is HTTP/1.1."""
 
 
 class Handler(web.RequestHandler):
@@ -268,8 +289,9 @@ class Connection(asyncio.Protocol):
         self._enter(_Phase.BUSY)
 
     def answered(self) -> None:
-        """The answer is written; bytes that came meanwhile are the next request's."""
+        """Take note that the answer is written; bytes that came meanwhile are the next request's."""
         self._enter(_Phase.READING if self._more else _Phase.IDLE)
+        self._more = False
 
     # -- deadlines -----------------------------------------------------------------------------
 
@@ -292,7 +314,6 @@ class Connection(asyncio.Protocol):
                 self._deadline = self._loop.time() + limits.header_timeout_s
             case _Phase.BUSY:
                 self._deadline = _NEVER
-                self._more = False
 
     def _arm(self) -> None:
         limits = self.listener.limits
