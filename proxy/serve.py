@@ -39,6 +39,7 @@ async def serve(settings: Settings) -> int:
     second = asyncio.create_task(signals.get())
     await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
+        stopping.cancel()  # it may be in the lame duck, with nobody to wait for
         await app.kill()
     second.cancel()
     await asyncio.gather(stopping, second, return_exceptions=True)

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import aiohttp
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 
 from proxy import __version__
 from proxy.core.errors import (
     RETRYABLE,
+    SettingsError,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamInvalid,
@@ -49,16 +52,19 @@ class UpstreamOptions:
 
 
 class Upstream:
-    """DigitalOcean's API over one connection pool."""
+    """DigitalOcean's API over one connection pool. May raise SettingsError, for `upstream.ca_file`."""
 
     def __init__(self, options: UpstreamOptions, observe: Callable[[UpstreamCall], None]) -> None:
         self._options = options
         self._observe = observe
-        context = ssl.create_default_context()
-        if options.ca_file:
-            context.load_verify_locations(options.ca_file)
+        try:
+            context = ssl.create_default_context(cafile=options.ca_file or None)
+        except OSError:  # ssl.SSLError is one
+            raise SettingsError(
+                f"upstream.ca_file = {options.ca_file!r}: must be a file of PEM certificates"
+            ) from None
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=options.max_connections, ssl=context),
+            connector=_Connector(limit=options.max_connections, ssl=context),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,  # its chunks have no bound that we could set
@@ -114,6 +120,26 @@ class Upstream:
         )
 
 
+class _Connector(aiohttp.TCPConnector):
+    """A pool that does not give out a connection on which something came that nobody asked for.
+
+    It would be taken for the answer to the next request, which may be another caller's.
+    """
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 # aiohttp's signature
+    ) -> Connection:
+        """Give a connection for one request. Raises ServerDisconnectedError for one that is spoilt."""
+        connection = await super().connect(req, traces, timeout)
+        if connection.protocol is None or connection.protocol.should_close:
+            connection.close()
+            raise aiohttp.ServerDisconnectedError
+        return connection
+
+
 async def _say_once(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
@@ -144,6 +170,11 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
             part = chunk if inflater is None else inflater.decompress(chunk, most - size + 1)
             size += len(part)
+            if inflater is not None and inflater.unused_data:
+                response.close()
+                raise UpstreamInvalid(
+                    "it goes on behind the end of its gzip", proxy_error="http_response_content_coding"
+                )
             if size > most:
                 response.close()
                 raise UpstreamInvalid(
@@ -173,31 +204,20 @@ def _retry_after_s(response: aiohttp.ClientResponse) -> int | None:
 
 
 def _translate(error: Exception) -> UpstreamError:
-    """Name what went wrong, in our words and RFC 9209's. The most special cases stand first."""
+    """Name what went wrong, in our words and RFC 9209's."""
+    for kinds, why, proxy_error in _UNREACHABLE:
+        if isinstance(error, kinds):
+            return _unreachable(why, proxy_error)
     match error:
         case _Disconnected():
             return UpstreamDisconnected(
                 "the upstream closed the connection before it answered; the request may be tried again",
                 proxy_error="connection_terminated",
             )
-        case aiohttp.ConnectionTimeoutError():
-            return _unreachable("it did not take the connection in time", "connection_timeout")
         case TimeoutError():
             return UpstreamTimeout(
                 "the upstream did not answer in time; try again", proxy_error="http_response_timeout"
             )
-        case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
-            return _unreachable("upstream.http_proxy does not let us through", "destination_unavailable")
-        case aiohttp.ClientConnectorDNSError():
-            return _unreachable("its name does not resolve", "dns_error")
-        case aiohttp.ClientConnectorCertificateError():
-            return _unreachable(
-                "its certificate is not to be trusted (upstream.ca_file)", "tls_certificate_error"
-            )
-        case aiohttp.ClientSSLError():
-            return _unreachable("TLS with it failed", "tls_protocol_error")
-        case ConnectionRefusedError() | aiohttp.ClientConnectorError():
-            return _unreachable("nothing there takes the connection", "connection_refused")
         case zlib.error():
             return UpstreamInvalid("it is not the gzip it says", proxy_error="http_response_content_coding")
         case aiohttp.ClientResponseError():
@@ -208,3 +228,26 @@ def _translate(error: Exception) -> UpstreamError:
 
 def _unreachable(why: str, proxy_error: str) -> UpstreamUnreachable:
     return UpstreamUnreachable(f"the upstream cannot be reached: {why}", proxy_error=proxy_error)
+
+
+_UNREACHABLE: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
+    ((aiohttp.ConnectionTimeoutError,), "it did not take the connection in time", "connection_timeout"),
+    (
+        (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError),
+        "upstream.http_proxy does not let us through",
+        "destination_unavailable",
+    ),
+    ((aiohttp.ClientConnectorDNSError,), "its name does not resolve", "dns_error"),
+    (
+        (aiohttp.ClientConnectorCertificateError,),
+        "its certificate is not to be trusted (upstream.ca_file)",
+        "tls_certificate_error",
+    ),
+    ((aiohttp.ClientSSLError,), "TLS with it failed", "tls_protocol_error"),
+    (
+        (ConnectionRefusedError, aiohttp.ClientConnectorError),
+        "nothing there takes the connection",
+        "connection_refused",
+    ),
+)
+"""Why there is no connection. The most special cases stand first."""
