@@ -7,7 +7,6 @@ Needs no engine and no network: it reads the files as the programs that they are
 what two of them have to agree on.
 """
 
-import importlib
 import json
 import re
 import subprocess
@@ -18,13 +17,15 @@ from typing import Any
 
 import yaml
 
+from proxy.metrics import Metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 
 API_PORT, ADMIN_PORT = 8080, 8081
 """The defaults of server.port and admin.port; the image exposes them."""
 
 
-class Unsound(Exception):  # noqa: N818 - what it says of the files
+class Unsound(Exception):
     """A deployment file is not what it has to be; the message says which, and why."""
 
 
@@ -92,7 +93,7 @@ def check_provisioning(root: Path) -> None:
 
 def check_metrics(root: Path) -> None:
     """Dashboards and rules: every metric in them is one that the proxy has."""
-    known = set(_series(metric_types()))
+    known = set(_series(Metrics("").types()))
     for path, expression in _expressions(root):
         if unknown := set(re.findall(r"snapshot_proxy_\w+", expression)) - known:
             raise Unsound(f"{path.name} uses {', '.join(sorted(unknown))} in {expression!r}")
@@ -121,44 +122,6 @@ def resolved(root: Path) -> dict[str, Any]:
 def proxies(root: Path) -> list[str]:
     """Return the names of the services that are proxies."""
     return [name for name in resolved(root)["services"] if name.startswith("proxy-")]
-
-
-def metric_types() -> Mapping[str, str]:
-    """Return the type of each metric, `counter`, `gauge` or `histogram`, by its name.
-
-    `proxy.metrics.TYPES` where that is declared, else the table below.
-    """
-    try:
-        metrics = importlib.import_module("proxy.metrics")
-    except ModuleNotFoundError:
-        return _TYPES
-    types: Mapping[str, str] = getattr(metrics, "TYPES", _TYPES)
-    return types
-
-
-_TYPES = {
-    "snapshot_proxy_requests_total": "counter",
-    "snapshot_proxy_request_duration_seconds": "histogram",
-    "snapshot_proxy_upstream_requests_total": "counter",
-    "snapshot_proxy_upstream_request_duration_seconds": "histogram",
-    "snapshot_proxy_upstream_avoided_total": "counter",
-    "snapshot_proxy_entry_age_seconds": "histogram",
-    "snapshot_proxy_quota_remaining": "gauge",
-    "snapshot_proxy_quota_limit": "gauge",
-    "snapshot_proxy_quota_cooldown_seconds": "gauge",
-    "snapshot_proxy_quota_wait_seconds": "histogram",
-    "snapshot_proxy_store_operations_total": "counter",
-    "snapshot_proxy_store_up": "gauge",
-    "snapshot_proxy_store_shared": "gauge",
-    "snapshot_proxy_secret_mismatch": "gauge",
-    "snapshot_proxy_upstream_breaker_open": "gauge",
-    "snapshot_proxy_invalidations_total": "counter",
-    "snapshot_proxy_memory_bytes": "gauge",
-    "snapshot_proxy_memory_entries": "gauge",
-    "snapshot_proxy_flights": "gauge",
-    "snapshot_proxy_connections": "gauge",
-    "snapshot_proxy_build_info": "gauge",
-}
 
 
 def _series(types: Mapping[str, str]) -> Iterator[str]:

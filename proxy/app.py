@@ -6,12 +6,13 @@ import math
 import resource
 import secrets
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import http_parser, web
+from redis.asyncio import Redis
 
 from proxy import __version__
 from proxy.access import access_log
@@ -95,26 +96,17 @@ class App:
 
     async def _start(self) -> Addresses:
         settings = self._settings
-        raise_file_limit(settings.server.max_connections + settings.upstream.max_connections + _SPARE_FILES)
+        reached, wanted = raise_file_limit(settings)
+        if reached < wanted:
+            event(_LOG, logging.WARNING, "file-limit", limit=reached, wanted=wanted)
         metrics = Metrics(__version__)
         keyring = Keyring(self._secret())
         callers = Callers(settings.callers.aliases_file)
-        tls = _tls_context(settings)
+        tls = tls_context(settings)
+        upstream = Upstream(upstream_options(settings), metrics.observe)
+        self._cleanup.push_async_callback(upstream.close)
 
         store = await self._store(keyring, metrics)
-        upstream = Upstream(
-            UpstreamOptions(
-                base_url=settings.upstream.base_url,
-                connect_timeout_s=settings.upstream.connect_timeout_s,
-                read_timeout_s=settings.upstream.read_timeout_s,
-                max_body_bytes=settings.upstream.max_body_bytes,
-                max_connections=settings.upstream.max_connections,
-                http_proxy=settings.upstream.http_proxy,
-                ca_file=settings.upstream.ca_file,
-            ),
-            metrics.observe,
-        )
-        self._cleanup.push_async_callback(upstream.close)
         flights: Flights[Fetched | ProxyError] = Flights(
             settings.server.max_connections * _FETCHES_PER_CONNECTION
         )
@@ -200,20 +192,6 @@ class App:
                 "embedded-store",
                 consequence="for one replica only; set redis.url to share entries between replicas",
             )
-        password = (
-            read_secret(redis.password_file, setting="redis.password_file", least_bytes=1).decode(
-                errors="replace"
-            )
-            if redis.password_file
-            else ""
-        )
-        connect = connector(
-            url,
-            connect_timeout_s=redis.connect_timeout_s,
-            username=redis.username,
-            password=password,
-            ca_file=redis.ca_file,
-        )
         fetch_s = (
             math.ceil(self._settings.upstream.total_timeout_s + self._settings.quota.max_wait_s) + _MARGIN_S
         )
@@ -221,7 +199,11 @@ class App:
             cache.stale_while_revalidate_s, cache.stale_if_error_s
         )
         store = Store(
-            Link(connect, timeout_s=redis.timeout_s, connect_timeout_s=redis.connect_timeout_s),
+            Link(
+                redis_connector(self._settings, url),
+                timeout_s=redis.timeout_s,
+                connect_timeout_s=redis.connect_timeout_s,
+            ),
             Keys(redis.key_prefix),
             keyring,
             stamp_ttl_s=longest_s + fetch_s,
@@ -269,23 +251,54 @@ def refuse_slow_parser() -> None:
         )
 
 
-def raise_file_limit(wanted: int) -> None:
-    """Raise this process's limit of open files towards `wanted`, as far as the system lets us."""
+def raise_file_limit(settings: Settings) -> tuple[int, int]:
+    """Raise the limit of open files to what `settings` need, where we may. Gives the limit, and the need."""
+    wanted = settings.server.max_connections + settings.upstream.max_connections + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < reachable:
         resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
-    if reachable < wanted:
-        event(_LOG, logging.WARNING, "file-limit", limit=reachable, wanted=wanted)
+    return reachable, wanted
 
 
-def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+def upstream_options(settings: Settings) -> UpstreamOptions:
+    """Take what the upstream needs to know from the settings."""
+    upstream = settings.upstream
+    return UpstreamOptions(
+        base_url=upstream.base_url,
+        connect_timeout_s=upstream.connect_timeout_s,
+        read_timeout_s=upstream.read_timeout_s,
+        max_body_bytes=upstream.max_body_bytes,
+        max_connections=upstream.max_connections,
+        http_proxy=upstream.http_proxy,
+        ca_file=upstream.ca_file,
+    )
+
+
+def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
+    """Make what opens clients to the store at `url`, as the section `redis` says. May raise SettingsError."""
+    redis = settings.redis
+    password = b""
+    if redis.password_file:
+        password = read_secret(redis.password_file, setting="redis.password_file", least_bytes=1)
+    return connector(
+        url,
+        connect_timeout_s=redis.connect_timeout_s,
+        username=redis.username,
+        password=password.decode(errors="replace"),
+        ca_file=redis.ca_file,
+    )
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """Load the API listener's certificate and key; None for plain HTTP. May raise SettingsError."""
     server = settings.server
     if not server.tls_cert_file:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context = _server_context()
     try:
-        context.load_cert_chain(server.tls_cert_file, server.tls_key_file)
+        # A passphrase of nothing: OpenSSL would ask the terminal for one.
+        context.load_cert_chain(server.tls_cert_file, server.tls_key_file, password="")
     except (OSError, ssl.SSLError):
         raise SettingsError(
             f"server.tls_cert_file = {server.tls_cert_file!r}: must be a PEM certificate chain that"
@@ -293,6 +306,10 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
         ) from None
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+def _server_context() -> ssl.SSLContext:
+    return ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
 
 
 async def _follow_tls(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
@@ -306,7 +323,9 @@ async def _follow_tls(context: ssl.SSLContext, cert_file: str, key_file: str) ->
         await asyncio.sleep(_TLS_RELOAD_S)
         try:
             if (now := changed_at()) != loaded:
-                context.load_cert_chain(cert_file, key_file)
+                # Elsewhere first: what it does not take would still replace half of the pair in use.
+                _server_context().load_cert_chain(cert_file, key_file, password="")
+                context.load_cert_chain(cert_file, key_file, password="")
                 loaded = now
                 event(_LOG, logging.INFO, "tls-reloaded")
         except (OSError, ssl.SSLError) as error:  # half of the pair is new: the other half will follow

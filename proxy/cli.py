@@ -2,10 +2,11 @@
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from proxy import __version__
 from proxy.core.errors import SettingsError
@@ -13,30 +14,48 @@ from proxy.settings import Loaded, check_files, load, to_toml
 
 FINE, FAILED, MISUSED = 0, 1, 2
 
+Command = Callable[[argparse.Namespace], int]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parser(arguments[:1] == ["simulate"]).parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = args.command
+    parser = _parser(simulating=arguments[:1] == ["simulate"])
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return MISUSED
+    args = parser.parse_args(arguments)
+    command: Command = args.command
     try:
         return command(args)
     except SettingsError as error:
-        print(f"snapshot-proxy: {error}", file=sys.stderr)  # noqa: T201 # the command's answer
+        print(f"snapshot-proxy: {error}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:
-        return FINE
+        return FINE if command in UNTIL_INTERRUPTED else FAILED
+    except Exception as error:  # noqa: BLE001 # the last line of defence: Python's own traceback shows messages
+        _report(error)
+        return FAILED
 
 
-def _parser(simulating: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End with one line, where argparse would repeat the usage."""
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(MISUSED)
+
+
+def _parser(*, simulating: bool) -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="snapshot-proxy", description="A caching read-through proxy for DigitalOcean's snapshot API."
     )
     parser.add_argument("--version", action="version", version=f"snapshot-proxy {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+        )
         added.set_defaults(command=command)
         return added
 
@@ -79,6 +98,15 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
     return uvloop.run(work)
 
 
+def _report(error: Exception) -> None:
+    """Log a bug of ours in one line: its type and its places. What it says might be a token."""
+    from proxy import logs
+
+    if not logging.getLogger().handlers:
+        logs.configure("error", "text")
+    logs.event(logging.getLogger(__name__), logging.ERROR, "bug", exc=error)
+
+
 # -- commands ----------------------------------------------------------------------------------
 # Each imports what it needs: a health check runs every few seconds, and should not load a server.
 
@@ -103,9 +131,8 @@ def _config(args: argparse.Namespace) -> int:
 def _healthcheck(args: argparse.Namespace) -> int:
     from proxy import healthcheck
 
-    return healthcheck.healthcheck(
-        load(config_file=args.config, overrides=args.overrides, environ=os.environ).settings.admin
-    )
+    loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
+    return healthcheck.healthcheck(loaded.settings.admin)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -124,3 +151,7 @@ def _simulator_arguments(parser: argparse.ArgumentParser) -> None:
     from proxy.simulator import command
 
     command.add_arguments(parser)
+
+
+UNTIL_INTERRUPTED = frozenset({_serve, _demo, _simulate})
+"""What runs until Ctrl-C has done its job then; the others have not given their answer."""

@@ -1,6 +1,7 @@
-"""The health check of containers: one question to the admin listener, with nothing but the standard library."""
+"""The health check of containers: one question to the admin listener, by the standard library alone."""
 
 import sys
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 
 from proxy.core.errors import SettingsError
@@ -17,10 +18,14 @@ def healthcheck(admin: Admin) -> int:
     connection = HTTPConnection(_EVERYWHERE.get(admin.host, admin.host), admin.port, timeout=_TIMEOUT_S)
     try:
         connection.request("GET", "/healthz")
-        healthy = connection.getresponse().status == 200  # noqa: PLR2004 # OK
+        status = connection.getresponse().status
     except (OSError, HTTPException) as error:
-        print(f"snapshot-proxy: no answer from the admin listener: {type(error).__name__}", file=sys.stderr)  # noqa: T201 # the command's answer
-        return 1
+        return _unwell(f"no answer from the admin listener: {type(error).__name__}")
     finally:
         connection.close()
-    return 0 if healthy else 1
+    return 0 if status == HTTPStatus.OK else _unwell(f"the admin listener answers {status}")
+
+
+def _unwell(why: str) -> int:
+    print(f"snapshot-proxy: {why}", file=sys.stderr)
+    return 1

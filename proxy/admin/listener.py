@@ -10,18 +10,18 @@ from proxy.core.http import CACHE_NAME
 def admin_application(
     *, scrape: Callable[[str], tuple[bytes, str]], ready: Callable[[], bool]
 ) -> web.Application:
-    """Make the application. `scrape` writes the metrics for an `Accept`, `ready` tells whether to send traffic."""
+    """Make it: `scrape` writes the metrics for an `Accept`, `ready` says whether to send traffic."""
 
     async def metrics(request: web.Request) -> web.Response:
         body, content_type = scrape(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def healthz(_: web.Request) -> web.Response:
-        """The process lives."""
+        """Tell that the process lives."""
         return web.json_response({"status": "alive"})
 
     async def readyz(_: web.Request) -> web.Response:
-        """It takes traffic. Redis away does not make it unready: it answers all the same."""
+        """Tell whether to send traffic. Redis away does not matter here: all is answered the same."""
         if ready():
             return web.json_response({"status": "ready"})
         return web.json_response({"status": "stopping"}, status=503)

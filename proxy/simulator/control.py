@@ -33,7 +33,7 @@ from proxy.simulator.world import FULL_ACCESS
 PREFIX: Final = "/_simulator/"
 
 
-class _Refused(Exception):  # noqa: N818 - an outcome, answered with its status
+class _Refused(Exception):  # an outcome, answered with its status
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status

@@ -1,0 +1,147 @@
+"""What this machine has to offer: parser, open files, files with secrets, certificate, addresses."""
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import time
+from typing import Any
+
+from proxy.app import StartError, raise_file_limit, refuse_slow_parser, tls_context
+from proxy.callers import read_aliases
+from proxy.check.finding import Finding, ok, problem, warning
+from proxy.settings import Settings
+
+_DAY_S = 86_400
+_EXPIRES_SOON_DAYS = 14
+
+
+def machine(settings: Settings) -> Iterator[Finding]:
+    """Look at what Python and the system give."""
+    try:
+        refuse_slow_parser()
+    except StartError as error:
+        yield problem("HTTP parser: not aiohttp's own in C", str(error))
+    else:
+        yield ok("HTTP parser: aiohttp's, in C")
+    limit, need = raise_file_limit(settings)
+    if limit < need:
+        yield warning(
+            f"open files: {limit} are allowed, {need} may be needed",
+            f"raise the hard limit (ulimit -Hn; systemd: LimitNOFILE={need}), or lower max_connections",
+        )
+    else:
+        yield ok(f"open files: {need} may be needed, and are allowed")
+
+
+def privacy(settings: Settings, secret: bytes | None) -> Iterator[Finding]:
+    """Look at who can read the files with secrets. What is in them is not shown."""
+    if secret is None:
+        yield ok("security.secret_file: none; the embedded store needs none, it dies with its process")
+    else:
+        yield _private("security.secret_file", settings.security.secret_file, f"{len(secret)} bytes, ")
+    for setting, path in (
+        ("security.previous_secret_file", settings.security.previous_secret_file),
+        ("server.tls_key_file", settings.server.tls_key_file),
+        ("redis.password_file", settings.redis.password_file),
+        ("admin.token_file", settings.admin.token_file),
+    ):
+        if path:
+            yield _private(setting, path)
+
+
+def _private(setting: str, path: str, length: str = "") -> Finding:
+    if Path(path).stat().st_mode & stat.S_IROTH:
+        return warning(f"{setting}: {length}and every user of this machine can read it", f"chmod o= {path}")
+    return ok(f"{setting}: {length}not readable by every user of this machine")
+
+
+def aliases(settings: Settings) -> Iterator[Finding]:
+    """Read the file of aliases. Raises SettingsError as `serve` does."""
+    if path := settings.callers.aliases_file:
+        yield ok(f"callers.aliases_file: {len(read_aliases(Path(path)))} aliases")
+
+
+# -- the certificate ---------------------------------------------------------------------------
+
+
+def certificate(settings: Settings) -> Iterator[Finding]:
+    """Load the certificate, and tell how long it is good. Raises SettingsError as `serve` does."""
+    context = tls_context(settings)
+    if context is None:
+        yield ok("TLS: off; pydo and others that refuse plain http need server.tls_cert_file")
+        return
+    try:
+        days = (_expires_at(context, settings.server.tls_cert_file) - time()) / _DAY_S
+    except ssl.SSLCertVerificationError as error:
+        yield problem(f"TLS: clients will refuse the certificate: {error.verify_message}", "renew it")
+        return
+    if days < _EXPIRES_SOON_DAYS:
+        yield warning(f"TLS: the certificate expires in {days:.0f} days", "renew it; serve reads it again")
+    else:
+        yield ok(f"TLS: the certificate is good for {days:.0f} days")
+
+
+def _expires_at(context: ssl.SSLContext, cert_file: str) -> float:
+    """Shake hands with ourselves, trusting this very certificate: its end in Unix seconds.
+
+    Nothing else in the standard library reads its dates. Raises SSLCertVerificationError where it is over.
+    """
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    trusting.load_verify_locations(cert_file)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting.wrap_bio(to_client, to_server)
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, server, client):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+    seen: Any = client.getpeercert()
+    return ssl.cert_time_to_seconds(seen["notAfter"])
+
+
+# -- the listeners' addresses ------------------------------------------------------------------
+
+
+async def listeners(settings: Settings) -> list[Finding]:
+    """Listen on both addresses at once, so that one address for both shows too."""
+    server, admin = settings.server, settings.admin
+    with ExitStack() as listening:
+        return [
+            await _listen("server", server.host, server.port, listening, reuse_port=server.reuse_port),
+            await _listen("admin", admin.host, admin.port, listening, reuse_port=False),
+        ]
+
+
+async def _listen(section: str, host: str, port: int, listening: ExitStack, *, reuse_port: bool) -> Finding:
+    loop = asyncio.get_running_loop()
+    try:
+        server = await loop.create_server(asyncio.Protocol, host, port, reuse_port=reuse_port or None)
+    except socket.gaierror:
+        return problem(f"{section}.host: there is no address {host}", f"set {section}.host")
+    except OSError as error:
+        return _cannot_listen(section, host, port, error.errno)
+    listening.callback(server.close)
+    return ok(f"{section}: can listen on {host}, port {port or 'of its choice'}")
+
+
+def _cannot_listen(section: str, host: str, port: int, number: int | None) -> Finding:
+    match number:
+        case errno.EADDRINUSE:
+            return problem(
+                f"{section}.port: {port} of {host} is taken",
+                f"stop what listens there (a proxy that runs already?), or set {section}.port",
+            )
+        case errno.EACCES:
+            return problem(f"{section}.port: no right to listen on {port}", "set a port above 1023")
+        case _:
+            reason = os.strerror(number) if number else "unknown"
+            return problem(f"{section}.host: cannot listen on {host}: {reason}", f"set {section}.host")

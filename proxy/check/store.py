@@ -1,0 +1,147 @@
+"""Whether Redis is there, new enough, quick, bounded, and shared with replicas that have the same secret."""
+
+import secrets
+import statistics
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
+
+from proxy.app import redis_connector
+from proxy.check.finding import Finding, ok, problem, warning
+from proxy.core.identity import Keyring
+from proxy.settings import Settings
+from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
+from proxy.storage.keys import Keys
+
+_LEAST_VERSION = 7  # EXPIRE ... GT
+_PINGS = 20
+_SUITABLE = (
+    "Redis 7 or newer, or Valkey: a primary with room, and with rights for this user on the key prefix"
+)
+
+
+async def store(settings: Settings, secret: bytes | None) -> AsyncIterator[Finding]:
+    """Look at the store. Raises SettingsError as `serve` does."""
+    if settings.redis.url == "embedded":
+        async for finding in _embedded(settings):
+            yield finding
+        return
+    assert secret is not None  # the settings are refused without one
+    client = redis_connector(settings, settings.redis.url)()
+    try:
+        async for finding in _redis(client, settings, secret):
+            yield finding
+    except (RedisError, OSError) as error:
+        yield _no_answer(error, settings.redis.url)
+    finally:
+        await client.aclose()
+
+
+async def _embedded(settings: Settings) -> AsyncIterator[Finding]:
+    server = EmbeddedServer(settings.redis.embedded_max_bytes)
+    try:
+        await server.start()
+    except EmbeddedServerError as error:
+        yield problem(f"Redis: {error}", "set redis.url to a server of yours")
+        return
+    await server.stop()
+    yield ok("Redis: the embedded server starts and answers")
+    yield warning("Redis: an embedded server is for one replica", "set redis.url where there are several")
+
+
+async def _redis(client: Redis, settings: Settings, secret: bytes) -> AsyncIterator[Finding]:
+    """Look at one server. Raises RedisError or OSError where it does not answer."""
+    await client.ping()
+    yield ok("Redis: reachable")
+    yield await _commands(client, settings.redis.key_prefix)
+    try:
+        for finding in _limits(await client.info()):
+            yield finding
+    except ResponseError:
+        yield warning("Redis: refuses INFO", "see to version, maxmemory and eviction by other means")
+    yield _secret(await client.get(Keys(settings.redis.key_prefix).secret), secret)
+    yield _quickness(await _latency(client), settings.redis.timeout_s)
+
+
+def _no_answer(error: Exception, url: str) -> Finding:
+    match error:
+        case AuthenticationError():
+            mend = "set redis.username and redis.password_file"
+        case _ if url.startswith("rediss://"):
+            mend = "start it, set redis.ca_file to its authority, or use redis:// where it speaks no TLS"
+        case _:
+            mend = "start it, or set redis.url; until then serve asks upstream for every request"
+    return problem(f"Redis: no answer ({type(error).__name__})", mend)
+
+
+async def _commands(client: Redis, prefix: str) -> Finding:
+    """Do with a key of our own what the proxy does with entries and stamps."""
+    key = f"{prefix}:1:check:{secrets.token_hex(8)}"
+    run: Callable[..., Awaitable[Any]] = client.execute_command
+    for name, *arguments in (
+        ("SET", key, "x", "NX", "EX", 10),
+        ("EXPIRE", key, 20, "GT"),
+        ("EVAL", "return redis.call('GETRANGE', KEYS[1], 0, 0)", 1, key),
+        ("GET", key),
+        ("DEL", key),
+    ):
+        try:
+            await run(name, *arguments)
+        except ResponseError as error:
+            return problem(f"Redis: refuses {name} ({type(error).__name__})", f"use {_SUITABLE}")
+    return ok("Redis: takes the commands that the proxy uses")
+
+
+def _limits(info: dict[str, Any]) -> Iterator[Finding]:
+    version = str(info.get("redis_version", "0"))
+    if int(version.partition(".")[0]) < _LEAST_VERSION:
+        yield problem(f"Redis: version {version}", f"use {_SUITABLE}")
+    else:
+        yield ok(f"Redis: version {version}")
+    most_bytes, policy = info.get("maxmemory", 0), str(info.get("maxmemory_policy", "unknown"))
+    if not most_bytes:
+        yield warning("Redis: maxmemory is not set", "set it, and maxmemory-policy allkeys-lru")
+    elif not policy.startswith("allkeys-"):
+        yield warning(
+            f"Redis: maxmemory-policy is {policy}", "set allkeys-lru: once full, it would refuse new entries"
+        )
+    else:
+        yield ok(f"Redis: maxmemory {most_bytes}, {policy}")
+
+
+def _secret(theirs: Any, secret: bytes) -> Finding:
+    """Compare with the mark that a replica left in the last minute."""
+    if theirs is None:
+        return ok("Redis: no other replica uses it with this key prefix")
+    if theirs == Keyring(secret).fingerprint.encode():
+        return ok("Redis: the other replicas have the same secret")
+    return problem(
+        "security.secret_file: other replicas on this Redis have another one, and share nothing with this",
+        "give all the same, or set another redis.key_prefix",
+    )
+
+
+async def _latency(client: Redis) -> list[float]:
+    seconds = []
+    for _ in range(_PINGS):
+        started = perf_counter()
+        await client.ping()
+        seconds.append(perf_counter() - started)
+    return seconds
+
+
+def _quickness(seconds: list[float], timeout_s: float) -> Finding:
+    usual_s, worst_s = statistics.median(seconds), max(seconds)
+    fact = (
+        f"Redis: answers within {usual_s * 1000:.1f} ms, at worst {worst_s * 1000:.1f};"
+        f" redis.timeout_s is {timeout_s * 1000:g} ms"
+    )
+    mend = "a late answer is a miss: use a nearer server, or raise redis.timeout_s"
+    if usual_s > timeout_s:
+        return problem(fact, mend)
+    if worst_s > timeout_s / 2:
+        return warning(fact, mend)
+    return ok(fact)

@@ -1,0 +1,73 @@
+"""Whether the API is where the settings say, seen through the client and the way there that `serve` uses."""
+
+import asyncio
+import secrets
+from http import HTTPStatus
+from time import perf_counter
+
+from proxy.app import upstream_options
+from proxy.check.finding import Finding, ok, problem
+from proxy.core.errors import UpstreamError
+from proxy.core.events import OTHER_CALLER
+from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
+from proxy.core.policy import Answer
+from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.snapshot import error_envelope
+from proxy.settings import Settings
+from proxy.upstream import Upstream
+
+_NOBODYS_TOKEN = Token("snapshot-proxy-check")
+_SNAPSHOT_ID = SnapshotId.parse("1")
+_CALL = Call(
+    key=EntryKey(Keyring(secrets.token_bytes(32)).partition(_NOBODYS_TOKEN), _SNAPSHOT_ID.text),
+    snapshot_id=_SNAPSHOT_ID,
+    token=_NOBODYS_TOKEN,
+    directives=NO_DIRECTIVES,
+    request_id="snapshot-proxy-check",
+    caller=OTHER_CALLER,
+)
+_LOOK = "see to upstream.base_url, or to the way there (upstream.http_proxy)"
+_MENDED_BY = {
+    "destination_unavailable": "see to upstream.http_proxy, and to whether it allows this destination",
+    "tls_certificate_error": "where an egress proxy opens TLS, put its authority into upstream.ca_file",
+    "http_response_timeout": "see to the way there, or raise upstream.read_timeout_s and total_timeout_s",
+}
+"""By the error types of RFC 9209."""
+
+
+async def upstream(settings: Settings) -> Finding:
+    """Ask for a snapshot with a token that nobody issued: the API answers 401, in JSON.
+
+    Raises SettingsError as `serve` does.
+    """
+    api = Upstream(upstream_options(settings), lambda _: None)
+    started = perf_counter()
+    try:
+        answer = await api.get(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
+    except UpstreamError as error:
+        return problem(f"upstream: {error}", _MENDED_BY.get(error.proxy_error, _LOOK))
+    finally:
+        await api.close()
+    milliseconds = (perf_counter() - started) * 1000
+    if (suggests := _what_it_suggests(answer)) is None:
+        return ok(f"upstream: {settings.upstream.base_url} answers as the API does, in {milliseconds:.0f} ms")
+    return problem(
+        f"upstream: {settings.upstream.base_url} answers {answer.status}, not the API's 401 in JSON", suggests
+    )
+
+
+def _what_it_suggests(answer: Answer) -> str | None:
+    """Explain an answer that is not the API's to a token that nobody issued; None where it is."""
+    match answer.status:
+        case HTTPStatus.UNAUTHORIZED if error_envelope(answer.body, _CALL.request_id) is not None:
+            return None
+        case _ if answer.body.lstrip().startswith(b"<"):
+            return "a page, as an egress proxy or a gateway sends it: see to upstream.http_proxy"
+        case HTTPStatus.TOO_MANY_REQUESTS:
+            return "too many requests from here: try again later"
+        case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return "it has trouble of its own: try again later"
+        case status if status < HTTPStatus.MULTIPLE_CHOICES:
+            return "whoever takes a token that nobody issued is not the API: see to upstream.base_url"
+        case _:
+            return "somebody else than the API answers: see to upstream.base_url and upstream.http_proxy"

@@ -1,0 +1,359 @@
+"""The main job on this one machine: shown with real requests, and checked while it is shown.
+
+A simulator of DigitalOcean's API, the proxy and its embedded Valkey run in this process. Each line of the
+transcript is a request that was made; what the upstream was asked is the simulator's own count, not the
+proxy's. A step that does not show what it should says so, and the exit status is 1.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from proxy import __version__, logs
+from proxy.app import Addresses, App, StartError
+from proxy.core.errors import UpstreamUnreachable
+from proxy.core.http import CACHE_NAME
+from proxy.settings import load
+from proxy.simulator import DROPLET_SNAPSHOT_ID, READ_ONLY, VOLUME_SNAPSHOT_ID, Simulator
+from proxy.storage.embedded import EmbeddedServerError
+
+_LATENCY_S = 0.1
+_CROWD = 200
+_UNKNOWN_ID = "404404404"
+_WIDTH = 66
+
+
+async def demo(*, once: bool) -> int:
+    """Show it, then stay up until Ctrl-C, or end at `once`. Gives the exit status."""
+    showing = asyncio.ensure_future(_show(once=once))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, showing.cancel)
+    try:
+        return await showing
+    except asyncio.CancelledError:
+        return int(once)  # to be interrupted is how it ends, but where it was to end by itself
+
+
+async def _show(*, once: bool) -> int:
+    _quiet()
+    try:
+        async with _stage() as stage:
+            for step in STEPS:
+                await step(stage)
+            if stage.surprises:
+                _say("", _red(f"{stage.surprises} of these are not what they should be."))
+                return 1
+            if not once:
+                _invite(stage)
+                await asyncio.Event().wait()
+    except (StartError, EmbeddedServerError) as error:
+        print(f"snapshot-proxy: the demo cannot start: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# -- the transcript, step by step --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a request has to show: its status, how its Cache-Status begins, the upstream calls it makes."""
+
+    status: HTTPStatus
+    cache_status: str
+    calls: int
+
+
+_MISS = Expected(HTTPStatus.OK, "fwd=uri-miss; fwd-status=200; stored", 1)
+_HIT = Expected(HTTPStatus.OK, "hit; ttl=", 0)
+
+
+class Caller(NamedTuple):
+    """Somebody with a token, and what the transcript calls it."""
+
+    name: str
+    token: str
+
+
+class Answer(NamedTuple):
+    """What came back. `document` is None with a 304."""
+
+    status: int
+    cache_status: str
+    document: Any
+    etag: str
+
+
+class Stage:
+    """The proxy between callers and the simulator; writes down what happens, and what should not."""
+
+    def __init__(self, simulator: Simulator, addresses: Addresses, client: aiohttp.ClientSession) -> None:
+        world = simulator.world
+        self.simulator = simulator
+        self.addresses = addresses
+        self.owner = Caller("first token", world.token().value)
+        self.colleague = Caller("colleague", world.token(scopes=READ_ONLY - {"tag:read"}).value)
+        self.stranger = Caller("stranger", "dop_v1_made_up")
+        self.requests = 0
+        self.surprises = 0
+        self._client = client
+
+    async def get(self, caller: Caller, snapshot_id: str, expected: Expected, **headers: str) -> Answer:
+        """Ask for one snapshot, and write the lines that tell how it went."""
+        with self._watch() as seen:
+            answer = await self.fetch(caller, snapshot_id, **headers)
+        extra = "".join(f", {name}: {value}" for name, value in headers.items())
+        _say(_dim(f"   GET /v2/snapshots/{snapshot_id} ({caller.name}{extra})"))
+        self.show(
+            f"{answer.status:d} {answer.cache_status:<{_WIDTH}} {seen}",
+            (answer.status, seen.calls) == (expected.status, expected.calls)
+            and answer.cache_status.startswith(f"{CACHE_NAME}; {expected.cache_status}"),
+            f"{expected.status:d} {CACHE_NAME}; {expected.cache_status} and {expected.calls} upstream",
+        )
+        return answer
+
+    async def get_at_once(self, caller: Caller, snapshot_id: str, number: int, expected: Expected) -> None:
+        """Ask for one snapshot many times at once. What is expected holds for all together."""
+        with self._watch() as seen:
+            answers = await asyncio.gather(*(self.fetch(caller, snapshot_id) for _ in range(number)))
+        _say(_dim(f"   {number} x GET /v2/snapshots/{snapshot_id} ({caller.name})"))
+        kinds = Counter((answer.status, answer.cache_status) for answer in answers)
+        for (status, cache_status), times in kinds.items():
+            _say(f"   {status:d} {cache_status}   x {times}")
+        self.show(
+            f"{'all together':<{_WIDTH + 4}} {seen}",
+            seen.calls == expected.calls and {status for status, _ in kinds} == {expected.status},
+            f"{expected.status:d} for each and {expected.calls} upstream",
+        )
+
+    async def fetch(self, caller: Caller, snapshot_id: str, **headers: str) -> Answer:
+        """Ask for one snapshot."""
+        self.requests += 1
+        async with self._client.get(
+            f"{self.addresses.api}/v2/snapshots/{snapshot_id}",
+            headers={"Authorization": f"Bearer {caller.token}", **headers},
+        ) as response:
+            return Answer(
+                response.status,
+                response.headers.get("Cache-Status", ""),
+                None if response.status == HTTPStatus.NOT_MODIFIED else await response.json(),
+                response.headers.get("ETag", ""),
+            )
+
+    async def metric(self, name: str, label: str = "") -> int:
+        """Add up a counter of the proxy's own `/metrics`: the series that carry `label`."""
+        async with self._client.get(f"{self.addresses.admin}/metrics") as response:
+            series = re.findall(rf"^{name}{{(.*)}} (\S+)$", await response.text(), re.MULTILINE)
+        return sum(int(float(value)) for labels, value in series if label in labels)
+
+    def show(self, line: str, as_it_should_be: bool, expected: str) -> None:
+        """Write a line, and what was expected where it is another."""
+        _say(f"   {line}")
+        if not as_it_should_be:
+            self.surprises += 1
+            _say(_red(f"   ^ not what it should be: {expected}"))
+
+    @contextmanager
+    def _watch(self) -> Iterator["_Seen"]:
+        """Take the time, and the simulator's count, of what happens inside."""
+        seen, before, started = _Seen(), self.simulator.count(), perf_counter()
+        yield seen
+        seen.milliseconds = (perf_counter() - started) * 1000
+        seen.total = self.simulator.count()
+        seen.calls = seen.total - before
+
+
+@dataclass(slots=True)
+class _Seen:
+    milliseconds: float = 0
+    calls: int = 0
+    total: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.milliseconds:6.1f} ms   upstream +{self.calls} = {self.total}"
+
+
+async def _miss(stage: Stage) -> None:
+    _title("Nobody has asked for this snapshot yet: a miss. The proxy asks upstream, and keeps the answer.")
+    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _MISS)
+
+
+async def _hit(stage: Stage) -> None:
+    _title("Again: a hit. Nobody is asked.")
+    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+
+
+async def _not_modified(stage: Stage) -> None:
+    _title("A client that names the entity tag it got need not even receive the snapshot again.")
+    known = await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+    expected = Expected(HTTPStatus.NOT_MODIFIED, _HIT.cache_status, 0)
+    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, expected, **{"If-None-Match": known.etag})
+
+
+async def _kept_apart(stage: Stage) -> None:
+    _title("A colleague's token, without the scope tag:read, is kept apart: it sees what it may see.")
+    theirs = await stage.get(stage.colleague, DROPLET_SNAPSHOT_ID, _MISS)
+    ours = await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+    seen = [answer.document["snapshot"]["tags"] for answer in (theirs, ours)]
+    expected = [None, ["web", "env:prod"]]
+    stage.show(
+        f"tags: {json.dumps(seen[0])} for the colleague, {json.dumps(seen[1])} for the first",
+        seen == expected,
+        json.dumps(expected),
+    )
+
+
+async def _refused(stage: Stage) -> None:
+    _title("A token that nobody issued gets nothing of what is cached for others.")
+    expected = Expected(HTTPStatus.UNAUTHORIZED, "fwd=uri-miss; fwd-status=401", 1)
+    await stage.get(stage.stranger, DROPLET_SNAPSHOT_ID, expected)
+
+
+async def _unknown(stage: Stage) -> None:
+    _title("A snapshot that does not exist is asked for once. Then the 404 is remembered for a while.")
+    first = Expected(HTTPStatus.NOT_FOUND, "fwd=uri-miss; fwd-status=404; stored", 1)
+    await stage.get(stage.owner, _UNKNOWN_ID, first)
+    await stage.get(stage.owner, _UNKNOWN_ID, Expected(HTTPStatus.NOT_FOUND, "hit; ttl=", 0))
+
+
+async def _crowd(stage: Stage) -> None:
+    _title(f"{_CROWD} callers at once want a snapshot that is not cached: one call upstream for all of them.")
+    await stage.get_at_once(stage.owner, VOLUME_SNAPSHOT_ID, _CROWD, _MISS)
+
+
+async def _down(stage: Stage) -> None:
+    _title("The upstream is gone. What is fresh is still answered, what is not cached gets a clear error.")
+    await stage.simulator.stop()
+    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+    cold = stage.simulator.world.snapshots()[-1].id
+    error = Expected(HTTPStatus.BAD_GATEWAY, "fwd=uri-miss", 0)
+    envelope = (await stage.get(stage.owner, cold, error)).document
+    stage.show(
+        f"{envelope['id']}, {envelope['message']}",
+        envelope["id"] == UpstreamUnreachable.id,
+        UpstreamUnreachable.id,
+    )
+    await stage.simulator.start()
+
+
+async def _saved(stage: Stage) -> None:
+    _title("What that saved, by the proxy's own metrics:")
+    requests = await stage.metric("snapshot_proxy_requests_total")
+    calls = await stage.metric("snapshot_proxy_upstream_requests_total")
+    failed = await stage.metric("snapshot_proxy_upstream_requests_total", 'status="error"')
+    stage.show(
+        f"{requests} requests answered with {calls} calls, {failed} of which found the upstream gone:"
+        f" {requests - calls} calls saved ({(requests - calls) / max(requests, 1):.0%})",
+        failed > 0 and (requests, calls - failed) == (stage.requests, stage.simulator.count()),
+        f"{stage.requests} requests, {stage.simulator.count()} calls that arrived, and one that did not",
+    )
+
+
+STEPS = (_miss, _hit, _not_modified, _kept_apart, _refused, _unknown, _crowd, _down, _saved)
+
+
+# -- the stage ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _stage() -> AsyncIterator[Stage]:
+    async with (
+        Simulator(latency_s=_LATENCY_S) as simulator,
+        _proxy(simulator.url) as addresses,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+    ):
+        _say(
+            _bold(f"snapshot-proxy {__version__} between a client and a simulator of DigitalOcean's API"),
+            f"The simulator takes {_LATENCY_S * 1000:.0f} ms for an answer. Each line is a real request:",
+            "status, Cache-Status, time, and the simulator's own count of what it was asked.",
+        )
+        yield Stage(simulator, addresses, client)
+
+
+@asynccontextmanager
+async def _proxy(upstream_url: str) -> AsyncIterator[Addresses]:
+    app = App(
+        load(
+            config_file=None,
+            overrides=[
+                f"upstream.base_url={upstream_url}",
+                "server.port=0",
+                "admin.port=0",
+                "log.access=off",
+            ],
+            environ={},
+        ).settings
+    )
+    addresses = await app.start()
+    try:
+        yield addresses
+    finally:
+        await app.stop(lame_duck=False)
+
+
+def _invite(stage: Stage) -> None:
+    api, token = stage.addresses.api, stage.owner.token
+    _say(
+        "",
+        _bold("All of it is still running, until Ctrl-C:"),
+        f"   the proxy      {api}",
+        f"   its metrics    {stage.addresses.admin}/metrics",
+        f"   the simulator  {stage.simulator.url}",
+        "",
+        _bold("Ask it yourself (the token is the simulator's, and good for nothing else):"),
+        f"   curl -i -H 'Authorization: Bearer {token}' {api}/v2/snapshots/{DROPLET_SNAPSHOT_ID}",
+        "",
+        _bold("The same with DigitalOcean's Python client (pip install gradient):"),
+        "   from gradient import Gradient",
+        f'   client = Gradient(access_token="{token}", base_url="{api}")',
+        f'   print(client.gpu_droplets.snapshots.retrieve("{DROPLET_SNAPSHOT_ID}"))',
+    )
+
+
+# -- words -------------------------------------------------------------------------------------
+
+
+def _quiet() -> None:
+    """Let the proxy log errors only: the transcript tells the rest."""
+    logs.configure("error", "text")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.ERROR)  # steps of the service's life pass the logger's own level
+
+
+def _title(text: str) -> None:
+    _say("", _bold(text))
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _bold(text: str) -> str:
+    return _styled(text, 1)
+
+
+def _dim(text: str) -> str:
+    return _styled(text, 2)
+
+
+def _red(text: str) -> str:
+    return _styled(text, 31)
+
+
+def _styled(text: str, code: int) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text

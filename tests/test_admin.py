@@ -1,0 +1,89 @@
+"""The admin listener, asked over HTTP."""
+
+import aiohttp
+import pytest
+from aiohttp import web
+from support import DROPLET_PATH, app, bearer, scrape, total
+
+from proxy import __version__
+from proxy.admin.listener import admin_application
+from proxy.simulator import Simulator, Token
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+async def test_metrics_count_requests_and_calls(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession
+) -> None:
+    """Two reads of one snapshot: two requests, one call, one call saved."""
+    async with app(f"upstream.base_url={simulator.url}") as at:
+        for _ in range(2):
+            async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)):
+                pass
+        metrics = await scrape(at.admin)
+    assert (
+        total(metrics, "snapshot_proxy_requests_total", route="snapshot", status="2xx", caller="other") == 2
+    )
+    assert total(metrics, "snapshot_proxy_requests_total", cache="miss") == 1
+    assert total(metrics, "snapshot_proxy_requests_total", cache="hit") == 1
+    assert total(metrics, "snapshot_proxy_upstream_requests_total", status="2xx") == 1
+    assert metrics['snapshot_proxy_upstream_avoided_total{reason="hit"}'] == 1
+    assert metrics["snapshot_proxy_entry_age_seconds_count"] == 1
+    assert metrics["snapshot_proxy_store_up"] == 1
+    assert metrics["snapshot_proxy_store_shared"] == 0
+    assert metrics["snapshot_proxy_secret_mismatch"] == 0
+    assert metrics[f'snapshot_proxy_build_info{{version="{__version__}"}}'] == 1
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type", "end"),
+    [
+        pytest.param("", "text/plain", "\n", id="text"),
+        pytest.param(OPENMETRICS, "application/openmetrics-text", "# EOF\n", id="openmetrics"),
+    ],
+)
+async def test_both_formats(accept: str, content_type: str, end: str, client: aiohttp.ClientSession) -> None:
+    """Prometheus asks for OpenMetrics, people with curl for nothing in particular."""
+    async with (
+        app() as at,
+        client.get(f"{at.admin}/metrics", headers={"Accept": accept} if accept else {}) as response,
+    ):
+        text = await response.text()
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith(content_type)
+    assert "# TYPE snapshot_proxy_connections gauge" in text
+    assert text.endswith(end)
+    assert "_created" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        ("/healthz", 200, '{"status": "alive"}'),
+        ("/readyz", 200, '{"status": "ready"}'),
+        ("/v2/snapshots/1", 404, "404: Not Found"),
+    ],
+)
+async def test_paths(path: str, status: int, body: str, client: aiohttp.ClientSession) -> None:
+    """Probes for an orchestrator; of snapshots nothing. No answer tells a server's version."""
+    async with app() as at, client.get(at.admin + path) as response:
+        assert await response.text() == body
+    assert response.status == status
+    assert response.headers["Server"] == "snapshot-proxy"
+
+
+async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
+    """Alive all the same: nobody should kill what drains."""
+    runner = web.AppRunner(
+        admin_application(scrape=lambda _: (b"", "text/plain"), ready=lambda: False), access_log=None
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with client.get(f"{url}/readyz") as ready, client.get(f"{url}/healthz") as health:
+            assert await ready.json() == {"status": "stopping"}
+            assert (ready.status, health.status) == (503, 200)
+    finally:
+        await runner.cleanup()
