@@ -6,6 +6,7 @@ import math
 import resource
 import secrets
 import ssl
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class App:
                 jitter=settings.cache.jitter,
             ),
             total_timeout_s=settings.upstream.total_timeout_s,
-            monotonic=asyncio.get_running_loop().time,
+            monotonic=time.monotonic,
         )
         log = access_log(settings.log.access)
 

@@ -70,7 +70,7 @@ def read_aliases(path: Path) -> dict[str, str]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{where}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # nested too deeply
         raise SettingsError(f"{where}: must be TOML") from None
     if len(document) > MOST_ALIASES:
         raise SettingsError(f"{where}: must hold at most {MOST_ALIASES} aliases")

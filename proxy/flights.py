@@ -7,6 +7,7 @@ between their look and their joining, its answer was stored.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -34,7 +35,7 @@ class _Flight(Generic[T]):
 
 
 class Flights(Generic[T]):
-    """The fetches of this process: at most `most` in the air at once.
+    """The fetches of this process: at most `most` in the air at once, and as many landed ones remembered.
 
     `fetch` returns its failures as values: an exception is a bug, and everybody who waits gets it.
     """
@@ -48,9 +49,10 @@ class Flights(Generic[T]):
         return len(self._tasks)
 
     async def join(self, key: Hashable, since: float, fetch: Callable[[], Awaitable[T]]) -> Landed[T]:
-        """Wait for the flight of `key`, or start one. `since` is the loop time at which the caller began to look.
+        """Wait for the flight of `key`, or start one.
 
-        Raises Overloaded where there is none to join and no room for another.
+        `since` is the monotonic time at which the caller began to look. Raises Overloaded where there is none
+        to join and no room for another.
         """
         flight = self._by_key.get(key)
         if flight is not None and (flight.landed_at is None or flight.landed_at >= since):
@@ -83,9 +85,12 @@ class Flights(Generic[T]):
         return task
 
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
-        loop = asyncio.get_running_loop()
-        flight.landed_at = loop.time()
-        loop.call_later(LINGER_S, self._forget, key, flight)
+        # Not the loop's time, which may stand still for a millisecond: who comes after is not who came before.
+        flight.landed_at = time.monotonic()
+        if len(self._by_key) > self._most:  # so many answers are enough to hold
+            self._forget(key, flight)
+        else:
+            asyncio.get_running_loop().call_later(LINGER_S, self._forget, key, flight)
 
     def _forget(self, key: Hashable, flight: _Flight[T]) -> None:
         if self._by_key.get(key) is flight:

@@ -49,11 +49,11 @@ class Store(Protocol):
     async def put(self, key: EntryKey, entry: Entry, basis: Basis) -> bool:
         """Store an entry, if what its lookup saw is still so. Tell whether it was stored."""
 
-    async def end_entry(self, key: EntryKey, basis: Basis | None) -> None:
-        """End one entry."""
+    async def end_entry(self, key: EntryKey) -> None:
+        """End one entry, the one that is being fetched included."""
 
     async def end_caller(self, partition: Partition) -> None:
-        """End all entries of one caller."""
+        """End all entries of one caller, those that are being fetched included."""
 
 
 class Upstream(Protocol):
@@ -65,7 +65,7 @@ class Upstream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An answer. `entry` where it is one that may be cached: its age and lifetime are headers of the answer."""
+    """An answer. `entry` where it may be cached: its age and lifetime are headers of the answer."""
 
     status: int
     body: bytes
@@ -98,7 +98,10 @@ class Fetched:
 
 
 class ReadThrough:
-    """Answers reads. `total_timeout_s` bounds a fetch; `clock` gives Unix seconds, `draw` a number in [0, 1)."""
+    """Answers reads.
+
+    `total_timeout_s` bounds a fetch; `clock` gives Unix seconds, `draw` a number in [0, 1).
+    """
 
     def __init__(
         self,
@@ -158,8 +161,9 @@ class ReadThrough:
         detail = Detail.STORE_UNAVAILABLE if since is not None and basis is None else None
         match landed.result:
             case ProxyError() as failure:
+                status = failure.status if isinstance(failure, UpstreamUnexplained) else None
                 return Failed(
-                    failure, outcome, str(Forwarded(why, None, collapsed=landed.collapsed, detail=detail))
+                    failure, outcome, str(Forwarded(why, status, collapsed=landed.collapsed, detail=detail))
                 )
             case Fetched() as fetched:
                 return Served(
@@ -187,19 +191,24 @@ class ReadThrough:
             case Keep(entry):
                 stored = (
                     basis is not None
-                    and call.snapshot_id.cacheable
                     and not call.directives.no_store
                     and await self._store.put(call.key, entry, basis)
                 )
-                return Fetched(entry.status, entry.body, entry, stored, ratelimit=answer.ratelimit)
+                return Fetched(
+                    entry.status,
+                    entry.body,
+                    entry if call.snapshot_id.cacheable else None,
+                    stored,
+                    ratelimit=answer.ratelimit,
+                )
             case Refused():
                 await self._store.end_caller(call.key.partition)
             case Forbidden():
-                await self._store.end_entry(call.key, basis)
+                await self._store.end_entry(call.key)
             case Relay():
                 pass
         if verdict.body is None:
-            return UpstreamUnexplained(answer.status)
+            return UpstreamUnexplained(answer.status, answer.retry_after_s)
         return Fetched(
             answer.status, verdict.body, retry_after_s=answer.retry_after_s, ratelimit=answer.ratelimit
         )

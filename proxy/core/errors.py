@@ -163,7 +163,7 @@ class UpstreamDisconnected(UpstreamUnreachable):
 class UpstreamUnexplained(UpstreamError):
     """The upstream answered with an error status and nothing readable: the status is kept."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, retry_after_s: int | None = None) -> None:
         super().__init__(
             f"the upstream answered {status} and did not say why", proxy_error="http_protocol_error"
         )
@@ -171,7 +171,7 @@ class UpstreamUnexplained(UpstreamError):
         self.id = _IDS.get(
             status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "bad_request"
         )
-        self.retry_after_s = RETRY_AFTER_S if status in RETRYABLE else None
+        self.retry_after_s = (retry_after_s or RETRY_AFTER_S) if status in RETRYABLE else None
 
 
 class UpstreamTimeout(UpstreamError):

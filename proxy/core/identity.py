@@ -7,7 +7,7 @@ shown itself; whoever wants an entry needs a partition first (`EntryKey` has no 
 import hmac
 import re
 from dataclasses import dataclass
-from typing import NamedTuple, NewType
+from typing import NamedTuple, NewType, NoReturn
 
 from proxy.core.errors import BadRequest
 
@@ -35,6 +35,9 @@ class Token:
     def __repr__(self) -> str:
         return "Token(***)"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a token is neither pickled nor copied")
+
 
 class Keyring:
     """What the shared secret is good for. Replicas with equal secrets make equal partitions and MACs.
@@ -61,6 +64,9 @@ class Keyring:
 
     def __repr__(self) -> str:
         return "Keyring(***)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is neither pickled nor copied")
 
 
 @dataclass(frozen=True, slots=True)

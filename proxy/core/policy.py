@@ -102,10 +102,12 @@ class Relay:
 Verdict = Keep | Refused | Forbidden | Relay
 """A `body` is the upstream's error with a request_id; None where the upstream did not explain itself."""
 
+_END_OF_STATUSES = 600  # RFC 9110 §15
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL that is taken off at random."""
+    """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL taken off at random."""
 
     fresh_s: int
     negative_s: int
@@ -122,7 +124,7 @@ class Policy:
             expected_id = snapshot_id.text if snapshot_id.cacheable else None
             body = normalize_snapshot(answer.body, expected_id)
             return Keep(_entry(answer, body, self._positive(draw)))
-        if answer.status < HTTPStatus.BAD_REQUEST:
+        if not HTTPStatus.BAD_REQUEST <= answer.status < _END_OF_STATUSES:
             raise UpstreamInvalid(f"status {answer.status} to a plain GET")
         envelope = error_envelope(answer.body, request_id)
         match answer.status:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from proxy.core.errors import BadRequest, NotFound, NotProxied, Unauthorized
 from proxy.core.identity import EntryKey, SnapshotId, Token
 
-_ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
-_BEARER = re.compile(r"bearer +([\x21-\x7e](?:[\x20-\x7e]{0,510}[\x21-\x7e])?)", re.IGNORECASE)
+# ASCII: without it, IGNORECASE lets "\u017f" and "\u212a" pass for the letters s and k.
+_ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE | re.ASCII)
+_BEARER = re.compile(r"bearer +([\x21-\x7e](?:[\x20-\x7e]{0,510}[\x21-\x7e])?)", re.IGNORECASE | re.ASCII)
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*)))?')
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SNAPSHOTS = "/v2/snapshots"
@@ -66,18 +67,14 @@ def parse_target(target: str) -> SnapshotId:
 def parse_authorization(values: Sequence[str]) -> Token:
     """Read the caller's token from all `Authorization` headers of a request.
 
-    Raises Unauthorized where there is no bearer token (RFC 6750 §2.1), BadRequest where there are two headers.
+    Raises Unauthorized where there is no bearer token (RFC 6750 §2.1), BadRequest for two headers.
     """
-    match values:
-        case [value]:
-            bearer = _BEARER.fullmatch(value)
-            if bearer is not None:
-                return Token(bearer[1])
-        case []:
-            pass
-        case _:
-            raise BadRequest("send one Authorization header, not several")
-    raise Unauthorized("send your DigitalOcean token as 'Authorization: Bearer <token>'")
+    if len(values) > 1:
+        raise BadRequest("send one Authorization header, not several")
+    bearer = _BEARER.fullmatch(values[0]) if values else None
+    if bearer is None:
+        raise Unauthorized("send your DigitalOcean token as 'Authorization: Bearer <token>'")
+    return Token(bearer[1])
 
 
 def parse_directives(cache_control: Sequence[str], pragma: Sequence[str] = ()) -> Directives:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, DecimalException
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, DecimalException
 from typing import Any
 
 import orjson
@@ -25,7 +25,9 @@ from proxy.core.errors import UpstreamInvalid
 # A number that a double may not hold: sixteen digits or more, or an exponent of three.
 _LONG_NUMBER = re.compile(rb"[0-9][0-9.]{15}|[0-9][eE][+-]?[0-9]{3}")
 _RFC3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d):([0-5]\d|60)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):([0-5]\d))", re.ASCII
+    r"(\d{4}-\d\d-\d\d)[Tt ]([01]\d:\d\d|2[0-3]:\d\d):([0-5]\d|60)(?:\.(\d+))?"
+    r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))",
+    re.ASCII,
 )
 _LONGEST_INTEGER = 20  # characters of a 64-bit integer
 _RESOURCE_TYPES = frozenset({"droplet", "volume"})
@@ -56,7 +58,7 @@ def parse(body: bytes) -> Any:
 
 
 def error_envelope(body: bytes, request_id: str) -> bytes | None:
-    """Give an upstream's error `{"id", "message", "request_id"?, …}` back with a request_id, or None if it is none."""
+    """Give an upstream's error `{"id", "message", …}` back with a request_id, or None if it is none."""
     try:
         envelope = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -131,7 +133,7 @@ def _instant(value: Any, path: str) -> str:
     except (ValueError, OverflowError):
         raise UpstreamInvalid(f"{path} is not an RFC 3339 date-time") from None
     fraction = (fraction or "").rstrip("0")
-    return f"{moment:%Y-%m-%dT%H:%M}:{second}{'.' if fraction else ''}{fraction}Z"
+    return f"{moment.isoformat()[:16]}:{second}{'.' if fraction else ''}{fraction}Z"
 
 
 def _integer(value: Any, path: str) -> Any:
@@ -190,10 +192,8 @@ class Exact:
     integer: bool
 
 
-def _literal(value: Any) -> orjson.Fragment:
-    if isinstance(value, Exact):
-        return orjson.Fragment(value.literal)
-    raise TypeError
+def _literal(number: Exact) -> orjson.Fragment:
+    return orjson.Fragment(number.literal)
 
 
 def _parse_exactly(body: bytes) -> Any:
@@ -220,8 +220,6 @@ def _exact_float(digits: str) -> float | Exact:
     value, exact = float(digits), Decimal(digits)
     if math.isfinite(value) and Decimal(repr(value)) == exact:
         return value
-    sign, significant, exponent = exact.as_tuple()
-    while significant[-1] == 0:
-        significant, exponent = significant[:-1], int(exponent) + 1
-    literal = str(Decimal((sign, significant, int(exponent))))
+    # Without zeros at its end: 1.50 and 1.5 are one number.
+    literal = str(exact.normalize(Context(prec=len(digits), Emax=MAX_EMAX, Emin=MIN_EMIN)))
     return Exact(literal if "." in literal or "E" in literal else literal + ".0", integer=False)

@@ -131,6 +131,7 @@ class World:
         self._random = random.Random(seed)
         self._latest_id = 10_000_000
         self._tokens: dict[str, Token] = {}
+        self._issued = 0
         self._snapshots: dict[str, dict[str, Snapshot]] = {team: {} for team in teams}
         self._resources: dict[str, set[str]] = {team: set() for team in teams}
         for document in _DOCUMENTED:
@@ -155,7 +156,8 @@ class World:
         """
         team = self._known(self.teams[0] if team is None else team)
         value = f"dop_v1_{self._random.getrandbits(256):064x}" if value is None else value
-        label = f"{team}-{len(self._tokens) + 1}" if label is None else label
+        self._issued += 1
+        label = f"{team}-{self._issued}" if label is None else label
         if value in self._tokens:
             raise ValueError("there is a token of this value already")
         if label in {UNKNOWN_TOKEN, NO_TOKEN, *(token.label for token in self._tokens.values())}:

@@ -19,6 +19,7 @@ def connector(
     options: dict[str, Any] = {"username": username, "password": password}
     if url.startswith("rediss://"):
         options["ssl_ca_certs"] = ca_file
+    options = {name: value for name, value in options.items() if value}
 
     def connect() -> Redis:
         client: Redis = Redis.from_url(
@@ -28,8 +29,8 @@ def connector(
             retry=Retry(NoBackoff(), 0),  # redis-py's own: ten attempts, a minute for one command
             socket_connect_timeout=connect_timeout_s,
             socket_timeout=connect_timeout_s,  # `Link` has the shorter deadlines
-            **{name: value for name, value in options.items() if value},
         )
+        client.connection_pool.connection_kwargs.update(options)  # as arguments they would lose to the URL's
         return client
 
     return connect

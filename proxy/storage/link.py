@@ -17,7 +17,6 @@ from redis.asyncio import Redis
 from redis.exceptions import (
     ConnectionError as RedisConnectionError,
     ReadOnlyError,
-    RedisError,
     TimeoutError as RedisTimeoutError,
 )
 
@@ -136,7 +135,7 @@ class Link:
     async def _open(self, client: Redis) -> bool:
         try:
             await self._within(self._connect_timeout_s, client.ping())
-        except (RedisError, OSError) as error:  # TimeoutError is an OSError
+        except Exception as error:  # noqa: BLE001 # a server that raves makes redis-py raise ValueError and more
             event(_LOG, logging.DEBUG, "redis-connect-failed", cause=type(error).__name__)
             return False
         return True
@@ -161,8 +160,17 @@ class Link:
         """Wait for something to do, and do it. False: the connection is not to be used again."""
         await self._asked.wait()
         self._asked.clear()
-        batch, self._queue = self._queue, deque()
+        batch = self._in_time()
         return not batch or await self._exchange(client, batch)
+
+    def _in_time(self) -> Sequence[_Ask]:
+        """Empty the queue. Whoever waited too long in it breaks nobody else's conversation."""
+        now = asyncio.get_running_loop().time()
+        late = [ask for ask in self._queue if ask.deadline <= now]
+        batch = [ask for ask in self._queue if ask.deadline > now]
+        self._queue.clear()
+        _fail(late, Unavailable(too_slow=True))
+        return batch
 
     async def _exchange(self, client: Redis, batch: Sequence[_Ask]) -> bool:
         """Run one pipeline and hand out the replies. False: the connection is not to be used again."""
@@ -173,7 +181,7 @@ class Link:
         remaining_s = min(ask.deadline for ask in batch) - asyncio.get_running_loop().time()
         try:
             replies = await self._within(remaining_s, pipeline.execute(raise_on_error=False))
-        except (RedisError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 # the same
             _fail(batch, Unavailable(too_slow=isinstance(error, (TimeoutError, RedisTimeoutError))))
             return False
         except BaseException:

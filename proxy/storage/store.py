@@ -7,7 +7,8 @@ and counted as corrupt; whatever Redis does becomes a miss with a reason, never 
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from redis.exceptions import ResponseError
@@ -37,7 +38,7 @@ HEARTBEAT_S = 1.0
 MOST_OWED = 1024
 """Deletions that wait for Redis to come back, at most; what is beyond ends with its own lifetime."""
 
-_TOMBSTONE = Entry(status=0, body=b"", etag="", called_at=0.0, lifetimes=Lifetimes(0))
+_NOTHING = Entry(status=0, body=b"", etag="", called_at=0.0, lifetimes=Lifetimes(0))
 _SECRET_TTL_S = 60
 _PUT = f"""
 local seen = redis.call('GETRANGE', KEYS[1], 0, {SEEN_BYTES - 1})
@@ -70,7 +71,7 @@ class Store:
         self._stamp_ttl_s = stamp_ttl_s
         self._guard_s = guard_s
         self._observe = observe
-        self._owed: dict[bytes, None] = {}
+        self._owed: dict[bytes, tuple[Command, ...]] = {}
         self._heart: asyncio.Task[None] | None = None
         self.secret_mismatch = False
 
@@ -102,14 +103,14 @@ class Store:
         corrupt: list[bytes] = []
         try:
             value, *stamps = await self._link.ask(*(("GET", name) for name in keys), deadline=deadline)
-            entry, seen = None, b""
+            seen = b""
             try:
                 if value is not None:
                     entry, sealed = unseal(_bytes(value), keys.entry, self._keyring)
                     seen = value[:SEEN_BYTES]
                     if [*sealed] == stamps:
                         self._saw("lookup", "ok")
-                        return Lookup(None if entry == _TOMBSTONE else entry, Basis(sealed, seen))
+                        return Lookup(entry, Basis(sealed, seen))
             except CorruptValue:
                 corrupt.append(keys.entry)
             # Whatever stands in the entry's place does not count. What will a fill rest on?
@@ -121,7 +122,10 @@ class Store:
         return Lookup(None, Basis(current, seen))
 
     async def put(self, key: EntryKey, entry: Entry, basis: Basis) -> bool:
-        """Store `entry`, unless something else was put there since its lookup. Tell whether it was. Never raises."""
+        """Store `entry`, unless something else was put there since its lookup.
+
+        Tell whether it was stored. Never raises.
+        """
         keys = self._keys.of(key)
         if not entry.lifetimes.retention_s:
             return False
@@ -138,18 +142,22 @@ class Store:
         self._saw("put", "ok")
         return bool(stored)
 
-    async def end_entry(self, key: EntryKey, basis: Basis | None) -> None:
-        """End one entry, and keep fetches that began before from bringing it back. Never raises."""
+    async def end_entry(self, key: EntryKey) -> None:
+        """End one entry, and keep fetches that began before from bringing it back. Never raises.
+
+        What stands in its place rests on stamps that never stood: it is nobody's answer, and no fetch that
+        is on its way can have seen it.
+        """
         keys = self._keys.of(key)
-        if basis is None:
-            await self._end(("DEL", keys.entry))
-        else:
-            value = seal(_TOMBSTONE, basis.stamps, keys.entry, self._keyring)
-            await self._end(("SET", keys.entry, value, "EX", self._guard_s))
+        never = Stamps(*(self._new_stamp(name) for name in keys[1:]))
+        value = seal(_NOTHING, never, keys.entry, self._keyring)
+        # A Redis that is full deletes, though it does not set.
+        await self._end(keys.entry, ("DEL", keys.entry), ("SET", keys.entry, value, "EX", self._guard_s))
 
     async def end_caller(self, partition: Partition) -> None:
         """End every entry of one caller, those that are being fetched included. Never raises."""
-        await self._end(("DEL", self._keys.caller(partition)))
+        name = self._keys.caller(partition)
+        await self._end(name, ("DEL", name))
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -178,49 +186,62 @@ class Store:
         return Stamps(*(stamps[name] for name in keys[1:]))
 
     def _new_stamp(self, name: bytes) -> bytes:
-        return make_stamp(name, secrets.token_bytes(NONCE_BYTES), self._keyring)
+        return make_stamp(name, secrets.token_bytes(NONCE_BYTES))
 
     def _stamp(self, value: Any, name: bytes) -> bytes:
         stamp = _bytes(value)
-        if not is_stamp(stamp, name, self._keyring):
+        if not is_stamp(stamp, name):
             raise CorruptValue
         return stamp
 
-    async def _end(self, command: Command) -> None:
-        """Run what ends something; where Redis is away, it is owed, and nobody reads there until it is done."""
+    async def _end(self, name: bytes, *commands: Command) -> None:
+        """Run what ends `name`. Where Redis is away, it is owed, and nobody reads there meanwhile."""
         try:
-            for reply in await self._link.ask(command):
+            for reply in await self._link.ask(*commands):
                 _refuse_error(reply)
         except Unavailable as error:
             self._failed("end", error)
-            if len(self._owed) < MOST_OWED:
-                self._owed[bytes(command[1])] = None  # type: ignore[arg-type] # every key is bytes
+            if len(self._owed) < MOST_OWED or name in self._owed:
+                self._owed[name] = commands
             return
         self._saw("end", "ok")
 
     async def _beat(self) -> None:
-        """About once a second: pay what is owed, compare secrets; a dead connection shows here at the latest."""
+        """Ask for something once a second: a dead connection shows here at the latest."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            owed = list(self._owed)
-            secret, mine = self._keys.secret, self._keyring.fingerprint
-            try:
-                *paid, _, fingerprint = await self._link.ask(
-                    *(("DEL", name) for name in owed),
-                    ("SET", secret, mine, "NX", "EX", _SECRET_TTL_S),
-                    ("GET", secret),
-                )
-                for name, reply in zip(owed, paid, strict=True):
-                    _refuse_error(reply)
-                    del self._owed[name]
-                if fingerprint == mine.encode():
-                    await self._link.ask(("EXPIRE", secret, _SECRET_TTL_S))
-            except Unavailable:
-                continue
-            mismatch = fingerprint != mine.encode()
-            if mismatch and not self.secret_mismatch:
-                event(_LOG, logging.ERROR, "secret-mismatch", consequence="replicas do not share entries")
-            self.secret_mismatch = mismatch
+            with suppress(Unavailable):
+                await self._pulse()
+
+    async def _pulse(self) -> None:
+        """Pay what is owed, and compare secrets. Raises Unavailable."""
+        owed = list(self._owed.items())
+        secret, mine = self._keys.secret, self._keyring.fingerprint
+        *paid, _, fingerprint = await self._link.ask(
+            *(command for _, commands in owed for command in commands),
+            ("SET", secret, mine, "NX", "EX", _SECRET_TTL_S),
+            ("GET", secret),
+        )
+        self._pay(owed, paid)
+        if isinstance(fingerprint, bytes):  # a Redis that is full, or a replica, has nothing to say
+            self._compare(fingerprint == mine.encode())
+            if not self.secret_mismatch:
+                await self._link.ask(("EXPIRE", secret, _SECRET_TTL_S))
+
+    def _pay(self, owed: Sequence[tuple[bytes, tuple[Command, ...]]], replies: Sequence[Any]) -> None:
+        """Forget what was owed and is done, but not what came to be owed meanwhile."""
+        start = 0
+        for name, commands in owed:
+            end = start + len(commands)
+            refused = any(isinstance(reply, Exception) for reply in replies[start:end])
+            if not refused and self._owed[name] is commands:
+                del self._owed[name]
+            start = end
+
+    def _compare(self, same: bool) -> None:
+        if not same and not self.secret_mismatch:
+            event(_LOG, logging.ERROR, "secret-mismatch", consequence="replicas do not share entries")
+        self.secret_mismatch = not same
 
     def _saw(self, operation: Literal["lookup", "put", "end"], outcome: Literal["ok", "corrupt"]) -> None:
         self._observe(StoreOperation(operation, outcome))
@@ -230,7 +251,7 @@ class Store:
 
 
 def _bytes(reply: Any) -> bytes:
-    """Take a string reply. A key of another type is corrupt; any other refusal of Redis's makes it unavailable."""
+    """Take a string reply. A key of another type is corrupt; after any other refusal Redis is unavailable."""
     match reply:
         case bytes():
             return reply

@@ -1,0 +1,220 @@
+"""Lifetimes of an entry, and its seal: nothing but what was sealed comes out again."""
+
+from dataclasses import replace
+from hashlib import sha256
+
+import pytest
+from hypothesis import example, given, strategies as st
+
+from proxy.core.entry import (
+    NONCE_BYTES,
+    SEEN_BYTES,
+    UNAVAILABLE,
+    CorruptValue,
+    Entry,
+    Lifetimes,
+    Stamps,
+    is_stamp,
+    make_stamp,
+    seal,
+    unseal,
+)
+from proxy.core.identity import Keyring
+
+KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
+ANOTHER = Keyring(b"0123456789abcdef0123456789abcdeF")
+KEY = b"snapshot-proxy:1:{0123}:snap:42"
+ENTRY = Entry(200, b'{"snapshot":{"id":"42"}}', '"etag"', 1_000.5, Lifetimes(60, 30, 300))
+STAMPS = Stamps(*(make_stamp(name, name * 8) for name in (b"c1", b"s2", b"e3")))
+VALUE = seal(ENTRY, STAMPS, KEY, KEYRING)
+
+# -- lifetimes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("now", "age_s", "fresh", "ttl_s"),
+    [
+        pytest.param(1_000.5, 0, True, 60, id="at-the-call"),
+        pytest.param(1_001.4, 0.9, True, 60, id="within-the-first-second"),
+        pytest.param(1_060.4, 59.9, True, 1, id="last-fresh-moment"),
+        pytest.param(1_060.5, 60, False, 0, id="first-stale-moment"),
+        pytest.param(1_072.5, 72, False, -12, id="stale"),
+        pytest.param(900, 0, True, 60, id="clock-stepped-back"),
+    ],
+)
+def test_freshness(now: float, age_s: float, fresh: bool, ttl_s: int) -> None:
+    """RFC 9111 §4.2: fresh while its age is below its lifetime; the ttl that is told is never too small."""
+    assert ENTRY.age_s(now) == pytest.approx(age_s)
+    assert ENTRY.is_fresh(now) is fresh
+    assert ENTRY.ttl_s(now) == ttl_s
+
+
+@pytest.mark.parametrize(
+    ("lifetimes", "retention_s"),
+    [
+        pytest.param(Lifetimes(10), 10, id="no-stale-windows"),
+        pytest.param(Lifetimes(60, 30, 300), 360, id="on-error-is-longer"),
+        pytest.param(Lifetimes(60, 300, 30), 360, id="while-revalidating-is-longer"),
+        pytest.param(Lifetimes(0), 0, id="nothing"),
+    ],
+)
+def test_retention(lifetimes: Lifetimes, retention_s: int) -> None:
+    """The two windows begin where freshness ends, and run side by side."""
+    assert lifetimes.retention_s == retention_s
+
+
+@pytest.mark.parametrize("fresh_s", [1, 60])
+@given(age_s=st.floats(min_value=-1e6, max_value=1e6))
+def test_ttl_and_freshness_agree(fresh_s: int, age_s: float) -> None:
+    """What says `ttl` of 1 or more is fresh, and the reverse."""
+    entry = replace(ENTRY, lifetimes=Lifetimes(fresh_s))
+    now = ENTRY.called_at + age_s
+    assert (entry.ttl_s(now) > 0) is entry.is_fresh(now)
+
+
+def test_what_cannot_be_asked() -> None:
+    """Without a basis nothing is known, and nothing can be stored."""
+    assert UNAVAILABLE == (None, None)
+
+
+# -- the envelope ------------------------------------------------------------------------------
+
+
+def test_the_layout() -> None:
+    """Adjacent versions read each other's envelopes: this one must never change under its version."""
+    version, mac, rest = VALUE[:1], VALUE[1:17], VALUE[17:]
+    assert version == b"\x01"
+    assert SEEN_BYTES == 17
+    assert mac == KEYRING.mac(version + len(KEY).to_bytes(2, "big") + KEY + rest)
+    assert rest == (
+        bytes.fromhex("00c8 408f440000000000 0000003c 0000001e 0000012c")
+        + b"".join(STAMPS)
+        + b"\x06"
+        + b'"etag"'
+        + ENTRY.body
+    )
+
+
+ENTRIES = st.builds(
+    Entry,
+    status=st.integers(0, 2**16 - 1),
+    body=st.binary(max_size=200),
+    etag=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=40),
+    called_at=st.floats(allow_nan=False),
+    lifetimes=st.builds(Lifetimes, *[st.integers(0, 2**32 - 1)] * 3),
+)
+STAMP = st.binary(min_size=24, max_size=24)
+SEALED = st.builds(Stamps, STAMP, STAMP, STAMP)
+STORE_KEYS = st.binary(max_size=60)
+
+
+@given(entry=ENTRIES, stamps=SEALED, key=STORE_KEYS, secret=st.binary(min_size=32, max_size=40))
+def test_what_was_sealed_comes_out(entry: Entry, stamps: Stamps, key: bytes, secret: bytes) -> None:
+    """For the same key and secret, in the same process or in another."""
+    value = seal(entry, stamps, key, Keyring(secret))
+    assert unseal(value, key, Keyring(secret)) == (entry, stamps)
+
+
+def refused(value: bytes, key: bytes = KEY, keyring: Keyring = KEYRING) -> bool:
+    """Tell whether a value does not verify."""
+    try:
+        unseal(value, key, keyring)
+    except CorruptValue:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("at", range(len(VALUE)))
+def test_no_byte_may_change(at: int) -> None:
+    """Each byte of an envelope counts, each bit of it, and its being there."""
+    for bit in range(8):
+        assert refused(VALUE[:at] + bytes((VALUE[at] ^ 1 << bit,)) + VALUE[at + 1 :])
+    assert refused(VALUE[:at])
+    assert refused(VALUE[:at] + VALUE[at + 1 :])
+    assert refused(VALUE[:at] + b"\x00" + VALUE[at:])
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "keyring"),
+    [
+        pytest.param(VALUE + b"x", KEY, KEYRING, id="longer"),
+        pytest.param(b"", KEY, KEYRING, id="empty"),
+        pytest.param(b"\x01", KEY, KEYRING, id="version-alone"),
+        pytest.param(b"\x01" + KEYRING.mac(b""), KEY, KEYRING, id="mac-of-nothing"),
+        pytest.param(STAMPS.caller, KEY, KEYRING, id="stamp"),
+        pytest.param(VALUE, KEY[:-1], KEYRING, id="shorter-key"),
+        pytest.param(VALUE, KEY + b"1", KEYRING, id="longer-key"),
+        pytest.param(VALUE, KEY.replace(b"0123", b"3210"), KEYRING, id="another-caller"),
+        pytest.param(VALUE, KEY, ANOTHER, id="another-secret"),
+        pytest.param(b"\x02" + VALUE[1:], KEY, KEYRING, id="another-version"),
+        pytest.param(
+            VALUE[:17] + seal(replace(ENTRY, status=404), STAMPS, KEY, KEYRING)[17:],
+            KEY,
+            KEYRING,
+            id="spliced",
+        ),
+    ],
+)
+def test_what_was_not_sealed_here(value: bytes, key: bytes, keyring: Keyring) -> None:
+    """Another key, another secret, another version or another's MAC: none of it verifies."""
+    assert refused(value, key, keyring)
+
+
+@given(entry=ENTRIES, stamps=SEALED, key=STORE_KEYS, cut=st.integers(0, 10), other=STORE_KEYS)
+@example(entry=ENTRY, stamps=STAMPS, key=b"ab", cut=1, other=b"a")
+def test_the_end_of_a_key_is_not_the_start_of_a_value(
+    entry: Entry, stamps: Stamps, key: bytes, cut: int, other: bytes
+) -> None:
+    """The key's length is sealed too: moving bytes between key and value makes another message."""
+    value = seal(entry, stamps, key, KEYRING)
+    moved = key[max(0, len(key) - cut) :]
+    if moved:
+        assert refused(value[:17] + moved + value[17:], key[: len(key) - len(moved)])
+    if other != key:
+        assert refused(value, other)
+
+
+@given(value=st.binary(max_size=200))
+def test_no_value_is_a_surprise(value: bytes) -> None:
+    """Whatever stands in Redis is refused, and with no other error."""
+    assert refused(value)
+    assert refused(b"\x01" + value)
+
+
+# -- stamps ------------------------------------------------------------------------------------
+
+
+def test_the_layout_of_a_stamp() -> None:
+    """Adjacent versions share stamps: a nonce and a checksum over key and nonce, whatever the secret."""
+    nonce = bytes(range(16))
+    assert make_stamp(b"key", nonce) == nonce + sha256(b"key" + nonce).digest()[:8]
+
+
+@given(key=STORE_KEYS, nonce=st.binary(min_size=NONCE_BYTES, max_size=NONCE_BYTES), other=STORE_KEYS)
+def test_a_stamp_is_one_for_its_key(key: bytes, nonce: bytes, other: bytes) -> None:
+    """It verifies for the key that it was made for, and for no other."""
+    stamp = make_stamp(key, nonce)
+    assert len(stamp) == 24
+    assert is_stamp(stamp, key)
+    assert is_stamp(stamp, other) is (other == key)
+    assert not is_stamp(stamp, key + nonce[:1])
+
+
+def test_no_byte_of_a_stamp_may_change() -> None:
+    """Nor may one be missing or added."""
+    stamp = STAMPS.caller
+    assert is_stamp(stamp, b"c1")
+    for at in range(len(stamp)):
+        for bit in range(8):
+            assert not is_stamp(stamp[:at] + bytes((stamp[at] ^ 1 << bit,)) + stamp[at + 1 :], b"c1")
+        assert not is_stamp(stamp[:at], b"c1")
+        assert not is_stamp(stamp[:at] + b"\x00" + stamp[at:], b"c1")
+    assert not is_stamp(stamp + b"\x00", b"c1")
+    assert not is_stamp(STAMPS.snapshot, b"c1")
+    assert not is_stamp(VALUE, KEY)
+
+
+@given(value=st.binary(max_size=40))
+def test_nothing_else_is_a_stamp(value: bytes) -> None:
+    """Whatever stands in a stamp's place is told from one."""
+    assert not is_stamp(value, b"c1")

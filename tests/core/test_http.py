@@ -1,0 +1,132 @@
+"""The words of HTTP: validators, conditions, Cache-Status, Proxy-Status, error bodies."""
+
+import json
+from hashlib import sha256
+
+import pytest
+from hypothesis import given, strategies as st
+
+from proxy.core import errors
+from proxy.core.http import (
+    Detail,
+    Forwarded,
+    Why,
+    error_body,
+    etag_of,
+    hit,
+    is_not_modified,
+    proxy_status,
+)
+
+ETAG = etag_of(b"{}")
+
+# -- validators and conditions -----------------------------------------------------------------
+
+
+def test_an_etag_is_strong_and_of_the_body() -> None:
+    """128 bits of SHA-256 in quotes; one byte more makes another."""
+    assert etag_of(b"{}") == f'"{sha256(b"{}").hexdigest()[:32]}"'
+    assert etag_of(b"{} ") != etag_of(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("if_none_match", "not_modified"),
+    [
+        pytest.param(ETAG, True, id="the-same"),
+        pytest.param(f"W/{ETAG}", True, id="weak"),
+        pytest.param("*", True, id="any"),
+        pytest.param("  * ", True, id="any-with-spaces"),
+        pytest.param(f'"x", {ETAG}', True, id="second-of-a-list"),
+        pytest.param(f'{ETAG},"x"', True, id="first-of-a-list-without-spaces"),
+        pytest.param(f'W/"x" , W/{ETAG}\t, "y"', True, id="among-weak-ones"),
+        pytest.param(f'"a,b", {ETAG}', True, id="after-a-tag-with-a-comma"),
+        pytest.param(f", ,{ETAG},", True, id="empty-elements"),
+        pytest.param('"x"', False, id="another"),
+        pytest.param("", False, id="empty"),
+        pytest.param('""', False, id="empty-tag"),
+        pytest.param('"*"', False, id="a-tag-that-is-a-star"),
+        pytest.param(ETAG.strip('"'), False, id="without-quotes"),
+        pytest.param(ETAG.upper(), False, id="other-case"),
+        pytest.param(ETAG[:-2] + '"', False, id="shorter"),
+        pytest.param(f'"x{ETAG[1:]}', False, id="longer"),
+    ],
+)
+def test_if_none_match(if_none_match: str, not_modified: bool) -> None:
+    """RFC 9110 §13.1.2: any tag of the list, compared weakly, or a star."""
+    assert is_not_modified(if_none_match, ETAG) is not_modified
+
+
+@given(value=st.text())
+def test_no_condition_is_a_surprise(value: str) -> None:
+    """Any text is a condition, and only one that holds the tag or a star is true."""
+    assert not is_not_modified(value, ETAG) or ETAG in value or value.strip() == "*"
+
+
+# -- Cache-Status ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "written"),
+    [
+        pytest.param(hit(42), "snapshot-proxy; hit; ttl=42", id="hit"),
+        pytest.param(hit(-12), "snapshot-proxy; hit; ttl=-12", id="stale"),
+        pytest.param(hit(7, Detail.NEGATIVE), "snapshot-proxy; hit; ttl=7; detail=negative", id="negative"),
+        pytest.param(
+            Forwarded(Why.URI_MISS, 200, stored=True),
+            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored",
+            id="miss",
+        ),
+        pytest.param(
+            Forwarded(Why.URI_MISS, 200, stored=True, collapsed=True),
+            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored; collapsed",
+            id="collapsed",
+        ),
+        pytest.param(
+            Forwarded(Why.STALE, 200, stored=True),
+            "snapshot-proxy; fwd=stale; fwd-status=200; stored",
+            id="expired",
+        ),
+        pytest.param(
+            Forwarded(Why.REQUEST, 500), "snapshot-proxy; fwd=request; fwd-status=500", id="not-stored"
+        ),
+        pytest.param(Forwarded(Why.URI_MISS), "snapshot-proxy; fwd=uri-miss", id="no-answer"),
+        pytest.param(
+            Forwarded(Why.BYPASS, 200, detail=Detail.STORE_UNAVAILABLE),
+            "snapshot-proxy; fwd=bypass; detail=store-unavailable",
+            id="store-unavailable",
+        ),
+        pytest.param(Forwarded(Why.BYPASS, 200), "snapshot-proxy; fwd=bypass", id="not-cacheable"),
+    ],
+)
+def test_cache_status(status: str | Forwarded, written: str) -> None:
+    """The strings are the contract's, letter by letter."""
+    assert str(status) == written
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+def test_an_error_body() -> None:
+    """DigitalOcean's shape, our message in front."""
+    body = error_body(errors.NotFound("nothing is here"), "request-1")
+    assert json.loads(body) == {
+        "id": "not_found",
+        "message": "snapshot-proxy: nothing is here",
+        "request_id": "request-1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "written"),
+    [
+        pytest.param(errors.NotFound("x"), "http_request_error", id="request"),
+        pytest.param(errors.NotProxied("x"), "http_request_denied", id="not-proxied"),
+        pytest.param(errors.Overloaded("x"), "connection_limit_reached", id="overloaded"),
+        pytest.param(errors.ProxyError("x"), "proxy_internal_error", id="bug"),
+        pytest.param(errors.UpstreamInvalid("x"), "http_protocol_error", id="invalid"),
+        pytest.param(errors.UpstreamUnreachable("x", proxy_error="dns_error"), "dns_error", id="unreachable"),
+    ],
+)
+def test_proxy_status(error: errors.ProxyError, written: str) -> None:
+    """The error type of RFC 9209 §2.3."""
+    assert proxy_status(error) == f"snapshot-proxy; error={written}"

@@ -1,0 +1,254 @@
+"""The two questions of a cache: what may answer, and what may be kept."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, strategies as st
+
+from proxy.core.entry import Entry, Lifetimes
+from proxy.core.errors import UpstreamInvalid
+from proxy.core.http import Why, etag_of
+from proxy.core.identity import SnapshotId
+from proxy.core.policy import (
+    Answer,
+    Forbidden,
+    Forward,
+    Hit,
+    Keep,
+    Policy,
+    Refused,
+    Relay,
+    Unsatisfiable,
+    Verdict,
+    on_lookup,
+)
+from proxy.core.request import NO_DIRECTIVES, Directives
+
+ENTRY = Entry(200, b"{}", '"etag"', 1_000, Lifetimes(60, 60, 300))
+FRESH, LAST, STALE = 1_030, 1_059.9, 1_060
+POLICY = Policy(fresh_s=60, negative_s=10, stale_while_revalidate_s=60, stale_if_error_s=300, jitter=0.1)
+NUMBER = SnapshotId("42", cacheable=True)
+SNAPSHOT = {
+    "id": "42",
+    "created_at": "2020-07-28T16:47:44Z",
+    "min_disk_size": 25,
+    "name": "web",
+    "regions": ["nyc3"],
+    "resource_id": "7",
+    "resource_type": "droplet",
+    "size_gigabytes": 2.34,
+    "tags": [],
+}
+BODY = json.dumps({"snapshot": SNAPSHOT}, separators=(",", ":")).encode()
+ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
+NO_SUCH = b'{"id":"bad_request","message":"the resource is not a snapshot","request_id":"theirs"}'
+
+# -- the first question ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "directives", "now", "expected"),
+    [
+        pytest.param(None, NO_DIRECTIVES, FRESH, Forward(Why.URI_MISS), id="nothing-stored"),
+        pytest.param(ENTRY, NO_DIRECTIVES, FRESH, Hit(ENTRY), id="4.2-fresh"),
+        pytest.param(ENTRY, NO_DIRECTIVES, LAST, Hit(ENTRY), id="4.2-last-fresh-moment"),
+        pytest.param(ENTRY, NO_DIRECTIVES, STALE, Forward(Why.STALE), id="4.2-first-stale-moment"),
+        pytest.param(ENTRY, NO_DIRECTIVES, 900, Hit(ENTRY), id="4.2.3-clock-stepped-back"),
+        pytest.param(ENTRY, Directives(no_cache=True), FRESH, Forward(Why.REQUEST), id="5.2.1.4-no-cache"),
+        pytest.param(ENTRY, Directives(no_cache=True), STALE, Forward(Why.STALE), id="5.2.1.4-stale-anyway"),
+        pytest.param(
+            None, Directives(no_cache=True), FRESH, Forward(Why.URI_MISS), id="5.2.1.4-nothing-stored"
+        ),
+        pytest.param(
+            ENTRY, Directives(no_store=True), FRESH, Hit(ENTRY), id="5.2.1.5-no-store-may-be-served"
+        ),
+        pytest.param(ENTRY, Directives(max_age_s=31), FRESH, Hit(ENTRY), id="5.2.1.1-younger-than-max-age"),
+        pytest.param(ENTRY, Directives(max_age_s=30), FRESH, Hit(ENTRY), id="5.2.1.1-as-old-as-max-age"),
+        pytest.param(ENTRY, Directives(max_age_s=29), FRESH, Forward(Why.REQUEST), id="5.2.1.1-too-old"),
+        pytest.param(ENTRY, Directives(max_age_s=0), FRESH, Forward(Why.REQUEST), id="5.2.1.1-max-age-zero"),
+        pytest.param(ENTRY, Directives(max_age_s=900), STALE, Forward(Why.STALE), id="5.2.1.1-stale-anyway"),
+        pytest.param(ENTRY, Directives(only_if_cached=True), FRESH, Hit(ENTRY), id="5.2.1.7-fresh"),
+        pytest.param(ENTRY, Directives(only_if_cached=True), STALE, Unsatisfiable(), id="5.2.1.7-stale"),
+        pytest.param(
+            None, Directives(only_if_cached=True), FRESH, Unsatisfiable(), id="5.2.1.7-nothing-stored"
+        ),
+        pytest.param(
+            ENTRY,
+            Directives(only_if_cached=True, no_cache=True),
+            FRESH,
+            Unsatisfiable(),
+            id="5.2.1.7-and-no-cache",
+        ),
+        pytest.param(
+            ENTRY, Directives(only_if_cached=True, max_age_s=5), FRESH, Unsatisfiable(), id="5.2.1.7-too-old"
+        ),
+    ],
+)
+def test_on_lookup(
+    entry: Entry | None, directives: Directives, now: float, expected: Hit | Forward | Unsatisfiable
+) -> None:
+    """The entry, the request's directives and the instant alone decide (sections of RFC 9111)."""
+    assert on_lookup(entry, directives, now) == expected
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_negative_entries_are_hits_too(status: int) -> None:
+    """What kind of answer is kept does not matter to the first question."""
+    entry = replace(ENTRY, status=status)
+    assert on_lookup(entry, NO_DIRECTIVES, FRESH) == Hit(entry)
+
+
+@given(
+    age_s=st.floats(-10, 1_000),
+    directives=st.builds(
+        Directives, st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(0, 1_000)
+    ),
+)
+def test_no_request_gets_what_it_excludes(age_s: float, directives: Directives) -> None:
+    """A hit is fresh, no older than the caller allows, and never for `no-cache`."""
+    now = ENTRY.called_at + age_s
+    decision = on_lookup(ENTRY, directives, now)
+    if isinstance(decision, Hit):
+        assert age_s < ENTRY.lifetimes.fresh_s
+        assert not directives.no_cache
+        assert directives.max_age_s is None or max(0, age_s) <= directives.max_age_s + 1e-6
+    elif isinstance(decision, Forward):
+        assert not directives.only_if_cached
+
+
+# -- the second question -----------------------------------------------------------------------
+
+
+def verdict(
+    status: int,
+    body: bytes = ERROR,
+    snapshot_id: SnapshotId = NUMBER,
+    draw: float = 0.0,
+    policy: Policy = POLICY,
+) -> Verdict:
+    """Decide about an answer of the upstream's."""
+    answer = Answer(status, body, called_at=1_000.5)
+    return policy.on_answer(answer, snapshot_id, request_id="ours", draw=draw)
+
+
+def kept(status: int, body: bytes, lifetimes: Lifetimes) -> Keep:
+    """Make the verdict for an answer that is kept."""
+    return Keep(Entry(status, body, etag_of(body), 1_000.5, lifetimes))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        pytest.param(200, BODY, kept(200, BODY, Lifetimes(60, 60, 300)), id="200"),
+        pytest.param(404, ERROR, kept(404, ERROR, Lifetimes(10)), id="404"),
+        pytest.param(400, NO_SUCH, kept(400, NO_SUCH, Lifetimes(10)), id="400-not-a-snapshot"),
+        pytest.param(400, ERROR, Relay(ERROR), id="400-of-another-kind"),
+        pytest.param(401, ERROR, Refused(ERROR), id="401"),
+        pytest.param(403, ERROR, Forbidden(ERROR), id="403"),
+        *(
+            pytest.param(status, ERROR, Relay(ERROR), id=str(status))
+            for status in (402, 405, 406, 408, 409, 410, 418, 422, 429, 451, 499)
+        ),
+        *(
+            pytest.param(status, ERROR, Relay(ERROR), id=str(status))
+            for status in (500, 501, 502, 503, 504, 520, 599)
+        ),
+    ],
+)
+def test_on_answer(status: int, body: bytes, expected: Verdict) -> None:
+    """What is kept, what ends entries, and what is only passed on (RFC 6585: a 429 is never stored)."""
+    assert verdict(status, body) == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        pytest.param(400, Relay(None), id="400"),
+        pytest.param(401, Refused(None), id="401"),
+        pytest.param(403, Forbidden(None), id="403"),
+        pytest.param(404, Relay(None), id="404-of-a-balancer-is-not-kept"),
+        pytest.param(429, Relay(None), id="429"),
+        pytest.param(500, Relay(None), id="500"),
+        pytest.param(503, Relay(None), id="503"),
+    ],
+)
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>not a snapshot</html>", b"{}", b'{"message":"not a snapshot"}'],
+    ids=["empty", "html", "object", "no-id"],
+)
+def test_an_error_without_explanation(status: int, body: bytes, expected: Verdict) -> None:
+    """The status counts for what is kept; a body that no client can read is not served."""
+    assert verdict(status, body) == expected
+
+
+@pytest.mark.parametrize("status", [100, 101, 199, 201, 202, 204, 206, 299, 300, 301, 302, 304, 307, 399])
+def test_a_status_that_a_plain_get_cannot_have(status: int) -> None:
+    """A redirect, a 304 that nobody asked for, a part of something: not what the API documents."""
+    with pytest.raises(UpstreamInvalid) as raised:
+        verdict(status)
+    assert raised.value.fact == f"status {status} to a plain GET"
+
+
+@pytest.mark.parametrize("status", [0, 99, 600, 999])
+def test_a_number_that_is_no_status(status: int) -> None:
+    """RFC 9110 §15: statuses are 100 to 599, and nothing else is passed on."""
+    with pytest.raises(UpstreamInvalid):
+        verdict(status)
+
+
+def test_a_200_that_is_no_snapshot() -> None:
+    """It is the upstream's fault, and the fault names the field."""
+    with pytest.raises(UpstreamInvalid) as raised:
+        verdict(200, BODY.replace(b'"name":"web"', b'"name":1'))
+    assert raised.value.fact == "snapshot.name is not a string"
+
+
+def test_a_200_for_another_snapshot() -> None:
+    """An answer that was mixed up on its way is served to nobody."""
+    with pytest.raises(UpstreamInvalid):
+        verdict(200, BODY, SnapshotId("43", cacheable=True))
+
+
+def test_what_is_not_cached_may_be_named_as_it_is() -> None:
+    """An id that is only forwarded is not compared: what it means is the upstream's affair."""
+    assert isinstance(verdict(200, BODY, SnapshotId("web", cacheable=False)), Keep)
+
+
+def test_our_request_id_is_added() -> None:
+    """An error without one gets the request's."""
+    assert verdict(500, b'{"id":"x","message":"y"}') == Relay(b'{"id":"x","message":"y","request_id":"ours"}')
+
+
+# -- lifetimes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fresh_s", "jitter", "draw", "expected_s"),
+    [
+        pytest.param(60, 0.1, 0.0, 60, id="nothing-taken-off"),
+        pytest.param(60, 0.1, 0.5, 57, id="half-of-the-jitter"),
+        pytest.param(60, 0.1, 0.999, 54, id="all-of-the-jitter"),
+        pytest.param(60, 0.0, 0.999, 60, id="no-jitter"),
+        pytest.param(1, 0.9, 0.999, 1, id="one-second-stays-one"),
+        pytest.param(2, 0.9, 0.999, 1, id="never-down-to-nothing"),
+        pytest.param(0, 0.1, 0.5, 0, id="zero-stays-zero"),
+    ],
+)
+def test_jitter(fresh_s: int, jitter: float, draw: float, expected_s: int) -> None:
+    """A part of the TTL is taken off at random, of positive and negative answers; the windows stay."""
+    policy = replace(POLICY, fresh_s=fresh_s, negative_s=fresh_s, jitter=jitter)
+    positive, negative = (verdict(*of, draw=draw, policy=policy) for of in ((200, BODY), (404, ERROR)))
+    assert positive == kept(200, BODY, Lifetimes(expected_s, 60, 300))
+    assert negative == kept(404, ERROR, Lifetimes(expected_s))
+
+
+@given(ttl_s=st.integers(0, 10**6), jitter=st.floats(0, 0.99), draw=st.floats(0, 1, exclude_max=True))
+def test_jitter_stays_within_bounds(ttl_s: int, jitter: float, draw: float) -> None:
+    """Never longer than configured, never nothing where something was configured."""
+    policy = replace(POLICY, negative_s=ttl_s, jitter=jitter)
+    decided = verdict(404, draw=draw, policy=policy)
+    assert isinstance(decided, Keep)
+    assert min(ttl_s, 1) <= decided.entry.lifetimes.fresh_s <= ttl_s
+    assert decided.entry.lifetimes.fresh_s >= ttl_s * (1 - jitter) - 1

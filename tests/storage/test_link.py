@@ -1,0 +1,424 @@
+"""The link against a real Valkey, through a relay that can hold, cut and falsify what it says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from random import Random
+from typing import Any, Self
+
+import pytest
+from support import DEADLINE_S, Valkey, free_port, until
+
+from proxy.storage import link as link_module
+from proxy.storage.connect import connector
+from proxy.storage.link import LANES, Link, Unavailable
+
+PATIENT_S = 10.0
+"""A timeout that no test reaches."""
+
+SHORT_S = 0.1
+"""A timeout that a test waits for."""
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def linked(url: str, *, timeout_s: float = PATIENT_S) -> AsyncIterator[Link]:
+    """Run a link, and wait until all of its lanes are connected."""
+    link = Link(connector(url, connect_timeout_s=1), timeout_s=timeout_s, connect_timeout_s=1)
+    await link.start()
+    try:
+        await until(lambda: link._connected == LANES, "all lanes are connected")
+        yield link
+    finally:
+        await link.close()
+
+
+class Relay:
+    """Stands between a link and its server, and shows what travels in one piece.
+
+    `sent` holds the chunks from the link. While `held`, the server hears nothing. What `instead` gives for a
+    chunk is answered in the place of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self.sent: list[bytes] = []
+        self.heard = asyncio.Event()
+        self.held = asyncio.Event()
+        self.held.set()
+        self.instead: Callable[[bytes], bytes | None] = lambda _: None
+        self._speaker: asyncio.StreamWriter | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Cut the connection over which the last chunk came."""
+        assert self._speaker is not None
+        self._speaker.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        back, forth = await asyncio.open_connection("127.0.0.1", self._server_port)
+        answers = asyncio.create_task(self._pump(back, writer))
+        self._tasks.add(answers)
+        try:
+            with suppress(OSError):
+                while chunk := await reader.read(2**20):
+                    self.sent.append(chunk)
+                    self._speaker = writer
+                    self.heard.set()
+                    await self.held.wait()
+                    canned = self.instead(chunk)
+                    if canned is None:
+                        forth.write(chunk)
+                    else:
+                        writer.write(canned)
+        finally:
+            answers.cancel()
+            for end in (writer, forth):
+                end.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(2**20):
+                writer.write(chunk)
+
+
+@pytest.fixture
+async def relay(valkey: Valkey) -> AsyncIterator[Relay]:
+    """Stand in front of a real server."""
+    async with Relay(valkey.port) as running:
+        yield running
+
+
+async def outcome(asking: Awaitable[list[Any]]) -> Any:
+    """Give the replies, or `slow` or `gone`."""
+    try:
+        return await asking
+    except Unavailable as error:
+        return "slow" if error.too_slow else "gone"
+
+
+# -- batches -----------------------------------------------------------------------------------
+
+
+async def test_what_is_asked_in_one_turn_travels_together(relay: Relay) -> None:
+    """A hundred askers of one loop turn cost one packet, and each gets the replies to its own commands."""
+    async with linked(relay.url) as link:
+        relay.sent.clear()
+        replies = await asyncio.gather(*(link.ask(("SET", f"k{n}", n), ("GET", f"k{n}")) for n in range(100)))
+        assert [reply[1] for reply in replies] == [str(n).encode() for n in range(100)]
+        assert len(relay.sent) == 1
+
+
+async def test_the_next_batch_gathers_meanwhile(relay: Relay) -> None:
+    """While both lanes wait for the server, what is asked gathers, and travels together afterwards."""
+    async with linked(relay.url) as link:
+        relay.sent.clear()
+        relay.held.clear()
+        first = []
+        for count in (1, 2):
+            first.append(asyncio.create_task(link.ask(("ECHO", f"lane {count}"))))
+            await until(lambda count=count: len(relay.sent) == count, f"{count} lanes wait")
+        gathered = [asyncio.create_task(link.ask(("ECHO", str(n)))) for n in range(50)]
+        await until(lambda: len(link._queue) == 50, "fifty wait")
+        relay.held.set()
+        assert await asyncio.gather(*gathered) == [[str(n).encode()] for n in range(50)]
+        assert await asyncio.gather(*first) == [[b"lane 1"], [b"lane 2"]]
+        assert len(relay.sent) == 3
+
+
+async def test_no_asker_is_forgotten(valkey: Valkey) -> None:
+    """Askers who come at any moment of the lanes' lives are all answered: no wake-up is lost."""
+    async with linked(valkey.url) as link:
+
+        async def chain(number: int) -> None:
+            for step in range(50):
+                for _ in range((number + step) % 4):
+                    await asyncio.sleep(0)
+                assert await link.ask(("ECHO", f"{number} {step}")) == [f"{number} {step}".encode()]
+
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(*(chain(number) for number in range(30)))
+
+
+async def test_errors_are_replies_of_their_own_command(valkey: Valkey) -> None:
+    """An error of Redis stands in its command's place, and fails neither neighbours nor the connection."""
+    async with linked(valkey.url) as link:
+        await link.ask(("LPUSH", "list", "x"))
+        good, bad = await asyncio.gather(link.ask(("ECHO", "good")), link.ask(("GET", "list"), ("ECHO", "y")))
+        assert good == [b"good"]
+        assert str(bad[0]).startswith("WRONGTYPE")
+        assert bad[1] == b"y"
+        assert link._connected == LANES
+
+
+# -- deadlines ---------------------------------------------------------------------------------
+
+
+async def test_a_silent_server_is_too_slow_and_then_gone(valkey: Valkey) -> None:
+    """Each lane waits for its timeout once, then asking fails at once; a server that comes back is used."""
+    async with linked(valkey.url, timeout_s=SHORT_S) as link:
+        valkey.pause()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert [await outcome(link.ask(("ECHO", "x"))) for _ in range(LANES)] == ["slow"] * LANES
+        assert loop.time() - began >= LANES * SHORT_S
+        assert not link.up
+        asking = asyncio.create_task(link.ask(("ECHO", "x")))
+        await asyncio.sleep(0)
+        assert asking.done()
+        assert await outcome(asking) == "gone"
+        valkey.resume()
+        await until(lambda: link.up, "connected again")
+        assert await link.ask(("ECHO", "x")) == [b"x"]
+
+
+async def test_an_earlier_deadline_holds(relay: Relay) -> None:
+    """The deadline of an operation is for all of its round trips, and not for each anew."""
+    async with linked(relay.url) as link:
+        relay.held.clear()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SHORT_S
+        assert await outcome(link.ask(("ECHO", "x"), deadline=deadline)) == "slow"
+        assert loop.time() >= deadline
+        relay.held.set()
+
+
+async def test_who_is_late_breaks_nothing(relay: Relay) -> None:
+    """An asker whose time ran out in the queue is told so; the connection and the others go on."""
+    async with linked(relay.url) as link:
+        late = link.ask(("ECHO", "late"), deadline=link.deadline() - PATIENT_S)
+        fresh = link.ask(("ECHO", "fresh"))
+        assert await asyncio.gather(outcome(late), outcome(fresh)) == ["slow", [b"fresh"]]
+        assert link._connected == LANES
+        assert not any(b"late" in chunk for chunk in relay.sent)
+
+
+async def test_the_queue_has_a_limit(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit asking fails at once; those within it are answered."""
+    monkeypatch.setattr(link_module, "MOST_WAITING", 20)
+    async with linked(relay.url) as link:
+        asked = [asyncio.create_task(outcome(link.ask(("ECHO", str(n))))) for n in range(30)]
+        replies = await asyncio.gather(*asked)
+        assert replies == [[str(n).encode()] for n in range(20)] + ["slow"] * 10
+
+
+# -- cancellation ------------------------------------------------------------------------------
+
+
+async def test_cancelled_askers_never_mix_replies(valkey: Valkey) -> None:
+    """However many askers leave at whatever moment, each reply is the reply to its own key."""
+    chance = Random(28858)  # noqa: S311 # a failure can be repeated
+    async with linked(valkey.url) as link:
+        await link.ask(*(("SET", f"key {n}", f"value {n}") for n in range(50)))
+
+        async def read(number: int) -> bool:
+            for _ in range(chance.randrange(6)):
+                await asyncio.sleep(0)
+            assert await link.ask(("GET", f"key {number}")) == [f"value {number}".encode()]
+            return True
+
+        finished = cancelled = 0
+        for _ in range(60):
+            tasks = [asyncio.create_task(read(number)) for number in range(50)]
+            for task in chance.sample(tasks, 25):
+                for _ in range(chance.randrange(3)):
+                    await asyncio.sleep(0)
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert result is True or isinstance(result, asyncio.CancelledError)
+                finished += result is True
+                cancelled += result is not True
+        assert finished > 500
+        assert cancelled > 500
+        assert link._connected == LANES
+
+
+async def test_who_leaves_does_not_stop_the_others(relay: Relay) -> None:
+    """An asker that is cancelled while its batch is on its way leaves the batch alone."""
+    async with linked(relay.url) as link:
+        relay.held.clear()
+        relay.heard.clear()
+        leaving = asyncio.create_task(link.ask(("SET", "a", "1")))
+        staying = asyncio.create_task(link.ask(("GET", "a")))
+        await relay.heard.wait()
+        leaving.cancel()
+        relay.held.set()
+        assert await staying == [b"1"]
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+
+
+async def test_who_left_is_not_told(relay: Relay) -> None:
+    """When a connection breaks, those of its askers who stayed hear of it."""
+    async with linked(relay.url) as link:
+        relay.held.clear()
+        relay.heard.clear()
+        leaving = asyncio.create_task(link.ask(("ECHO", "x")))
+        staying = asyncio.create_task(outcome(link.ask(("ECHO", "y"))))
+        await relay.heard.wait()
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        relay.cut()
+        assert await staying == "gone"
+        relay.held.set()
+
+
+@pytest.mark.parametrize("moment", ["waiting in the queue", "waiting for the server"])
+async def test_close_answers_everybody(relay: Relay, moment: str) -> None:
+    """Whoever still waits when the link hangs up is told that it is gone, wherever it waits."""
+    async with linked(relay.url) as link:
+        relay.held.clear()
+        relay.heard.clear()
+        asking = [asyncio.create_task(outcome(link.ask(("ECHO", "x"))))]
+        if moment == "waiting for the server":
+            await relay.heard.wait()
+        else:
+            await asyncio.sleep(0)
+            assert len(link._queue) == 1
+        await link.close()
+        assert await asyncio.gather(*asking) == ["gone"]
+        assert await outcome(link.ask(("ECHO", "x"))) == "gone"
+        assert not link._tasks
+        relay.held.set()
+
+
+# -- connecting --------------------------------------------------------------------------------
+
+
+async def test_connects_in_the_background() -> None:
+    """Without a server `start` returns and asking fails; a server that comes later is found by itself."""
+    server = Valkey()
+    server.port = free_port()
+    link = Link(connector(server.url, connect_timeout_s=1), timeout_s=PATIENT_S, connect_timeout_s=1)
+    await link.start()
+    try:
+        assert not link.up
+        assert await outcome(link.ask(("ECHO", "x"))) == "gone"
+        async with server:
+            await until(lambda: link.up, "found")
+            assert await link.ask(("ECHO", "x")) == [b"x"]
+    finally:
+        await link.close()
+
+
+async def test_start_does_not_wait_for_a_silent_server(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that accepts and says nothing holds up nobody's start; it is used when it wakes."""
+    monkeypatch.setattr(link_module, "_PATIENCE_AT_START_S", 0.02)
+    valkey.pause()
+    link = Link(connector(valkey.url, connect_timeout_s=PATIENT_S), timeout_s=1, connect_timeout_s=PATIENT_S)
+    await link.start()
+    try:
+        assert not link.up
+        assert not link._first_attempt.is_set()
+        valkey.resume()
+        await until(lambda: link.up, "awake")
+    finally:
+        await link.close()
+
+
+async def test_every_attempt_to_connect_ends(valkey: Valkey) -> None:
+    """An attempt that gets no answer is given up after its own timeout, and made again."""
+    clients = 0
+
+    def connect() -> Any:
+        nonlocal clients
+        clients += 1
+        return connector(valkey.url, connect_timeout_s=PATIENT_S)()
+
+    valkey.pause()
+    link = Link(connect, timeout_s=SHORT_S, connect_timeout_s=SHORT_S)
+    await link.start()
+    try:
+        await until(lambda: clients > 2 * LANES, "tried again")
+        assert not link.up
+        valkey.resume()
+        await until(lambda: link.up, "connected")
+    finally:
+        await link.close()
+
+
+async def test_a_restarted_server_is_found_again(valkey: Valkey) -> None:
+    """A killed server is noticed by those who ask, and used again when it is back."""
+    async with linked(valkey.url) as link:
+        await valkey.kill()
+        for _ in range(LANES):
+            assert await outcome(link.ask(("ECHO", "x"))) == "gone"
+        assert not link.up
+        await valkey.start()
+        await until(lambda: link.up, "found again")
+        assert await link.ask(("ECHO", "x")) == [b"x"]
+
+
+async def test_a_cut_connection_fails_its_own_batch_only(relay: Relay) -> None:
+    """Who waits on a connection that is cut is told at once; the next asker is answered."""
+    async with linked(relay.url) as link:
+        relay.held.clear()
+        relay.heard.clear()
+        asking = asyncio.create_task(outcome(link.ask(("ECHO", "x"))))
+        await relay.heard.wait()
+        relay.cut()
+        assert await asking == "gone"
+        relay.held.set()
+        await until(lambda: link._connected == LANES, "both lanes are back")
+        assert await link.ask(("ECHO", "y")) == [b"y"]
+
+
+# -- servers that refuse or rave ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("canned", "expected"),
+    [
+        pytest.param(b"-READONLY You can't write against a read only replica.\r\n", "reply", id="demoted"),
+        pytest.param(b"-LOADING Redis is loading the dataset in memory\r\n", "gone", id="loading"),
+        pytest.param(b"-MASTERDOWN Link with MASTER is down\r\n", "reply", id="cut-off-replica"),
+        pytest.param(b":not a number\r\n", "gone", id="garbled"),
+        pytest.param(b"HTTP/1.1 400 Bad Request\r\n\r\n", "gone", id="another-protocol"),
+        pytest.param(b"$5\r\nab", None, id="truncated"),
+    ],
+)
+async def test_a_server_that_is_no_use_is_left(relay: Relay, canned: bytes, expected: str | None) -> None:
+    """Its asker gets an error and no other's reply, the connection is closed, and the link lives on."""
+    async with linked(relay.url, timeout_s=PATIENT_S if expected else SHORT_S) as link:
+        relay.instead = lambda chunk: canned if b"falsified" in chunk else None
+        told = await outcome(link.ask(("SET", "falsified", "x")))
+        assert ("reply" if isinstance(told, list) else told) == (expected or "slow")
+        relay.instead = lambda _: None
+        for number in range(2 * LANES):
+            await until(lambda: link._connected == LANES, "both lanes are there")
+            assert await link.ask(("ECHO", str(number))) == [str(number).encode()]
+
+
+@pytest.mark.parametrize(
+    "canned", [b":not a number\r\n", b"-NOAUTH Authentication required.\r\n"], ids=["garbled", "refused"]
+)
+async def test_a_bad_greeting_is_survived(relay: Relay, canned: bytes) -> None:
+    """A server that raves while a lane connects is tried again until it speaks Redis."""
+    relay.instead = lambda _: canned
+    link = Link(connector(relay.url, connect_timeout_s=1), timeout_s=PATIENT_S, connect_timeout_s=1)
+    await link.start()
+    try:
+        assert not link.up
+        relay.instead = lambda _: None
+        await until(lambda: link._connected == LANES, "all lanes are connected")
+        assert await link.ask(("ECHO", "x")) == [b"x"]
+    finally:
+        await link.close()

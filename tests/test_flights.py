@@ -1,0 +1,366 @@
+"""Collapsing: one fetch for everybody who asks meanwhile, whoever leaves, however it ends."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable
+from random import Random
+from typing import Any
+
+import pytest
+
+from proxy import flights as flights_module
+from proxy.core.errors import Overloaded
+from proxy.flights import Flights, Landed
+
+MOST = 10
+LATER = 1.0
+"""Seconds, added to the loop's time: began to look after whatever has happened by now."""
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+class Fetch:
+    """Something to fetch, that lands when told to. `result` is given or raised."""
+
+    def __init__(self, result: object = "answer") -> None:
+        self.began = 0
+        self.ended = 0
+        self.landing = asyncio.Event()
+        self._result = result
+
+    async def __call__(self) -> object:
+        """Begin, and wait for the landing."""
+        self.began += 1
+        await self.landing.wait()
+        self.ended += 1
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+def now() -> float:
+    """Give the loop's time."""
+    return asyncio.get_running_loop().time()
+
+
+async def started(*waiting: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
+    """Start each, and return when all of them wait."""
+    tasks = [asyncio.ensure_future(each) for each in waiting]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return tasks
+
+
+async def cancelled(task: "asyncio.Task[Any]") -> None:
+    """Cancel one caller, and see it leave."""
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.fixture
+def flights() -> Flights[object]:
+    """Make room for a few fetches."""
+    return Flights(MOST)
+
+
+@pytest.fixture
+def fetch() -> Fetch:
+    """Make something to fetch."""
+    return Fetch()
+
+
+# -- sharing -----------------------------------------------------------------------------------
+
+
+async def test_one_fetch_for_everybody(flights: Flights[object], fetch: Fetch) -> None:
+    """A thousand callers of one key make one fetch, and all but the first are collapsed."""
+    callers = await started(*(flights.join("key", now(), fetch) for _ in range(1_000)))
+    assert len(flights) == 1
+    fetch.landing.set()
+    landed = await asyncio.gather(*callers)
+    assert landed[0] == Landed("answer", collapsed=False)
+    assert set(landed[1:]) == {Landed("answer", collapsed=True)}
+    assert fetch.began == 1
+    assert len(flights) == 0
+
+
+async def test_other_keys_are_other_flights(flights: Flights[object]) -> None:
+    """Nobody gets what was fetched for another key."""
+    fetches = {key: Fetch(key) for key in ("mine", "theirs")}
+    callers = await started(*(flights.join(key, now(), fetch) for key, fetch in fetches.items()))
+    for fetch in fetches.values():
+        fetch.landing.set()
+    assert await asyncio.gather(*callers) == [Landed("mine", False), Landed("theirs", False)]
+
+
+async def test_a_landed_flight_is_shared_with_who_looked_before(
+    flights: Flights[object], fetch: Fetch
+) -> None:
+    """Between a caller's look and its joining the answer may have been stored: it is not fetched again."""
+    since = now()
+    fetch.landing.set()
+    await flights.join("key", since, fetch)
+    assert await flights.join("key", since, fetch) == Landed("answer", collapsed=True)
+    assert fetch.began == 1
+
+
+async def test_a_landed_flight_is_not_shared_with_who_looks_later(
+    flights: Flights[object], fetch: Fetch
+) -> None:
+    """Who began to look after the landing would have found the answer, if it was still good."""
+    fetch.landing.set()
+    await flights.join("key", now(), fetch)
+    assert await flights.join("key", now() + LATER, fetch) == Landed("answer", collapsed=False)
+    assert fetch.began == 2
+
+
+async def test_whoever_comes_while_it_lands_is_answered(flights: Flights[object], fetch: Fetch) -> None:
+    """In whichever turn of the loop a caller joins, it waits for this flight or makes its own."""
+    since = now()
+    first = await started(flights.join("key", since, fetch))
+    fetch.landing.set()
+    landed = []
+    for _ in range(6):
+        landed += await started(flights.join("key", since, fetch))
+        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*first, *landed)
+    assert {result.result for result in results} == {"answer"}
+    assert [result.collapsed for result in results] == [False] + [True] * 6
+    assert fetch.began == 1
+
+
+async def test_alone_shares_with_nobody(flights: Flights[object], fetch: Fetch) -> None:
+    """It neither joins a flight nor is joined."""
+    joined = await started(flights.join("key", now(), fetch))
+    alone = await started(flights.alone(fetch), flights.alone(fetch))
+    after = await started(flights.join("other", now(), fetch))
+    assert fetch.began == 4
+    fetch.landing.set()
+    landed = await asyncio.gather(*joined, *alone, *after)
+    assert landed == [Landed("answer", collapsed=False)] * 4
+
+
+# -- who leaves --------------------------------------------------------------------------------
+
+
+async def test_the_first_caller_leaves(flights: Flights[object], fetch: Fetch) -> None:
+    """The one that started the flight cannot cancel it for the others."""
+    first, *others = await started(*(flights.join("key", now(), fetch) for _ in range(3)))
+    await cancelled(first)
+    fetch.landing.set()
+    assert await asyncio.gather(*others) == [Landed("answer", collapsed=True)] * 2
+
+
+async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> None:
+    """Nor can one that joined it."""
+    first, second, third = await started(*(flights.join("key", now(), fetch) for _ in range(3)))
+    await cancelled(second)
+    fetch.landing.set()
+    assert await first == Landed("answer", collapsed=False)
+    assert await third == Landed("answer", collapsed=True)
+
+
+async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
+    """The fetch ends all the same: what it stores serves whoever comes next, who joins it meanwhile."""
+    for caller in await started(*(flights.join("key", now(), fetch) for _ in range(3))):
+        await cancelled(caller)
+    assert len(flights) == 1
+    (late,) = await started(flights.join("key", now(), fetch))
+    fetch.landing.set()
+    assert await late == Landed("answer", collapsed=True)
+    assert (fetch.began, fetch.ended) == (1, 1)
+
+
+async def test_who_is_alone_leaves(flights: Flights[object], fetch: Fetch) -> None:
+    """A fetch for one caller ends without it, too."""
+    (caller,) = await started(flights.alone(fetch))
+    await cancelled(caller)
+    assert len(flights) == 1
+    fetch.landing.set()
+    await asyncio.gather(*flights._tasks)
+    assert (fetch.ended, len(flights)) == (1, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_nobody_is_cancelled_by_another(flights: Flights[object], seed: int) -> None:
+    """Callers come, leave and are served in any order: who stays gets the answer to its own key."""
+    chance = Random(seed)  # noqa: S311 # a failure can be repeated
+
+    async def fetch(key: int) -> object:
+        for _ in range(chance.randrange(5)):
+            await asyncio.sleep(0)
+        return key
+
+    async def call(key: int) -> bool:
+        for _ in range(chance.randrange(20)):
+            await asyncio.sleep(0)
+        return (await flights.join(key, now(), lambda: fetch(key))).result == key
+
+    callers = [asyncio.create_task(call(chance.randrange(5))) for _ in range(200)]
+    leaving = set(chance.sample(callers, 80))
+    for caller in leaving:
+        await asyncio.sleep(0)
+        caller.cancel()
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    for caller, result in zip(callers, results, strict=True):
+        assert result is True or (caller in leaving and isinstance(result, asyncio.CancelledError))
+    assert results.count(True) >= 120
+    assert len(flights) == 0
+
+
+# -- how it ends -------------------------------------------------------------------------------
+
+
+async def test_an_exception_reaches_everybody(flights: Flights[object]) -> None:
+    """A bug in a fetch is a bug to each caller, and the key is free again for those who come later."""
+    fetch = Fetch(ValueError("a bug"))
+    callers = await started(*(flights.join("key", now(), fetch) for _ in range(3)), flights.alone(fetch))
+    fetch.landing.set()
+    for result in await asyncio.gather(*callers, return_exceptions=True):
+        assert isinstance(result, ValueError)
+    assert len(flights) == 0
+    assert await flights.join("key", now() + LATER, _give("well")) == Landed("well", collapsed=False)
+
+
+async def test_an_exception_before_the_first_await(flights: Flights[object]) -> None:
+    """What is raised by the fetch's own call is its caller's too."""
+
+    def broken() -> Awaitable[object]:
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 # it has no words
+        await flights.join("key", now(), broken)
+    assert len(flights) == 0
+
+
+async def test_an_exception_that_nobody_waits_for(
+    flights: Flights[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When everybody has left, the loop reports it: a bug is never lost."""
+    monkeypatch.setattr(flights_module, "LINGER_S", 0)
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    bug = ValueError("a bug")
+    fetch = Fetch(bug)
+    for caller in await started(flights.join("key", now(), fetch), flights.join("key", now(), fetch)):
+        await cancelled(caller)
+    fetch.landing.set()
+    await asyncio.wait(set(flights._tasks))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert [context.get("exception") for context in reported] == [bug]
+
+
+def _give(result: object) -> Any:
+    async def give() -> object:
+        return result
+
+    return give
+
+
+# -- bounds ------------------------------------------------------------------------------------
+
+
+async def test_too_many_fetches(fetch: Fetch) -> None:
+    """Beyond the limit nobody starts one, alone or not; who can join one that is there still does."""
+    flights: Flights[object] = Flights(2)
+    flying = await started(flights.join("a", now(), fetch), flights.alone(fetch))
+    with pytest.raises(Overloaded):
+        await flights.join("b", now(), fetch)
+    with pytest.raises(Overloaded):
+        await flights.alone(fetch)
+    joining = await started(flights.join("a", now(), fetch))
+    assert fetch.began == 2
+    fetch.landing.set()
+    await asyncio.gather(*flying, *joining)
+    assert await flights.join("b", now(), fetch) == Landed("answer", collapsed=False)
+
+
+async def test_callers_who_leave_make_no_room(fetch: Fetch) -> None:
+    """The limit is on fetches: they go on without their callers, and still count."""
+    flights: Flights[object] = Flights(1)
+    (caller,) = await started(flights.alone(fetch))
+    await cancelled(caller)
+    with pytest.raises(Overloaded):
+        await flights.alone(fetch)
+    fetch.landing.set()
+    await asyncio.wait(set(flights._tasks))
+
+
+async def test_landed_flights_are_forgotten(
+    flights: Flights[object], fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a moment nothing is held of an answer."""
+    monkeypatch.setattr(flights_module, "LINGER_S", 0)
+    fetch.landing.set()
+    await flights.join("key", now(), fetch)
+    assert await flights.join("key", now() + LATER, fetch) == Landed("answer", collapsed=False)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert flights._by_key == {}
+
+
+async def test_few_landed_flights_are_remembered(fetch: Fetch) -> None:
+    """However many land within that moment, as many answers are held as may be in the air."""
+    flights: Flights[object] = Flights(3)
+    fetch.landing.set()
+    for number in range(20):
+        await flights.join(number, now(), fetch)
+        assert len(flights._by_key) <= 4
+    assert fetch.began == 20
+
+
+async def test_forgetting_the_old_keeps_the_new(flights: Flights[object], fetch: Fetch) -> None:
+    """When the time of a landed flight is over, one that has taken its key since stays joinable."""
+    await flights.join("key", now(), _give("old"))
+    old = flights._by_key["key"]
+    (first,) = await started(flights.join("key", now() + LATER, fetch))
+    flights._forget("key", old)
+    (second,) = await started(flights.join("key", now() + LATER, fetch))
+    fetch.landing.set()
+    assert (await first, await second) == (Landed("answer", False), Landed("answer", True))
+
+
+# -- the end -----------------------------------------------------------------------------------
+
+
+async def test_close_cancels_what_is_in_the_air(flights: Flights[object], fetch: Fetch) -> None:
+    """Fetches and those who wait for them are cancelled; what a fetch does last is waited for."""
+    tidied = asyncio.Event()
+
+    async def tidy() -> object:
+        try:
+            return await fetch()
+        finally:
+            await asyncio.sleep(0)
+            tidied.set()
+
+    callers = await started(flights.join("key", now(), tidy), flights.alone(fetch))
+    await flights.close()
+    assert tidied.is_set()
+    assert len(flights) == 0
+    for caller in callers:
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+    assert fetch.ended == 0
+
+
+async def test_close_without_flights(flights: Flights[object]) -> None:
+    """There is nothing to do, twice."""
+    await flights.close()
+    await flights.close()
+
+
+async def test_a_close_that_is_cancelled(flights: Flights[object], fetch: Fetch) -> None:
+    """Who stops waiting for the end has cancelled the fetches all the same."""
+    callers = await started(flights.alone(fetch))
+    closing = asyncio.create_task(flights.close())
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    await flights.close()
+    assert len(flights) == 0
+    await asyncio.gather(*callers, return_exceptions=True)

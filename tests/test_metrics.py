@@ -1,0 +1,240 @@
+"""What Prometheus sees: the names, types and labels of the contract, and nothing else."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.core.events import Outcome, RequestDone, Route, StoreOperation, UpstreamCall
+from proxy.metrics import Metrics, status_label
+
+STATUSES = {"2xx", "304", "401", "403", "404", "429", "4xx", "5xx"}
+OUTCOMES = {*("hit", "seeded", "stale", "negative", "miss", "revalidated", "collapsed", "bypass", "none")}
+ROUTES = {"snapshot", "list", "delete", "passthrough", "other"}
+ALIASES = {"other", "team-a"}
+CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
+    "requests": (
+        "counter",
+        {"route": ROUTES, "cache": OUTCOMES, "status": STATUSES, "caller": ALIASES},
+    ),
+    "request_duration_seconds": ("histogram", {"cache": OUTCOMES}),
+    "upstream_requests": (
+        "counter",
+        {"route": ROUTES, "status": STATUSES | {"timeout", "error"}, "caller": ALIASES},
+    ),
+    "upstream_request_duration_seconds": ("histogram", {"route": ROUTES}),
+    "upstream_avoided": (
+        "counter",
+        {"reason": {"hit", "seeded", "stale", "collapsed", "cooldown", "negative"}},
+    ),
+    "entry_age_seconds": ("histogram", {}),
+    "store_operations": (
+        "counter",
+        {"operation": {"lookup", "put", "end"}, "outcome": {"ok", "timeout", "error", "corrupt"}},
+    ),
+    "store_up": ("gauge", {}),
+    "store_shared": ("gauge", {}),
+    "secret_mismatch": ("gauge", {}),
+    "flights": ("gauge", {}),
+    "connections": ("gauge", {}),
+    "build_info": ("gauge", {"version": {"1.2.3"}}),
+}
+"""Section 6, as far as its features exist."""
+
+DONE = RequestDone(Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """Declare everything, with a number of its own for each gauge."""
+    declared = Metrics("1.2.3")
+    declared.watch(
+        connections=lambda: 1,
+        flights=lambda: 2,
+        store_up=lambda: True,
+        store_shared=lambda: False,
+        secret_mismatch=lambda: 5,
+    )
+    return declared
+
+
+def scraped(metrics: Metrics) -> dict[str, Any]:
+    """Read a scrape as Prometheus does: our families by their names without the prefix."""
+    text = metrics.scrape("text/plain")[0].decode()
+    return {
+        family.name.removeprefix("snapshot_proxy_"): family
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("snapshot_proxy_")
+    }
+
+
+def values(metrics: Metrics, family: str) -> dict[tuple[str, ...], float]:
+    """Give what a family counts, by the values of its labels in the order of their names.
+
+    Histograms by their counts and sums; all but zeros.
+    """
+    return {
+        (
+            sample.name.removeprefix(f"snapshot_proxy_{family}"),
+            *(value for _, value in sorted(sample.labels.items())),
+        ): sample.value
+        for sample in scraped(metrics)[family].samples
+        if sample.value and not sample.name.endswith("_bucket")
+    }
+
+
+def everything(metrics: Metrics) -> None:
+    """Let everything happen that can happen."""
+    statuses = (200, 204, 304, 400, 401, 403, 404, 418, 429, 499, 500, 503, 599)
+    for route, outcome, status, caller in product(Route, Outcome, statuses, ALIASES):
+        metrics.observe(RequestDone(route, outcome, status, caller, 0.1, "request-1", entry_age_s=1))
+        metrics.observe(UpstreamCall(route, status, caller, 0.1))
+    for status in (100, 301, 302, 600, 999, 0):
+        metrics.observe(UpstreamCall(Route.SNAPSHOT, status, "other", 0.1))
+    metrics.observe(UpstreamCall(Route.SNAPSHOT, "timeout", "other", 8))
+    metrics.observe(UpstreamCall(Route.SNAPSHOT, "error", "other", 0))
+    for operation in ("lookup", "put", "end"):
+        for result in ("ok", "timeout", "error", "corrupt"):
+            metrics.observe(StoreOperation(operation, result))
+
+
+# -- the contract ------------------------------------------------------------------------------
+
+
+def test_names_and_types_are_the_contracts(metrics: Metrics) -> None:
+    """Each metric that exists by now is declared as the contract says, and no other is ours."""
+    everything(metrics)
+    assert {name: family.type for name, family in scraped(metrics).items()} == {
+        name: kind for name, (kind, _) in CONTRACT.items()
+    }
+    assert all(family.documentation.endswith((".", "s", "y")) for family in scraped(metrics).values())
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_labels_are_closed_sets(metrics: Metrics, name: str) -> None:
+    """Whatever happens, a series has exactly the contract's labels with the contract's values."""
+    everything(metrics)
+    labels = CONTRACT[name][1]
+    for sample in scraped(metrics)[name].samples:
+        given_labels = {label: value for label, value in sample.labels.items() if label != "le"}
+        assert given_labels.keys() == labels.keys()
+        assert all(value in labels[label] for label, value in given_labels.items())
+
+
+def test_types_are_told_as_queries_name_them() -> None:
+    """Whoever checks rules and dashboards can trust `types()`, before anything has happened."""
+    assert Metrics("1.2.3").types() == {
+        f"snapshot_proxy_{name}{'_total' if kind == 'counter' else ''}": kind
+        for name, (kind, _) in CONTRACT.items()
+    }
+
+
+def test_the_process_is_shown_too(metrics: Metrics) -> None:
+    """Memory, files and CPU of this process, where the system tells, and the version of Python."""
+    text = metrics.scrape("")[0].decode()
+    assert "python_info{" in text
+    assert ("process_open_fds" in text) is Path("/proc/self/stat").exists()
+
+
+def test_two_registries_do_not_meet() -> None:
+    """Two services in one process count for themselves."""
+    one, other = Metrics("1"), Metrics("2")
+    one.observe(DONE)
+    assert values(one, "requests")
+    assert not values(other, "requests")
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        pytest.param("", "text/plain", id="nothing"),
+        pytest.param("*/*", "text/plain", id="anything"),
+        pytest.param(
+            "application/openmetrics-text; version=1.0.0", "application/openmetrics-text", id="open"
+        ),
+    ],
+)
+def test_the_format_is_what_is_asked_for(metrics: Metrics, accept: str, content_type: str) -> None:
+    """Both of Prometheus's formats, without series of creation times."""
+    body, said = metrics.scrape(accept)
+    assert said.startswith(content_type)
+    assert body.endswith(b"# EOF\n") is content_type.startswith("application")
+    assert b"_created" not in body
+
+
+# -- what is counted -----------------------------------------------------------------------------
+
+
+def test_a_hit(metrics: Metrics) -> None:
+    """One request, its duration, an avoided call, and the age of what answered."""
+    metrics.observe(DONE)
+    assert values(metrics, "requests") == {("_total", "hit", "other", "snapshot", "2xx"): 1}
+    assert values(metrics, "request_duration_seconds") == {("_count", "hit"): 1, ("_sum", "hit"): 0.25}
+    assert values(metrics, "upstream_avoided") == {("_total", "hit"): 1}
+    assert values(metrics, "entry_age_seconds") == {("_count",): 1, ("_sum",): 18}
+    assert values(metrics, "upstream_requests") == {}
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_which_requests_saved_a_call(metrics: Metrics, outcome: Outcome) -> None:
+    """Those that the cache or another's flight answered; every request is counted once all the same."""
+    metrics.observe(RequestDone(Route.SNAPSHOT, outcome, 404, "team-a", 0.5, "request-1"))
+    saved = outcome in {Outcome.HIT, Outcome.NEGATIVE, Outcome.COLLAPSED}
+    assert values(metrics, "upstream_avoided") == ({("_total", outcome): 1} if saved else {})
+    assert values(metrics, "requests") == {("_total", outcome, "team-a", "snapshot", "404"): 1}
+    assert values(metrics, "entry_age_seconds") == {}
+
+
+@pytest.mark.parametrize("status", [200, "timeout", "error"])
+def test_a_call(metrics: Metrics, status: Any) -> None:
+    """One call, however it ended, and how long it took."""
+    metrics.observe(UpstreamCall(Route.SNAPSHOT, status, "team-a", 1.5))
+    label = "2xx" if status == 200 else status
+    assert values(metrics, "upstream_requests") == {("_total", "team-a", "snapshot", label): 1}
+    assert values(metrics, "upstream_request_duration_seconds") == {
+        ("_count", "snapshot"): 1,
+        ("_sum", "snapshot"): 1.5,
+    }
+    assert values(metrics, "requests") == {}
+
+
+def test_an_operation_on_the_store(metrics: Metrics) -> None:
+    """What was done, and how it ended."""
+    metrics.observe(StoreOperation("put", "timeout"))
+    assert values(metrics, "store_operations") == {("_total", "put", "timeout"): 1}
+
+
+def test_gauges_are_read_when_they_are_scraped() -> None:
+    """They show what is, and not what was when they were declared."""
+    open_connections: list[int] = []
+    metrics = Metrics("1.2.3")
+    metrics.watch(
+        connections=lambda: len(open_connections),
+        flights=lambda: 2,
+        store_up=lambda: True,
+        store_shared=lambda: False,
+        secret_mismatch=lambda: 0,
+    )
+    assert values(metrics, "connections") == {}
+    open_connections += [1, 2, 3]
+    assert values(metrics, "connections") == {("",): 3}
+    assert values(metrics, "store_up") == {("",): 1}
+    assert values(metrics, "flights") == {("",): 2}
+    assert values(metrics, "build_info") == {("", "1.2.3"): 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "label"),
+    [
+        *((status, str(status)) for status in (304, 401, 403, 404, 429)),
+        *((status, "2xx") for status in (200, 204, 299)),
+        *((status, "4xx") for status in (400, 405, 413, 414, 421, 431, 499)),
+        *((status, "5xx") for status in (500, 502, 503, 504, 505, 599)),
+        *((status, "error") for status in (0, 100, 301, 302, 399, 600, 999)),
+    ],
+)
+def test_status_labels(status: int, label: str) -> None:
+    """A status that the contract names has its own label, others their class; what is none is an error."""
+    assert status_label(status) == label

@@ -1,0 +1,602 @@
+"""The main path with a store and an upstream in memory, and a clock that stands still."""
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes, Lookup, Stamps
+from proxy.core.errors import (
+    NotCached,
+    Overloaded,
+    ProxyError,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamTimeout,
+    UpstreamUnexplained,
+    UpstreamUnreachable,
+)
+from proxy.core.events import Outcome
+from proxy.core.http import etag_of
+from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.policy import Answer, Policy
+from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.flights import Flights
+from proxy.readthrough import Failed, Fetched, ReadThrough, Served
+
+NOW = 1_000_000.0
+TOTAL_TIMEOUT_S = 8.0
+SNAPSHOT = {
+    "id": "42",
+    "created_at": "2020-07-28T16:47:44Z",
+    "min_disk_size": 25,
+    "name": "web",
+    "regions": ["nyc3"],
+    "resource_id": "7",
+    "resource_type": "droplet",
+    "size_gigabytes": 2.34,
+    "tags": None,
+}
+BODY = json.dumps({"snapshot": SNAPSHOT}, separators=(",", ":")).encode()
+ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
+RATELIMIT = (("ratelimit-remaining", "4999"),)
+LIFETIMES = Lifetimes(60, 60, 300)
+FRESH = Entry(200, b"stored", '"stored"', NOW - 18, LIFETIMES)
+STALE = replace(FRESH, called_at=NOW - 61)
+FILLED = Entry(200, BODY, etag_of(BODY), NOW, LIFETIMES)
+BASIS = Basis(Stamps(b"caller", b"snapshot", b"everything"), b"")
+LATER_BASIS = Basis(Stamps(b"another", b"snapshot", b"everything"), b"")
+DISCONNECTED = UpstreamDisconnected("gone", proxy_error="connection_terminated")
+TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
+
+
+# -- a store, an upstream, a caller ---------------------------------------------------------------
+
+
+class Store:
+    """Remembers what it was told. `lookups` are answered in turn, the last one for ever."""
+
+    def __init__(self, *lookups: Lookup, takes: bool = True) -> None:
+        self.lookups = list(lookups)
+        self.takes = takes
+        self.told: list[tuple[Any, ...]] = []
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def lookup(self, key: EntryKey) -> Lookup:
+        """Give the next lookup, while the store is `open`."""
+        self.told.append(("lookup", key))
+        found = self.lookups.pop(0) if len(self.lookups) > 1 else self.lookups[0]
+        await self.open.wait()
+        return found
+
+    async def put(self, key: EntryKey, entry: Entry, basis: Basis) -> bool:
+        """Take an entry, or do not."""
+        await asyncio.sleep(0)
+        self.told.append(("put", key, entry, basis))
+        return self.takes
+
+    async def end_entry(self, key: EntryKey) -> None:
+        """Be told that an entry ends."""
+        await asyncio.sleep(0)
+        self.told.append(("end_entry", key))
+
+    async def end_caller(self, partition: Partition) -> None:
+        """Be told that a caller's entries end."""
+        await asyncio.sleep(0)
+        self.told.append(("end_caller", partition))
+
+    @property
+    def changes(self) -> list[tuple[Any, ...]]:
+        """Give all that it was told, but lookups."""
+        return [told for told in self.told if told[0] != "lookup"]
+
+
+class Upstream:
+    """Answers in turn what it was given, the last one for ever; while it is not `open`, it is silent."""
+
+    def __init__(self, *answers: Answer | UpstreamError) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[Call, float]] = []
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def get(self, call: Call, deadline: float) -> Answer:
+        """Give or raise the next answer, while the upstream is `open`."""
+        self.asked.append((call, deadline))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        await self.open.wait()
+        if isinstance(answer, Answer):
+            return answer
+        raise answer
+
+
+def said(status: int = 200, body: bytes = BODY, retry_after_s: int | None = None) -> Answer:
+    """Make an answer of the upstream's."""
+    return Answer(status, body, NOW, retry_after_s, RATELIMIT)
+
+
+def call(
+    snapshot_id: str = "42",
+    directives: Directives = NO_DIRECTIVES,
+    caller: str = "a",
+    request_id: str = "ours",
+) -> Call:
+    """Make a request."""
+    parsed = SnapshotId.parse(snapshot_id)
+    key = EntryKey(Partition(caller * 32), parsed.text)
+    return Call(key, parsed, Token("token"), directives, request_id, "other")
+
+
+KEY = call().key
+
+
+class Path:
+    """The main path between a store and an upstream."""
+
+    def __init__(self, store: Store, upstream: Upstream, most: int = 10) -> None:
+        self.store = store
+        self.upstream = upstream
+        self.seconds = 500.0
+        self.flights: Flights[Fetched | ProxyError] = Flights(most)
+        self._readthrough = ReadThrough(
+            store,
+            upstream,
+            self.flights,
+            Policy(fresh_s=60, negative_s=10, stale_while_revalidate_s=60, stale_if_error_s=300, jitter=0.1),
+            total_timeout_s=TOTAL_TIMEOUT_S,
+            monotonic=lambda: self.seconds,
+            clock=lambda: NOW,
+            draw=lambda: 0.0,
+        )
+        self.get = self._readthrough.get
+
+
+async def started(*waiting: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
+    """Start each, and return when all of them wait."""
+    tasks = [asyncio.ensure_future(each) for each in waiting]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return tasks
+
+
+def missing() -> Lookup:
+    """Find nothing."""
+    return Lookup(None, BASIS)
+
+
+# -- from the cache ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "directives", "outcome", "cache_status"),
+    [
+        pytest.param(FRESH, NO_DIRECTIVES, Outcome.HIT, "snapshot-proxy; hit; ttl=42", id="hit"),
+        pytest.param(
+            FRESH,
+            Directives(only_if_cached=True),
+            Outcome.HIT,
+            "snapshot-proxy; hit; ttl=42",
+            id="only-if-cached",
+        ),
+        pytest.param(
+            FRESH, Directives(no_store=True), Outcome.HIT, "snapshot-proxy; hit; ttl=42", id="no-store"
+        ),
+        *(
+            pytest.param(
+                Entry(status, ERROR, '"e"', NOW - 3, Lifetimes(10)),
+                NO_DIRECTIVES,
+                Outcome.NEGATIVE,
+                "snapshot-proxy; hit; ttl=7; detail=negative",
+                id=f"negative-{status}",
+            )
+            for status in (404, 400)
+        ),
+    ],
+)
+async def test_what_is_stored_answers(
+    entry: Entry, directives: Directives, outcome: Outcome, cache_status: str
+) -> None:
+    """The upstream hears nothing, and nothing changes in the store."""
+    path = Path(Store(Lookup(entry, BASIS)), Upstream(TIMEOUT))
+    assert await path.get(call(directives=directives)) == Served(
+        entry.status, entry.body, outcome, cache_status, entry
+    )
+    assert path.store.told == [("lookup", KEY)]
+    assert path.upstream.asked == []
+
+
+@pytest.mark.parametrize(
+    "lookup", [missing(), Lookup(STALE, BASIS), UNAVAILABLE], ids=["nothing", "stale", "store-unavailable"]
+)
+async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
+    """It fails with 504, and is counted as neither hit nor miss."""
+    path = Path(Store(lookup), Upstream(said()))
+    failed = await path.get(call(directives=Directives(only_if_cached=True)))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, NotCached)
+    assert failed.outcome is Outcome.NONE
+    assert path.upstream.asked == []
+    assert path.store.changes == []
+
+
+# -- from the upstream ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lookup", "directives", "outcome", "cache_status", "stored"),
+    [
+        pytest.param(
+            missing(),
+            NO_DIRECTIVES,
+            Outcome.MISS,
+            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored",
+            True,
+            id="miss",
+        ),
+        pytest.param(
+            Lookup(STALE, BASIS),
+            NO_DIRECTIVES,
+            Outcome.MISS,
+            "snapshot-proxy; fwd=stale; fwd-status=200; stored",
+            True,
+            id="stale",
+        ),
+        pytest.param(
+            Lookup(FRESH, BASIS),
+            Directives(no_cache=True),
+            Outcome.MISS,
+            "snapshot-proxy; fwd=request; fwd-status=200; stored",
+            True,
+            id="no-cache",
+        ),
+        pytest.param(
+            Lookup(FRESH, BASIS),
+            Directives(max_age_s=5),
+            Outcome.MISS,
+            "snapshot-proxy; fwd=request; fwd-status=200; stored",
+            True,
+            id="max-age",
+        ),
+        pytest.param(
+            missing(),
+            Directives(no_store=True),
+            Outcome.MISS,
+            "snapshot-proxy; fwd=uri-miss; fwd-status=200",
+            False,
+            id="no-store",
+        ),
+        pytest.param(
+            UNAVAILABLE,
+            NO_DIRECTIVES,
+            Outcome.BYPASS,
+            "snapshot-proxy; fwd=bypass; detail=store-unavailable",
+            False,
+            id="store-unavailable",
+        ),
+    ],
+)
+async def test_what_is_fetched_is_served_and_kept(
+    lookup: Lookup, directives: Directives, outcome: Outcome, cache_status: str, stored: bool
+) -> None:
+    """It is stored before it is served, on what its own lookup saw, where caller and Redis allow it."""
+    path = Path(Store(lookup), Upstream(said()))
+    asked = call(directives=directives)
+    assert await path.get(asked) == Served(200, BODY, outcome, cache_status, FILLED, ratelimit=RATELIMIT)
+    assert path.store.changes == ([("put", KEY, FILLED, BASIS)] if stored else [])
+    assert path.upstream.asked == [(asked, path.seconds + TOTAL_TIMEOUT_S)]
+
+
+async def test_what_the_store_does_not_take_is_served() -> None:
+    """A fill that came too late, or that Redis refused, is the answer all the same, and not called stored."""
+    path = Path(Store(missing(), takes=False), Upstream(said()))
+    served = await path.get(call())
+    assert isinstance(served, Served)
+    assert (served.body, served.cache_status) == (BODY, "snapshot-proxy; fwd=uri-miss; fwd-status=200")
+
+
+@pytest.mark.parametrize(
+    ("answer", "served"),
+    [
+        pytest.param(
+            said(),
+            Served(200, BODY, Outcome.BYPASS, "snapshot-proxy; fwd=bypass", ratelimit=RATELIMIT),
+            id="200",
+        ),
+        pytest.param(
+            said(404, ERROR),
+            Served(404, ERROR, Outcome.BYPASS, "snapshot-proxy; fwd=bypass", ratelimit=RATELIMIT),
+            id="404",
+        ),
+    ],
+)
+async def test_what_is_not_cacheable_never_touches_the_store(answer: Answer, served: Served) -> None:
+    """An id that the API does not document is forwarded: no lookup, no fill, no lifetime in the answer."""
+    path = Path(Store(missing()), Upstream(answer))
+    assert await path.get(call("web-1")) == served
+    assert path.store.told == []
+
+
+async def test_a_negative_answer_is_kept_for_its_own_time() -> None:
+    """A 404 is an entry like another, with a short life."""
+    path = Path(Store(missing()), Upstream(said(404, ERROR)))
+    entry = Entry(404, ERROR, etag_of(ERROR), NOW, Lifetimes(10))
+    assert await path.get(call()) == Served(
+        404,
+        ERROR,
+        Outcome.MISS,
+        "snapshot-proxy; fwd=uri-miss; fwd-status=404; stored",
+        entry,
+        ratelimit=RATELIMIT,
+    )
+    assert path.store.changes == [("put", KEY, entry, BASIS)]
+
+
+# -- errors of the upstream ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lookup", [missing(), UNAVAILABLE], ids=["store-up", "store-down"])
+@pytest.mark.parametrize(
+    ("status", "retry_after_s", "changes"),
+    [
+        pytest.param(401, None, [("end_caller", KEY.partition)], id="401"),
+        pytest.param(403, None, [("end_entry", KEY)], id="403"),
+        pytest.param(400, None, [], id="400"),
+        pytest.param(429, 30, [], id="429"),
+        pytest.param(500, None, [], id="500"),
+        pytest.param(503, 7, [], id="503"),
+    ],
+)
+@pytest.mark.parametrize("explained", [True, False], ids=["explained", "unexplained"])
+async def test_an_error_of_the_upstream_is_passed_on(
+    lookup: Lookup, status: int, retry_after_s: int | None, changes: list[tuple[Any, ...]], explained: bool
+) -> None:
+    """What it ends is ended before the answer is given; what says nothing is said by us, with its status."""
+    body = ERROR if explained else b"<html>"
+    path = Path(Store(lookup), Upstream(said(status, body, retry_after_s)))
+    answer = await path.get(call())
+    up = lookup.basis is not None
+    cache_status = (
+        f"snapshot-proxy; fwd=uri-miss; fwd-status={status}"
+        if up
+        else "snapshot-proxy; fwd=bypass; detail=store-unavailable"
+    )
+    outcome = Outcome.MISS if up else Outcome.BYPASS
+    if explained:
+        assert answer == Served(
+            status, ERROR, outcome, cache_status, retry_after_s=retry_after_s, ratelimit=RATELIMIT
+        )
+    else:
+        assert isinstance(answer, Failed)
+        assert isinstance(answer.error, UpstreamUnexplained)
+        assert (answer.error.status, answer.error.retry_after_s) == (status, retry_after_s)
+        assert (answer.outcome, answer.cache_status) == (outcome, cache_status)
+    assert path.store.changes == changes
+
+
+async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
+    """A 401 on any request ends the caller's entries."""
+    path = Path(Store(missing()), Upstream(said(401, ERROR)))
+    await path.get(call("web-1"))
+    assert path.store.told == [("end_caller", KEY.partition)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(TIMEOUT, id="timeout"),
+        pytest.param(UpstreamUnreachable("no", proxy_error="dns_error"), id="unreachable"),
+        pytest.param(UpstreamInvalid("it is odd"), id="invalid"),
+    ],
+)
+async def test_no_answer_is_an_error_of_ours(error: UpstreamError) -> None:
+    """It is told once, and changes nothing in the store; the upstream is not asked again."""
+    path = Path(Store(Lookup(STALE, BASIS)), Upstream(error))
+    assert await path.get(call()) == Failed(error, Outcome.MISS, "snapshot-proxy; fwd=stale")
+    assert path.store.changes == []
+    assert len(path.upstream.asked) == 1
+
+
+async def test_an_answer_that_is_not_documented() -> None:
+    """The policy's refusal is an error of the upstream's, and names the field."""
+    path = Path(Store(missing()), Upstream(said(200, BODY.replace(b"25", b'"25"'))))
+    failed = await path.get(call())
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, UpstreamInvalid)
+    assert failed.error.fact == "snapshot.min_disk_size is not an integer"
+    assert path.store.changes == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "expected"),
+    [
+        pytest.param([DISCONNECTED, said()], 2, Served, id="then-an-answer"),
+        pytest.param([DISCONNECTED, DISCONNECTED, said()], 2, Failed, id="twice"),
+        pytest.param([DISCONNECTED, TIMEOUT, said()], 2, Failed, id="then-a-timeout"),
+        pytest.param([TIMEOUT, said()], 1, Failed, id="a-timeout-is-not-repeated"),
+    ],
+)
+async def test_a_read_is_repeated_once(
+    answers: list[Answer | UpstreamError], asked: int, expected: type[Served] | type[Failed]
+) -> None:
+    """Where the connection ended before an answer began; both attempts share one deadline."""
+    path = Path(Store(missing()), Upstream(*answers))
+    assert isinstance(await path.get(call()), expected)
+    assert [deadline for _, deadline in path.upstream.asked] == [path.seconds + TOTAL_TIMEOUT_S] * asked
+
+
+# -- who shares a fetch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("directives", "fetches"),
+    [
+        pytest.param(NO_DIRECTIVES, 1, id="plain"),
+        pytest.param(Directives(max_age_s=8), 1, id="max-age-longer-than-any-fetch"),
+        pytest.param(Directives(max_age_s=7), 2, id="max-age-shorter-than-a-fetch"),
+        pytest.param(Directives(max_age_s=0), 2, id="max-age-zero"),
+        pytest.param(Directives(no_cache=True), 2, id="no-cache"),
+        pytest.param(Directives(no_store=True), 2, id="no-store"),
+    ],
+)
+async def test_who_joins_a_fetch_that_runs(directives: Directives, fetches: int) -> None:
+    """Only who may be answered with what began before its own request."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.upstream.open.clear()
+    waiting = await started(path.get(call()), path.get(call(directives=directives)))
+    assert len(path.upstream.asked) == fetches
+    path.upstream.open.set()
+    first, second = await asyncio.gather(*waiting)
+    assert (first.outcome, first.ratelimit) == (Outcome.MISS, RATELIMIT)
+    assert first.body == second.body
+    if fetches == 1:
+        assert second == Served(
+            200,
+            BODY,
+            Outcome.COLLAPSED,
+            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored; collapsed",
+            FILLED,
+        )
+    else:
+        assert (second.outcome, second.ratelimit) == (Outcome.MISS, RATELIMIT)
+
+
+async def test_a_fetch_of_its_own_is_joined_by_nobody() -> None:
+    """What was fetched for `no-store` is not another caller's answer."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.upstream.open.clear()
+    waiting = await started(path.get(call(directives=Directives(no_store=True))), path.get(call()))
+    assert len(path.upstream.asked) == 2
+    path.upstream.open.set()
+    assert [served.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
+
+
+async def test_a_failure_is_shared() -> None:
+    """Who waits for a fetch that fails does not make the upstream fail again."""
+    path = Path(Store(missing()), Upstream(TIMEOUT))
+    path.upstream.open.clear()
+    waiting = await started(*(path.get(call()) for _ in range(5)))
+    path.upstream.open.set()
+    failed = await asyncio.gather(*waiting)
+    assert failed[0] == Failed(TIMEOUT, Outcome.MISS, "snapshot-proxy; fwd=uri-miss")
+    assert failed[1:] == [Failed(TIMEOUT, Outcome.COLLAPSED, "snapshot-proxy; fwd=uri-miss; collapsed")] * 4
+    assert len(path.upstream.asked) == 1
+
+
+async def test_the_store_is_down_for_many_at_once() -> None:
+    """Without Redis too, one process makes one call for a caller and a snapshot."""
+    path = Path(Store(UNAVAILABLE), Upstream(said()))
+    path.upstream.open.clear()
+    waiting = await started(*(path.get(call()) for _ in range(5)))
+    path.upstream.open.set()
+    served = await asyncio.gather(*waiting)
+    assert [one.outcome for one in served] == [Outcome.BYPASS] + [Outcome.COLLAPSED] * 4
+    assert served[1].cache_status == "snapshot-proxy; fwd=bypass; collapsed; detail=store-unavailable"
+    assert len(path.upstream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(call(caller="b"), id="another-caller"),
+        pytest.param(call("43"), id="another-snapshot"),
+    ],
+)
+async def test_others_share_nothing(other: Call) -> None:
+    """Each caller and each snapshot has its own lookup and its own fetch, with its own token."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.upstream.open.clear()
+    waiting = await started(path.get(call()), path.get(other))
+    assert [asked.key for asked, _ in path.upstream.asked] == [KEY, other.key]
+    path.upstream.open.set()
+    await asyncio.gather(*waiting)
+    assert [told[1] for told in path.store.told if told[0] == "lookup"] == [KEY, other.key]
+
+
+async def test_who_asks_after_an_invalidation_joins_nothing_older() -> None:
+    """A lookup that saw other stamps makes a fetch of its own, and each is stored on its own stamps."""
+    path = Path(Store(missing(), Lookup(None, LATER_BASIS)), Upstream(said()))
+    path.upstream.open.clear()
+    waiting = await started(path.get(call()), path.get(call()))
+    assert len(path.upstream.asked) == 2
+    path.upstream.open.set()
+    assert [served.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
+    assert [told[3] for told in path.store.changes] == [BASIS, LATER_BASIS]
+
+
+async def test_who_looked_before_a_fetch_landed_does_not_fetch_again() -> None:
+    """Its lookup missed what was stored meanwhile: it shares what landed."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.seconds = asyncio.get_running_loop().time()
+    path.store.open.clear()
+    (slow,) = await started(path.get(call()))
+    path.store.open.set()
+    path.store.lookups = [missing()]
+    quick = await path.get(call())
+    served = await slow
+    assert {quick.outcome, served.outcome} == {Outcome.MISS, Outcome.COLLAPSED}
+    assert len(path.upstream.asked) == 1
+
+
+# -- limits and departures -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "cache_status"),
+    [
+        pytest.param(call("43"), "snapshot-proxy; fwd=uri-miss", id="shared"),
+        pytest.param(call(directives=Directives(no_cache=True)), "snapshot-proxy; fwd=uri-miss", id="alone"),
+        pytest.param(call("web-1"), "snapshot-proxy; fwd=bypass", id="bypass"),
+    ],
+)
+async def test_no_room_for_another_fetch(asked: Call, cache_status: str) -> None:
+    """It is refused at once; who can join a running one is not."""
+    path = Path(Store(missing()), Upstream(said()), most=1)
+    path.upstream.open.clear()
+    waiting = await started(path.get(call()), path.get(call()))
+    failed = await path.get(asked)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, Overloaded)
+    assert (failed.outcome, failed.cache_status) == (Outcome.NONE, cache_status)
+    path.upstream.open.set()
+    assert [served.status for served in await asyncio.gather(*waiting)] == [200, 200]
+
+
+async def test_a_caller_that_leaves_during_its_lookup() -> None:
+    """Nothing was begun for it, and nothing goes on."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.store.open.clear()
+    (caller,) = await started(path.get(call()))
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert path.upstream.asked == []
+    assert len(path.flights) == 0
+
+
+@pytest.mark.parametrize("directives", [NO_DIRECTIVES, Directives(no_cache=True)], ids=["shared", "alone"])
+@pytest.mark.parametrize(
+    ("answer", "change"),
+    [
+        pytest.param(said(), "put", id="200"),
+        pytest.param(said(401, ERROR), "end_caller", id="401"),
+        pytest.param(said(403, ERROR), "end_entry", id="403"),
+    ],
+)
+async def test_a_caller_that_leaves_during_its_fetch(
+    directives: Directives, answer: Answer, change: str
+) -> None:
+    """What the answer means for the store is done all the same."""
+    path = Path(Store(missing()), Upstream(answer))
+    path.upstream.open.clear()
+    (caller,) = await started(path.get(call(directives=directives)))
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    path.upstream.open.set()
+    await asyncio.wait(set(path.flights._tasks))
+    assert [told[0] for told in path.store.changes] == [change]
