@@ -85,7 +85,7 @@ class Flights(Generic[T]):
         return task
 
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
-        # Not the loop's time, which may stand still for a millisecond: who comes after is not who came before.
+        # The loop's time may stand still for a millisecond: who came after is not who came before.
         flight.landed_at = time.monotonic()
         if len(self._by_key) > self._most:  # so many answers are enough to hold
             self._forget(key, flight)
