@@ -22,7 +22,7 @@ from proxy.settings import load
 
 DEADLINE_S = 15.0
 PATIENT = ("redis.timeout_s=2",)
-"""A machine that is busy with tests is no Redis that is too slow: where the deadline matters, a test sets it."""
+"""A machine that is busy with tests is no Redis that is too slow. Where it matters, a test sets it itself."""
 
 DROPLET_PATH = "/v2/snapshots/6372321"
 

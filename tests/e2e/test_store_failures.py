@@ -58,6 +58,7 @@ def shared(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
         f"upstream.base_url={simulator.url}",
         f"redis.url={url}",
         f"security.secret_file={write_secret(directory)}",
+        "redis.timeout_s=0.1",  # the default: here it matters
     )
 
 
