@@ -4,18 +4,17 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from proxy.core.events import Outcome, RequestDone
+from proxy.core.events import FROM_CACHE, RequestDone
 from proxy.logs import event
 
 _LOG = logging.getLogger(__name__)
-_FROM_CACHE = frozenset({Outcome.HIT, Outcome.NEGATIVE})
 
 
 def access_log(which: Literal["all", "misses", "off"]) -> Callable[[RequestDone], None]:
     """Make the observer that writes `all` requests, those that the cache did not answer, or none."""
 
     def write(done: RequestDone) -> None:
-        if which == "all" or (which == "misses" and done.outcome not in _FROM_CACHE):
+        if which == "all" or (which == "misses" and done.outcome not in FROM_CACHE):
             why: dict[str, Any] = {} if done.error_id is None else {"error_id": done.error_id}
             if done.fact is not None:
                 why["fact"] = done.fact

@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from proxy import __version__
 from proxy.access import access_log
 from proxy.admin.listener import admin_application
+from proxy.admin.purge import Purge
 from proxy.callers import Callers
 from proxy.core.errors import ProxyError, SettingsError
 from proxy.core.events import RequestDone
@@ -25,11 +26,12 @@ from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.edge.api import Api
 from proxy.edge.connection import Limits, Listener
+from proxy.edge.passthrough import Passthrough
 from proxy.flights import Flights
 from proxy.logs import announce, event
 from proxy.metrics import Metrics
 from proxy.readthrough import Fetched, ReadThrough
-from proxy.settings import Settings, read_secret
+from proxy.settings import Settings, is_loopback, read_admin_token, read_secret
 from proxy.storage.connect import connector
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
@@ -118,12 +120,15 @@ class App:
             flights,
             Policy(
                 fresh_s=settings.cache.fresh_s,
+                list_fresh_s=settings.cache.list_fresh_s,
                 negative_s=settings.cache.negative_s,
                 stale_while_revalidate_s=settings.cache.stale_while_revalidate_s,
                 stale_if_error_s=settings.cache.stale_if_error_s,
                 jitter=settings.cache.jitter,
+                public_url=settings.server.public_url,
             ),
             total_timeout_s=settings.upstream.total_timeout_s,
+            observe=metrics.observe,
             monotonic=time.monotonic,
         )
         log = access_log(settings.log.access)
@@ -132,7 +137,12 @@ class App:
             metrics.observe(done)
             log(done)
 
-        api = Api(readthrough, keyring, name_caller=callers.name, observe=observe)
+        passthrough = None
+        if settings.passthrough.enabled:
+            passthrough = Passthrough(
+                upstream, readthrough, flights, read_timeout_s=settings.server.header_timeout_s
+            )
+        api = Api(readthrough, passthrough, keyring, name_caller=callers.name, observe=observe)
         self._listener = Listener(
             api.respond,
             Limits(
@@ -149,7 +159,7 @@ class App:
             store_shared=lambda: settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
         )
-        admin = await self._serve_admin(metrics)
+        admin = await self._serve_admin(metrics, readthrough)
         self._server = await asyncio.get_running_loop().create_server(
             self._listener,
             settings.server.host,
@@ -196,7 +206,7 @@ class App:
         fetch_s = (
             math.ceil(self._settings.upstream.total_timeout_s + self._settings.quota.max_wait_s) + _MARGIN_S
         )
-        longest_s = max(cache.fresh_s, cache.max_fresh_s, cache.negative_s) + max(
+        longest_s = max(cache.fresh_s, cache.max_fresh_s, cache.list_fresh_s, cache.negative_s) + max(
             cache.stale_while_revalidate_s, cache.stale_if_error_s
         )
         store = Store(
@@ -222,10 +232,15 @@ class App:
             )
         return store
 
-    async def _serve_admin(self, metrics: Metrics) -> str:
+    async def _serve_admin(self, metrics: Metrics, readthrough: ReadThrough) -> str:
         admin = self._settings.admin
+        purge = Purge(
+            readthrough.purge,
+            token=read_admin_token(admin.token_file),
+            on_loopback=is_loopback(admin.host),
+        )
         runner = web.AppRunner(
-            admin_application(scrape=metrics.scrape, ready=lambda: self._ready),
+            admin_application(scrape=metrics.scrape, ready=lambda: self._ready, purge=purge),
             access_log=None,
             shutdown_timeout=1.0,
         )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn
 
 from proxy import __version__
-from proxy.core.errors import SettingsError
+from proxy.core.errors import BadRequest, SettingsError
+from proxy.core.identity import SnapshotId
 from proxy.settings import Loaded, check_files, load, to_toml
 
 FINE, FAILED, MISUSED = 0, 1, 2
@@ -65,7 +66,13 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
         add("config", _config, "print the effective configuration and where each value came from"),
         add("healthcheck", _healthcheck, "ask the running service whether it lives"),
     ]
-    for one in configured:
+    purge = add(
+        "purge", _purge, "purge snapshots from the cache of every replica, through the admin listener"
+    )
+    which = purge.add_mutually_exclusive_group(required=True)
+    which.add_argument("ids", nargs="*", default=[], metavar="ID", type=_snapshot_id, help="a snapshot")
+    which.add_argument("--all", action="store_true", help="everything")
+    for one in [*configured, purge]:
         one.add_argument("--config", metavar="FILE", help="the configuration, TOML")
         one.add_argument(
             "--set",
@@ -81,6 +88,15 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
     if simulating:
         _simulator_arguments(simulate)
     return parser
+
+
+def _snapshot_id(text: str) -> str:
+    try:
+        if SnapshotId.parse(text).cacheable:
+            return text
+    except BadRequest:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: must be a number or a UUID")
 
 
 def _load(args: argparse.Namespace) -> Loaded:
@@ -133,6 +149,13 @@ def _healthcheck(args: argparse.Namespace) -> int:
 
     loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
     return healthcheck.healthcheck(loaded.settings.admin)
+
+
+def _purge(args: argparse.Namespace) -> int:
+    from proxy import purge
+
+    loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
+    return purge.purge(loaded.settings.admin, args.ids)
 
 
 def _demo(args: argparse.Namespace) -> int:

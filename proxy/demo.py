@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -27,12 +27,18 @@ from proxy.app import Addresses, App, StartError
 from proxy.core.errors import UpstreamUnreachable
 from proxy.core.http import CACHE_NAME
 from proxy.settings import load
-from proxy.simulator import DROPLET_SNAPSHOT_ID, READ_ONLY, VOLUME_SNAPSHOT_ID, Simulator
+from proxy.simulator import DROPLET_SNAPSHOT_ID, READ_ONLY, VOLUME_SNAPSHOT_ID, Simulator, World
 from proxy.storage.embedded import EmbeddedServerError
 
 _LATENCY_S = 0.1
 _CROWD = 200
-_UNKNOWN_ID = "404404404"
+_SNAPSHOTS = 200
+"""Of the team, the two documented ones included: as many as one page of the list holds."""
+
+_LIST = "/v2/snapshots"
+_DROPLET = f"{_LIST}/{DROPLET_SNAPSHOT_ID}"
+_VOLUME = f"{_LIST}/{VOLUME_SNAPSHOT_ID}"
+_UNKNOWN = f"{_LIST}/404404404"
 _WIDTH = 66
 
 
@@ -80,6 +86,7 @@ class Expected:
 
 _MISS = Expected(HTTPStatus.OK, "fwd=uri-miss; fwd-status=200; stored", 1)
 _HIT = Expected(HTTPStatus.OK, "hit; ttl=", 0)
+_GONE = Expected(HTTPStatus.NOT_FOUND, "fwd=uri-miss; fwd-status=404; stored", 1)
 
 
 class Caller(NamedTuple):
@@ -90,7 +97,7 @@ class Caller(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came back. `document` is None with a 304."""
+    """What came back. `document` is None where there is no body: 204, 304."""
 
     status: int
     cache_status: str
@@ -112,12 +119,14 @@ class Stage:
         self.surprises = 0
         self._client = client
 
-    async def get(self, caller: Caller, snapshot_id: str, expected: Expected, **headers: str) -> Answer:
-        """Ask for one snapshot, and write the lines that tell how it went."""
+    async def ask(
+        self, caller: Caller, path: str, expected: Expected, *, method: str = "GET", **headers: str
+    ) -> Answer:
+        """Make one request, and write the lines that tell how it went."""
         with self._watch() as seen:
-            answer = await self.fetch(caller, snapshot_id, **headers)
+            answer = await self.fetch(caller, path, method, **headers)
         extra = "".join(f", {name}: {value}" for name, value in headers.items())
-        _say(_dim(f"   GET /v2/snapshots/{snapshot_id} ({caller.name}{extra})"))
+        _say(_dim(f"   {method} {path} ({caller.name}{extra})"))
         self.show(
             f"{answer.status:d} {answer.cache_status:<{_WIDTH}} {seen}",
             (answer.status, seen.calls) == (expected.status, expected.calls)
@@ -126,12 +135,15 @@ class Stage:
         )
         return answer
 
-    async def get_at_once(self, caller: Caller, snapshot_id: str, number: int, expected: Expected) -> None:
-        """Ask for one snapshot many times at once. What is expected holds for all together."""
+    async def ask_at_once(self, caller: Caller, paths: Sequence[str], expected: Expected) -> None:
+        """Read all `paths` at once. What is expected holds for all together."""
         with self._watch() as seen:
-            answers = await asyncio.gather(*(self.fetch(caller, snapshot_id) for _ in range(number)))
-        _say(_dim(f"   {number} x GET /v2/snapshots/{snapshot_id} ({caller.name})"))
-        kinds = Counter((answer.status, answer.cache_status) for answer in answers)
+            answers = await asyncio.gather(*(self.fetch(caller, path) for path in paths))
+        which = paths[0] if len(set(paths)) == 1 else f"{_LIST}/ID, each another one"
+        _say(_dim(f"   {len(paths)} x GET {which} ({caller.name})"))
+        kinds = Counter(
+            (answer.status, re.sub(r"ttl=\d+", "ttl=N", answer.cache_status)) for answer in answers
+        )
         for (status, cache_status), times in kinds.items():
             _say(f"   {status:d} {cache_status}   x {times}")
         self.show(
@@ -140,17 +152,19 @@ class Stage:
             f"{expected.status:d} for each and {expected.calls} upstream",
         )
 
-    async def fetch(self, caller: Caller, snapshot_id: str, **headers: str) -> Answer:
-        """Ask for one snapshot."""
+    async def fetch(self, caller: Caller, path: str, method: str = "GET", **headers: str) -> Answer:
+        """Make one request."""
         self.requests += 1
-        async with self._client.get(
-            f"{self.addresses.api}/v2/snapshots/{snapshot_id}",
+        async with self._client.request(
+            method,
+            f"{self.addresses.api}{path}",
             headers={"Authorization": f"Bearer {caller.token}", **headers},
         ) as response:
+            body = await response.read()
             return Answer(
                 response.status,
                 response.headers.get("Cache-Status", ""),
-                None if response.status == HTTPStatus.NOT_MODIFIED else await response.json(),
+                json.loads(body) if body else None,
                 response.headers.get("ETag", ""),
             )
 
@@ -189,25 +203,25 @@ class _Seen:
 
 async def _miss(stage: Stage) -> None:
     _title("Nobody has asked for this snapshot yet: a miss. The proxy asks upstream, and keeps the answer.")
-    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _MISS)
+    await stage.ask(stage.owner, _DROPLET, _MISS)
 
 
 async def _hit(stage: Stage) -> None:
     _title("Again: a hit. Nobody is asked.")
-    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+    await stage.ask(stage.owner, _DROPLET, _HIT)
 
 
 async def _not_modified(stage: Stage) -> None:
     _title("A client that names the entity tag it got need not even receive the snapshot again.")
-    known = await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+    known = await stage.ask(stage.owner, _DROPLET, _HIT)
     expected = Expected(HTTPStatus.NOT_MODIFIED, _HIT.cache_status, 0)
-    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, expected, **{"If-None-Match": known.etag})
+    await stage.ask(stage.owner, _DROPLET, expected, **{"If-None-Match": known.etag})
 
 
 async def _kept_apart(stage: Stage) -> None:
     _title("A colleague's token, without the scope tag:read, is kept apart: it sees what it may see.")
-    theirs = await stage.get(stage.colleague, DROPLET_SNAPSHOT_ID, _MISS)
-    ours = await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
+    theirs = await stage.ask(stage.colleague, _DROPLET, _MISS)
+    ours = await stage.ask(stage.owner, _DROPLET, _HIT)
     seen = [answer.document["snapshot"]["tags"] for answer in (theirs, ours)]
     expected = [None, ["web", "env:prod"]]
     stage.show(
@@ -220,28 +234,49 @@ async def _kept_apart(stage: Stage) -> None:
 async def _refused(stage: Stage) -> None:
     _title("A token that nobody issued gets nothing of what is cached for others.")
     expected = Expected(HTTPStatus.UNAUTHORIZED, "fwd=uri-miss; fwd-status=401", 1)
-    await stage.get(stage.stranger, DROPLET_SNAPSHOT_ID, expected)
+    await stage.ask(stage.stranger, _DROPLET, expected)
 
 
 async def _unknown(stage: Stage) -> None:
     _title("A snapshot that does not exist is asked for once. Then the 404 is remembered for a while.")
-    first = Expected(HTTPStatus.NOT_FOUND, "fwd=uri-miss; fwd-status=404; stored", 1)
-    await stage.get(stage.owner, _UNKNOWN_ID, first)
-    await stage.get(stage.owner, _UNKNOWN_ID, Expected(HTTPStatus.NOT_FOUND, "hit; ttl=", 0))
+    await stage.ask(stage.owner, _UNKNOWN, _GONE)
+    await stage.ask(stage.owner, _UNKNOWN, Expected(HTTPStatus.NOT_FOUND, _HIT.cache_status, 0))
 
 
 async def _crowd(stage: Stage) -> None:
     _title(f"{_CROWD} callers at once want a snapshot that is not cached: one call upstream for all of them.")
-    await stage.get_at_once(stage.owner, VOLUME_SNAPSHOT_ID, _CROWD, _MISS)
+    await stage.ask_at_once(stage.owner, [_VOLUME] * _CROWD, _MISS)
+
+
+async def _list(stage: Stage) -> None:
+    _title(
+        f"A list: one call. It brings all {_SNAPSHOTS} single snapshots too, so that nobody asks for them."
+    )
+    listed = (await stage.ask(stage.owner, f"{_LIST}?per_page={_SNAPSHOTS}", _MISS)).document
+    await stage.ask_at_once(stage.owner, [f"{_LIST}/{one['id']}" for one in listed["snapshots"]], _HIT)
+    seeded = await stage.metric("snapshot_proxy_upstream_avoided_total", 'reason="seeded"')
+    stage.show(
+        f"{seeded} of {listed['meta']['total']} were answered with what came with the list",
+        seeded == listed["meta"]["total"] == _SNAPSHOTS,
+        f"{_SNAPSHOTS} of {_SNAPSHOTS}",
+    )
+
+
+async def _delete(stage: Stage) -> None:
+    _title("The first token deletes what the colleague has just fetched. The colleague sees that at once.")
+    await stage.ask(stage.colleague, _VOLUME, _MISS)
+    deleted = Expected(HTTPStatus.NO_CONTENT, "fwd=method; fwd-status=204", 1)
+    await stage.ask(stage.owner, _VOLUME, deleted, method="DELETE")
+    await stage.ask(stage.colleague, _VOLUME, _GONE)
 
 
 async def _down(stage: Stage) -> None:
     _title("The upstream is gone. What is fresh is still answered, what is not cached gets a clear error.")
     await stage.simulator.stop()
-    await stage.get(stage.owner, DROPLET_SNAPSHOT_ID, _HIT)
-    cold = stage.simulator.world.snapshots()[-1].id
+    await stage.ask(stage.owner, _DROPLET, _HIT)
+    cold = f"{_LIST}/{stage.simulator.world.snapshots()[-1].id}"
     error = Expected(HTTPStatus.BAD_GATEWAY, "fwd=uri-miss", 0)
-    envelope = (await stage.get(stage.owner, cold, error)).document
+    envelope = (await stage.ask(stage.colleague, cold, error)).document
     stage.show(
         f"{envelope['id']}, {envelope['message']}",
         envelope["id"] == UpstreamUnreachable.id,
@@ -263,7 +298,19 @@ async def _saved(stage: Stage) -> None:
     )
 
 
-STEPS = (_miss, _hit, _not_modified, _kept_apart, _refused, _unknown, _crowd, _down, _saved)
+STEPS = (
+    _miss,
+    _hit,
+    _not_modified,
+    _kept_apart,
+    _refused,
+    _unknown,
+    _crowd,
+    _list,
+    _delete,
+    _down,
+    _saved,
+)
 
 
 # -- the stage ---------------------------------------------------------------------------------
@@ -272,7 +319,7 @@ STEPS = (_miss, _hit, _not_modified, _kept_apart, _refused, _unknown, _crowd, _d
 @asynccontextmanager
 async def _stage() -> AsyncIterator[Stage]:
     async with (
-        Simulator(latency_s=_LATENCY_S) as simulator,
+        Simulator(world=World(snapshots_per_team=_SNAPSHOTS - 2), latency_s=_LATENCY_S) as simulator,
         _proxy(simulator.url) as addresses,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
     ):
@@ -294,6 +341,7 @@ async def _proxy(upstream_url: str) -> AsyncIterator[Addresses]:
                 "server.port=0",
                 "admin.port=0",
                 "log.access=off",
+                "redis.timeout_s=2",  # a machine that is busy with other things shows hits all the same
             ],
             environ={},
         ).settings

@@ -9,11 +9,12 @@ between their look and their joining, its answer was stored.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from proxy.core.errors import Overloaded
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 LINGER_S = 1.0
 """Longer than a look-up takes: for so long a landed flight is remembered."""
@@ -43,7 +44,7 @@ class Flights(Generic[T]):
     def __init__(self, most: int) -> None:
         self._most = most
         self._by_key: dict[Hashable, _Flight[T]] = {}
-        self._tasks: set[asyncio.Task[T]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -62,9 +63,9 @@ class Flights(Generic[T]):
         flight.task.add_done_callback(lambda _: self._land(key, flight))
         return Landed(await asyncio.shield(flight.task), collapsed=False)
 
-    async def alone(self, fetch: Callable[[], Awaitable[T]]) -> Landed[T]:
+    async def alone(self, fetch: Callable[[], Awaitable[U]]) -> U:
         """Fetch for one caller only, in a task all the same. Raises Overloaded where there is no room."""
-        return Landed(await asyncio.shield(self._start(fetch)), collapsed=False)
+        return await asyncio.shield(self._start(fetch))
 
     async def close(self) -> None:
         """Cancel what is still in the air; whoever waits for it is cancelled too."""
@@ -72,11 +73,11 @@ class Flights(Generic[T]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, fetch: Callable[[], Awaitable[T]]) -> "asyncio.Task[T]":
+    def _start(self, fetch: Callable[[], Awaitable[U]]) -> "asyncio.Task[U]":
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; try again in a moment")
 
-        async def fly() -> T:
+        async def fly() -> U:
             return await fetch()
 
         task = asyncio.create_task(fly(), name="flight")

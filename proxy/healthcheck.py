@@ -11,11 +11,16 @@ _TIMEOUT_S = 2.0
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 # what a listener may be bound to
 
 
+def reachable(host: str) -> str:
+    """Give the address to ask for a listener that is bound to `host`."""
+    return _EVERYWHERE.get(host, host)
+
+
 def healthcheck(admin: Admin) -> int:
     """Give 0 if `/healthz` of the running service answers 200 within two seconds, else 1."""
     if admin.port == 0:
         raise SettingsError("admin.port = 0: name the port that the running service listens on")
-    connection = HTTPConnection(_EVERYWHERE.get(admin.host, admin.host), admin.port, timeout=_TIMEOUT_S)
+    connection = HTTPConnection(reachable(admin.host), admin.port, timeout=_TIMEOUT_S)
     try:
         connection.request("GET", "/healthz")
         status = connection.getresponse().status

@@ -5,7 +5,7 @@ Labels are closed sets, aliases included; nothing that a caller sends becomes on
 
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import assert_never
+from typing import assert_never, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,12 +18,12 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from proxy.core.events import Outcome, RequestDone, StoreOperation, UpstreamCall
+from proxy.core.events import Cause, Invalidation, Outcome, RequestDone, StoreOperation, UpstreamCall
 
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
-_AVOIDED = (Outcome.HIT, Outcome.NEGATIVE, Outcome.COLLAPSED)
+_AVOIDED = (Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE, Outcome.COLLAPSED)
 _WATCHED = {
     "connections": "Open connections of callers.",
     "flights": "Fetches on their way.",
@@ -72,10 +72,15 @@ class Metrics:
         self._store_operations = self._counter(
             "store_operations", "Operations on the store.", "operation", "outcome"
         )
+        self._invalidations = self._counter(
+            "invalidations", "Entries that ended before their time, by what ended them.", "cause"
+        )
         self._watched = {name: self._gauge(name, help_text) for name, help_text in _WATCHED.items()}
         self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
         for reason in _AVOIDED:
             self._avoided.labels(reason)
+        for cause in get_args(Cause):  # seldom things: a rate needs the zero before the first one
+            self._invalidations.labels(cause)
 
     def watch(
         self,
@@ -96,7 +101,7 @@ class Metrics:
         ):
             self._watched[name].set_function(read)
 
-    def observe(self, event: RequestDone | UpstreamCall | StoreOperation) -> None:
+    def observe(self, event: RequestDone | UpstreamCall | StoreOperation | Invalidation) -> None:
         """Count what happened."""
         match event:
             case RequestDone():
@@ -114,6 +119,8 @@ class Metrics:
                 self._upstream_seconds.labels(event.route).observe(event.seconds)
             case StoreOperation():
                 self._store_operations.labels(event.operation, event.outcome).inc()
+            case Invalidation():
+                self._invalidations.labels(event.cause).inc()
             case _:
                 assert_never(event)
 

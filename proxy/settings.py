@@ -32,6 +32,7 @@ _YEAR_S: Final = 365 * _DAY_S
 _TEBIBYTE: Final = 1 << 40
 _MOST: Final = 1_000_000
 _SECRET_MAX_BYTES: Final = 65_536
+_HEADER_TOKEN: Final = re.compile(rb"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _SHOWN_CHARS: Final = 120
 _INT_BITS: Final = 64
 
@@ -627,6 +628,21 @@ def check_files(loaded: Loaded) -> None:
                     pass
             except OSError as error:
                 raise SettingsError(f"{_as_loaded(key, loaded)}: cannot be read: {error.strerror}") from None
+
+
+def read_admin_token(path: str) -> bytes:
+    """Read the bearer token for purge; empty where there is no file for it.
+
+    Raises `SettingsError` as `read_secret` does, and for what no header can carry.
+    """
+    if not path:
+        return b""
+    token = read_secret(path, setting="admin.token_file", least_bytes=1)
+    if not _HEADER_TOKEN.fullmatch(token):
+        raise SettingsError(
+            f"admin.token_file = {_shown(path)}: must hold one line of printable ASCII, no spaces around it"
+        )
+    return token
 
 
 def read_secret(path: str, *, setting: str = "security.secret_file", least_bytes: int = 32) -> bytes:

@@ -9,17 +9,18 @@ import asyncio
 import ssl
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import aiohttp
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
+from yarl import URL
 
 from proxy import __version__
 from proxy.core.errors import (
-    RETRYABLE,
     SettingsError,
     UpstreamDisconnected,
     UpstreamError,
@@ -28,6 +29,9 @@ from proxy.core.errors import (
     UpstreamUnreachable,
 )
 from proxy.core.events import Route, UpstreamCall
+from proxy.core.http import parse_retry_after
+from proxy.core.identity import ListQuery, SnapshotId
+from proxy.core.passthrough import Forwarding
 from proxy.core.policy import Answer
 from proxy.core.request import Call
 
@@ -80,14 +84,15 @@ class Upstream:
         """Close the pool."""
         await self._session.close()
 
-    async def get(self, call: Call, deadline: float) -> Answer:
-        """Ask for one snapshot with the caller's token. `deadline` is loop time. Raises UpstreamError."""
+    async def ask(self, call: Call, deadline: float) -> Answer:
+        """Ask what `call` asks, with the caller's token. `deadline` is loop time. Raises UpstreamError."""
         called_at, started = time.time(), time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
         try:
             async with asyncio.timeout_at(deadline):
-                response = await self._session.get(
-                    f"{self._options.base_url}/v2/snapshots/{call.snapshot_id.text}",
+                response = await self._session.request(
+                    call.method,
+                    URL(f"{self._options.base_url}/v2/snapshots{_suffix(call.target)}", encoded=True),
                     headers={
                         "Authorization": f"Bearer {call.token.reveal()}",
                         "Accept": "application/json",
@@ -106,18 +111,82 @@ class Upstream:
             status = "timeout" if isinstance(translated, UpstreamTimeout) else "error"
             raise translated from None
         finally:
-            self._observe(UpstreamCall(Route.SNAPSHOT, status, call.caller, time.perf_counter() - started))
+            self._observe(UpstreamCall(call.route, status, call.caller, time.perf_counter() - started))
         return Answer(
             status=response.status,
             body=body,
             called_at=called_at,
-            retry_after_s=_retry_after_s(response),
+            retry_after_s=parse_retry_after(response.headers.get("Retry-After", "")),
             ratelimit=tuple(
                 (name, value)
                 for name in _RATELIMIT
                 if (value := response.headers.get(name, "")).isascii() and value.isdigit()
             ),
         )
+
+    @asynccontextmanager
+    async def stream(
+        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None
+    ) -> AsyncIterator["Streamed"]:
+        """Send a request as it is, and give its answer while it comes; nothing of either is held.
+
+        Raises UpstreamError, also from the answer's `chunks`.
+        """
+        started = time.perf_counter()
+        status: int | Literal["timeout", "error"] = "error"
+        try:
+            try:
+                response = await self._session.request(
+                    forwarding.method,
+                    URL(self._options.base_url + forwarding.target, encoded=True),
+                    headers=[
+                        *forwarding.headers,
+                        ("Authorization", f"Bearer {forwarding.token.reveal()}"),
+                        ("X-Request-Id", forwarding.request_id),
+                    ],
+                    data=body,
+                    skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
+                    allow_redirects=False,
+                    proxy=self._options.http_proxy or None,
+                )
+            except (aiohttp.ClientError, OSError) as error:
+                translated = _translate(error)
+                status = "timeout" if isinstance(translated, UpstreamTimeout) else "error"
+                raise translated from None
+            status = response.status
+            async with response:
+                yield Streamed(response.status, tuple(response.headers.items()), _chunks(response))
+        finally:
+            self._observe(
+                UpstreamCall(Route.PASSTHROUGH, status, forwarding.caller, time.perf_counter() - started)
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """An answer on its way. `chunks` are the bytes of its body as they come, compressed or not."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    chunks: AsyncIterator[bytes]
+
+
+async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in response.content.iter_any():
+            yield chunk
+    except (aiohttp.ClientError, OSError) as error:
+        if isinstance(error, TimeoutError):
+            raise _translate(error) from None
+        raise _incomplete() from None
+
+
+def _suffix(target: SnapshotId | ListQuery) -> str:
+    match target:
+        case SnapshotId(text):
+            return f"/{text}"
+        case ListQuery(text):
+            return f"?{text}"
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -132,11 +201,11 @@ class _Connector(aiohttp.TCPConnector):
         traces: list[Trace],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 # aiohttp's signature
     ) -> Connection:
-        """Give a connection for one request. Raises ServerDisconnectedError for one that is spoilt."""
+        """Give a connection for one request; spoilt ones are closed, until a good or a new one comes."""
         connection = await super().connect(req, traces, timeout)
-        if connection.protocol is None or connection.protocol.should_close:
+        while connection.protocol is None or connection.protocol.should_close:
             connection.close()
-            raise aiohttp.ServerDisconnectedError
+            connection = await super().connect(req, traces, timeout)
         return connection
 
 
@@ -193,14 +262,6 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 def _incomplete() -> UpstreamInvalid:
     return UpstreamInvalid("it ended before it was complete", proxy_error="http_response_incomplete")
-
-
-def _retry_after_s(response: aiohttp.ClientResponse) -> int | None:
-    """Read `Retry-After` in seconds, 1 to 60, of the answers that may carry one."""
-    value = response.headers.get("Retry-After", "").strip()
-    if response.status not in RETRYABLE or not (value.isascii() and value.isdigit()):
-        return None
-    return min(max(int(value[:6]), 1), 60)
 
 
 def _translate(error: Exception) -> UpstreamError:

@@ -21,9 +21,6 @@ from proxy.app import Addresses, App
 from proxy.settings import load
 
 DEADLINE_S = 15.0
-PATIENT = ("redis.timeout_s=2",)
-"""A machine that is busy with tests is no Redis that is too slow. Where it matters, a test sets it itself."""
-
 DROPLET_PATH = "/v2/snapshots/6372321"
 
 
@@ -45,7 +42,7 @@ async def app(*overrides: str) -> AsyncIterator[Addresses]:
     """Run the service in this process, on free ports; `overrides` as after `--set`."""
     settings = load(
         config_file=None,
-        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *PATIENT, *overrides],
+        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *overrides],
         environ={},
     ).settings
     service = App(settings)
@@ -78,7 +75,7 @@ class Serve:
 
     async def start(self) -> None:
         """Start it, and return when it says that it is ready."""
-        settings = ["server.port=0", "admin.port=0", *PATIENT, *self.overrides]
+        settings = ["server.port=0", "admin.port=0", *self.overrides]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

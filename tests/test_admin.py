@@ -1,5 +1,7 @@
 """The admin listener, asked over HTTP."""
 
+from collections.abc import Sequence
+
 import aiohttp
 import pytest
 from aiohttp import web
@@ -7,6 +9,7 @@ from support import DROPLET_PATH, app, bearer, scrape, total
 
 from proxy import __version__
 from proxy.admin.listener import admin_application
+from proxy.admin.purge import Purge
 from proxy.simulator import Simulator, Token
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -72,10 +75,40 @@ async def test_paths(path: str, status: int, body: str, client: aiohttp.ClientSe
     assert response.headers["Server"] == "snapshot-proxy"
 
 
+async def test_purge_is_counted_and_told_like_every_answer(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession
+) -> None:
+    """Done and refused alike tell no server's version; what is refused has an id, and does not count."""
+    async with app(f"upstream.base_url={simulator.url}") as at:
+        for _ in range(2):
+            async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)) as response:
+                pass
+        assert response.headers["Cache-Status"].startswith("snapshot-proxy; hit")
+        async with client.post(f"{at.admin}/purge", json={"ids": ["nothing"]}) as refused:
+            assert (await refused.json())["request_id"] == refused.headers["X-Request-Id"]
+            assert (refused.status, refused.headers["Cache-Control"]) == (400, "no-store")
+        async with client.post(f"{at.admin}/purge", json={"all": True}) as done:
+            assert (done.status, await done.json()) == (200, {"purged": "all"})
+        assert {refused.headers["Server"], done.headers["Server"]} == {"snapshot-proxy"}
+        async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)) as response:
+            assert response.headers["Cache-Status"] == "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored"
+        metrics = await scrape(at.admin)
+    assert metrics['snapshot_proxy_invalidations_total{cause="purge"}'] == 1
+    assert total(metrics, "snapshot_proxy_store_operations_total", operation="end", outcome="ok") == 1
+
+
 async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
-    """Alive all the same: nobody should kill what drains."""
+    """Alive all the same: nobody should kill what drains. It purges all the same, too."""
+    asked: list[Sequence[str] | None] = []
+
+    async def end(ids: Sequence[str] | None) -> bool:
+        asked.append(ids)
+        return True
+
+    purge = Purge(end, token=b"", on_loopback=True)
     runner = web.AppRunner(
-        admin_application(scrape=lambda _: (b"", "text/plain"), ready=lambda: False), access_log=None
+        admin_application(scrape=lambda _: (b"", "text/plain"), ready=lambda: False, purge=purge),
+        access_log=None,
     )
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -85,5 +118,9 @@ async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
         async with client.get(f"{url}/readyz") as ready, client.get(f"{url}/healthz") as health:
             assert await ready.json() == {"status": "stopping"}
             assert (ready.status, health.status) == (503, 200)
+        async with client.post(f"{url}/purge", json={"ids": ["1", 2]}) as purged:
+            assert await purged.json() == {"purged": 2}
+            assert purged.status == 200
+        assert asked == [["1", "2"]]
     finally:
         await runner.cleanup()

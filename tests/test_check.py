@@ -149,6 +149,13 @@ async def test_a_short_secret(setting: str, tmp_path: Path, look: Look) -> None:
         await look(f"{setting}={tmp_path / 'secret'}")
 
 
+async def test_an_admin_token_that_nobody_can_send(tmp_path: Path, look: Look) -> None:
+    """It too is refused as `serve` refuses it."""
+    (tmp_path / "token").write_text("one\ntwo\n")
+    with pytest.raises(SettingsError, match="one line of printable ASCII"):
+        await look(f"admin.token_file={tmp_path / 'token'}")
+
+
 async def test_aliases(tmp_path: Path, look: Look) -> None:
     """They are counted, or refused as `serve` refuses them."""
     path = tmp_path / "aliases.toml"

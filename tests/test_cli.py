@@ -3,15 +3,20 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import aiohttp
 import pytest
-from support import DEADLINE_S, Serve, free_port
+from support import DEADLINE_S, Serve, bearer, write_secret
 
 from proxy import __version__, cli, serve
 from proxy.settings import load
+from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, Token
 
 TOKEN = "dop_v1_0123456789abcdef"
 
@@ -49,6 +54,14 @@ async def run(*arguments: str, **environ: str) -> Ended:
     return await end(await start("-m", "proxy", *arguments, **environ))
 
 
+@contextmanager
+def unheard_port() -> Iterator[int]:
+    """Give a port that is taken, and where nobody listens: connecting to it is refused."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
+
+
 # -- usage -------------------------------------------------------------------------------------
 
 
@@ -56,7 +69,7 @@ async def test_without_a_command_it_prints_help() -> None:
     """And says by its status that this was no use of it."""
     status, out, err = await run()
     assert (status, out) == (2, "")
-    for command in ("serve", "check", "config", "healthcheck", "demo", "simulate"):
+    for command in ("serve", "check", "config", "healthcheck", "purge", "demo", "simulate"):
         assert f"\n    {command}" in err
 
 
@@ -77,6 +90,19 @@ async def test_version() -> None:
         pytest.param(["config", "--set=cache.fersh_s=1"], "cache.fresh_s", id="nearest-name"),
         pytest.param(["check", "--config=missing.toml"], "missing.toml", id="missing-file"),
         pytest.param(["healthcheck", "--set=admin.port=0"], "admin.port", id="port-of-nobody"),
+        pytest.param(["purge"], "--all", id="purge-nothing"),
+        pytest.param(["purge", "42", "--all"], "--all", id="purge-some-and-all"),
+        pytest.param(["purge", "--all", "42"], "--all", id="purge-all-and-some"),
+        pytest.param(["purge", "--al"], "--al", id="purge-abbreviated"),
+        pytest.param(["purge", "42", "web_01"], "'web_01'", id="purge-a-name"),
+        pytest.param(["purge", "042"], "'042'", id="purge-a-leading-zero"),
+        pytest.param(["purge", ""], "''", id="purge-an-empty-id"),
+        pytest.param(["purge", "4%32"], "'4%32'", id="purge-an-encoded-id"),
+        pytest.param(["purge", "--all", "--set=admin.port=0"], "admin.port", id="purge-at-port-0"),
+        pytest.param(["purge", "--all", "--set=admin.prot=1"], "admin.port", id="purge-nearest-name"),
+        pytest.param(
+            ["purge", "--all", "--set=admin.token_file=missing"], "admin.token_file", id="purge-without-token"
+        ),
         pytest.param(["serve", "--set=server.tls_cert_file=none.pem"], "server.tls_cert_file", id="no-pair"),
         pytest.param(["simulate", "--latency-ms=-1"], "latency", id="simulator"),
     ],
@@ -120,7 +146,8 @@ async def test_healthcheck() -> None:
         port = service.admin.rpartition(":")[2]
         alive = await run("healthcheck", "--set=admin.host=0.0.0.0", SNAPSHOT_PROXY_ADMIN__PORT=port)
     assert alive == (0, "", "")
-    status, _, err = await run("healthcheck", f"--set=admin.port={free_port()}")
+    with unheard_port() as port:
+        status, _, err = await run("healthcheck", f"--set=admin.port={port}")
     assert status == 1
     assert err == "snapshot-proxy: no answer from the admin listener: ConnectionRefusedError\n"
 
@@ -146,6 +173,135 @@ async def test_healthcheck_loads_no_server() -> None:
         "print(*sys.modules.keys() & {'aiohttp', 'redis', 'orjson', 'prometheus_client', 'asyncio.sslproto'})"
     )
     assert (await end(await start("-c", code))).out.split() in ([], ["asyncio.sslproto"])
+
+
+# -- purge -------------------------------------------------------------------------------------
+
+ADMIN_TOKEN = "only-for-operators"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "ended"),
+    [
+        pytest.param([DROPLET_SNAPSHOT_ID], "purged: 1\n", {DROPLET_SNAPSHOT_ID}, id="one"),
+        pytest.param([VOLUME_SNAPSHOT_ID.upper(), "1"], "purged: 2\n", {VOLUME_SNAPSHOT_ID}, id="two"),
+        pytest.param(["--all"], "purged: all\n", {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID}, id="all"),
+    ],
+)
+@pytest.mark.parametrize("protected", [False, True], ids=["on-loopback", "with-a-token"])
+async def test_purge(
+    *,
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    ended: set[str],
+    protected: bool,
+) -> None:
+    """What it names has ended when it ends with 0; the rest stays."""
+    settings: list[str] = []
+    if protected:
+        (tmp_path / "token").write_text(f"{ADMIN_TOKEN}\n")
+        settings = [f"--set=admin.token_file={tmp_path / 'token'}", "--set=admin.host=0.0.0.0"]
+
+    async def hits(api: str) -> set[str]:
+        found = set()
+        for snapshot_id in (DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID):
+            async with client.get(f"{api}/v2/snapshots/{snapshot_id}", headers=bearer(token.value)) as answer:
+                if answer.headers["Cache-Status"].startswith("snapshot-proxy; hit"):
+                    found.add(snapshot_id)
+        return found
+
+    overrides = [setting.removeprefix("--set=") for setting in settings]
+    async with Serve(f"upstream.base_url={simulator.url}", "redis.timeout_s=5", *overrides) as service:
+        await hits(service.api)
+        assert await hits(service.api) == {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID}
+        port = service.admin.rpartition(":")[2]
+        done = await run("purge", *settings, *arguments, SNAPSHOT_PROXY_ADMIN__PORT=port)
+        assert done == (0, said, "")
+        assert await hits(service.api) == {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID} - ended
+    assert ADMIN_TOKEN.encode() not in service.raw
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        pytest.param("wrong\n", "'Authorization: Bearer <token>'", id="wrong-token"),
+        pytest.param(None, "'Authorization: Bearer <token>'", id="no-token"),
+    ],
+)
+async def test_purge_by_somebody_else(tmp_path: Path, given: str | None, said: str) -> None:
+    """1, and the service's own line on what to do."""
+    (tmp_path / "token").write_text(ADMIN_TOKEN)
+    mine: list[str] = []
+    if given is not None:
+        (tmp_path / "mine").write_text(given)
+        mine = [f"--set=admin.token_file={tmp_path / 'mine'}"]
+    async with Serve(f"admin.token_file={tmp_path / 'token'}") as service:
+        port = service.admin.rpartition(":")[2]
+        status, out, err = await run("purge", "--all", *mine, f"--set=admin.port={port}")
+    assert (status, out) == (1, "")
+    assert err.startswith("snapshot-proxy: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert ADMIN_TOKEN not in err
+
+
+async def test_purge_of_a_service_that_is_absent() -> None:
+    """1, and a line."""
+    with unheard_port() as port:
+        status, out, err = await run("purge", "42", f"--set=admin.port={port}")
+    assert (status, out) == (1, "")
+    assert err == "snapshot-proxy: no answer from the admin listener: ConnectionRefusedError\n"
+
+
+async def test_purge_while_redis_is_away(tmp_path: Path) -> None:
+    """It is not done, and that is said; the service does it later."""
+    with unheard_port() as redis:
+        shared = [f"redis.url=redis://127.0.0.1:{redis}", f"security.secret_file={write_secret(tmp_path)}"]
+        async with Serve(*shared) as service:
+            port = service.admin.rpartition(":")[2]
+            status, out, err = await run("purge", "42", f"--set=admin.port={port}")
+    assert (status, out) == (1, "")
+    assert err == "snapshot-proxy: Redis does not answer; the purge is kept, and done when it does\n"
+
+
+async def test_purge_of_more_than_is_taken_at_once() -> None:
+    """1, and how many it may be."""
+    async with Serve() as service:
+        port = service.admin.rpartition(":")[2]
+        ids = [str(number) for number in range(1, 1002)]
+        status, out, err = await run("purge", *ids, f"--set=admin.port={port}")
+    assert (status, out) == (1, "")
+    assert "1 to 1000 ids" in err
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        pytest.param(b"HTTP/1.1 404 Not Found\r\n", "the admin listener answers 404", id="404"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n", "the admin listener answers 200", id="200"),
+        pytest.param(b"x", "no answer from the admin listener: BadStatusLine", id="no-http"),
+        pytest.param(b"", "no answer from the admin listener: RemoteDisconnected", id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("body", [b"404: Not Found", b"[]", b'{"purge":1}', b'{"message":1}', b"\xff"])
+async def test_purge_of_something_else(answer: bytes, said: str, body: bytes) -> None:
+    """Whatever listens there and says whatever: nothing is claimed to be purged."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(len(b'{"all":true}'))
+        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        writer.write(answer + length + body if answer.startswith(b"HTTP") else answer)
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        status, out, err = await run("purge", "--all", f"--set=admin.port={port}")
+    assert (status, out, err) == (1, "", f"snapshot-proxy: {said}\n")
 
 
 # -- how it ends -------------------------------------------------------------------------------

@@ -17,10 +17,20 @@ LINES = [
     r"404 snapshot-proxy; hit; ttl=\d+; detail=negative .* upstream \+0 = 4",
     r"200 x GET /v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41",
     r"all together .* upstream \+1 = 5",
-    r"200 snapshot-proxy; hit; ttl=\d+ .* upstream \+0 = 5",
-    r"502 snapshot-proxy; fwd=uri-miss .* upstream \+0 = 5",
+    r"GET /v2/snapshots\?per_page=200 ",
+    r"200 snapshot-proxy; fwd=uri-miss; fwd-status=200; stored .* upstream \+1 = 6",
+    r"200 x GET /v2/snapshots/ID, each another one",
+    r"all together .* upstream \+0 = 6",
+    r"200 of 200 were answered with what came with the list",
+    r"200 snapshot-proxy; fwd=uri-miss; fwd-status=200; stored .* upstream \+1 = 7",
+    r"DELETE /v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41 \(first token\)",
+    r"204 snapshot-proxy; fwd=method; fwd-status=204 .* upstream \+1 = 8",
+    r"GET /v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41 \(colleague\)",
+    r"404 snapshot-proxy; fwd=uri-miss; fwd-status=404; stored .* upstream \+1 = 9",
+    r"200 snapshot-proxy; hit; ttl=\d+ .* upstream \+0 = 9",
+    r"502 snapshot-proxy; fwd=uri-miss .* upstream \+0 = 9",
     r"upstream_unreachable, snapshot-proxy: ",
-    r"211 requests answered with 6 calls, 1 of which found the upstream gone: 205 calls saved \(97%\)",
+    r"415 requests answered with 10 calls, 1 of which found the upstream gone: 405 calls saved \(98%\)",
 ]
 
 

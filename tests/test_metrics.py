@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.core.events import Outcome, RequestDone, Route, StoreOperation, UpstreamCall
+from proxy.core.events import Invalidation, Outcome, RequestDone, Route, StoreOperation, UpstreamCall
 from proxy.metrics import Metrics, status_label
 
 STATUSES = {"2xx", "304", "401", "403", "404", "429", "4xx", "5xx"}
@@ -32,8 +32,9 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "entry_age_seconds": ("histogram", {}),
     "store_operations": (
         "counter",
-        {"operation": {"lookup", "put", "end"}, "outcome": {"ok", "timeout", "error", "corrupt"}},
+        {"operation": {"lookup", "put", "seed", "end"}, "outcome": {"ok", "timeout", "error", "corrupt"}},
     ),
+    "invalidations": ("counter", {"cause": {"delete", "purge", "unauthorized", "passthrough"}}),
     "store_up": ("gauge", {}),
     "store_shared": ("gauge", {}),
     "secret_mismatch": ("gauge", {}),
@@ -95,9 +96,11 @@ def everything(metrics: Metrics) -> None:
         metrics.observe(UpstreamCall(Route.SNAPSHOT, status, "other", 0.1))
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "timeout", "other", 8))
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "error", "other", 0))
-    for operation in ("lookup", "put", "end"):
+    for operation in ("lookup", "put", "seed", "end"):
         for result in ("ok", "timeout", "error", "corrupt"):
             metrics.observe(StoreOperation(operation, result))
+    for cause in ("delete", "purge", "unauthorized", "passthrough"):
+        metrics.observe(Invalidation(cause))
 
 
 # -- the contract ------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def test_a_hit(metrics: Metrics) -> None:
 def test_which_requests_saved_a_call(metrics: Metrics, outcome: Outcome) -> None:
     """Those that the cache or another's flight answered; every request is counted once all the same."""
     metrics.observe(RequestDone(Route.SNAPSHOT, outcome, 404, "team-a", 0.5, "request-1"))
-    saved = outcome in {Outcome.HIT, Outcome.NEGATIVE, Outcome.COLLAPSED}
+    saved = outcome in {Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE, Outcome.COLLAPSED}
     assert values(metrics, "upstream_avoided") == ({("_total", outcome): 1} if saved else {})
     assert values(metrics, "requests") == {("_total", outcome, "team-a", "snapshot", "404"): 1}
     assert values(metrics, "entry_age_seconds") == {}
@@ -204,6 +207,24 @@ def test_an_operation_on_the_store(metrics: Metrics) -> None:
     """What was done, and how it ended."""
     metrics.observe(StoreOperation("put", "timeout"))
     assert values(metrics, "store_operations") == {("_total", "put", "timeout"): 1}
+
+
+def test_an_invalidation(metrics: Metrics) -> None:
+    """What ended something, and nothing of what it was."""
+    for _ in range(2):
+        metrics.observe(Invalidation("purge"))
+    assert values(metrics, "invalidations") == {("_total", "purge"): 2}
+
+
+def test_seldom_things_are_there_before_they_happen(metrics: Metrics) -> None:
+    """A rate shows the first one only where there was a zero before it."""
+    counted = {
+        tuple(sample.labels.values()): sample.value
+        for family in ("invalidations", "upstream_avoided")
+        for sample in scraped(metrics)[family].samples
+    }
+    causes, reasons = CONTRACT["invalidations"][1]["cause"], {"hit", "seeded", "negative", "collapsed"}
+    assert counted == dict.fromkeys(((label,) for label in causes | reasons), 0)
 
 
 def test_gauges_are_read_when_they_are_scraped() -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes, Lookup, Stamps
+from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes, Lookup
 from proxy.core.errors import (
     NotCached,
     Overloaded,
@@ -20,9 +20,10 @@ from proxy.core.errors import (
     UpstreamUnexplained,
     UpstreamUnreachable,
 )
-from proxy.core.events import Outcome
+from proxy.core.events import Invalidation, Outcome
 from proxy.core.http import etag_of
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
+from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.policy import Answer, Policy
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
 from proxy.flights import Flights
@@ -48,8 +49,8 @@ LIFETIMES = Lifetimes(60, 60, 300)
 FRESH = Entry(200, b"stored", '"stored"', NOW - 18, LIFETIMES)
 STALE = replace(FRESH, called_at=NOW - 61)
 FILLED = Entry(200, BODY, etag_of(BODY), NOW, LIFETIMES)
-BASIS = Basis(Stamps(b"caller", b"snapshot", b"everything"), b"")
-LATER_BASIS = Basis(Stamps(b"another", b"snapshot", b"everything"), b"")
+BASIS = Basis((b"caller", b"snapshot", b"everything"), b"")
+LATER_BASIS = Basis((b"another", b"snapshot", b"everything"), b"")
 DISCONNECTED = UpstreamDisconnected("gone", proxy_error="connection_terminated")
 TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
 
@@ -58,37 +59,57 @@ TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
 
 
 class Store:
-    """Remembers what it was told. `lookups` are answered in turn, the last one for ever."""
+    """Remembers what it was told. `lookups` are answered in turn, the last one for ever.
 
-    def __init__(self, *lookups: Lookup, takes: bool = True) -> None:
+    What it is told to end it ends at once, or owes.
+    """
+
+    def __init__(self, *lookups: Lookup, takes: bool = True, owes: bool = False) -> None:
         self.lookups = list(lookups)
         self.takes = takes
+        self.owes = owes
         self.told: list[tuple[Any, ...]] = []
         self.open = asyncio.Event()
         self.open.set()
 
-    async def lookup(self, key: EntryKey) -> Lookup:
+    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
         """Give the next lookup, while the store is `open`."""
         self.told.append(("lookup", key))
         found = self.lookups.pop(0) if len(self.lookups) > 1 else self.lookups[0]
         await self.open.wait()
         return found
 
-    async def put(self, key: EntryKey, entry: Entry, basis: Basis) -> bool:
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
         """Take an entry, or do not."""
         await asyncio.sleep(0)
         self.told.append(("put", key, entry, basis))
         return self.takes
 
-    async def end_entry(self, key: EntryKey) -> None:
-        """Be told that an entry ends."""
+    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> None:
+        """Take the entries that came with a list."""
         await asyncio.sleep(0)
-        self.told.append(("end_entry", key))
+        self.told.append(("seed", partition, dict(seeds), basis))
 
-    async def end_caller(self, partition: Partition) -> None:
+    async def end_entry(self, key: EntryKey | ListKey) -> bool:
+        """Be told that an entry ends."""
+        return await self._end("end_entry", key)
+
+    async def end_caller(self, partition: Partition) -> bool:
         """Be told that a caller's entries end."""
+        return await self._end("end_caller", partition)
+
+    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
+        """Be told that snapshots end for all."""
+        return await self._end("end_snapshots", *snapshot_ids)
+
+    async def end_everything(self) -> bool:
+        """Be told that all ends."""
+        return await self._end("end_everything")
+
+    async def _end(self, *told: Any) -> bool:
         await asyncio.sleep(0)
-        self.told.append(("end_caller", partition))
+        self.told.append(told)
+        return not self.owes
 
     @property
     def changes(self) -> list[tuple[Any, ...]]:
@@ -105,7 +126,7 @@ class Upstream:
         self.open = asyncio.Event()
         self.open.set()
 
-    async def get(self, call: Call, deadline: float) -> Answer:
+    async def ask(self, call: Call, deadline: float) -> Answer:
         """Give or raise the next answer, while the upstream is `open`."""
         self.asked.append((call, deadline))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -125,14 +146,23 @@ def call(
     directives: Directives = NO_DIRECTIVES,
     caller: str = "a",
     request_id: str = "ours",
+    method: Literal["GET", "DELETE"] = "GET",
 ) -> Call:
-    """Make a request."""
+    """Make a request for a snapshot."""
     parsed = SnapshotId.parse(snapshot_id)
     key = EntryKey(Partition(caller * 32), parsed.text)
-    return Call(key, parsed, Token("token"), directives, request_id, "other")
+    return Call(method, parsed, key, Token("token"), directives, request_id, "other")
+
+
+def listing(query: str = "", directives: Directives = NO_DIRECTIVES) -> Call:
+    """Make a request for a list."""
+    parsed = ListQuery.parse(query)
+    key = ListKey(KEY.partition, parsed.text)
+    return Call("GET", parsed, key, Token("token"), directives, "ours", "other")
 
 
 KEY = call().key
+LIST_KEY = listing().key
 
 
 class Path:
@@ -142,18 +172,31 @@ class Path:
         self.store = store
         self.upstream = upstream
         self.seconds = 500.0
+        self.noted: list[Invalidation] = []
         self.flights: Flights[Fetched | ProxyError] = Flights(most)
         self._readthrough = ReadThrough(
             store,
             upstream,
             self.flights,
-            Policy(fresh_s=60, negative_s=10, stale_while_revalidate_s=60, stale_if_error_s=300, jitter=0.1),
+            Policy(
+                fresh_s=60,
+                list_fresh_s=20,
+                negative_s=10,
+                stale_while_revalidate_s=60,
+                stale_if_error_s=300,
+                jitter=0.1,
+            ),
             total_timeout_s=TOTAL_TIMEOUT_S,
+            observe=self.noted.append,
             monotonic=lambda: self.seconds,
             clock=lambda: NOW,
             draw=lambda: 0.0,
         )
         self.get = self._readthrough.get
+        self.delete = self._readthrough.delete
+        self.end = self._readthrough.end
+        self.refused = self._readthrough.refused
+        self.purge = self._readthrough.purge
 
 
 async def started(*waiting: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
@@ -185,6 +228,13 @@ def missing() -> Lookup:
         ),
         pytest.param(
             FRESH, Directives(no_store=True), Outcome.HIT, "snapshot-proxy; hit; ttl=42", id="no-store"
+        ),
+        pytest.param(
+            replace(FRESH, seeded=True),
+            NO_DIRECTIVES,
+            Outcome.SEEDED,
+            "snapshot-proxy; hit; ttl=42",
+            id="seeded",
         ),
         *(
             pytest.param(
@@ -376,6 +426,7 @@ async def test_an_error_of_the_upstream_is_passed_on(
         assert (answer.error.status, answer.error.retry_after_s) == (status, retry_after_s)
         assert (answer.outcome, answer.cache_status) == (outcome, cache_status)
     assert path.store.changes == changes
+    assert path.noted == ([Invalidation("unauthorized")] if status == 401 else [])
 
 
 async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
@@ -600,3 +651,293 @@ async def test_a_caller_that_leaves_during_its_fetch(
     path.upstream.open.set()
     await asyncio.wait(set(path.flights._tasks))
     assert [told[0] for told in path.store.changes] == [change]
+
+
+# -- lists -----------------------------------------------------------------------------------------
+
+OTHER = SNAPSHOT | {"id": "43", "name": "db"}
+LIST = {"snapshots": [SNAPSHOT, OTHER], "links": {}, "meta": {"total": 2}}
+LIST_BODY = json.dumps(LIST, separators=(",", ":")).encode()
+LISTED = Entry(200, LIST_BODY, etag_of(LIST_BODY), NOW, Lifetimes(20, 0, 300))
+
+
+def seed_of(snapshot: dict[str, Any], fresh_s: int) -> Entry:
+    """Make the entry that a list leaves for one of its snapshots."""
+    body = json.dumps({"snapshot": snapshot}, separators=(",", ":")).encode()
+    return Entry(200, body, etag_of(body), NOW, Lifetimes(fresh_s, 60, 300), seeded=True)
+
+
+SEEDS = {"42": seed_of(SNAPSHOT, 60), "43": seed_of(OTHER, 56)}
+"""Jitter spreads them: the first one gets all of its time here, the next one a part."""
+
+
+async def test_a_list_is_kept_and_leaves_its_snapshots() -> None:
+    """Both are stored before it is served, on what its own lookup saw."""
+    path = Path(Store(missing()), Upstream(said(200, LIST_BODY)))
+    assert await path.get(listing()) == Served(
+        200,
+        LIST_BODY,
+        Outcome.MISS,
+        "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored",
+        LISTED,
+        ratelimit=RATELIMIT,
+    )
+    assert path.store.told == [
+        ("lookup", LIST_KEY),
+        ("put", LIST_KEY, LISTED, BASIS),
+        ("seed", LIST_KEY.partition, SEEDS, BASIS),
+    ]
+
+
+async def test_a_list_that_is_not_taken_leaves_its_snapshots() -> None:
+    """Another fetch of the list was quicker: the store knows for itself which snapshots are older."""
+    path = Path(Store(missing(), takes=False), Upstream(said(200, LIST_BODY)))
+    served = await path.get(listing())
+    assert served.cache_status == "snapshot-proxy; fwd=uri-miss; fwd-status=200"
+    assert [told[0] for told in path.store.changes] == ["put", "seed"]
+
+
+async def test_an_empty_list_leaves_nothing() -> None:
+    """There is nothing to seed."""
+    body = LIST_BODY.replace(json.dumps(LIST["snapshots"], separators=(",", ":")).encode(), b"[]")
+    path = Path(Store(missing()), Upstream(said(200, body)))
+    await path.get(listing())
+    assert [told[0] for told in path.store.changes] == ["put"]
+
+
+@pytest.mark.parametrize(
+    ("lookup", "asked", "told"),
+    [
+        pytest.param(missing(), listing(directives=Directives(no_store=True)), "lookup", id="no-store"),
+        pytest.param(UNAVAILABLE, listing(), "lookup", id="store-unavailable"),
+        pytest.param(missing(), listing("tag_name=web"), None, id="another-query"),
+    ],
+)
+async def test_a_list_that_is_not_kept_leaves_nothing(lookup: Lookup, asked: Call, told: str | None) -> None:
+    """What must not be stored, or cannot be, is not stored in pieces either."""
+    path = Path(Store(lookup), Upstream(said(200, LIST_BODY)))
+    served = await path.get(asked)
+    assert isinstance(served, Served)
+    assert served.body == LIST_BODY
+    assert [one[0] for one in path.store.told] == ([] if told is None else [told])
+    assert (served.entry is None) is (told is None)
+
+
+async def test_a_list_that_is_forbidden() -> None:
+    """A 403 on a read ends what was read: here the list."""
+    path = Path(Store(missing()), Upstream(said(403, ERROR)))
+    await path.get(listing())
+    assert path.store.changes == [("end_entry", LIST_KEY)]
+
+
+# -- deletions -------------------------------------------------------------------------------------
+
+
+def deletion(snapshot_id: str = "42") -> Call:
+    """Make a DELETE."""
+    return call(snapshot_id, method="DELETE")
+
+
+FOR_ALL = [("end_snapshots", "42")]
+RESET = UpstreamUnreachable("no", proxy_error="connection_terminated")
+
+
+@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize(
+    ("answer", "ended", "cause"),
+    [
+        pytest.param(said(204, b""), FOR_ALL, "delete", id="204"),
+        pytest.param(said(404, ERROR), [("end_entry", KEY)], "delete", id="404"),
+        pytest.param(said(401, ERROR), [("end_caller", KEY.partition)], "unauthorized", id="401"),
+        pytest.param(said(403, ERROR), [], None, id="403"),
+        pytest.param(said(409, ERROR), [], None, id="409"),
+        pytest.param(said(429, ERROR, 30), [], None, id="429"),
+        pytest.param(said(500, ERROR), FOR_ALL, "delete", id="500"),
+        pytest.param(said(503, ERROR, 7), FOR_ALL, "delete", id="503"),
+    ],
+)
+async def test_a_deletion_that_is_answered(
+    answer: Answer,
+    ended: list[tuple[Any, ...]],
+    cause: Literal["delete", "unauthorized"] | None,
+    owes: bool,
+) -> None:
+    """What it ended has ended before the answer is given; what is still owed is said."""
+    path = Path(Store(missing(), owes=owes), Upstream(answer))
+    pending = "; detail=invalidation-pending" if owes and ended else ""
+    asked = deletion()
+    assert await path.delete(asked) == Served(
+        answer.status,
+        answer.body,
+        Outcome.NONE,
+        f"snapshot-proxy; fwd=method; fwd-status={answer.status}{pending}",
+        retry_after_s=answer.retry_after_s,
+        ratelimit=RATELIMIT,
+    )
+    assert path.upstream.asked == [(asked, path.seconds + TOTAL_TIMEOUT_S)]
+    assert path.store.told == ended
+    assert path.noted == ([] if cause is None else [Invalidation(cause)])
+
+
+@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize(
+    ("answer", "error", "ended"),
+    [
+        pytest.param(TIMEOUT, UpstreamTimeout, FOR_ALL, id="timeout"),
+        pytest.param(RESET, UpstreamUnreachable, FOR_ALL, id="reset"),
+        pytest.param(DISCONNECTED, UpstreamDisconnected, FOR_ALL, id="disconnected"),
+        pytest.param(said(302), UpstreamInvalid, FOR_ALL, id="redirect"),
+        pytest.param(said(200), UpstreamInvalid, FOR_ALL, id="another-success"),
+        pytest.param(said(502, b"<html>"), UpstreamUnexplained, FOR_ALL, id="gateway-page"),
+        pytest.param(said(404, b"<html>"), UpstreamUnexplained, [("end_entry", KEY)], id="unexplained-404"),
+        pytest.param(said(409, b""), UpstreamUnexplained, [], id="unexplained-refusal"),
+    ],
+)
+async def test_a_deletion_that_nobody_can_read(
+    answer: Answer | UpstreamError, error: type[UpstreamError], ended: list[tuple[Any, ...]], owes: bool
+) -> None:
+    """It is asked once, whatever happens, and where its outcome is unknown it counts as done."""
+    path = Path(Store(missing(), owes=owes), Upstream(answer))
+    failed = await path.delete(deletion())
+    assert isinstance(failed, Failed)
+    assert type(failed.error) is error
+    pending = "; detail=invalidation-pending" if owes and ended else ""
+    assert (failed.outcome, failed.cache_status) == (Outcome.NONE, f"snapshot-proxy; fwd=method{pending}")
+    assert len(path.upstream.asked) == 1
+    assert path.store.told == ended
+
+
+@pytest.mark.parametrize("answer", [said(204, b""), TIMEOUT], ids=["204", "timeout"])
+@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+async def test_a_deletion_by_a_name_that_only_the_upstream_reads(
+    answer: Answer | UpstreamError, owes: bool
+) -> None:
+    """06372321 may be 6372321 there: all of the caller's ends, besides what has that very name."""
+    path = Path(Store(missing(), owes=owes), Upstream(answer))
+    deleted = await path.delete(deletion("042"))
+    assert path.store.told == [("end_snapshots", "042"), ("end_caller", KEY.partition)]
+    assert ("invalidation-pending" in deleted.cache_status) is owes
+
+
+async def test_two_deletions_are_two() -> None:
+    """Nobody shares a DELETE, however alike they are."""
+    path = Path(Store(missing()), Upstream(said(204, b""), said(404, ERROR)))
+    path.upstream.open.clear()
+    waiting = await started(path.delete(deletion()), path.delete(deletion()))
+    path.upstream.open.set()
+    assert [served.status for served in await asyncio.gather(*waiting)] == [204, 404]
+
+
+async def test_no_room_for_a_deletion() -> None:
+    """It is refused before anything was asked or ended."""
+    path = Path(Store(missing()), Upstream(said()), most=1)
+    path.upstream.open.clear()
+    waiting = await started(path.get(call("43")))
+    failed = await path.delete(deletion())
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, Overloaded)
+    assert (failed.outcome, failed.cache_status) == (Outcome.NONE, "snapshot-proxy; fwd=method")
+    path.upstream.open.set()
+    await asyncio.gather(*waiting)
+    assert path.noted == []
+
+
+async def test_a_caller_that_leaves_during_its_deletion() -> None:
+    """The snapshot goes all the same, and so does what is kept of it."""
+    path = Path(Store(missing()), Upstream(said(204, b"")))
+    path.upstream.open.clear()
+    (caller,) = await started(path.delete(deletion()))
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    path.upstream.open.set()
+    await asyncio.wait(set(path.flights._tasks))
+    assert path.store.told == FOR_ALL
+
+
+async def test_a_service_that_stops_during_a_deletion() -> None:
+    """Nobody knows what became of it: it counts as done."""
+    path = Path(Store(missing()), Upstream(said(204, b"")))
+    path.upstream.open.clear()
+    (caller,) = await started(path.delete(deletion()))
+    await path.flights.close()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert path.store.told == FOR_ALL
+
+
+# -- endings by others -----------------------------------------------------------------------------
+
+THEIRS = Partition("b" * 32)
+
+
+@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        pytest.param(EndsForAll("42"), [("end_snapshots", "42")], id="for-all"),
+        pytest.param(EndsForCaller(), [("end_caller", THEIRS)], id="for-the-caller"),
+        pytest.param(
+            EndsForCaller(("42", "43")),
+            [("end_entry", EntryKey(THEIRS, "42")), ("end_entry", EntryKey(THEIRS, "43"))],
+            id="some-for-the-caller",
+        ),
+    ],
+)
+async def test_what_a_write_elsewhere_ends(ends: Ends, told: list[tuple[Any, ...]], owes: bool) -> None:
+    """Each of what it names ends, the later ones too where an earlier one is owed; it counts once."""
+    path = Path(Store(missing(), owes=owes), Upstream(said()))
+    assert await path.end(THEIRS, ends) is not owes
+    assert path.store.told == told
+    assert path.noted == [Invalidation("passthrough")]
+
+
+@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+async def test_a_token_that_is_refused_elsewhere(owes: bool) -> None:
+    """A 401 on any request ends all of the caller's."""
+    path = Path(Store(missing(), owes=owes), Upstream(said()))
+    assert await path.refused(THEIRS) is not owes
+    assert path.store.told == [("end_caller", THEIRS)]
+    assert path.noted == [Invalidation("unauthorized")]
+
+
+@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize(
+    ("snapshot_ids", "told"),
+    [(["42", "43"], ("end_snapshots", "42", "43")), (None, ("end_everything",))],
+    ids=["ids", "all"],
+)
+async def test_purge(snapshot_ids: list[str] | None, told: tuple[Any, ...], owes: bool) -> None:
+    """Some snapshots or everything, for everybody; whether it is done is said."""
+    path = Path(Store(missing(), owes=owes), Upstream(said()))
+    assert await path.purge(snapshot_ids) is not owes
+    assert path.store.told == [told]
+    assert path.noted == [Invalidation("purge")]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        pytest.param(lambda path: path.delete(deletion()), id="delete"),
+        pytest.param(lambda path: path.end(KEY.partition, EndsForAll("42")), id="write-elsewhere"),
+        pytest.param(lambda path: path.refused(KEY.partition), id="refused"),
+        pytest.param(lambda path: path.purge(None), id="purge"),
+    ],
+)
+async def test_without_redis_nobody_joins_a_fetch_from_before_an_ending(
+    ending: Callable[[Path], Awaitable[Any]],
+) -> None:
+    """Where no stamps tell it: who asks after an ending makes a fetch of its own."""
+    path = Path(Store(UNAVAILABLE, owes=True), Upstream(said()))
+    silent, answering = asyncio.Event(), path.upstream.open
+    path.upstream.open = silent
+    waiting = await started(path.get(call()))
+    path.upstream.open = answering
+    await ending(path)
+    path.upstream.open = silent
+    path.upstream.asked.clear()
+    waiting += await started(path.get(call()), path.get(call()))
+    assert len(path.upstream.asked) == 1
+    silent.set()
+    served = await asyncio.gather(*waiting)
+    assert [one.outcome for one in served] == [Outcome.BYPASS, Outcome.BYPASS, Outcome.COLLAPSED]

@@ -21,6 +21,7 @@ from proxy.settings import (
     is_loopback,
     load,
     mask,
+    read_admin_token,
     read_secret,
     to_toml,
 )
@@ -613,6 +614,52 @@ def test_read_secret_of_another_setting(tmp_path: Path) -> None:
     assert read_secret(str(file), setting="redis.password_file", least_bytes=1) == b"p"
     with pytest.raises(SettingsError, match=r"^redis\.password_file = .*: cannot be read: Is a directory$"):
         read_secret(str(tmp_path), setting="redis.password_file")
+
+
+@pytest.mark.parametrize(
+    ("content", "token"),
+    [
+        pytest.param(b"operators\n", b"operators", id="line"),
+        pytest.param(b"operators\r\n", b"operators", id="windows-line"),
+        pytest.param(b"for operators only", b"for operators only", id="spaces-inside"),
+        pytest.param(b"~", b"~", id="one-character"),
+    ],
+)
+def test_read_admin_token(tmp_path: Path, content: bytes, token: bytes) -> None:
+    """What a header can carry, without one trailing newline."""
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    assert read_admin_token(str(file)) == token
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"hunter2\nhunter3\n", id="two-lines"),
+        pytest.param(b"hunter2\n\n", id="empty-line"),
+        pytest.param(b" hunter2", id="space-in-front"),
+        pytest.param(b"hunter2 \n", id="space-behind"),
+        pytest.param(b"hunter2\t", id="tab"),
+        pytest.param(b"hunter2\x00", id="nul"),
+        pytest.param("hünter2".encode(), id="not-ascii"),
+        pytest.param(b"hunter2\xff", id="no-text"),
+        pytest.param(b"\n", id="nothing"),
+    ],
+)
+def test_read_admin_token_refuses(tmp_path: Path, content: bytes) -> None:
+    """What no client could send would lock everybody out; it is refused in one line, and never shown."""
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(SettingsError) as raised:
+        read_admin_token(str(file))
+    assert str(raised.value).startswith(f'admin.token_file = "{file}": ')
+    assert len(str(raised.value).splitlines()) == 1
+    assert "unter" not in str(raised.value)
+
+
+def test_no_admin_token() -> None:
+    """Without a file there is none."""
+    assert read_admin_token("") == b""
 
 
 def test_sections_are_plain_records() -> None:

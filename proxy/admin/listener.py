@@ -1,14 +1,15 @@
-"""The admin listener: metrics and probes. It sees no token and no snapshot."""
+"""The admin listener: metrics, probes, purge. It sees no token and no snapshot."""
 
 from collections.abc import Callable
 
 from aiohttp import web
 
+from proxy.admin.purge import Purge
 from proxy.core.http import CACHE_NAME
 
 
 def admin_application(
-    *, scrape: Callable[[str], tuple[bytes, str]], ready: Callable[[], bool]
+    *, scrape: Callable[[str], tuple[bytes, str]], ready: Callable[[], bool], purge: Purge
 ) -> web.Application:
     """Make it: `scrape` writes the metrics for an `Accept`, `ready` says whether to send traffic."""
 
@@ -33,5 +34,6 @@ def admin_application(
     application.router.add_get("/metrics", metrics)
     application.router.add_get("/healthz", healthz)
     application.router.add_get("/readyz", readyz)
+    application.router.add_post("/purge", purge.__call__)
     application.on_response_prepare.append(unversioned)
     return application

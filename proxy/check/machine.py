@@ -15,7 +15,7 @@ from typing import Any
 from proxy.app import StartError, raise_file_limit, refuse_slow_parser, tls_context
 from proxy.callers import read_aliases
 from proxy.check.finding import Finding, ok, problem, warning
-from proxy.settings import Settings
+from proxy.settings import Settings, read_admin_token
 
 _DAY_S = 86_400
 _EXPIRES_SOON_DAYS = 14
@@ -40,11 +40,15 @@ def machine(settings: Settings) -> Iterator[Finding]:
 
 
 def privacy(settings: Settings, secret: bytes | None) -> Iterator[Finding]:
-    """Look at who can read the files with secrets. What is in them is not shown."""
+    """Look at who can read the files with secrets. What is in them is not shown.
+
+    Raises SettingsError as `serve` does.
+    """
     if secret is None:
         yield ok("security.secret_file: none; the embedded store needs none, it dies with its process")
     else:
         yield _private("security.secret_file", settings.security.secret_file, f"{len(secret)} bytes, ")
+    read_admin_token(settings.admin.token_file)
     for setting, path in (
         ("security.previous_secret_file", settings.security.previous_secret_file),
         ("server.tls_key_file", settings.server.tls_key_file),

@@ -20,7 +20,8 @@ _NOBODYS_TOKEN = Token("snapshot-proxy-check")
 _SNAPSHOT_ID = SnapshotId.parse("1")
 _CALL = Call(
     key=EntryKey(Keyring(secrets.token_bytes(32)).partition(_NOBODYS_TOKEN), _SNAPSHOT_ID.text),
-    snapshot_id=_SNAPSHOT_ID,
+    method="GET",
+    target=_SNAPSHOT_ID,
     token=_NOBODYS_TOKEN,
     directives=NO_DIRECTIVES,
     request_id="snapshot-proxy-check",
@@ -43,7 +44,7 @@ async def upstream(settings: Settings) -> Finding:
     api = Upstream(upstream_options(settings), lambda _: None)
     started = perf_counter()
     try:
-        answer = await api.get(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
+        answer = await api.ask(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
     except UpstreamError as error:
         return problem(f"upstream: {error}", _MENDED_BY.get(error.proxy_error, _LOOK))
     finally:

@@ -12,8 +12,8 @@ whoever could forge one could as well put an older one back. So replicas whose s
 while one is rotated, share the stamps of snapshots and of everything.
 
     envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest
-    rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · 3 stamps · etag's length u8
-               · etag · body
+    rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · seeded u8 · stamps' number u8
+               · stamps · etag's length u8 · etag · gzip's length u32 · gzip · body
     stamp      nonce 16 bytes · checksum 8 bytes over (key, nonce)
 """
 
@@ -29,11 +29,14 @@ NONCE_BYTES = 16
 SEEN_BYTES = 17
 """So many bytes from the start of an envelope (version and MAC) tell it from every other."""
 
+CALLED_AT_BYTES = (SEEN_BYTES + 2, SEEN_BYTES + 9)
+"""The first and the last byte of `called_at` in an envelope, for the store's scripts."""
+
 _VERSION = b"\x01"
 _STAMP_BYTES = 24
-_FIXED = Struct(">HdIII")
+_FIXED = Struct(">HdIII?B")
 _LENGTH = Struct(">H")
-_AFTER_STAMPS = _FIXED.size + 3 * _STAMP_BYTES
+_LONG_LENGTH = Struct(">I")
 
 
 class CorruptValue(Exception):
@@ -56,20 +59,17 @@ class Lifetimes(NamedTuple):
         return self.fresh_s + max(self.stale_while_revalidate_s, self.stale_if_error_s)
 
 
-class Stamps(NamedTuple):
-    """The three stamps that an entry depends on."""
-
-    caller: bytes
-    snapshot: bytes
-    everything: bytes
+Stamps = tuple[bytes, ...]
+"""The stamps that an entry depends on, in the order of their keys in the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One caller's answer for one snapshot.
+    """One caller's answer for one snapshot or one page of the list.
 
     `called_at` is when its upstream call started (Unix seconds): age counts from there, so that an answer
-    is never younger than what it says.
+    is never younger than what it says. `gzip` is the body compressed, where that was worth it; `seeded` tells
+    that the entry came with a list.
     """
 
     status: int
@@ -77,6 +77,13 @@ class Entry:
     etag: str
     called_at: float
     lifetimes: Lifetimes
+    gzip: bytes = b""
+    seeded: bool = False
+
+    @property
+    def gzip_etag(self) -> str:
+        """The strong tag of the compressed body: other bytes, another tag (RFC 9110 §8.8.3.3)."""
+        return f'{self.etag[:-1]}-gzip"'
 
     def age_s(self, now: float) -> float:
         """Seconds since the call started. A clock that stepped back counts as age 0 (RFC 9111 §4.2.3)."""
@@ -117,10 +124,12 @@ def seal(entry: Entry, stamps: Stamps, key: bytes, keyring: Keyring) -> bytes:
     etag = entry.etag.encode()
     rest = b"".join(
         (
-            _FIXED.pack(entry.status, entry.called_at, *entry.lifetimes),
+            _FIXED.pack(entry.status, entry.called_at, *entry.lifetimes, entry.seeded, len(stamps)),
             *stamps,
             bytes((len(etag),)),
             etag,
+            _LONG_LENGTH.pack(len(entry.gzip)),
+            entry.gzip,
             entry.body,
         )
     )
@@ -132,19 +141,22 @@ def unseal(value: bytes, key: bytes, keyring: Keyring) -> tuple[Entry, Stamps]:
     mac, rest = value[1:SEEN_BYTES], value[SEEN_BYTES:]
     if value[:1] != _VERSION or not hmac.compare_digest(mac, _envelope_mac(key, rest, keyring)):
         raise CorruptValue
-    status, called_at, *lifetimes = _FIXED.unpack_from(rest)
-    caller, snapshot, everything = (
-        rest[start : start + _STAMP_BYTES] for start in range(_FIXED.size, _AFTER_STAMPS, _STAMP_BYTES)
-    )
-    body_at = _AFTER_STAMPS + 1 + rest[_AFTER_STAMPS]
+    status, called_at, fresh_s, swr_s, sie_s, seeded, number = _FIXED.unpack_from(rest)
+    etag_at = _FIXED.size + number * _STAMP_BYTES
+    gzip_at = etag_at + 1 + rest[etag_at]
+    body_at = gzip_at + _LONG_LENGTH.size + _LONG_LENGTH.unpack_from(rest, gzip_at)[0]
     entry = Entry(
         status=status,
         body=rest[body_at:],
-        etag=rest[_AFTER_STAMPS + 1 : body_at].decode(),
+        etag=rest[etag_at + 1 : gzip_at].decode(),
         called_at=called_at,
-        lifetimes=Lifetimes(*lifetimes),
+        lifetimes=Lifetimes(fresh_s, swr_s, sie_s),
+        gzip=rest[gzip_at + _LONG_LENGTH.size : body_at],
+        seeded=seeded,
     )
-    return entry, Stamps(caller, snapshot, everything)
+    return entry, tuple(
+        rest[start : start + _STAMP_BYTES] for start in range(_FIXED.size, etag_at, _STAMP_BYTES)
+    )
 
 
 def make_stamp(key: bytes, nonce: bytes) -> bytes:

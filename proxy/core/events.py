@@ -12,6 +12,9 @@ class Route(StrEnum):
     """What a request asked for."""
 
     SNAPSHOT = "snapshot"
+    LIST = "list"
+    DELETE = "delete"
+    PASSTHROUGH = "passthrough"
     OTHER = "other"
 
 
@@ -19,11 +22,16 @@ class Outcome(StrEnum):
     """How a request was answered: the label `cache` of the metrics."""
 
     HIT = "hit"
+    SEEDED = "seeded"
     NEGATIVE = "negative"
     MISS = "miss"
     COLLAPSED = "collapsed"
     BYPASS = "bypass"
     NONE = "none"
+
+
+FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE})
+"""Outcomes for which a stored entry answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +64,16 @@ class UpstreamCall:
 class StoreOperation:
     """One operation on the store and how it ended."""
 
-    operation: Literal["lookup", "put", "end"]
+    operation: Literal["lookup", "put", "seed", "end"]
     outcome: Literal["ok", "timeout", "error", "corrupt"]
+
+
+Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
+"""What ends something before its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """Something ended before its time, for everybody or for one caller."""
+
+    cause: Cause

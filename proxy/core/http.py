@@ -24,6 +24,7 @@ class Why(StrEnum):
     URI_MISS = "uri-miss"
     STALE = "stale"
     REQUEST = "request"
+    METHOD = "method"
     BYPASS = "bypass"
 
 
@@ -32,6 +33,7 @@ class Detail(StrEnum):
 
     NEGATIVE = "negative"
     STORE_UNAVAILABLE = "store-unavailable"
+    INVALIDATION_PENDING = "invalidation-pending"
 
 
 def hit(ttl_s: int, detail: Detail | None = None) -> str:
@@ -78,6 +80,12 @@ def error_body(error: ProxyError, request_id: str) -> bytes:
 def proxy_status(error: ProxyError) -> str:
     """Write the Proxy-Status of an error of ours (RFC 9209 §2.3)."""
     return f"{CACHE_NAME}; error={error.proxy_error}"
+
+
+def parse_retry_after(value: str) -> int | None:
+    """Read `Retry-After` in seconds and keep it within 1 to 60; None for a date or what is neither."""
+    value = value.strip()
+    return min(max(int(value[:6]), 1), 60) if value.isascii() and value.isdigit() else None
 
 
 def _detail(detail: Detail | None) -> str:

@@ -1,4 +1,4 @@
-"""Who asks, and for what: token, partition, snapshot id, and the key made of both.
+"""Who asks, and for what: token, partition, snapshot id, list query, and the keys made of them.
 
 The law of this file: a token becomes a `Partition` by a keyed hash and is never compared, stored or
 shown itself; whoever wants an entry needs a partition first (`EntryKey` has no other way in).
@@ -17,6 +17,12 @@ Partition = NewType("Partition", str)
 _PARTITION_HEX = 32
 _MAC_BYTES = 16
 _CACHED_ID = re.compile(r"[1-9][0-9]{0,18}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_LIST_PARAMETERS = {
+    "page": re.compile(r"[1-9][0-9]{0,8}"),
+    "per_page": re.compile(r"[1-9][0-9]?|1[0-9]{2}|200"),
+    "resource_type": re.compile(r"droplet|volume"),
+}
+_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*")
 _FORWARDED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -91,8 +97,44 @@ class SnapshotId:
         raise BadRequest("a snapshot id is a number or a UUID; nothing else, and nothing percent-encoded")
 
 
+@dataclass(frozen=True, slots=True)
+class ListQuery:
+    """Which page of the list is asked for.
+
+    `text` is the query that goes upstream: the canonical one of the three documented parameters, or another
+    one as it came. Only the first is `cacheable`.
+    """
+
+    text: str
+    cacheable: bool
+
+    @classmethod
+    def parse(cls, query: str) -> "ListQuery":
+        """Read a raw query, without its `?`. Raises BadRequest for what no request target may hold."""
+        given: dict[str, str] = {}
+        for pair in query.split("&") if query else ():
+            name, _, value = pair.partition("=")
+            known = _LIST_PARAMETERS.get(name)
+            if known is None or name in given or not known.fullmatch(value):
+                if not _QUERY.fullmatch(query):
+                    raise BadRequest("the query holds characters that belong percent-encoded")
+                return cls(query, cacheable=False)
+            given[name] = value
+        text = f"page={given.get('page', '1')}&per_page={given.get('per_page', '20')}"
+        if "resource_type" in given:
+            text += f"&resource_type={given['resource_type']}"
+        return cls(text, cacheable=True)
+
+
 class EntryKey(NamedTuple):
     """Where one caller's entry for one snapshot is kept: in memory, in flight, in Redis."""
 
     partition: Partition
     snapshot_id: str
+
+
+class ListKey(NamedTuple):
+    """Where one caller's entry for one page of the list is kept."""
+
+    partition: Partition
+    query: str

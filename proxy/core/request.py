@@ -7,15 +7,18 @@ never reaches the upstream. Nothing in this file shows what it refuses.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from proxy.core.errors import BadRequest, NotFound, NotProxied, Unauthorized
-from proxy.core.identity import EntryKey, SnapshotId, Token
+from proxy.core.errors import BadRequest, NotFound, Unauthorized
+from proxy.core.events import Route
+from proxy.core.identity import EntryKey, ListKey, ListQuery, SnapshotId, Token
 
 # ASCII: without it, IGNORECASE lets "\u017f" and "\u212a" pass for the letters s and k.
 _ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE | re.ASCII)
 _BEARER = re.compile(r"bearer +([\x21-\x7e](?:[\x20-\x7e]{0,510}[\x21-\x7e])?)", re.IGNORECASE | re.ASCII)
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*)))?')
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ZERO_WEIGHT = re.compile(r"q\s*=\s*0(\.0{0,3})?")
 _SNAPSHOTS = "/v2/snapshots"
 _LONGEST_AGE_S = 2**31
 
@@ -35,20 +38,37 @@ NO_DIRECTIVES = Directives()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One read of one snapshot by one caller: all that the rooms below the edge ever see of a request."""
+    """One request of one caller: all that the rooms below the edge ever see of it."""
 
-    key: EntryKey
-    snapshot_id: SnapshotId
+    method: Literal["GET", "DELETE"]
+    target: SnapshotId | ListQuery
+    key: EntryKey | ListKey
     token: Token
     directives: Directives
     request_id: str
     caller: str
 
+    @property
+    def route(self) -> Route:
+        """What kind of request it is."""
+        if self.method == "DELETE":
+            return Route.DELETE
+        return Route.SNAPSHOT if isinstance(self.target, SnapshotId) else Route.LIST
 
-def parse_target(target: str) -> SnapshotId:
-    """Tell which snapshot the raw `target` of a request line names; its query is ignored.
 
-    Raises BadRequest, NotProxied (other paths of the API) or NotFound. The authority of an
+@dataclass(frozen=True, slots=True)
+class ApiPath:
+    """A path of the API that is not about snapshots, raw: only the passthrough may forward it."""
+
+    path: str
+    query: str
+
+
+def parse_target(target: str) -> SnapshotId | ListQuery | ApiPath:
+    """Tell which snapshot, or which list, the raw `target` of a request line names.
+
+    The query of a single snapshot is ignored: real clients send `?per_page=200` with everything.
+    Raises BadRequest or NotFound. The authority of an
     absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was meant).
     """
     if not target.startswith("/"):
@@ -56,11 +76,13 @@ def parse_target(target: str) -> SnapshotId:
         if authority is None:
             raise BadRequest("the request target is neither a path nor an absolute URL")
         target = target[authority.end() :]
-    path = target.partition("?")[0]
-    if path.startswith(_SNAPSHOTS + "/") and len(path) > len(_SNAPSHOTS) + 1:
+    path, _, query = target.partition("?")
+    if path in (_SNAPSHOTS, _SNAPSHOTS + "/"):
+        return ListQuery.parse(query)
+    if path.startswith(_SNAPSHOTS + "/"):
         return SnapshotId.parse(path[len(_SNAPSHOTS) + 1 :].removesuffix("/"))
     if path.startswith("/v2/"):
-        raise NotProxied("this proxy serves GET /v2/snapshots/{id} only; send this request to the API itself")
+        return ApiPath(path, query)
     raise NotFound("nothing is here; snapshots are under /v2/snapshots/{id}")
 
 
@@ -107,3 +129,12 @@ def parse_directives(cache_control: Sequence[str], pragma: Sequence[str] = ()) -
 def parse_request_id(value: str | None) -> str | None:
     """Give the caller's `X-Request-Id` back where it is fit for logs and headers, else None."""
     return value if value is not None and _REQUEST_ID.fullmatch(value) else None
+
+
+def accepts_gzip(accept_encoding: Sequence[str]) -> bool:
+    """Tell whether `Accept-Encoding` allows gzip (RFC 9110 §12.5.3); absent or empty, it does not."""
+    weights: dict[str, bool] = {}
+    for coding in ",".join(accept_encoding).lower().split(","):
+        name, _, parameter = (part.strip() for part in coding.partition(";"))
+        weights[name] = not _ZERO_WEIGHT.fullmatch(parameter)
+    return weights.get("gzip", weights.get("x-gzip", weights.get("*", False)))

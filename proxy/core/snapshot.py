@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, DecimalException
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -29,6 +29,7 @@ _RFC3339 = re.compile(
     r"(?:[Zz]|([+-])([01]\d|2[0-3]):([0-5]\d))",
     re.ASCII,
 )
+_API_URL = re.compile(r"\Ahttps?://[^/?#]*(?=/v2/)")
 _LONGEST_INTEGER = 20  # characters of a 64-bit integer
 _RESOURCE_TYPES = frozenset({"droplet", "volume"})
 
@@ -45,6 +46,51 @@ def normalize_snapshot(body: bytes, expected_id: str | None) -> bytes:
     if expected_id is not None and snapshot["id"].lower() != expected_id:
         raise UpstreamInvalid("snapshot.id is not the one that was asked for")
     return _dump({"snapshot": snapshot})
+
+
+class NormalizedList(NamedTuple):
+    """A list's normalized body, and its snapshots as the bodies that single reads of them have, by id."""
+
+    body: bytes
+    snapshots: dict[str, bytes]
+
+
+def normalize_list(body: bytes, public_url: str) -> NormalizedList:
+    """Turn the body of `GET /v2/snapshots` into `{"snapshots": […], "links": …, "meta": …}`, normalized.
+
+    `links.pages` begin with `public_url` where it is not empty, else as the upstream wrote them.
+    """
+    match parse(body):
+        case {"snapshots": list(snapshots), "meta": {"total": int()} as meta, **rest}:
+            links = rest.get("links") or {}
+        case _:
+            raise UpstreamInvalid("there are no snapshots and meta.total in it")
+    if not isinstance(links, dict):
+        raise UpstreamInvalid("links is not an object")
+    fragments: dict[str, bytes] = {}
+    parts: list[orjson.Fragment] = []
+    for place, value in enumerate(snapshots):
+        snapshot = _snapshot(value, f"snapshots[{place}]")
+        fragment = _dump(snapshot)
+        parts.append(orjson.Fragment(fragment))
+        fragments[snapshot["id"].lower()] = b'{"snapshot":' + fragment + b"}"
+    links = _with_public_url(links, public_url) if public_url else links
+    return NormalizedList(
+        _dump({"snapshots": parts, "links": _sorted(links), "meta": _sorted(meta)}), fragments
+    )
+
+
+def _with_public_url(links: dict[str, Any], public_url: str) -> dict[str, Any]:
+    match links:
+        case {"pages": dict(pages)}:
+            return links | {
+                "pages": {
+                    name: _API_URL.sub(lambda _: public_url, link) if isinstance(link, str) else link
+                    for name, link in pages.items()
+                }
+            }
+        case _:
+            return links
 
 
 def parse(body: bytes) -> Any:

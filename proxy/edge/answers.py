@@ -21,33 +21,46 @@ def new_request_id() -> str:
 
 
 def served_response(
-    served: Served, *, now: float, request_id: str, if_none_match: str | None
+    served: Served, *, now: float, request_id: str, if_none_match: str | None, gzip: bool
 ) -> web.Response:
-    """Give an answer of the cache or the upstream its headers. 304 where the caller has it already."""
+    """Give an answer of the cache or the upstream its headers. 304 where the caller has it already.
+
+    `gzip` tells whether the caller takes a compressed body.
+    """
     headers = _headers(request_id)
     headers["Cache-Status"] = served.cache_status
     headers.extend(served.ratelimit)
+    body = served.body
     if served.entry is None:
         headers["Cache-Control"] = "no-store"
     else:
         entry = served.entry
-        headers["ETag"] = entry.etag
+        etag = entry.etag
+        headers["Vary"] = "Authorization"
+        if entry.gzip:
+            headers["Vary"] = "Authorization, Accept-Encoding"
+            if gzip:
+                body, etag = entry.gzip, entry.gzip_etag
+                headers["Content-Encoding"] = "gzip"
+        headers["ETag"] = etag
         headers["Age"] = str(int(entry.age_s(now)))
         headers["Cache-Control"] = f"private, max-age={entry.lifetimes.fresh_s}"
-        headers["Vary"] = "Authorization"
         # RFC 9110 §13.2.1: a condition counts only where the answer without it is a success.
         if (
             if_none_match is not None
             and entry.status == HTTPStatus.OK
-            and is_not_modified(if_none_match, entry.etag)
+            and is_not_modified(if_none_match, etag)
         ):
+            headers.popall("Content-Encoding", None)
             return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
+    if served.status == HTTPStatus.NO_CONTENT:
+        return web.Response(status=HTTPStatus.NO_CONTENT, headers=headers)
     headers["Content-Type"] = _JSON
     if served.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if served.status in RETRYABLE:
         headers["Retry-After"] = str(served.retry_after_s or RETRY_AFTER_S)
-    return web.Response(status=served.status, headers=headers, body=served.body)
+    return web.Response(status=served.status, headers=headers, body=body)
 
 
 def failed_response(failed: Failed, request_id: str) -> web.Response:

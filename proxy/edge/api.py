@@ -9,6 +9,7 @@ import time
 from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
@@ -18,14 +19,18 @@ from proxy.core.errors import (
     HeadersTooLarge,
     HttpVersionNotSupported,
     MethodNotAllowed,
+    NotProxied,
     PayloadTooLarge,
     ProxyError,
     UpstreamInvalid,
 )
-from proxy.core.events import OTHER_CALLER, Outcome, RequestDone, Route
-from proxy.core.identity import EntryKey, Keyring, Token
+from proxy.core.events import FROM_CACHE, OTHER_CALLER, Outcome, RequestDone, Route
+from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
+from proxy.core.passthrough import Forwarding, forwarded_headers, passthrough_target
 from proxy.core.request import (
+    ApiPath,
     Call,
+    accepts_gzip,
     parse_authorization,
     parse_directives,
     parse_request_id,
@@ -33,13 +38,13 @@ from proxy.core.request import (
 )
 from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
 from proxy.edge.connection import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
+from proxy.edge.passthrough import Passthrough
 from proxy.logs import event
 from proxy.readthrough import Failed, ReadThrough, Served
 
 MAX_BODY_BYTES = 16_384
 """Real clients send `{}` and `null` with requests that need no body: so much is read and ignored."""
 
-_ALLOW = "GET, HEAD"
 _CLIENT_LEFT = 499
 _LOG = logging.getLogger(__name__)
 
@@ -58,11 +63,15 @@ class _Log:
 
 
 class Api:
-    """Answers requests. `name_caller` gives a token's alias; `observe` is told of every request once."""
+    """Answers requests; without a `passthrough` only those about snapshots.
+
+    `name_caller` gives a token's alias; `observe` is told of every request once.
+    """
 
     def __init__(
         self,
         readthrough: ReadThrough,
+        passthrough: Passthrough | None,
         keyring: Keyring,
         *,
         name_caller: Callable[[Token], str],
@@ -70,6 +79,7 @@ class Api:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._readthrough = readthrough
+        self._passthrough = passthrough
         self._keyring = keyring
         self._name_caller = name_caller
         self._observe = observe
@@ -104,13 +114,19 @@ class Api:
         self._done(_Log("", status=error.status, error=error), time.perf_counter())
 
     async def _answer(self, request: web.BaseRequest, log: _Log) -> web.StreamResponse:
-        call = await self._call(request, log)
-        answer = await self._readthrough.get(call)
+        target = _target(request)
+        if isinstance(target, ApiPath):
+            return await self._pass_through(request, target, log)
+        call = await self._call(request, target, log)
+        if call.method == "DELETE":
+            answer = await self._readthrough.delete(call)
+        else:
+            answer = await self._readthrough.get(call)
         log.outcome = answer.outcome
         match answer:
             case Served():
                 now = self._clock()
-                if answer.outcome in (Outcome.HIT, Outcome.NEGATIVE) and answer.entry is not None:
+                if answer.outcome in FROM_CACHE and answer.entry is not None:
                     log.entry_age_s = answer.entry.age_s(now)
                 conditions = request.headers.getall("If-None-Match", None)
                 return served_response(
@@ -118,41 +134,66 @@ class Api:
                     now=now,
                     request_id=log.request_id,
                     if_none_match=None if conditions is None else ",".join(conditions),
+                    gzip=accepts_gzip(request.headers.getall("Accept-Encoding", ())),
                 )
             case Failed():
                 log.error = answer.error
                 return failed_response(answer, log.request_id)
 
-    async def _call(self, request: web.BaseRequest, log: _Log) -> Call:
+    async def _call(self, request: web.BaseRequest, target: SnapshotId | ListQuery, log: _Log) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
-        headers = request.headers
-        if isinstance(request, ForeignRequest):
-            raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
-        # aiohttp's own limit is a few bytes off in all headers but the first.
-        if any(len(name) + len(value) > MAX_FIELD_BYTES for name, value in request.raw_headers):
-            raise HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
-        hosts = len(headers.getall("Host", ()))
-        if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
-            raise BadRequest("send exactly one Host header")
-        snapshot_id = parse_target(request.raw_path)
-        log.route = Route.SNAPSHOT
-        if request.method not in ("GET", "HEAD"):
-            raise MethodNotAllowed(_ALLOW)
-        token = parse_authorization(headers.getall("Authorization", ()))
-        log.caller = self._name_caller(token)
+        log.route = Route.SNAPSHOT if isinstance(target, SnapshotId) else Route.LIST
+        method: Literal["GET", "DELETE"] = "GET"
+        match request.method, target:
+            case (("GET" | "HEAD"), _):
+                pass
+            case "DELETE", SnapshotId():
+                method, log.route = "DELETE", Route.DELETE
+            case _, SnapshotId():
+                raise MethodNotAllowed("GET, HEAD, DELETE")
+            case _, ListQuery():
+                raise MethodNotAllowed("GET, HEAD")
+        token, partition = self._caller(request, log)
         if request.body_exists:
             await _skip_body(request)
-        protocol = request.protocol
-        assert isinstance(protocol, Handler)
-        protocol.connection.reading_ended()
+        _reading_ended(request)
+        headers = request.headers
         return Call(
-            key=EntryKey(self._keyring.partition(token), snapshot_id.text),
-            snapshot_id=snapshot_id,
+            method=method,
+            target=target,
+            key=EntryKey(partition, target.text)
+            if isinstance(target, SnapshotId)
+            else ListKey(partition, target.text),
             token=token,
             directives=parse_directives(headers.getall("Cache-Control", ()), headers.getall("Pragma", ())),
             request_id=log.request_id,
             caller=log.caller,
         )
+
+    async def _pass_through(self, request: web.BaseRequest, target: ApiPath, log: _Log) -> web.StreamResponse:
+        if self._passthrough is None:
+            raise NotProxied("this proxy serves /v2/snapshots only; send this request to the API itself")
+        log.route, log.outcome = Route.PASSTHROUGH, Outcome.BYPASS
+        checked = passthrough_target(target.path, target.query)
+        token, partition = self._caller(request, log)
+        _reading_ended(request)  # a body has deadlines of its own: it may be long
+        return await self._passthrough.forward(
+            request,
+            Forwarding(
+                method=request.method,
+                target=checked,
+                headers=tuple(forwarded_headers(request.headers.items())),
+                token=token,
+                partition=partition,
+                request_id=log.request_id,
+                caller=log.caller,
+            ),
+        )
+
+    def _caller(self, request: web.BaseRequest, log: _Log) -> tuple[Token, Partition]:
+        token = parse_authorization(request.headers.getall("Authorization", ()))
+        log.caller = self._name_caller(token)
+        return token, self._keyring.partition(token)
 
     def _done(self, log: _Log, started: float) -> None:
         self._observe(
@@ -168,6 +209,25 @@ class Api:
                 fact=log.error.fact if isinstance(log.error, UpstreamInvalid) else None,
             )
         )
+
+
+def _target(request: web.BaseRequest) -> SnapshotId | ListQuery | ApiPath:
+    """Check what every request must have, and tell what it is about."""
+    if isinstance(request, ForeignRequest):
+        raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
+    # aiohttp's own limit is a few bytes off in all headers but the first.
+    if any(len(name) + len(value) > MAX_FIELD_BYTES for name, value in request.raw_headers):
+        raise HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
+    hosts = len(request.headers.getall("Host", ()))
+    if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
+        raise BadRequest("send exactly one Host header")
+    return parse_target(request.raw_path)
+
+
+def _reading_ended(request: web.BaseRequest) -> None:
+    protocol = request.protocol
+    assert isinstance(protocol, Handler)
+    protocol.connection.reading_ended()
 
 
 async def _skip_body(request: web.BaseRequest) -> None:

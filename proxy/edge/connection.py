@@ -285,7 +285,8 @@ class Connection(asyncio.Protocol):
     # -- what the request's handling tells -----------------------------------------------------
 
     def reading_ended(self) -> None:
-        """All of the request is here: from now on we owe an answer."""
+        """All of the request is here: from now on we owe an answer, and what comes is the next request's."""
+        self._more = False
         self._enter(_Phase.BUSY)
 
     def answered(self) -> None:

@@ -7,16 +7,14 @@ versions that cannot read each other's values do not see them.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from proxy.core.identity import EntryKey, Partition
+from proxy.core.identity import EntryKey, ListKey, Partition
 
 
 class EntryKeys(NamedTuple):
-    """The entry, and the three stamps that it depends on: caller, snapshot, everything."""
+    """The entry, and the stamps that it depends on."""
 
     entry: bytes
-    caller: bytes
-    snapshot: bytes
-    everything: bytes
+    stamps: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +23,47 @@ class Keys:
 
     prefix: str
 
-    def of(self, key: EntryKey) -> EntryKeys:
+    def of(self, key: EntryKey | ListKey) -> EntryKeys:
         """Name what a lookup of `key` reads."""
-        mine = f"{self.prefix}:1:{{{key.partition}}}"
-        return EntryKeys(
-            f"{mine}:snap:{key.snapshot_id}".encode(),
-            f"{mine}:gen".encode(),
-            f"{self.prefix}:1:ver:{key.snapshot_id}".encode(),
-            f"{self.prefix}:1:all".encode(),
-        )
+        mine = self._mine(key.partition)
+        match key:
+            case EntryKey():
+                return EntryKeys(
+                    f"{mine}:snap:{key.snapshot_id}".encode(),
+                    (f"{mine}:gen".encode(), self.snapshot(key.snapshot_id), self.everything),
+                )
+            case ListKey():
+                return EntryKeys(
+                    f"{mine}:list:{key.query}".encode(),
+                    (f"{mine}:gen".encode(), f"{mine}:lists".encode(), self.lists, self.everything),
+                )
 
     def caller(self, partition: Partition) -> bytes:
         """Name the stamp of everything that is kept for one caller."""
-        return f"{self.prefix}:1:{{{partition}}}:gen".encode()
+        return f"{self._mine(partition)}:gen".encode()
+
+    def lists_of(self, partition: Partition) -> bytes:
+        """Name the stamp of one caller's lists."""
+        return f"{self._mine(partition)}:lists".encode()
+
+    def snapshot(self, snapshot_id: str) -> bytes:
+        """Name the stamp of what anybody keeps of one snapshot."""
+        return f"{self.prefix}:1:ver:{snapshot_id}".encode()
+
+    @property
+    def lists(self) -> bytes:
+        """Name the stamp of everybody's lists."""
+        return f"{self.prefix}:1:lists".encode()
+
+    @property
+    def everything(self) -> bytes:
+        """Name the stamp of all entries."""
+        return f"{self.prefix}:1:all".encode()
 
     @property
     def secret(self) -> bytes:
         """Name the place where replicas compare the fingerprints of their secrets."""
         return f"{self.prefix}:1:secret".encode()
+
+    def _mine(self, partition: Partition) -> str:
+        return f"{self.prefix}:1:{{{partition}}}"

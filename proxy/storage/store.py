@@ -1,4 +1,4 @@
-"""Entries and stamps in Redis: look up, put, end.
+"""Entries and stamps in Redis: look up, put, seed, end.
 
 The laws of this file: nothing that is read is believed before it verifies; what does not verify is deleted
 and counted as corrupt; whatever Redis does becomes a miss with a reason, never an error of the caller's.
@@ -7,13 +7,15 @@ and counted as corrupt; whatever Redis does becomes a miss with a reason, never 
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 from redis.exceptions import ResponseError
 
 from proxy.core.entry import (
+    CALLED_AT_BYTES,
     NONCE_BYTES,
     SEEN_BYTES,
     UNAVAILABLE,
@@ -29,22 +31,39 @@ from proxy.core.entry import (
     unseal,
 )
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, Partition
+from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.logs import event
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.link import Command, Link, Unavailable
 
 HEARTBEAT_S = 1.0
 MOST_OWED = 1024
-"""Deletions that wait for Redis to come back, at most; what is beyond ends with its own lifetime."""
+"""Stamps that wait for Redis to come back, at most; what is beyond is owed as the stamp of everything."""
 
-_NOTHING = Entry(status=0, body=b"", etag="", called_at=0.0, lifetimes=Lifetimes(0))
+_NOTHING = 0  # the status of what stands where an entry ended
 _SECRET_TTL_S = 60
 _PUT = f"""
 local seen = redis.call('GETRANGE', KEYS[1], 0, {SEEN_BYTES - 1})
 if seen ~= '' and seen ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+redis.call('SET', KEYS[1], ARGV[2], 'EX', math.max(ARGV[3], redis.call('TTL', KEYS[1])))
 return 1
+"""
+# What takes a tombstone's place stands for as long as the tombstone would have: an empty place lets in the
+# fetches that began before it. So in both scripts.
+_SEED = f"""
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+local seeds = 0
+for i = 2, #KEYS do
+  local value = ARGV[2 * i - 2]
+  local at = redis.pcall('GETRANGE', KEYS[i], {CALLED_AT_BYTES[0]}, {CALLED_AT_BYTES[1]})
+  local later = type(at) == 'string' and #at == 8
+    and struct.unpack('>d', at) > struct.unpack('>d', value, {CALLED_AT_BYTES[0] + 1})
+  if not later then
+    redis.call('SET', KEYS[i], value, 'EX', math.max(ARGV[2 * i - 1], redis.call('TTL', KEYS[i])))
+    seeds = seeds + 1
+  end
+end
+return seeds
 """
 _LOG = logging.getLogger(__name__)
 
@@ -64,6 +83,7 @@ class Store:
         stamp_ttl_s: int,
         guard_s: int,
         observe: Callable[[StoreOperation], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._link = link
         self._keys = keys
@@ -71,7 +91,9 @@ class Store:
         self._stamp_ttl_s = stamp_ttl_s
         self._guard_s = guard_s
         self._observe = observe
-        self._owed: dict[bytes, tuple[Command, ...]] = {}
+        self._clock = clock
+        self._owed: dict[bytes, object] = {}
+        """Stamps to delete; the value tells one debt from a later one of the same stamp."""
         self._heart: asyncio.Task[None] | None = None
         self.secret_mismatch = False
 
@@ -92,17 +114,19 @@ class Store:
             await asyncio.gather(self._heart, return_exceptions=True)
         await self._link.close()
 
-    # -- the three operations ------------------------------------------------------------------
+    # -- read and write ------------------------------------------------------------------------
 
-    async def lookup(self, key: EntryKey) -> Lookup:
+    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
         """Find the entry of `key`, and what a fill of it would rest on. Never raises."""
         keys = self._keys.of(key)
-        if self._owed and (keys.caller in self._owed or keys.entry in self._owed):
+        if self._is_owed(keys):
             return UNAVAILABLE
         deadline = self._link.deadline()
         corrupt: list[bytes] = []
         try:
-            value, *stamps = await self._link.ask(*(("GET", name) for name in keys), deadline=deadline)
+            value, *stamps = await self._link.ask(
+                ("GET", keys.entry), *(("GET", name) for name in keys.stamps), deadline=deadline
+            )
             seen = b""
             try:
                 if value is not None:
@@ -114,26 +138,26 @@ class Store:
             except CorruptValue:
                 corrupt.append(keys.entry)
             # Whatever stands in the entry's place does not count. What will a fill rest on?
-            current = await self._stamps(keys, stamps, corrupt, deadline)
+            current = await self._stamps(keys.stamps, stamps, corrupt, deadline)
         except Unavailable as error:
             self._failed("lookup", error)
             return UNAVAILABLE
         self._saw("lookup", "corrupt" if corrupt else "ok")
         return Lookup(None, Basis(current, seen))
 
-    async def put(self, key: EntryKey, entry: Entry, basis: Basis) -> bool:
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
         """Store `entry`, unless something else was put there since its lookup.
 
         Tell whether it was stored. Never raises.
         """
         keys = self._keys.of(key)
-        if not entry.lifetimes.retention_s:
+        if not entry.lifetimes.retention_s or self._is_owed(keys):
             return False
         value = seal(entry, basis.stamps, keys.entry, self._keyring)
         try:
             stored, *_ = await self._link.ask(
                 ("EVAL", _PUT, 1, keys.entry, basis.seen, value, entry.lifetimes.retention_s),
-                *(("EXPIRE", name, self._stamp_ttl_s, "GT") for name in keys[1:]),
+                *self._prolong(keys.stamps),
             )
             _refuse_error(stored)
         except Unavailable as error:
@@ -142,37 +166,112 @@ class Store:
         self._saw("put", "ok")
         return bool(stored)
 
-    async def end_entry(self, key: EntryKey) -> None:
-        """End one entry, and keep fetches that began before from bringing it back. Never raises.
+    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> None:
+        """Store the single entries, by snapshot id, that came with a list whose lookup had `basis`.
 
-        What stands in its place rests on stamps that never stood: it is nobody's answer, and no fetch that
-        is on its way can have seen it.
+        Whatever ended since then must not come back. Whoever ends a snapshot for all ends everybody's lists
+        first, and its own stamp after that: so its stamp is read here before the lists' are read again, and
+        nothing is stored where these have changed. What ends one caller's entry ends the caller's lists
+        first: the script looks at that stamp in the same instant in which it stores.
         """
-        keys = self._keys.of(key)
-        never = Stamps(*(self._new_stamp(name) for name in keys[1:]))
-        value = seal(_NOTHING, never, keys.entry, self._keyring)
-        # A Redis that is full deletes, though it does not set.
-        await self._end(keys.entry, ("DEL", keys.entry), ("SET", keys.entry, value, "EX", self._guard_s))
+        list_keys = self._keys.of(ListKey(partition, ""))
+        keys = {name: self._keys.of(EntryKey(partition, name)) for name in seeds}
+        keys = {
+            name: those
+            for name, those in keys.items()
+            if seeds[name].lifetimes.retention_s and not self._is_owed(those)
+        }
+        if not keys:
+            return
+        caller, lists, *_ = basis.stamps
+        deadline = self._link.deadline()
+        try:
+            ids = [self._keys.snapshot(name) for name in keys]
+            again = await self._link.ask(
+                *(("SET", name, self._new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in ids),
+                *(("GET", name) for name in ids),
+                *(("GET", name) for name in list_keys.stamps),
+                deadline=deadline,
+            )
+            stamps, now = again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
+            if self._is_owed(list_keys) or now != [*basis.stamps]:
+                return
+            arguments: list[str | bytes | int] = []
+            for name, stamp in zip(keys, stamps, strict=True):
+                entry, (key, stamp_names) = seeds[name], keys[name]
+                sealed = (caller, self._stamp(stamp, stamp_names[1]), basis.stamps[-1])
+                value = seal(entry, sealed, key, self._keyring)
+                arguments += (value, entry.lifetimes.retention_s)
+            entry_keys = [those.entry for those in keys.values()]
+            (reply, *_) = await self._link.ask(
+                (
+                    "EVAL",
+                    _SEED,
+                    1 + len(keys),
+                    self._keys.lists_of(partition),
+                    *entry_keys,
+                    lists,
+                    *arguments,
+                ),
+                *self._prolong((*ids, *list_keys.stamps)),
+                deadline=deadline,
+            )
+            _refuse_error(reply)
+        except CorruptValue:
+            self._saw("seed", "corrupt")
+        except Unavailable as error:
+            self._failed("seed", error)
+        else:
+            self._saw("seed", "ok")
 
-    async def end_caller(self, partition: Partition) -> None:
-        """End every entry of one caller, those that are being fetched included. Never raises."""
-        name = self._keys.caller(partition)
-        await self._end(name, ("DEL", name))
+    # -- end ------------------------------------------------------------------------------------
+    # Each tells whether it was done. Where Redis is away it is owed: nobody here reads or stores what
+    # depends on it until it is done. None raises.
+
+    async def end_entry(self, key: EntryKey | ListKey) -> bool:
+        """End one caller's entry and lists, and keep fetches that began before from bringing them back.
+
+        What stands in the entry's place rests on stamps that never stood: it is nobody's answer, and no fetch
+        that is on its way can have seen it.
+        """
+        name, stamps = self._keys.of(key)
+        nothing = Entry(_NOTHING, b"", "", self._clock(), Lifetimes(0))
+        value = seal(nothing, tuple(map(self._new_stamp, stamps)), name, self._keyring)
+        return await self._end(
+            (self._keys.caller(key.partition),),
+            ("DEL", self._keys.lists_of(key.partition)),
+            ("DEL", name),  # a Redis that is full deletes, though it does not set
+            ("SET", name, value, "EX", self._guard_s),
+        )
+
+    async def end_caller(self, partition: Partition) -> bool:
+        """End every entry of one caller, those that are being fetched included."""
+        caller = self._keys.caller(partition)
+        return await self._end((caller,), ("DEL", caller))
+
+    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
+        """End what anybody keeps of these snapshots, and everybody's lists; fetches on their way included."""
+        names = (self._keys.lists, *(self._keys.snapshot(snapshot_id) for snapshot_id in snapshot_ids))
+        return await self._end(names, *(("DEL", name) for name in names))
+
+    async def end_everything(self) -> bool:
+        """End every entry of everybody, those that are being fetched included."""
+        return await self._end((self._keys.everything,), ("DEL", self._keys.everything))
 
     # -- helpers -------------------------------------------------------------------------------
 
     async def _stamps(
-        self, keys: EntryKeys, replies: list[Any], corrupt: list[bytes], deadline: float
+        self, names: Sequence[bytes], replies: Sequence[Any], corrupt: list[bytes], deadline: float
     ) -> Stamps:
         """Check the stamps that were read; delete what is `corrupt`, make what is missing, if it still is."""
         stamps: dict[bytes, bytes] = {}
-        for name, value in zip(keys[1:], replies, strict=True):
+        for name, value in zip(names, replies, strict=True):
             if value is not None:
                 try:
                     stamps[name] = self._stamp(value, name)
                 except CorruptValue:
                     corrupt.append(name)
-        missing = [name for name in keys[1:] if name not in stamps]
+        missing = [name for name in names if name not in stamps]
         commands: list[Command] = [("DEL", name) for name in corrupt]
         commands += [("SET", name, self._new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in missing]
         commands += [("GET", name) for name in missing]
@@ -183,7 +282,7 @@ class Store:
                     stamps[name] = self._stamp(value, name)
                 except CorruptValue:
                     raise Unavailable(too_slow=False) from None
-        return Stamps(*(stamps[name] for name in keys[1:]))
+        return tuple(stamps[name] for name in names)
 
     def _new_stamp(self, name: bytes) -> bytes:
         return make_stamp(name, secrets.token_bytes(NONCE_BYTES))
@@ -194,17 +293,26 @@ class Store:
             raise CorruptValue
         return stamp
 
-    async def _end(self, name: bytes, *commands: Command) -> None:
-        """Run what ends `name`. Where Redis is away, it is owed, and nobody reads there meanwhile."""
+    def _prolong(self, stamps: Sequence[bytes]) -> list[Command]:
+        """Make stamps outlive what now depends on them."""
+        return [("EXPIRE", name, self._stamp_ttl_s, "GT") for name in stamps]
+
+    def _is_owed(self, keys: EntryKeys) -> bool:
+        return bool(self._owed) and not self._owed.keys().isdisjoint(keys.stamps)
+
+    async def _end(self, owed: Sequence[bytes], *commands: Command) -> bool:
+        """Run what ends something. Where it cannot be done now, the stamps `owed` are deleted later."""
         try:
             for reply in await self._link.ask(*commands):
                 _refuse_error(reply)
         except Unavailable as error:
             self._failed("end", error)
-            if len(self._owed) < MOST_OWED or name in self._owed:
-                self._owed[name] = commands
-            return
+            for name in owed:
+                room = len(self._owed) < MOST_OWED or name in self._owed
+                self._owed[name if room else self._keys.everything] = object()
+            return False
         self._saw("end", "ok")
+        return True
 
     async def _beat(self) -> None:
         """Ask for something once a second: a dead connection shows here at the latest."""
@@ -215,38 +323,34 @@ class Store:
 
     async def _pulse(self) -> None:
         """Pay what is owed, and compare secrets. Raises Unavailable."""
-        owed = list(self._owed.items())
+        # Everybody's lists first, as in every ending: `seed` relies on it.
+        owed = sorted(self._owed.items(), key=lambda debt: debt[0] != self._keys.lists)
         secret, mine = self._keys.secret, self._keyring.fingerprint
         *paid, _, fingerprint = await self._link.ask(
-            *(command for _, commands in owed for command in commands),
+            *(("DEL", name) for name, _ in owed),
             ("SET", secret, mine, "NX", "EX", _SECRET_TTL_S),
             ("GET", secret),
         )
-        self._pay(owed, paid)
+        for (name, debt), reply in zip(owed, paid, strict=True):
+            _refuse_error(reply)
+            if self._owed.get(name) is debt:  # else it came to be owed again meanwhile
+                del self._owed[name]
         if isinstance(fingerprint, bytes):  # a Redis that is full, or a replica, has nothing to say
             self._compare(fingerprint == mine.encode())
             if not self.secret_mismatch:
                 await self._link.ask(("EXPIRE", secret, _SECRET_TTL_S))
-
-    def _pay(self, owed: Sequence[tuple[bytes, tuple[Command, ...]]], replies: Sequence[Any]) -> None:
-        """Forget what was owed and is done, but not what came to be owed meanwhile."""
-        start = 0
-        for name, commands in owed:
-            end = start + len(commands)
-            refused = any(isinstance(reply, Exception) for reply in replies[start:end])
-            if not refused and self._owed[name] is commands:
-                del self._owed[name]
-            start = end
 
     def _compare(self, same: bool) -> None:
         if not same and not self.secret_mismatch:
             event(_LOG, logging.ERROR, "secret-mismatch", consequence="replicas do not share entries")
         self.secret_mismatch = not same
 
-    def _saw(self, operation: Literal["lookup", "put", "end"], outcome: Literal["ok", "corrupt"]) -> None:
+    def _saw(
+        self, operation: Literal["lookup", "put", "seed", "end"], outcome: Literal["ok", "corrupt"]
+    ) -> None:
         self._observe(StoreOperation(operation, outcome))
 
-    def _failed(self, operation: Literal["lookup", "put", "end"], error: Unavailable) -> None:
+    def _failed(self, operation: Literal["lookup", "put", "seed", "end"], error: Unavailable) -> None:
         self._observe(StoreOperation(operation, "timeout" if error.too_slow else "error"))
 
 

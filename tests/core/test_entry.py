@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from proxy.core.entry import (
+    CALLED_AT_BYTES,
     NONCE_BYTES,
     SEEN_BYTES,
     UNAVAILABLE,
@@ -24,8 +25,10 @@ from proxy.core.identity import Keyring
 KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
 ANOTHER = Keyring(b"0123456789abcdef0123456789abcdeF")
 KEY = b"snapshot-proxy:1:{0123}:snap:42"
-ENTRY = Entry(200, b'{"snapshot":{"id":"42"}}', '"etag"', 1_000.5, Lifetimes(60, 30, 300))
-STAMPS = Stamps(*(make_stamp(name, name * 8) for name in (b"c1", b"s2", b"e3")))
+ENTRY = Entry(
+    200, b'{"snapshot":{"id":"42"}}', '"etag"', 1_000.5, Lifetimes(60, 30, 300), gzip=b"zipped", seeded=True
+)
+STAMPS = tuple(make_stamp(name, name * 8) for name in (b"c1", b"s2", b"e3"))
 VALUE = seal(ENTRY, STAMPS, KEY, KEYRING)
 
 # -- lifetimes ---------------------------------------------------------------------------------
@@ -87,12 +90,16 @@ def test_the_layout() -> None:
     assert SEEN_BYTES == 17
     assert mac == KEYRING.mac(version + len(KEY).to_bytes(2, "big") + KEY + rest)
     assert rest == (
-        bytes.fromhex("00c8 408f440000000000 0000003c 0000001e 0000012c")
+        bytes.fromhex("00c8 408f440000000000 0000003c 0000001e 0000012c 01 03")
         + b"".join(STAMPS)
         + b"\x06"
         + b'"etag"'
+        + bytes.fromhex("00000006")
+        + b"zipped"
         + ENTRY.body
     )
+    first, last = CALLED_AT_BYTES
+    assert VALUE[first : last + 1] == bytes.fromhex("408f440000000000")
 
 
 ENTRIES = st.builds(
@@ -102,9 +109,11 @@ ENTRIES = st.builds(
     etag=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=40),
     called_at=st.floats(allow_nan=False),
     lifetimes=st.builds(Lifetimes, *[st.integers(0, 2**32 - 1)] * 3),
+    gzip=st.binary(max_size=200),
+    seeded=st.booleans(),
 )
 STAMP = st.binary(min_size=24, max_size=24)
-SEALED = st.builds(Stamps, STAMP, STAMP, STAMP)
+SEALED = st.lists(STAMP, max_size=255).map(tuple)
 STORE_KEYS = st.binary(max_size=60)
 
 
@@ -141,7 +150,7 @@ def test_no_byte_may_change(at: int) -> None:
         pytest.param(b"", KEY, KEYRING, id="empty"),
         pytest.param(b"\x01", KEY, KEYRING, id="version-alone"),
         pytest.param(b"\x01" + KEYRING.mac(b""), KEY, KEYRING, id="mac-of-nothing"),
-        pytest.param(STAMPS.caller, KEY, KEYRING, id="stamp"),
+        pytest.param(STAMPS[0], KEY, KEYRING, id="stamp"),
         pytest.param(VALUE, KEY[:-1], KEYRING, id="shorter-key"),
         pytest.param(VALUE, KEY + b"1", KEYRING, id="longer-key"),
         pytest.param(VALUE, KEY.replace(b"0123", b"3210"), KEYRING, id="another-caller"),
@@ -202,7 +211,7 @@ def test_a_stamp_is_one_for_its_key(key: bytes, nonce: bytes, other: bytes) -> N
 
 def test_no_byte_of_a_stamp_may_change() -> None:
     """Nor may one be missing or added."""
-    stamp = STAMPS.caller
+    stamp = STAMPS[0]
     assert is_stamp(stamp, b"c1")
     for at in range(len(stamp)):
         for bit in range(8):
@@ -210,7 +219,7 @@ def test_no_byte_of_a_stamp_may_change() -> None:
         assert not is_stamp(stamp[:at], b"c1")
         assert not is_stamp(stamp[:at] + b"\x00" + stamp[at:], b"c1")
     assert not is_stamp(stamp + b"\x00", b"c1")
-    assert not is_stamp(STAMPS.snapshot, b"c1")
+    assert not is_stamp(STAMPS[1], b"c1")
     assert not is_stamp(VALUE, KEY)
 
 

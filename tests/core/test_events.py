@@ -1,22 +1,40 @@
 """The records that the rooms emit: their words are the labels of the contract."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
-from proxy.core.events import OTHER_CALLER, Outcome, RequestDone, Route, StoreOperation, UpstreamCall
+from proxy.core.events import (
+    FROM_CACHE,
+    OTHER_CALLER,
+    Cause,
+    Invalidation,
+    Outcome,
+    RequestDone,
+    Route,
+    StoreOperation,
+    UpstreamCall,
+)
 
 CONTRACT_OUTCOMES = {
     *("hit", "seeded", "stale", "negative", "miss", "revalidated", "collapsed", "bypass", "none"),
 }
 CONTRACT_ROUTES = {"snapshot", "list", "delete", "passthrough", "other"}
+CONTRACT_CAUSES = {"delete", "purge", "unauthorized", "passthrough"}
 
 
 def test_the_words_are_labels_of_the_contract() -> None:
     """Nothing is called what section 6 does not name."""
     assert set(Outcome) <= CONTRACT_OUTCOMES
     assert set(Route) <= CONTRACT_ROUTES
+    assert set(get_args(Cause)) <= CONTRACT_CAUSES
     assert OTHER_CALLER == "other"
+
+
+def test_what_comes_from_the_cache() -> None:
+    """Only for these a stored entry answered: its age is counted."""
+    assert {Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE} == FROM_CACHE
 
 
 @pytest.mark.parametrize(
@@ -25,6 +43,7 @@ def test_the_words_are_labels_of_the_contract() -> None:
         RequestDone(Route.SNAPSHOT, Outcome.HIT, 200, OTHER_CALLER, 0.001, "request-1"),
         UpstreamCall(Route.SNAPSHOT, "timeout", OTHER_CALLER, 8.0),
         StoreOperation("lookup", "ok"),
+        Invalidation("delete"),
     ],
     ids=lambda record: type(record).__name__,
 )

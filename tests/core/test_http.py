@@ -15,6 +15,7 @@ from proxy.core.http import (
     etag_of,
     hit,
     is_not_modified,
+    parse_retry_after,
     proxy_status,
 )
 
@@ -96,11 +97,43 @@ def test_no_condition_is_a_surprise(value: str) -> None:
             id="store-unavailable",
         ),
         pytest.param(Forwarded(Why.BYPASS, 200), "snapshot-proxy; fwd=bypass", id="not-cacheable"),
+        pytest.param(Forwarded(Why.METHOD, 204), "snapshot-proxy; fwd=method; fwd-status=204", id="delete"),
+        pytest.param(
+            Forwarded(Why.METHOD, detail=Detail.INVALIDATION_PENDING),
+            "snapshot-proxy; fwd=method; detail=invalidation-pending",
+            id="delete-without-answer-and-without-redis",
+        ),
     ],
 )
 def test_cache_status(status: str | Forwarded, written: str) -> None:
     """The strings are the contract's, letter by letter."""
     assert str(status) == written
+
+
+# -- Retry-After -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        pytest.param("5", 5, id="seconds"),
+        pytest.param(" 5\t", 5, id="spaces-around"),
+        pytest.param("1", 1, id="shortest"),
+        pytest.param("60", 60, id="longest"),
+        pytest.param("0", 1, id="none"),
+        pytest.param("61", 60, id="longer"),
+        pytest.param("9" * 5000, 60, id="absurd"),
+        pytest.param("", None, id="empty"),
+        pytest.param("-1", None, id="negative"),
+        pytest.param("1.5", None, id="fraction"),
+        pytest.param("\u0663", None, id="arabic-digit"),
+        pytest.param("\xb2", None, id="superscript-digit"),
+        pytest.param("Fri, 31 Dec 1999 23:59:59 GMT", None, id="date"),
+    ],
+)
+def test_retry_after(value: str, seconds: int | None) -> None:
+    """RFC 9110 §10.2.3: whole seconds are kept within 1 to 60; a date is as good as nothing."""
+    assert parse_retry_after(value) == seconds
 
 
 # -- errors ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
 def _call() -> Call:
     token = Token(VALUE)
     key = EntryKey(Keyring(SECRET).partition(token), "42")
-    return Call(key, SnapshotId.parse("42"), token, NO_DIRECTIVES, "request-1", "other")
+    return Call("GET", SnapshotId.parse("42"), key, token, NO_DIRECTIVES, "request-1", "other")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from proxy.core.request import NO_DIRECTIVES, Directives
 
 ENTRY = Entry(200, b"{}", '"etag"', 1_000, Lifetimes(60, 60, 300))
 FRESH, LAST, STALE = 1_030, 1_059.9, 1_060
-POLICY = Policy(fresh_s=60, negative_s=10, stale_while_revalidate_s=60, stale_if_error_s=300, jitter=0.1)
+POLICY = Policy(
+    fresh_s=60, list_fresh_s=10, negative_s=10, stale_while_revalidate_s=60, stale_if_error_s=300, jitter=0.1
+)
 NUMBER = SnapshotId("42", cacheable=True)
 SNAPSHOT = {
     "id": "42",

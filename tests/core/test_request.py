@@ -1,12 +1,17 @@
 """Raw targets and headers: what becomes a call, and what is refused with which error."""
 
+from typing import Literal
+
 import pytest
 from hypothesis import example, given, strategies as st
 
-from proxy.core.errors import BadRequest, NotFound, NotProxied, ProxyError, Unauthorized
-from proxy.core.identity import SnapshotId
+from proxy.core.errors import BadRequest, NotFound, ProxyError, Unauthorized
+from proxy.core.events import Route
+from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.request import (
     NO_DIRECTIVES,
+    ApiPath,
+    Call,
     Directives,
     parse_authorization,
     parse_directives,
@@ -16,6 +21,7 @@ from proxy.core.request import (
 
 UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
 NUMBER = SnapshotId("42", cacheable=True)
+FIRST_PAGE = ListQuery("page=1&per_page=20", cacheable=True)
 
 # -- the target --------------------------------------------------------------------------------
 
@@ -45,6 +51,49 @@ def test_a_snapshot_is_named(target: str, expected: SnapshotId) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        pytest.param("/v2/snapshots", FIRST_PAGE, id="no-query"),
+        pytest.param("/v2/snapshots/", FIRST_PAGE, id="trailing-slash"),
+        pytest.param("/v2/snapshots?", FIRST_PAGE, id="empty-query"),
+        pytest.param("/v2/snapshots?page=2", ListQuery("page=2&per_page=20", True), id="query"),
+        pytest.param("/v2/snapshots/?page=2", ListQuery("page=2&per_page=20", True), id="slash-and-query"),
+        pytest.param("/v2/snapshots?/42", ListQuery("/42", False), id="id-in-the-query"),
+        pytest.param("http://api.example/v2/snapshots?page=1", FIRST_PAGE, id="absolute-form"),
+    ],
+)
+def test_a_list_is_named(target: str, expected: ListQuery) -> None:
+    """The query tells which page; `test_lists.py` has the grammar."""
+    assert parse_target(target) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        pytest.param("/v2/account", ApiPath("/v2/account", ""), id="account"),
+        pytest.param("/v2/account?a=1?b#c", ApiPath("/v2/account", "a=1?b#c"), id="query"),
+        pytest.param("https://h/v2/account?x", ApiPath("/v2/account", "x"), id="absolute-form"),
+        *(
+            pytest.param(path, ApiPath(path, ""), id=name)
+            for path, name in (
+                ("/v2/volumes/snapshots/42", "volume-snapshot"),
+                ("/v2/snapshotsX/42", "longer-name"),
+                ("/v2/Snapshots/42", "capital"),
+                ("/v2/%73napshots/42", "encoded-collection"),
+                ("/v2/./snapshots/42", "dot-before"),
+                ("/v2//snapshots/42", "empty-segment-in-front"),
+                ("/v2/snapshots#x", "fragment-on-the-list"),
+                ("/v2/", "root-of-the-api"),
+            )
+        ),
+    ],
+)
+def test_the_rest_of_the_api_is_told_apart(target: str, expected: ApiPath) -> None:
+    """To Terraform a 404 means that a resource is gone: nothing below `/v2/` is one. It comes out raw."""
+    assert parse_target(target) == expected
+
+
+@pytest.mark.parametrize(
     ("target", "error"),
     [
         # an id, and not one that may be forwarded
@@ -70,18 +119,9 @@ def test_a_snapshot_is_named(target: str, expected: SnapshotId) -> None:
         pytest.param("v2/snapshots/42", BadRequest, id="relative"),
         pytest.param("ftp://api.example/v2/snapshots/42", BadRequest, id="another-scheme"),
         pytest.param("http\u017f://api.example/v2/snapshots/42", BadRequest, id="scheme-with-a-long-s"),
-        # the API's, and not ours
-        pytest.param("/v2/snapshots/", NotProxied, id="list-with-slash"),
-        pytest.param("/v2/snapshots", NotProxied, id="list"),
-        pytest.param("/v2/snapshots?page=2", NotProxied, id="list-with-query"),
-        pytest.param("/v2/account", NotProxied, id="account"),
-        pytest.param("/v2/volumes/snapshots/42", NotProxied, id="volume-snapshot"),
-        pytest.param("/v2/snapshotsX/42", NotProxied, id="longer-name"),
-        pytest.param("/v2/Snapshots/42", NotProxied, id="capital"),
-        pytest.param("/v2/%73napshots/42", NotProxied, id="encoded-collection"),
-        pytest.param("/v2/./snapshots/42", NotProxied, id="dot-before"),
-        pytest.param("/v2//snapshots/42", NotProxied, id="empty-segment-in-front"),
-        pytest.param("/v2/", NotProxied, id="root-of-the-api"),
+        # a list, and a query that no target may hold
+        pytest.param("/v2/snapshots?page=2#x", BadRequest, id="fragment-in-the-query-of-a-list"),
+        pytest.param("/v2/snapshots/?\xa7", BadRequest, id="non-ascii-in-the-query-of-a-list"),
         # nobody's
         pytest.param("/", NotFound, id="root"),
         pytest.param("//v2/snapshots/42", NotFound, id="two-slashes-in-front"),
@@ -98,7 +138,7 @@ def test_a_snapshot_is_named(target: str, expected: SnapshotId) -> None:
     ],
 )
 def test_a_target_is_refused(target: str, error: type[ProxyError]) -> None:
-    """To Terraform a 404 means that a resource is gone: nothing below `/v2/` is one."""
+    """What names nothing is the caller's mistake; what is not below `/v2/` is not here."""
     with pytest.raises(error) as raised:
         parse_target(target)
     assert type(raised.value) is error
@@ -110,21 +150,51 @@ def _refusal(target: str) -> str:
     return str(raised.value)
 
 
-REFUSALS = {_refusal(target) for target in ("", "/", "/v2/", "/v2/snapshots/.")}
+REFUSALS = {_refusal(target) for target in ("", "/", "/v2/snapshots?#", "/v2/snapshots/.")}
 
 
 @given(
-    target=st.one_of(st.text(), st.text().map("/v2/snapshots/{}".format), st.text().map("http://{}".format))
+    target=st.one_of(
+        st.text(),
+        *(
+            st.text().map(f"{start}{{}}".format)
+            for start in ("/v2/snapshots/", "/v2/snapshots?", "/v2/", "http://")
+        ),
+    )
 )
 def test_no_target_is_a_surprise(target: str) -> None:
-    """Any text is an id, or one of four refusals that do not repeat it."""
+    """Any text is an id, a list, another path of the API, or one of four refusals that do not repeat it."""
     try:
         parsed = parse_target(target)
-    except (BadRequest, NotProxied, NotFound) as error:
+    except (BadRequest, NotFound) as error:
         refusal = str(error)
         assert refusal in REFUSALS
-    else:
-        assert parsed.text in target.lower() or parsed.text in target
+        return
+    match parsed:
+        case SnapshotId(text):
+            assert text in target.lower() or text in target
+        case ListQuery(text, cacheable):
+            assert cacheable or target.endswith(text)
+        case ApiPath(path, query):
+            assert target.endswith((f"{path}?{query}", path))
+            assert path.startswith("/v2/")
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "route"),
+    [
+        pytest.param("GET", NUMBER, Route.SNAPSHOT, id="snapshot"),
+        pytest.param("GET", FIRST_PAGE, Route.LIST, id="list"),
+        pytest.param("DELETE", NUMBER, Route.DELETE, id="delete"),
+    ],
+)
+def test_the_route_of_a_call(
+    method: Literal["GET", "DELETE"], target: SnapshotId | ListQuery, route: Route
+) -> None:
+    """What is asked tells how it is counted."""
+    mine = Partition("0" * 32)
+    key = EntryKey(mine, target.text) if isinstance(target, SnapshotId) else ListKey(mine, target.text)
+    assert Call(method, target, key, Token("x"), NO_DIRECTIVES, "request-1", "other").route is route
 
 
 # -- the caller --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hashlib
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -18,9 +19,11 @@ import pytest
 import redis
 from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, raw_exchange, until, write_secret
 
-from proxy.simulator import VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator
+from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator
 
-VOLUME_PATH = f"/v2/snapshots/{VOLUME_SNAPSHOT_ID}"
+LIST_PATH = "/v2/snapshots"
+LISTS = (LIST_PATH, f"{LIST_PATH}?per_page=200", f"{LIST_PATH}?name=x")
+VOLUME_PATH = f"{LIST_PATH}/{VOLUME_SNAPSHOT_ID}"
 UNKNOWN_PATH = "/v2/snapshots/999999"
 PIECE = 12
 """Characters of a token that nobody says by chance."""
@@ -163,6 +166,7 @@ TOKENS = {
     "revoked": "dop_v1_" + hashlib.sha256(b"revoked").hexdigest(),
     "wrong": "dop_v1_" + hashlib.sha256(b"wrong").hexdigest(),
     "misplaced": hashlib.sha256(b"misplaced").hexdigest(),
+    "admin": "purge-" + hashlib.sha256(b"admin").hexdigest(),
 }
 
 FAULTS = [
@@ -210,21 +214,37 @@ def misplaced(token: str) -> list[bytes]:
             f"{good}{head}Transfer-Encoding: {token}\r\n\r\n",
             f"\x16\x03\x01{token}\r\n\r\n",
             f"PUT {DROPLET_PATH} HTTP/1.1\r\n{head}Content-Length: 64\r\n\r\n{token}",
+            f"GET {LIST_PATH}?page={token} HTTP/1.1\r\n{head}\r\n",
+            f"GET {LIST_PATH}?{token}[] HTTP/1.1\r\n{head}\r\n",
+            f"DELETE /v2/snapshots/{token} HTTP/1.1\r\n{head}\r\n",
+            f"DELETE /v2/snapshots/x{token[:63]} HTTP/1.1\r\n{head}\r\n",
+            f"DELETE /v2/snapshots/1 HTTP/1.1\r\n{head}Content-Length: 64\r\n\r\n{token}",
+            f"DELETE /v2/images/{token} HTTP/1.1\r\n{head}\r\n",
+            f"POST /v2/tags/{token}/resources HTTP/1.1\r\n{head}Content-Length: 64\r\n\r\n{token}",
+            f"POST /v2/images?{token} HTTP/1.1\r\n{head}X-A: {token}\r\nContent-Length: {token}\r\n\r\n",
         )
     ]
 
 
 class Caller:
-    """Reads snapshots and takes down what it hears."""
+    """Asks, and takes down what it hears."""
 
     def __init__(self, client: aiohttp.ClientSession, url: str, heard: Heard) -> None:
         self._client = client
-        self._url = url
+        self.url = url
         self._heard = heard
 
     async def get(self, label: str, path: str = DROPLET_PATH, **headers: str) -> int:
         """Read, and give the status."""
-        async with self._client.get(self._url + path, headers=bearer(TOKENS[label]) | headers) as response:
+        return await self.ask("GET", self.url + path, bearer(TOKENS[label]) | headers)
+
+    async def delete(self, label: str, path: str) -> int:
+        """Delete, and give the status."""
+        return await self.ask("DELETE", self.url + path, bearer(TOKENS[label]))
+
+    async def ask(self, method: str, url: str, headers: dict[str, str], body: Any = None) -> int:
+        """Ask for anything, and give the status."""
+        async with self._client.request(method, url, headers=headers, json=body) as response:
             for line in response.raw_headers:
                 self._heard.add("answers", b": ".join(line))
             self._heard.add("answers", await response.read())
@@ -232,18 +252,59 @@ class Caller:
 
     async def send(self, request: bytes) -> None:
         """Send bytes as they are."""
-        answer = await raw_exchange(self._url, request)
+        answer = await raw_exchange(self.url, request)
         assert answer.startswith(b"HTTP/1.")
         self._heard.add("answers", answer)
 
 
+async def what_goes_well(caller: Caller) -> None:
+    """Read everything that there is and is not, from the upstream and from the cache."""
+    for label in ("full", "spaced", "revoked"):
+        for path in (DROPLET_PATH, VOLUME_PATH, UNKNOWN_PATH, f"{LIST_PATH}/name", *LISTS):
+            for headers in ({}, {}, {"If-None-Match": "*"}, {"Cache-Control": "no-cache"}):
+                assert await caller.get(label, path, **headers) in {200, 304, 404}
+
+
+async def what_ends_something(caller: Caller, doomed: str, admin: str, *, passes_through: bool) -> None:
+    """Delete, purge, and write elsewhere."""
+    assert await caller.delete("full", doomed) == 204
+    assert await caller.delete("full", doomed) == 404
+    for label, status in (("admin", 200), ("wrong", 401)):
+        for what in ({"ids": ["1", 2]}, {"all": True}):
+            assert await caller.ask("POST", f"{admin}/purge", bearer(TOKENS[label]), what) == status
+    for method, path in (("DELETE", "/v2/images/1"), ("POST", "/v2/tags/web/resources")):
+        status = await caller.ask(method, caller.url + path, bearer(TOKENS["full"]), {"resources": []})
+        assert (status == 421) is not passes_through
+
+
+async def what_goes_wrong(caller: Caller, doomed: str, simulator: Simulator) -> None:
+    """Send what the upstream refuses, let it fail in every way, and send what is no request at all."""
+    assert await caller.get("revoked", "/v2/snapshots/1") == 401
+    assert await caller.get("wrong") == 401
+    assert await caller.delete("wrong", doomed) == 401
+    for fault in FAULTS:
+        simulator.faults.clear()
+        simulator.faults.add(fault, times=2)
+        assert await caller.get("full", VOLUME_PATH, **{"Cache-Control": "no-cache"}) != 304
+        assert await caller.delete("full", doomed) >= 400
+    simulator.faults.clear()
+    for request in misplaced(TOKENS["misplaced"]):
+        await caller.send(request)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("passthrough", ["false", "true"], ids=["snapshots-only", "passthrough"])
 async def test_no_trace(
-    simulator: Simulator, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+    simulator: Simulator, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path, passthrough: str
 ) -> None:
-    """After hits, misses, errors of all kinds, a lost Redis and a shutdown: no piece of any token."""
+    """After hits, misses, endings, all kinds of errors, a lost Redis, a shutdown: no piece of any token."""
     heard = Heard()
     world = simulator.world
     tokens = {label: world.token(value=TOKENS[label], label=label) for label in ("full", "spaced", "revoked")}
+    documented = world.find(DROPLET_SNAPSHOT_ID, team="default")
+    assert documented is not None
+    doomed = f"{LIST_PATH}/{world.put({**documented.document, 'id': '80000001'}).id}"
+    (tmp_path / "admin").write_text(TOKENS["admin"] + "\n")
     service = Serve(
         f"upstream.base_url={simulator.url}",
         f"redis.url={valkey.url}",
@@ -254,35 +315,28 @@ async def test_no_trace(
         "upstream.total_timeout_s=0.5",
         "server.lame_duck_s=0",
         "server.drain_s=0.2",
+        f"passthrough.enabled={passthrough}",
+        f"admin.token_file={tmp_path / 'admin'}",
         environ={"PYTHONDEVMODE": "1", "PYTHONASYNCIODEBUG": "1"},
     )
     await service.start()
     try:
         caller = Caller(client, service.api, heard)
         async with listening_to(valkey, heard):
-            # All that goes well.
-            for label in ("full", "spaced", "revoked"):
-                for path in (DROPLET_PATH, VOLUME_PATH, UNKNOWN_PATH, "/v2/snapshots/name"):
-                    for headers in ({}, {}, {"If-None-Match": "*"}, {"Cache-Control": "no-cache"}):
-                        assert await caller.get(label, path, **headers) in {200, 304, 404}
-            # All that the upstream refuses.
+            await what_goes_well(caller)
+            await what_ends_something(caller, doomed, service.admin, passes_through=passthrough == "true")
             world.revoke(tokens["revoked"])
-            assert await caller.get("revoked", "/v2/snapshots/1") == 401
-            assert await caller.get("wrong") == 401
-            # All that goes wrong there.
-            for fault in FAULTS:
-                simulator.faults.clear()
-                simulator.faults.add(fault, times=2)
-                assert await caller.get("full", VOLUME_PATH, **{"Cache-Control": "no-cache"}) != 304
-            simulator.faults.clear()
-            # All that is no request, and tokens where they do not belong.
-            for request in misplaced(TOKENS["misplaced"]):
-                await caller.send(request)
+            await what_goes_wrong(caller, doomed, simulator)
             await caller.get("full")
             ttls = look_into_redis(valkey, heard)
         # Redis hangs, then goes away; callers leave in the middle.
         valkey.pause()
         assert await caller.get("full") == 200
+        assert await caller.delete("full", doomed) == 404
+        assert await caller.get("full", LIST_PATH) == 200
+        assert (
+            await caller.ask("POST", f"{service.admin}/purge", bearer(TOKENS["admin"]), {"all": True}) == 503
+        )
         valkey.resume()
         await valkey.kill()
         assert await caller.get("spaced") == 200

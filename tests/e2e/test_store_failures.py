@@ -30,7 +30,7 @@ from support import (
 
 from proxy.core.identity import EntryKey, Keyring, Token as CallerToken
 from proxy.simulator import Limits, Simulator, Snapshot, Token, World
-from proxy.storage.keys import EntryKeys, Keys
+from proxy.storage.keys import Keys
 
 PATIENT = Limits(per_minute=1_000_000, per_hour=1_000_000)
 MOST_S = 2.0
@@ -58,7 +58,6 @@ def shared(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
         f"upstream.base_url={simulator.url}",
         f"redis.url={url}",
         f"security.secret_file={write_secret(directory)}",
-        "redis.timeout_s=0.1",  # the default: here it matters
     )
 
 
@@ -289,7 +288,8 @@ def retype(value: bytes, _: bytes, __: random.Random) -> list[bytes]:
 
 
 MUTATIONS: Sequence[Mutation] = (flip, flip, cut, prolong, swap, renumber, invent, answer_plainly, retype)
-WHERE: Sequence[str] = ("entry", "entry", "entry", "caller", "snapshot")
+ENTRY, CALLER, SNAPSHOT = range(3)
+WHERE: Sequence[int] = (ENTRY, ENTRY, ENTRY, CALLER, SNAPSHOT)
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class Case:
     """One value to tamper with: under which of a look-up's keys, and how."""
 
     number: int
-    where: str
+    where: int
     mutate: Mutation
 
     def tamper(self, value: bytes, other: bytes) -> bytes | list[bytes]:
@@ -361,7 +361,7 @@ async def test_mutated_values(valkey: Valkey, client: aiohttp.ClientSession, tmp
         await ask_all()
         for start in range(0, MUTATED, IN_BATCH):
             cases = CASES[start : start + IN_BATCH]
-            names = [getattr(key, case.where) for key, case in zip(keys, cases, strict=True)]
+            names = [key[case.where] for key, case in zip(keys, cases, strict=True)]
             true = await redis.mget(names)
             # The next key of the same kind: the pattern of kinds is as long as WHERE.
             others = [*true[len(WHERE) :], *true[: len(WHERE)]]
@@ -374,13 +374,14 @@ async def test_mutated_values(valkey: Valkey, client: aiohttp.ClientSession, tmp
         assert (await lookups(at.admin))["corrupt"] == MUTATED
 
 
-def keys_of(pairs: Sequence[tuple[Token, Snapshot]], secret: Path) -> list[EntryKeys]:
-    """Name what the look-ups of callers for snapshots read."""
+def keys_of(pairs: Sequence[tuple[Token, Snapshot]], secret: Path) -> list[tuple[bytes, ...]]:
+    """Name what the look-ups of callers for snapshots read: the entry, and its stamps."""
     keyring, layout = Keyring(secret.read_bytes().rstrip(b"\n")), Keys("snapshot-proxy")
-    return [
+    named = (
         layout.of(EntryKey(keyring.partition(CallerToken(caller.value)), snapshot.id))
         for caller, snapshot in pairs
-    ]
+    )
+    return [(key.entry, *key.stamps) for key in named]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from random import Random
 from typing import Any, Self
 
 import pytest
-from redis.asyncio import Redis
 from support import DEADLINE_S, Valkey, free_port, until
 
 from proxy.storage import link as link_module
@@ -352,32 +351,6 @@ async def test_every_attempt_to_connect_ends(valkey: Valkey) -> None:
         assert not link.up
         valkey.resume()
         await until(lambda: link.up, "connected")
-    finally:
-        await link.close()
-
-
-async def test_a_connection_that_is_opened_too_late_is_closed(valkey: Valkey) -> None:
-    """redis-py may ignore that it was cancelled: what it then opens does not stay open."""
-    clients: list[Redis] = []
-
-    class Deaf(Redis):
-        async def ping(self, **_: Any) -> bool:
-            with suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-            return await super().ping()
-
-    def connect() -> Redis:
-        make = Deaf if len(clients) < LANES else Redis
-        clients.append(make.from_url(valkey.url, max_connections=1))
-        return clients[-1]
-
-    link = Link(connect, timeout_s=PATIENT_S, connect_timeout_s=SHORT_S)
-    await link.start()
-    try:
-        await until(lambda: link._connected == LANES, "all lanes are connected")
-        await until(lambda: not link._tasks, "nothing is late any more")
-        ((connected,),) = [await link.ask(("CLIENT", "LIST"))]
-        assert len(connected.splitlines()) == LANES
     finally:
         await link.close()
 

@@ -4,15 +4,17 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from random import Random
+from typing import Any, NamedTuple
 
 import pytest
 from redis.asyncio import Redis
 from support import Valkey, until
 
-from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
+from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes, make_stamp
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, Partition, Token
+from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
 from proxy.storage import store as store_module
 from proxy.storage.connect import connector
 from proxy.storage.keys import Keys
@@ -25,13 +27,24 @@ KEYS = Keys("snapshot-proxy")
 MINE = EntryKey(KEYRING.partition(Token("mine")), "6372321")
 THEIRS = EntryKey(KEYRING.partition(Token("theirs")), MINE.snapshot_id)
 SIBLING = EntryKey(MINE.partition, "7372321")
+MY_LIST = ListKey(MINE.partition, "page=1&per_page=20")
+MY_OTHER_LIST = ListKey(MINE.partition, "page=2&per_page=20")
+THEIR_LIST = ListKey(THEIRS.partition, MY_LIST.query)
 ENTRY = Entry(200, b'{"snapshot":{}}', '"etag"', 1_000.25, Lifetimes(60, 60, 300))
 NEWER = replace(ENTRY, body=b'{"snapshot":{"id":"6372321"}}', called_at=1_030.5)
 STAMP_TTL_S = 900
 GUARD_S = 80
+GUARDED = Entry(200, b"x", '"etag"', 1_000.25, Lifetimes(5))
+"""Its own life is shorter than any fetch may take."""
+
+NEVER_OLDER = replace(GUARDED, called_at=4e9, seeded=True)
+
 PATIENT_S = 10.0
 SHORT_S = 0.1
 
+
+Key = EntryKey | ListKey
+KEPT: tuple[Key, ...] = (MINE, SIBLING, THEIRS, MY_LIST, MY_OTHER_LIST, THEIR_LIST)
 
 # -- helpers -----------------------------------------------------------------------------------
 
@@ -51,16 +64,16 @@ class Replica:
             observe=self.told.append,
         )
 
-    async def fill(self, key: EntryKey, entry: Entry = ENTRY) -> None:
+    async def fill(self, key: Key, entry: Entry = ENTRY) -> None:
         """Store an entry as a request does."""
         assert await self.store.put(key, entry, await self.basis(key))
         assert await self.entry(key) == entry
 
-    async def entry(self, key: EntryKey) -> Entry | None:
+    async def entry(self, key: Key) -> Entry | None:
         """Look up what would be served."""
         return (await self.store.lookup(key)).entry
 
-    async def basis(self, key: EntryKey) -> Basis:
+    async def basis(self, key: Key) -> Basis:
         """Look up what a fill would rest on."""
         basis = (await self.store.lookup(key)).basis
         assert basis is not None
@@ -118,20 +131,41 @@ async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
         yield client
 
 
-Ending = Callable[[Store], Awaitable[None]]
+class Ending(NamedTuple):
+    """One way to end something, what it ends of `KEPT`, and what nobody here reads while it is owed."""
+
+    end: Callable[[Store], Awaitable[bool]]
+    ends: frozenset[Key]
+    owed: frozenset[Key]
+    full: bool
+    """Whether a Redis that is full does it."""
 
 
-async def end_caller(store: Store) -> None:
-    """End what the caller has."""
-    await store.end_caller(MINE.partition)
+MY_OWN = frozenset({MINE, SIBLING, MY_LIST, MY_OTHER_LIST})
+MY_LISTS = frozenset({MY_LIST, MY_OTHER_LIST})
+FOR_ALL = frozenset({MINE, THEIRS, THEIR_LIST}) | MY_LISTS
+ALL = frozenset(KEPT)
+ENDINGS = {
+    "end_caller": Ending(lambda store: store.end_caller(MINE.partition), MY_OWN, MY_OWN, full=True),
+    "end_entry": Ending(lambda store: store.end_entry(MINE), MY_LISTS | {MINE}, MY_OWN, full=False),
+    "end_list": Ending(lambda store: store.end_entry(MY_LIST), MY_LISTS, MY_OWN, full=False),
+    "end_snapshots": Ending(
+        lambda store: store.end_snapshots([MINE.snapshot_id, "1"]), FOR_ALL, FOR_ALL, full=True
+    ),
+    "end_everything": Ending(Store.end_everything, ALL, ALL, full=True),
+}
+each_ending = pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 
 
-async def end_entry(store: Store) -> None:
-    """End the one entry."""
-    await store.end_entry(MINE)
+def names_of(key: Key) -> tuple[bytes, ...]:
+    """Name all that a lookup reads: the entry, and its stamps."""
+    names = KEYS.of(key)
+    return (names.entry, *names.stamps)
 
 
-ENDINGS = pytest.mark.parametrize("end", [end_caller, end_entry], ids=["end_caller", "end_entry"])
+def seed_of(entry: Entry) -> Entry:
+    """Make the entry that a list would leave."""
+    return replace(entry, seeded=True)
 
 
 # -- the layout --------------------------------------------------------------------------------
@@ -143,26 +177,54 @@ def test_the_names_of_keys() -> None:
     names = Keys("a:prefix").of(EntryKey(partition, "42"))
     assert names == (
         b"a:prefix:1:{0123456789abcdef0123456789abcdef}:snap:42",
-        b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen",
-        b"a:prefix:1:ver:42",
-        b"a:prefix:1:all",
+        (
+            b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen",
+            b"a:prefix:1:ver:42",
+            b"a:prefix:1:all",
+        ),
     )
-    assert Keys("a:prefix").caller(partition) == names.caller
-    assert Keys("a:prefix").secret == b"a:prefix:1:secret"
+    lists = Keys("a:prefix").of(ListKey(partition, "page=1&per_page=20"))
+    assert lists == (
+        b"a:prefix:1:{0123456789abcdef0123456789abcdef}:list:page=1&per_page=20",
+        (
+            b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen",
+            b"a:prefix:1:{0123456789abcdef0123456789abcdef}:lists",
+            b"a:prefix:1:lists",
+            b"a:prefix:1:all",
+        ),
+    )
+    keys = Keys("a:prefix")
+    assert (keys.caller(partition), keys.snapshot("42"), keys.everything) == names.stamps
+    assert (keys.caller(partition), keys.lists_of(partition), keys.lists, keys.everything) == lists.stamps
+    assert keys.secret == b"a:prefix:1:secret"
 
 
 async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
     """There are these keys and no others, each with a TTL: an entry's retention, longer for its stamps."""
     await one.fill(MINE)
+    await one.fill(MY_LIST)
+    await one.store.seed(MY_LIST.partition, {SIBLING.snapshot_id: ENTRY}, await one.basis(MY_LIST))
     await one.store._pulse()
     ttls = {name: await redis.ttl(name) for name in await redis.keys()}
-    names = KEYS.of(MINE)
-    assert ttls.keys() == {*names, KEYS.secret}
+    assert ttls.keys() == {*names_of(MINE), *names_of(MY_LIST), *names_of(SIBLING), KEYS.secret}
     assert 0 < ttls.pop(KEYS.secret) <= 60
-    assert ENTRY.lifetimes.retention_s - 5 < ttls.pop(names.entry) <= ENTRY.lifetimes.retention_s
+    for key in (MINE, MY_LIST, SIBLING):
+        assert ENTRY.lifetimes.retention_s - 5 < ttls.pop(KEYS.of(key).entry) <= ENTRY.lifetimes.retention_s
     assert all(STAMP_TTL_S - 5 < ttl <= STAMP_TTL_S for ttl in ttls.values())
+    for key in (MINE, MY_LIST):
+        await one.store.end_entry(key)
+        assert GUARD_S - 5 < await redis.ttl(KEYS.of(key).entry) <= GUARD_S
+
+
+async def test_what_takes_the_place_of_an_ending_guards_it_as_long(one: Replica, redis: Redis) -> None:
+    """An empty place would let in a fetch that began before the ending."""
     await one.store.end_entry(MINE)
-    assert GUARD_S - 5 < await redis.ttl(names.entry) <= GUARD_S
+    await one.store.end_entry(SIBLING)
+    await one.fill(MINE, GUARDED)
+    await one.store.seed(MINE.partition, {SIBLING.snapshot_id: NEVER_OLDER}, await one.basis(MY_LIST))
+    assert await one.entry(SIBLING) == NEVER_OLDER
+    for key in (MINE, SIBLING):
+        assert GUARD_S - 5 < await redis.ttl(KEYS.of(key).entry) <= GUARD_S
 
 
 async def test_nothing_in_redis_shows_a_token(one: Replica, redis: Redis) -> None:
@@ -173,19 +235,32 @@ async def test_nothing_in_redis_shows_a_token(one: Replica, redis: Redis) -> Non
         assert b"dop_v1_secret" not in name + await redis.get(name)
 
 
-async def test_a_fill_lengthens_the_life_of_its_stamps(one: Replica, redis: Redis) -> None:
+@pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["single", "list"])
+async def test_a_fill_lengthens_the_life_of_its_stamps(one: Replica, redis: Redis, key: Key) -> None:
     """A stamp outlives each entry that rests on it, and no fill shortens it."""
-    names = KEYS.of(MINE)
-    basis = await one.basis(MINE)
-    for name in names[1:]:
+    names = KEYS.of(key).stamps
+    basis = await one.basis(key)
+    for name in names:
         await redis.expire(name, 20)
-    assert await one.store.put(MINE, ENTRY, basis)
-    for name in names[1:]:
+    assert await one.store.put(key, ENTRY, basis)
+    for name in names:
         assert await redis.ttl(name) > STAMP_TTL_S - 5
         await redis.expire(name, 10 * STAMP_TTL_S)
-    assert await one.store.put(MINE, NEWER, await one.basis(MINE))
-    for name in names[1:]:
+    assert await one.store.put(key, NEWER, await one.basis(key))
+    for name in names:
         assert await redis.ttl(name) > 9 * STAMP_TTL_S
+
+
+async def test_seeds_lengthen_the_life_of_their_stamps(one: Replica, redis: Redis) -> None:
+    """Those of the seeds, and those that seeds share with the list."""
+    names = {*KEYS.of(MY_LIST).stamps, *KEYS.of(SIBLING).stamps}
+    basis = await one.basis(MY_LIST)
+    await one.basis(SIBLING)
+    for name in names:
+        await redis.expire(name, 20)
+    await one.store.seed(MY_LIST.partition, {SIBLING.snapshot_id: ENTRY}, basis)
+    for name in names:
+        assert await redis.ttl(name) > STAMP_TTL_S - 5
 
 
 # -- miss, fill, hit ---------------------------------------------------------------------------
@@ -193,10 +268,11 @@ async def test_a_fill_lengthens_the_life_of_its_stamps(one: Replica, redis: Redi
 
 async def test_a_fill_is_everybodys_hit(one: Replica, two: Replica) -> None:
     """What one replica stored, another finds; another caller and another snapshot do not."""
-    await one.fill(MINE)
-    assert await two.entry(MINE) == ENTRY
-    assert await two.entry(THEIRS) is None
-    assert await two.entry(SIBLING) is None
+    for key, others in ((MINE, (THEIRS, SIBLING)), (MY_LIST, (THEIR_LIST, MY_OTHER_LIST))):
+        await one.fill(key)
+        assert await two.entry(key) == ENTRY
+        for other in others:
+            assert await two.entry(other) is None
 
 
 async def test_racing_replicas_agree_on_stamps(one: Replica, two: Replica) -> None:
@@ -244,91 +320,239 @@ async def test_a_fill_ends_well_though_its_predecessor_was_evicted(one: Replica,
 # -- what ends entries -------------------------------------------------------------------------
 
 
-@ENDINGS
-async def test_an_ending_counts_on_every_replica(one: Replica, two: Replica, end: Ending) -> None:
-    """What one replica ended, no replica serves; it may be filled anew; another caller keeps its own."""
-    await one.fill(MINE)
-    await one.fill(SIBLING)
-    await one.fill(THEIRS)
-    await end(one.store)
-    assert await one.entry(MINE) is None
-    assert await two.entry(MINE) is None
-    assert await two.entry(THEIRS) == ENTRY
-    assert await two.entry(SIBLING) == (None if end is end_caller else ENTRY)
-    await two.fill(MINE, NEWER)
-    assert await one.entry(MINE) == NEWER
+async def hits(who: Replica) -> set[Key]:
+    """Look up everything, and give what there is."""
+    return {key for key in KEPT if await who.entry(key) is not None}
 
 
-@ENDINGS
+@each_ending
+async def test_an_ending_counts_on_every_replica(one: Replica, two: Replica, ending: Ending) -> None:
+    """What one replica ended, no replica serves, and all else stays; it may be filled anew."""
+    for key in KEPT:
+        await one.fill(key)
+    assert await ending.end(one.store)
+    assert one.told[-1] == StoreOperation("end", "ok")
+    assert await hits(one) == await hits(two) == ALL - ending.ends
+    for key in ending.ends:
+        await two.fill(key, NEWER)
+        assert await one.entry(key) == NEWER
+    assert await hits(one) == ALL
+
+
+@each_ending
 @pytest.mark.parametrize("before", ["nothing", "an entry", "another ending"])
 async def test_a_fill_that_began_before_an_ending_counts_for_nothing(
-    one: Replica, two: Replica, end: Ending, before: str
+    one: Replica, two: Replica, ending: Ending, before: str
 ) -> None:
     """Whatever the fill saw when it began: what it brings after the ending is served to nobody."""
     if before == "an entry":
-        await one.fill(MINE)
+        for key in KEPT:
+            await one.fill(key)
     elif before == "another ending":
-        await end(one.store)
-    in_flight = await two.basis(MINE)
-    await end(one.store)
-    await two.store.put(MINE, ENTRY, in_flight)
-    assert await one.entry(MINE) is None
-    assert await two.entry(MINE) is None
-    await one.fill(MINE, NEWER)
+        await ending.end(one.store)
+    in_flight = {key: await two.basis(key) for key in ending.ends}
+    await ending.end(one.store)
+    for key, basis in in_flight.items():
+        await two.store.put(key, ENTRY, basis)
+    for who in (one, two):
+        assert not await hits(who) & ending.ends
+    for key in ending.ends:
+        await one.fill(key, NEWER)
 
 
-@pytest.mark.parametrize("place", [1, 2, 3], ids=["caller", "snapshot", "everything"])
-async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, place: int) -> None:
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        pytest.param(MINE, 1, id="caller"),
+        pytest.param(MINE, 2, id="snapshot"),
+        pytest.param(MINE, 3, id="everything"),
+        pytest.param(MY_LIST, 1, id="list-caller"),
+        pytest.param(MY_LIST, 2, id="list-callers-lists"),
+        pytest.param(MY_LIST, 3, id="list-everybodys-lists"),
+        pytest.param(MY_LIST, 4, id="list-everything"),
+    ],
+)
+async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, key: Key, place: int) -> None:
     """An evicted or replaced stamp ends what rests on it, in flight or stored, and a new one is made."""
-    await one.fill(MINE)
-    in_flight = await one.basis(MINE)
-    await redis.delete(KEYS.of(MINE)[place])
-    assert await one.entry(MINE) is None
-    await one.store.put(MINE, ENTRY, in_flight)
-    assert await one.entry(MINE) is None
-    await one.fill(MINE, NEWER)
+    await one.fill(key)
+    in_flight = await one.basis(key)
+    await redis.delete(names_of(key)[place])
+    assert await one.entry(key) is None
+    await one.store.put(key, ENTRY, in_flight)
+    assert await one.entry(key) is None
+    await one.fill(key, NEWER)
 
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_no_order_of_events_brings_back_what_ended(
     one: Replica, two: Replica, redis: Redis, seed: int
 ) -> None:
-    """At random: looks, fills that end in any order, endings, evictions. What began before an ending is gone.
+    """At random: looks, fills and seeds that end in any order, endings, evictions.
 
-    Each entry carries the number of endings that were done when its fill began.
+    What began before an ending is gone. Each entry carries the number of endings that were done when its
+    fill began.
     """
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
-    endings = {MINE: 0, THEIRS: 0, SIBLING: 0}
-    flying: list[tuple[EntryKey, Basis, Entry]] = []
-    hits = 0
-    for step in range(300):
+    endings = dict.fromkeys(KEPT, 0)
+    flying: list[Callable[[Store], Awaitable[object]]] = []
+    seen = dict.fromkeys(["single", "list", "seed"], 0)
+
+    def made(key: Key, step: int) -> Entry:
+        return replace(ENTRY, body=f"{key} {endings[key]}".encode(), called_at=step)
+
+    for step in range(500):
         store = chance.choice((one, two)).store
-        key = chance.choice([*endings])
-        match chance.choice(["look", "land"] * 8 + ["end", "evict"]):
+        key = chance.choice(KEPT)
+        match chance.choice(["look", "land"] * 12 + ["end", "evict"]):
             case "look":
                 entry, basis = await store.lookup(key)
-                assert entry is None or entry.body == f"{key} {endings[key]}".encode()
-                hits += entry is not None
+                if entry is not None:
+                    assert entry.body == f"{key} {endings[key]}".encode()
+                    seen["list" if isinstance(key, ListKey) else "seed" if entry.seeded else "single"] += 1
                 assert basis is not None
-                body = f"{key} {endings[key]}".encode()
-                flying.append((key, basis, replace(ENTRY, body=body, called_at=step)))
+                flying.append(partial(Store.put, key=key, entry=made(key, step), basis=basis))
+                if isinstance(key, ListKey):
+                    singles = [one for one in (MINE, SIBLING, THEIRS) if one.partition == key.partition]
+                    seeds = {one.snapshot_id: seed_of(made(one, step)) for one in singles}
+                    flying.append(partial(Store.seed, partition=key.partition, seeds=seeds, basis=basis))
             case "land" if flying:
-                await store.put(*_reordered(flying.pop(chance.randrange(len(flying)))))
-            case "end" if chance.random() < 0.5:
-                await store.end_entry(key)
-                endings[key] += 1
+                await flying.pop(chance.randrange(len(flying)))(store)
             case "end":
-                await store.end_caller(key.partition)
-                for other in endings:
-                    endings[other] += other.partition == key.partition
+                ending = chance.choice([*ENDINGS.values()])
+                assert await ending.end(store)
+                for ended in ending.ends:
+                    endings[ended] += 1
             case "evict":
-                await redis.delete(KEYS.of(key)[chance.randrange(1, 4)])
-    assert hits > 20
+                await redis.delete(chance.choice(names_of(key)[1:]))
+    assert min(seen.values()) > 10
 
 
-def _reordered(flight: tuple[EntryKey, Basis, Entry]) -> tuple[EntryKey, Entry, Basis]:
-    key, basis, entry = flight
-    return key, entry, basis
+# -- seeds -------------------------------------------------------------------------------------
+
+SEEDS = {MINE.snapshot_id: seed_of(ENTRY), SIBLING.snapshot_id: seed_of(NEWER)}
+LATER_SEEDS = dict.fromkeys(SEEDS, NEVER_OLDER)
+
+
+async def test_seeds_are_everybodys_hits(one: Replica, two: Replica) -> None:
+    """What a list left at one replica, another finds; another caller does not."""
+    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert one.told[-1] == StoreOperation("seed", "ok")
+    assert await two.entry(MINE) == seed_of(ENTRY)
+    assert await two.entry(SIBLING) == seed_of(NEWER)
+    assert await two.entry(THEIRS) is None
+
+
+async def test_a_seed_and_a_fill_rest_on_the_same_stamps(one: Replica) -> None:
+    """A fill in flight is stored over a seed that came after its look, or not, as over any fill."""
+    before = await one.basis(MINE)
+    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert not await one.store.put(MINE, NEWER, before)
+    assert await one.entry(MINE) == seed_of(ENTRY)
+    await one.fill(MINE, NEWER)
+
+
+@pytest.mark.parametrize(
+    ("stands", "seeded"),
+    [
+        pytest.param(replace(ENTRY, called_at=1_000.125), True, id="older"),
+        pytest.param(ENTRY, True, id="of-the-same-instant"),
+        pytest.param(replace(ENTRY, called_at=1_000.375), False, id="younger"),
+        pytest.param(replace(ENTRY, called_at=0.0), True, id="much-older"),
+        pytest.param(replace(ENTRY, called_at=-1.0), True, id="before-the-epoch"),
+        pytest.param(replace(ENTRY, called_at=4e9), False, id="much-younger"),
+    ],
+)
+async def test_a_seed_never_replaces_what_was_called_later(one: Replica, stands: Entry, seeded: bool) -> None:
+    """An entry whose call began later is younger than the list; the other seeds are stored all the same."""
+    stands = replace(stands, body=b"single")
+    await one.fill(MINE, stands)
+    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert await one.entry(MINE) == (SEEDS[MINE.snapshot_id] if seeded else stands)
+    assert await one.entry(SIBLING) == SEEDS[SIBLING.snapshot_id]
+
+
+@pytest.mark.parametrize(
+    ("value", "seeded"),
+    [
+        pytest.param(b"", True, id="empty"),
+        pytest.param(b"somebody else's", True, id="short"),
+        pytest.param([b"x"], True, id="of-another-type"),
+        pytest.param(b"somebody else's, with letters for a time", False, id="that-looks-younger"),
+    ],
+)
+async def test_a_seed_where_something_foreign_stands(
+    one: Replica, redis: Redis, value: Any, seeded: bool
+) -> None:
+    """It is replaced, whatever its type; what looks like an entry called later, once looked at."""
+    name = KEYS.of(MINE).entry
+    await (redis.lpush(name, *value) if isinstance(value, list) else redis.set(name, value))
+    basis = await one.basis(MY_LIST)
+    await one.store.seed(MINE.partition, SEEDS, basis)
+    assert await one.entry(MINE) == (SEEDS[MINE.snapshot_id] if seeded else None)
+    await one.store.seed(MINE.partition, SEEDS, basis)
+    assert await one.entry(MINE) == SEEDS[MINE.snapshot_id]
+
+
+@each_ending
+async def test_seeds_that_began_before_an_ending_count_for_nothing(
+    one: Replica, two: Replica, ending: Ending
+) -> None:
+    """Where anything of the list's ended since its look, none of its snapshots is stored."""
+    in_flight = await two.basis(MY_LIST)
+    await ending.end(one.store)
+    await two.store.seed(MINE.partition, SEEDS, in_flight)
+    assert await hits(one) == set()
+    await two.store.seed(MINE.partition, LATER_SEEDS, await two.basis(MY_LIST))
+    assert await hits(one) == {MINE, SIBLING}
+
+
+@each_ending
+@pytest.mark.parametrize("after", [1, 2], ids=["between-its-reading-and-its-writing", "after-its-writing"])
+async def test_seeds_that_an_ending_overtakes(one: Replica, two: Replica, ending: Ending, after: int) -> None:
+    """Also between the two steps of seeding: what ended is served to nobody."""
+    basis = await one.basis(MY_LIST)
+    ask = one.link.ask
+    asked = 0
+
+    async def ask_and_end(*commands: Command, deadline: float | None = None) -> list[Any]:
+        nonlocal asked
+        replies = await ask(*commands, deadline=deadline)
+        asked += 1
+        if asked == after:
+            await ending.end(two.store)
+        return replies
+
+    one.link.ask = ask_and_end
+    await one.store.seed(MINE.partition, SEEDS, basis)
+    one.link.ask = ask
+    assert asked == 2
+    for who in (one, two):
+        assert not await hits(who) & ending.ends
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param({}, id="none"),
+        pytest.param({"1": replace(ENTRY, lifetimes=Lifetimes(0))}, id="that-live-for-no-time"),
+    ],
+)
+async def test_nothing_to_seed(one: Replica, seeds: dict[str, Entry]) -> None:
+    """Redis hears nothing of it."""
+    basis = await one.basis(MY_LIST)
+    one.told.clear()
+    await one.store.seed(MINE.partition, seeds, basis)
+    assert one.told == []
+
+
+async def test_a_stamp_of_a_seed_that_is_not_ours(one: Replica, redis: Redis) -> None:
+    """Nothing is stored, and it is counted; a look at the snapshot mends it."""
+    await redis.set(KEYS.snapshot(MINE.snapshot_id), "somebody else's")
+    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert one.told[-1] == StoreOperation("seed", "corrupt")
+    assert await hits(one) == set()
+    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert await hits(one) == {MINE, SIBLING}
 
 
 # -- what is not what we wrote --------------------------------------------------------------------
@@ -358,31 +582,48 @@ async def _empty(redis: Redis, name: bytes) -> None:
 
 
 async def _of_another_caller(redis: Redis, name: bytes) -> None:
-    theirs = dict(zip(KEYS.of(MINE), KEYS.of(THEIRS), strict=True))[name]
-    if theirs == name:  # the stamps that all callers share: take the other one
-        theirs = (set(KEYS.of(MINE)[2:]) - {name}).pop()
+    theirs = {mine: other for pair in PAIRS for mine, other in zip(*map(names_of, pair), strict=True)}[name]
+    if theirs == name:  # the stamps that all callers share: take another one
+        shared = {one for pair in PAIRS for one in set(names_of(pair[0])) & set(names_of(pair[1]))}
+        theirs = min(shared - {name})
     await redis.copy(theirs, name, replace=True)
 
 
+PAIRS: list[tuple[Key, Key]] = [(MINE, THEIRS), (MY_LIST, THEIR_LIST)]
 DAMAGES = [_of_another_type, _flipped, _truncated, _foreign, _empty, _of_another_caller]
 
 
-@pytest.mark.parametrize("place", range(4), ids=["entry", "caller", "snapshot", "everything"])
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        pytest.param(MINE, 0, id="entry"),
+        pytest.param(MINE, 1, id="caller"),
+        pytest.param(MINE, 2, id="snapshot"),
+        pytest.param(MINE, 3, id="everything"),
+        pytest.param(MY_LIST, 0, id="list"),
+        pytest.param(MY_LIST, 1, id="list-caller"),
+        pytest.param(MY_LIST, 2, id="list-callers-lists"),
+        pytest.param(MY_LIST, 3, id="list-everybodys-lists"),
+        pytest.param(MY_LIST, 4, id="list-everything"),
+    ],
+)
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__.lstrip("_") for damage in DAMAGES])
 async def test_what_does_not_verify_is_a_miss(
-    one: Replica, redis: Redis, place: int, damage: Callable[[Redis, bytes], Awaitable[None]]
+    one: Replica, redis: Redis, key: Key, place: int, damage: Callable[[Redis, bytes], Awaitable[None]]
 ) -> None:
     """A value that we did not write there is served to nobody, deleted, and counted; a fill mends it."""
-    name = KEYS.of(MINE)[place]
-    await one.fill(THEIRS, NEWER)
-    await one.fill(MINE)
+    name = names_of(key)[place]
+    for other in (THEIRS, THEIR_LIST):
+        await one.fill(other, NEWER)
+    for mine in (MINE, MY_LIST):
+        await one.fill(mine)
     await damage(redis, name)
     damaged = await redis.dump(name)
     one.told.clear()
-    assert await one.entry(MINE) is None
+    assert await one.entry(key) is None
     assert one.told == [StoreOperation("lookup", "corrupt")]
     assert await redis.dump(name) != damaged
-    await one.fill(MINE)
+    await one.fill(key)
     assert one.told[-1] == StoreOperation("lookup", "ok")
 
 
@@ -403,7 +644,7 @@ async def test_a_stamp_that_somebody_else_makes_meanwhile(one: Replica, redis: R
 
     async def ask_and_lose_the_race(*commands: Command, deadline: float | None = None) -> list[object]:
         replies = await ask(*commands, deadline=deadline)
-        await redis.set(KEYS.of(MINE).everything, "somebody else's")
+        await redis.set(KEYS.everything, "somebody else's")
         return replies
 
     one.link.ask = ask_and_lose_the_race
@@ -424,62 +665,129 @@ async def test_redis_away_is_a_miss_with_a_reason(
 ) -> None:
     """Nothing raises, nothing is claimed to be stored, and the metrics tell why."""
     basis = await hasty.basis(MINE)
-    for operation, act in (
-        ("lookup", lambda: hasty.store.lookup(MINE)),
-        ("put", lambda: hasty.store.put(MINE, ENTRY, basis)),
+    list_basis = await hasty.basis(MY_LIST)
+    for operation, act, expected in (
+        ("lookup", lambda: hasty.store.lookup(MINE), UNAVAILABLE),
+        ("put", lambda: hasty.store.put(MINE, ENTRY, basis), False),
+        ("seed", lambda: hasty.store.seed(MINE.partition, SEEDS, list_basis), None),
     ):
         await hasty.connected()
         hasty.told.clear()
         await (valkey.kill() if how == "killed" else asyncio.to_thread(valkey.pause))
-        assert await act() in (UNAVAILABLE, False)
+        assert await act() == expected
         assert hasty.told == [StoreOperation(operation, outcome)]
         await (valkey.start() if how == "killed" else asyncio.to_thread(valkey.resume))
 
 
 async def test_an_operation_has_one_deadline(valkey: Valkey, hasty: Replica) -> None:
-    """A lookup of two round trips is given the time of one."""
+    """A lookup of two round trips is given the time of one, and so is seeding."""
+    basis = await hasty.basis(MY_LIST)
     valkey.pause()
     asked: list[float | None] = []
     ask = hasty.link.ask
 
     async def watched(*commands: object, deadline: float | None = None) -> list[object]:
         asked.append(deadline)
-        return [None, None, None, None] if len(asked) == 1 else await ask(*commands, deadline=deadline)
+        return first if len(asked) == 1 else await ask(*commands, deadline=deadline)
 
     hasty.link.ask = watched
+    first: list[object] = [None, None, None, None]
     assert await hasty.store.lookup(MINE) == UNAVAILABLE
     assert len(asked) == 2
     assert asked[0] is not None
     assert asked[0] == asked[1]
 
+    asked.clear()
+    name = KEYS.snapshot(MINE.snapshot_id)
+    first = [True, make_stamp(name, b"n" * 16), *basis.stamps]
+    await hasty.store.seed(MINE.partition, {MINE.snapshot_id: ENTRY}, basis)
+    assert hasty.told[-1].operation == "seed"
+    assert len(asked) == 2
+    assert asked[0] is not None
+    assert asked[0] == asked[1]
 
-@ENDINGS
+
+@each_ending
 async def test_an_ending_that_redis_did_not_hear_is_owed(
-    valkey: Valkey, hasty: Replica, two: Replica, end: Ending
+    valkey: Valkey, hasty: Replica, two: Replica, ending: Ending
 ) -> None:
-    """Until it is paid this replica reads nothing there, though Redis is back; then nobody does."""
-    await hasty.fill(MINE)
-    await hasty.fill(SIBLING)
-    await hasty.fill(THEIRS)
-    in_flight = await hasty.basis(MINE)
+    """Until it is paid this replica neither reads nor stores there, though Redis is back; then nobody does.
+
+    One entry of a caller's is owed as all of the caller's: a stamp is what can be deleted late.
+    """
+    for key in KEPT:
+        await hasty.fill(key)
+    in_flight = {key: await hasty.basis(key) for key in KEPT}
     valkey.pause()
-    await end(hasty.store)
+    assert not await ending.end(hasty.store)
     assert hasty.told[-1] == StoreOperation("end", "timeout")
-    await end(hasty.store)
+    assert not await ending.end(hasty.store)
     valkey.resume()
     await hasty.connected()
 
-    assert await hasty.store.lookup(MINE) == UNAVAILABLE
-    assert await hasty.entry(THEIRS) == ENTRY
-    assert await hasty.entry(SIBLING) == (None if end is end_caller else ENTRY)
+    for key in KEPT:
+        if key in ending.owed:
+            assert await hasty.store.lookup(key) == UNAVAILABLE
+            assert not await hasty.store.put(key, ENTRY, in_flight[key])
+    assert await hits(hasty) == ALL - ending.owed
 
     await hasty.store._pulse()
     assert not hasty.store._owed
-    await hasty.store.put(MINE, ENTRY, in_flight)
+    for key in ending.owed:
+        await hasty.store.put(key, ENTRY, in_flight[key])
     for who in (hasty, two):
-        assert await who.entry(MINE) is None
-        assert await who.entry(THEIRS) == ENTRY
-    await hasty.fill(MINE, NEWER)
+        assert await hits(who) == ALL - ending.owed
+    for key in ending.owed:
+        await hasty.fill(key, NEWER)
+
+
+@each_ending
+async def test_nothing_is_seeded_where_an_ending_is_owed(
+    valkey: Valkey, hasty: Replica, two: Replica, ending: Ending
+) -> None:
+    """Before it is paid, and after it with what was seen before it."""
+    in_flight = await hasty.basis(MY_LIST)
+    valkey.pause()
+    await ending.end(hasty.store)
+    valkey.resume()
+    await hasty.connected()
+    await hasty.store.seed(MINE.partition, SEEDS, in_flight)
+    assert await hits(two) == set()
+    await hasty.store._pulse()
+    await hasty.store.seed(MINE.partition, SEEDS, in_flight)
+    assert await hits(two) == set()
+    await hasty.store.seed(MINE.partition, LATER_SEEDS, await hasty.basis(MY_LIST))
+    assert await hits(two) == {MINE, SIBLING}
+
+
+async def test_only_what_is_owed_is_left_out_of_seeds(valkey: Valkey, hasty: Replica, two: Replica) -> None:
+    """What one write left undone for one snapshot keeps no other one of the list from being seeded."""
+    valkey.pause()
+    await hasty.store.end_snapshots([MINE.snapshot_id])
+    valkey.resume()
+    await hasty.connected()
+    del hasty.store._owed[KEYS.lists]  # paid; the snapshot's own is not
+    await hasty.store.seed(MINE.partition, SEEDS, await hasty.basis(MY_LIST))
+    assert await hits(two) == {SIBLING}
+
+
+async def test_debts_are_paid_lists_first(valkey: Valkey, one: Replica) -> None:
+    """Whoever seeds reads a snapshot's stamp before the lists': it relies on this order of endings."""
+    await valkey.kill()
+    await one.store.end_caller(MINE.partition)
+    await one.store.end_snapshots([MINE.snapshot_id])
+    sent: list[Command] = []
+
+    async def watched(*commands: Command) -> list[object]:
+        sent.extend(commands)
+        raise Unavailable(too_slow=False)
+
+    one.link.ask = watched
+    with pytest.raises(Unavailable):
+        await one.store._pulse()
+    deleted = [name for verb, name, *_ in sent if verb == "DEL"]
+    assert deleted[0] == KEYS.lists
+    assert {*deleted} == {KEYS.lists, KEYS.snapshot(MINE.snapshot_id), KEYS.caller(MINE.partition)}
 
 
 async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
@@ -512,12 +820,22 @@ async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
 
 
 async def test_debts_are_bounded(valkey: Valkey, one: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many endings are owed at most; one that is owed already takes no more room."""
+    """So many stamps are owed at most; one that is owed takes no more room, and others are owed as all."""
     monkeypatch.setattr(store_module, "MOST_OWED", 2)
+    await one.fill(MINE)
     await valkey.kill()
-    for number in (1, 2, 3, 2, 1):
+    owed = [KEYS.caller(Partition(f"{number:032}")) for number in (1, 2)]
+    for number in (1, 2, 2, 1):
         await one.store.end_caller(Partition(f"{number:032}"))
-    assert [*one.store._owed] == [KEYS.caller(Partition(f"{number:032}")) for number in (1, 2)]
+    assert [*one.store._owed] == owed
+    for number in (3, 4, 2, 1):
+        await one.store.end_caller(Partition(f"{number:032}"))
+    assert [*one.store._owed] == [*owed, KEYS.everything]
+    await valkey.start()
+    await one.connected()
+    assert await one.store.lookup(MINE) == UNAVAILABLE
+    await one.store._pulse()
+    await one.fill(MINE)
 
 
 async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +845,7 @@ async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.Mon
         await valkey.kill()
         await one.store.end_caller(MINE.partition)
         await until(lambda: not one.store.up, "the heartbeat notices")
-        await one.store.end_entry(MINE)
+        await one.store.end_entry(THEIRS)
         assert len(one.store._owed) == 2
         await valkey.start()
         await until(lambda: not one.store._owed, "paid")
@@ -562,14 +880,16 @@ async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
 ) -> None:
     """What it holds is served; what it cannot keep is not claimed to be stored; no secret is doubted."""
     await one.fill(MINE)
-    basis = await one.basis(MINE)
+    basis, list_basis = await one.basis(MINE), await one.basis(MY_LIST)
     await refuse(redis)
     assert await one.entry(MINE) == ENTRY
     one.told.clear()
     assert not await one.store.put(MINE, NEWER, basis)
     await one.connected()
     assert await one.store.lookup(SIBLING) == UNAVAILABLE
-    assert one.told == [StoreOperation("put", "error"), StoreOperation("lookup", "error")]
+    await one.connected()
+    await one.store.seed(MINE.partition, SEEDS, list_basis)
+    assert one.told == [StoreOperation(operation, "error") for operation in ("put", "lookup", "seed")]
     await one.connected()
     await one.store._pulse()
     assert not one.store.secret_mismatch
@@ -579,28 +899,40 @@ async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
 
 
 @REFUSALS
-@ENDINGS
+@each_ending
 async def test_an_ending_that_redis_refuses_is_owed(
-    one: Replica, two: Replica, redis: Redis, end: Ending, refuse: Refusal
+    one: Replica, two: Replica, redis: Redis, ending: Ending, refuse: Refusal
 ) -> None:
     """A full Redis ends what it holds all the same; what it refuses is done later, and not read before."""
-    await one.fill(MINE)
-    in_flight = await one.basis(MINE)
+    for key in KEPT:
+        await one.fill(key)
+    in_flight = {key: await one.basis(key) for key in KEPT}
     await refuse(redis)
-    await end(one.store)
+    done = await ending.end(one.store)
+    assert done is (refuse is full and ending.full)
     await one.connected()
-    assert await one.entry(MINE) is None
+    assert not await hits(one) & ending.ends
     if refuse is full:
-        assert await two.entry(MINE) is None
-    await one.store._pulse()
+        assert not await hits(two) & ending.ends
+    paying = one.store._pulse()
+    if refuse is full:
+        await paying
+    else:
+        with pytest.raises(Unavailable):
+            await paying
+        assert one.store._owed
     await one.connected()
-    assert await one.entry(MINE) is None
+    assert not await hits(one) & ending.ends
     await better(redis)
+    await one.connected()
     await one.store._pulse()
     assert not one.store._owed
-    await one.store.put(MINE, ENTRY, in_flight)
-    assert await two.entry(MINE) is None
-    await two.fill(MINE, NEWER)
+    for key in ending.ends:
+        await one.store.put(key, ENTRY, in_flight[key])
+    for who in (one, two):
+        assert not await hits(who) & ending.ends
+    for key in ending.ends:
+        await two.fill(key, NEWER)
 
 
 # -- secrets -----------------------------------------------------------------------------------

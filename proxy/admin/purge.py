@@ -1,0 +1,96 @@
+"""`POST /purge`: end what is cached of some snapshots, or of all, for everybody and on every replica.
+
+Whoever may purge has the admin token; without one configured, whoever is on this machine, and not somebody
+for whom a proxy on this machine asks.
+"""
+
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
+from proxy.core.identity import SnapshotId
+from proxy.edge.answers import error_response
+
+MOST_IDS = 1000
+
+_FORWARDED = ("Forwarded", "X-Forwarded-For")
+
+
+class Forbidden(ProxyError):
+    """The admin listener lets nobody purge from where this comes."""
+
+    status = HTTPStatus.FORBIDDEN
+    id = "forbidden"
+    proxy_error = "http_request_denied"
+
+
+class Pending(ProxyError):
+    """Redis is away: the purge is owed, and done when it is back."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    id = "invalidation_pending"
+    retry_after_s = RETRY_AFTER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """The handler. `end` ends these snapshots, all for None, and tells whether it is done.
+
+    `token` is the admin token, or empty; `on_loopback` tells that the listener is bound to this machine.
+    """
+
+    end: Callable[[Sequence[str] | None], Awaitable[bool]]
+    token: bytes
+    on_loopback: bool
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        """Answer `{"ids": […]}` or `{"all": true}` with how many snapshots were purged."""
+        try:
+            self._authorize(request)
+            ids = await _ids(request)
+            if not await self.end(ids):
+                raise Pending("Redis does not answer; the purge is kept, and done when it does")
+        except ProxyError as error:
+            return error_response(error)
+        return web.json_response({"purged": "all" if ids is None else len(ids)})
+
+    def _authorize(self, request: web.Request) -> None:
+        if self.token:
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            right = hmac.compare_digest(given.encode(errors="surrogateescape"), self.token)
+            if scheme.lower() != "bearer" or not right:
+                raise Unauthorized("send the admin token as 'Authorization: Bearer <token>'")
+        elif not self.on_loopback:
+            raise Forbidden("set admin.token_file, or bind the admin listener to loopback")
+        elif any(header in request.headers for header in _FORWARDED):
+            raise Forbidden("set admin.token_file to purge through another proxy")
+
+
+async def _ids(request: web.Request) -> list[str] | None:
+    """Read the ids, or None for all."""
+    if request.content_type != "application/json":
+        raise BadRequest("send application/json")
+    try:
+        asked: Any = orjson.loads(await request.read())
+    except orjson.JSONDecodeError:
+        raise BadRequest("the body is not JSON") from None
+    match asked:
+        case {"all": True, **rest} if not rest:
+            return None
+        case {"ids": [_, *_] as ids, **rest} if not rest and len(ids) <= MOST_IDS:
+            return [_cached_id(one) for one in ids]
+        case _:
+            raise BadRequest(f'send {{"ids": […]}} with 1 to {MOST_IDS} ids, or {{"all": true}}')
+
+
+def _cached_id(value: Any) -> str:
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not (snapshot_id := SnapshotId.parse(text)).cacheable:
+        raise BadRequest("a snapshot id is a number or a UUID")
+    return snapshot_id.text

@@ -1,0 +1,183 @@
+"""The rest of the API: which targets may be forwarded, which headers travel, and what a write ends.
+
+The table at the end holds every write to other paths that changes a snapshot or a list, as the API's
+documentation has them. What changes later than its request (a transfer, a destruction) is bounded by the TTL.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from proxy.core.errors import BadRequest
+from proxy.core.identity import Partition, SnapshotId, Token
+
+MOST_READ_BYTES = 65_536
+"""Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
+
+MOST_NAMED = 100
+"""So many ids of a body end one by one; with more of them all of the caller's end, which is one step."""
+
+_SEGMENT = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._~:@!$&'()*+,=-]+")
+_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%\[\]|{}^`\"<>\\-]*")
+_OF_SNAPSHOTS = re.compile(r"snapshots(?![A-Za-z0-9_-])", re.IGNORECASE)  # snapshots.json too
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# With one of these, some servers take a request for another one than its request line says.
+_OVERRIDES = frozenset(
+    {"x-http-method", "x-http-method-override", "x-method-override", "x-original-url", "x-rewrite-url"}
+)
+_NOT_FORWARDED = _HOP_BY_HOP | _OVERRIDES | {"authorization", "cookie", "expect", "host", "x-request-id"}
+_NOT_RETURNED = _HOP_BY_HOP | {"retry-after", "server", "set-cookie", "set-cookie2", "x-request-id"}
+
+
+def passthrough_target(path: str, query: str) -> str:
+    """Check a raw path and query of the API, and give them back as one target.
+
+    Raises BadRequest for a dot, empty or encoded segment, and for what could be read as a path of snapshots:
+    two readings of one path are how a write slips past a cache.
+    """
+    segments = path.removeprefix("/").removesuffix("/").split("/")
+    if not all(map(_SEGMENT.fullmatch, segments)):
+        raise BadRequest("dot, empty and encoded segments of a path are not forwarded")
+    if any(map(_OF_SNAPSHOTS.match, segments[1:2])):
+        raise BadRequest("snapshots are under /v2/snapshots, in lower case")
+    if not _QUERY.fullmatch(query):
+        raise BadRequest("the query holds characters that belong percent-encoded")
+    return f"{path}?{query}" if query else path
+
+
+def forwarded_headers(headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Give the caller's headers that go up (RFC 9110 §7.6.1)."""
+    return _end_to_end(headers, _NOT_FORWARDED)
+
+
+def returned_headers(headers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Give the upstream's headers that come back."""
+    return _end_to_end(headers, _NOT_RETURNED)
+
+
+def _end_to_end(headers: Iterable[tuple[str, str]], dropped: frozenset[str]) -> Iterator[tuple[str, str]]:
+    pairs = list(headers)
+    named = {
+        name.strip().lower()
+        for header, value in pairs
+        if header.lower() == "connection"
+        for name in value.split(",")
+    }
+    return ((name, value) for name, value in pairs if name.lower() not in dropped | named)
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarding:
+    """One request to another path of the API, as it goes up: `target` is checked, `headers` may travel."""
+
+    method: str
+    target: str
+    headers: tuple[tuple[str, str], ...]
+    token: Token
+    partition: Partition
+    request_id: str
+    caller: str
+
+
+# -- what a write ends -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EndsForAll:
+    """What anybody keeps of this snapshot."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndsForCaller:
+    """What the caller keeps of these snapshots; of all, where there are none."""
+
+    snapshot_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndsWhatBodyNames:
+    """What the caller keeps of the snapshots that the request's body names: `ends_of_body` tells them."""
+
+
+Ends = EndsForAll | EndsForCaller
+
+_WRITES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (methods, re.compile(path, re.IGNORECASE))
+    for methods, path in (
+        ("DELETE", r"/v2/volumes/snapshots/(?P<snapshot>[^/]+)"),
+        ("PUT DELETE", r"/v2/images/(?P<snapshot>[^/]+)"),
+        ("POST", r"/v2/images/(?P<snapshot>[^/]+)/actions"),
+        ("POST DELETE", r"/v2/tags/[^/]+/(?P<body>resources)"),
+        ("DELETE", r"/v2/tags/[^/]+"),
+        ("POST", r"/v2/volumes/[^/]+/snapshots"),
+        ("POST", r"/v2/droplets/[^/]+/actions"),
+        ("POST", r"/v2/droplets/actions"),
+        ("POST", r"/v2/droplets/[^/]+/destroy_with_associated_resources/retry"),
+        ("DELETE", r"/v2/droplets(/.*)?"),
+        ("DELETE", r"/v2/kubernetes/clusters/.*"),
+        ("DELETE", r"/v2/volumes(/[^/]+)?"),
+    )
+)
+
+
+def ends(method: str, target: str) -> Ends | EndsWhatBodyNames | None:
+    """Tell what a request to another path of the API ends, if it succeeds or may have; None for nothing."""
+    path = target.partition("?")[0].removesuffix("/")
+    for methods, pattern in _WRITES:
+        match = pattern.fullmatch(path)
+        if match is None or method not in methods.split():
+            continue
+        groups = match.groupdict()
+        if groups.get("body"):
+            return EndsWhatBodyNames()
+        if groups.get("snapshot"):
+            snapshot_id = SnapshotId.parse(groups["snapshot"]) if _is_id(groups["snapshot"]) else None
+            return EndsForCaller() if snapshot_id is None else EndsForAll(snapshot_id.text)
+        return EndsForCaller()
+    return None
+
+
+def ends_of_body(body: bytes | None) -> EndsForCaller | None:
+    """Read the body of a write to a tag's resources, None where it was not read to its end.
+
+    Gives None where it names no snapshot.
+    """
+    try:
+        named: Any = None if body is None else orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return EndsForCaller()
+    match named:
+        case {"resources": list(resources)} if all(isinstance(one, dict) for one in resources):
+            kinds = {"image", "volume_snapshot"}
+            ids = [str(one.get("resource_id")) for one in resources if one.get("resource_type") in kinds]
+        case _:
+            return EndsForCaller()
+    if not ids:
+        return None
+    if len(ids) > MOST_NAMED or not all(map(_is_id, ids)):
+        return EndsForCaller()
+    return EndsForCaller(tuple(SnapshotId.parse(one).text for one in ids))
+
+
+def _is_id(text: str) -> bool:
+    try:
+        return SnapshotId.parse(text).cacheable
+    except BadRequest:
+        return False

@@ -1,0 +1,144 @@
+"""Every other `/v2/…` request, streamed both ways: for clients that have one base URL for everything.
+
+Nothing is held, cached, decompressed or followed. What a write changes of snapshots has ended when its answer
+begins, and where no answer comes.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from http import HTTPStatus
+
+from aiohttp import HttpVersion11, web
+from multidict import CIMultiDict
+
+from proxy.core.errors import RETRY_AFTER_S, RETRYABLE, BadRequest, ProxyError
+from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after
+from proxy.core.passthrough import (
+    MOST_READ_BYTES,
+    EndsWhatBodyNames,
+    Forwarding,
+    ends,
+    ends_of_body,
+    returned_headers,
+)
+from proxy.edge.connection import Handler
+from proxy.flights import Flights
+from proxy.readthrough import Fetched, ReadThrough
+from proxy.upstream import Streamed, Upstream
+
+
+class Passthrough:
+    """Forwards requests. A caller who sends nothing of a body for `read_timeout_s` is given up."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        readthrough: ReadThrough,
+        flights: Flights[Fetched | ProxyError],
+        *,
+        read_timeout_s: float,
+    ) -> None:
+        self._upstream = upstream
+        self._readthrough = readthrough
+        self._flights = flights
+        self._read_timeout_s = read_timeout_s
+
+    async def forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
+        """Answer `request` with what the upstream says to it. Raises ProxyError before the answer begins.
+
+        It runs in a task of its own: a caller who leaves does not keep a write from being taken note of.
+        """
+        try:
+            return await self._flights.alone(partial(self._forward, request, forwarding))
+        except Exception:
+            # What was written cannot be taken back: only an end before its time tells that it is not all.
+            if request.writer.output_size and request.transport is not None:
+                request.transport.abort()
+            raise
+
+    async def _forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
+        body = _Body(request, self._read_timeout_s) if request.body_exists else None
+        ended = None
+        try:
+            async with self._upstream.stream(forwarding, body) as answer:
+                if not _refuses(answer.status):
+                    ended = await self._end(forwarding, body)
+                if answer.status == HTTPStatus.UNAUTHORIZED:
+                    ended = await self._readthrough.refused(forwarding.partition)
+                return await _stream_back(request, forwarding, answer, pending=ended is False)
+        except BaseException:
+            if ended is None:  # nobody knows what became of it
+                await self._end(forwarding, body)
+            if body is not None and body.at_fault is not None:
+                raise body.at_fault from None
+            raise
+
+    async def _end(self, forwarding: Forwarding, body: "_Body | None") -> bool | None:
+        """End what the request ended, or may have: None for nothing, else whether it is done."""
+        what = ends(forwarding.method, forwarding.target)
+        if isinstance(what, EndsWhatBodyNames):
+            what = ends_of_body(None if body is None else body.whole)
+        return None if what is None else await self._readthrough.end(forwarding.partition, what)
+
+
+class _Body:
+    """The request's body on its way up; its beginning is kept, for the ids that it may name."""
+
+    def __init__(self, request: web.BaseRequest, timeout_s: float) -> None:
+        self._request = request
+        self._timeout_s = timeout_s
+        self._kept = bytearray()
+        self._complete = False
+        self.at_fault: BadRequest | None = None
+        """Why the caller's body, and not the upstream, is what failed."""
+
+    @property
+    def whole(self) -> bytes | None:
+        """The whole body, None where it was too long to keep or did not come to its end."""
+        return bytes(self._kept) if self._complete and len(self._kept) <= MOST_READ_BYTES else None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        request = self._request
+        if request.version == HttpVersion11 and request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer itself has not begun
+        while True:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    chunk = await request.content.readany()
+            except TimeoutError:
+                self.at_fault = BadRequest(f"the request's body did not go on within {self._timeout_s} s")
+                raise
+            if not chunk:
+                self._complete = True
+                assert isinstance(request.protocol, Handler)
+                request.protocol.connection.reading_ended()  # what comes now is the next request's
+                return
+            if len(self._kept) <= MOST_READ_BYTES:
+                self._kept += chunk
+            yield chunk
+
+
+def _refuses(status: int) -> bool:
+    """Tell whether the upstream says that it did nothing."""
+    return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+async def _stream_back(
+    request: web.BaseRequest, forwarding: Forwarding, answer: Streamed, *, pending: bool
+) -> web.StreamResponse:
+    headers = CIMultiDict(returned_headers(answer.headers))
+    headers["Server"] = CACHE_NAME
+    headers["X-Request-Id"] = forwarding.request_id
+    detail = Detail.INVALIDATION_PENDING if pending else None
+    headers["Cache-Status"] = str(Forwarded(Why.BYPASS, detail=detail))
+    if answer.status in RETRYABLE:
+        given = CIMultiDict(answer.headers).get("Retry-After", "")
+        headers["Retry-After"] = str(parse_retry_after(given) or RETRY_AFTER_S)
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    await response.prepare(request)
+    async for chunk in answer.chunks:
+        await response.write(chunk)
+    await response.write_eof()
+    return response

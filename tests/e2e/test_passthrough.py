@@ -1,0 +1,1035 @@
+"""The rest of the API on the wire: streamed both ways, nothing held, and no way around the cache."""
+
+import asyncio
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    Serve,
+    Valkey,
+    app,
+    bearer,
+    raw_exchange,
+    scrape,
+    total,
+    until,
+    write_secret,
+)
+
+from proxy.app import Addresses
+from proxy.simulator import (
+    DROPLET_ID,
+    DROPLET_SNAPSHOT_ID,
+    VOLUME_ID,
+    VOLUME_SNAPSHOT_ID,
+    Fault,
+    FaultKind,
+    Simulator,
+    Token,
+)
+
+LIST = "/v2/snapshots"
+ON = "passthrough.enabled=true"
+MIB = 1 << 20
+TOKEN = "dop_v1_of_this_module"
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Upstream:
+    """An API of this module's own, on loopback: `handler` answers, and everything received is noted."""
+
+    url: str = ""
+    handler: Handler | None = None
+    received: list[web.BaseRequest] = field(default_factory=list)
+    incomplete: int = 0
+    """Requests that ended before they were whole."""
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        self.received.append(request)
+        assert self.handler is not None
+        try:
+            return await self.handler(request)
+        except (web.RequestPayloadError, ConnectionError, asyncio.CancelledError):
+            self.incomplete += 1
+            raise
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    """Run it."""
+    running = Upstream()
+    server = web.Server(running, handler_cancellation=True, auto_decompress=False, max_line_size=20_000)
+    listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    running.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    yield running
+    listener.close()
+    await server.shutdown(1)
+
+
+@pytest.fixture
+async def wire() -> AsyncIterator[aiohttp.ClientSession]:
+    """Give a client that adds nothing to a request and takes nothing off an answer."""
+    async with aiohttp.ClientSession(
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers=bearer(TOKEN),
+    ) as session:
+        yield session
+
+
+async def whole(request: web.BaseRequest) -> bytes:
+    """Read a body of any size."""
+    return b"".join([chunk async for chunk in request.content.iter_any()])
+
+
+async def echo(request: web.BaseRequest) -> web.Response:
+    """Send the body back."""
+    return web.Response(body=await whole(request))
+
+
+async def digest(request: web.BaseRequest) -> web.Response:
+    """Tell what arrived, holding nothing of it."""
+    size, sha = 0, hashlib.sha256()
+    async for chunk in request.content.iter_any():
+        size += len(chunk)
+        sha.update(chunk)
+    return web.json_response({"bytes": size, "sha256": sha.hexdigest()})
+
+
+# -- off, and on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+async def test_off_by_default(upstream: Upstream, wire: aiohttp.ClientSession, method: str) -> None:
+    """421, and never a 404 of ours: to Terraform a 404 means that the resource is gone."""
+    async with (
+        app(f"upstream.base_url={upstream.url}") as at,
+        wire.request(method, f"{at.api}/v2/droplets/1") as response,
+    ):
+        assert response.status == 421
+        if method != "HEAD":
+            told = await response.json()
+            assert told["id"] == "not_proxied"
+            assert told["message"].startswith("snapshot-proxy: ")
+    assert upstream.received == []
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
+async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession, method: str) -> None:
+    """On, the request goes up as it came and the answer comes back as it is."""
+    upstream.handler = echo
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        target = "/v2/droplets/1/?a=%2F&b[]=1&c"
+        async with wire.request(
+            method, aiohttp.client.URL(at.api + target, encoded=True), data=b"body", headers={"X-A": "1"}
+        ) as response:
+            assert (response.status, await response.read()) == (200, b"body")
+            assert response.headers["Cache-Status"] == "snapshot-proxy; fwd=bypass"
+            assert response.headers["Server"] == "snapshot-proxy"
+    (request,) = upstream.received
+    assert (request.method, request.raw_path) == (method, target)
+    assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+    assert request.headers["X-A"] == "1"
+    assert request.headers["X-Request-Id"] == response.headers["X-Request-Id"]
+    assert names(request) == {"host", "authorization", "x-a", "x-request-id", "content-length"}
+
+
+def names(request: web.BaseRequest) -> set[str]:
+    """Name the headers of a request, in lower case."""
+    return {name.lower() for name in request.headers}
+
+
+async def test_counted(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """One request and one call, on a route of their own."""
+    upstream.handler = echo
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        await wire.get(f"{at.api}/v2/account")
+        metrics = await scrape(at.admin)
+    assert (
+        total(metrics, "snapshot_proxy_requests_total", route="passthrough", cache="bypass", status="2xx")
+        == 1
+    )
+    assert total(metrics, "snapshot_proxy_upstream_requests_total", route="passthrough", status="2xx") == 1
+
+
+async def test_only_with_a_token(upstream: Upstream) -> None:
+    """Who brings none gets our 401, and nothing goes up."""
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        aiohttp.ClientSession() as nobody,
+        nobody.get(f"{at.api}/v2/account") as response,
+    ):
+        assert response.status == 401
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert upstream.received == []
+
+
+# -- bodies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
+@pytest.mark.parametrize("size", [0, 1, 65_536, 3 * MIB + 1])
+async def test_bodies_up(upstream: Upstream, wire: aiohttp.ClientSession, size: int, chunked: bool) -> None:
+    """The body arrives whole, framed as it was sent."""
+    body = os.urandom(size)
+    upstream.handler = digest
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, size, 100_000):
+            yield body[start : start + 100_000]
+
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.post(f"{at.api}/v2/images", data=pieces() if chunked else io.BytesIO(body)) as response,
+    ):
+        told = await response.json()
+    assert told == {"bytes": size, "sha256": hashlib.sha256(body).hexdigest()}
+    (request,) = upstream.received
+    assert request.headers.get("Content-Length") == (None if chunked else str(size))
+    assert request.headers.get("Transfer-Encoding") == ("chunked" if chunked else None)
+
+
+async def test_idle_after_an_upload(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """Its bytes are not taken for the next request's: draining does not wait for the open connection."""
+    upstream.handler = digest
+    loop = asyncio.get_running_loop()
+    async with app(f"upstream.base_url={upstream.url}", ON, "server.drain_s=30") as at:
+        async with wire.post(f"{at.api}/v2/images", data=io.BytesIO(bytes(MIB))) as response:
+            assert (await response.json())["bytes"] == MIB
+        assert total(await scrape(at.admin), "snapshot_proxy_connections") == 1
+        stopping = loop.time()
+    assert loop.time() - stopping < 10
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
+async def test_bodies_down(
+    upstream: Upstream, wire: aiohttp.ClientSession, chunked: bool, zipped: bool
+) -> None:
+    """The answer comes byte for byte, compressed as it was."""
+    body = gzip.compress(os.urandom(2 * MIB), 1) if zipped else os.urandom(2 * MIB)
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        if zipped:
+            response.headers["Content-Encoding"] = "gzip"
+        if not chunked:
+            response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body)
+        return response
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.get(f"{at.api}/v2/images", headers={"Accept-Encoding": "gzip, br"}) as response,
+    ):
+        assert await response.read() == body
+    assert response.headers.get("Content-Encoding") == ("gzip" if zipped else None)
+    assert response.headers.get("Content-Length") == (None if chunked else str(len(body)))
+    assert upstream.received[0].headers["Accept-Encoding"] == "gzip, br"
+
+
+async def test_compressed_bodies_up(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """A compressed request body goes up as it came."""
+    upstream.handler = echo
+    body = gzip.compress(b"x" * 100_000)
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.post(f"{at.api}/v2/images", data=body, headers={"Content-Encoding": "gzip"}) as response,
+    ):
+        assert await response.read() == body
+    assert upstream.received[0].headers["Content-Encoding"] == "gzip"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("direction", ["up", "down"])
+async def test_nothing_is_held(upstream: Upstream, wire: aiohttp.ClientSession, direction: str) -> None:
+    """64 MiB pass through a process that grows by less than 12 MiB, also where the other side reads late."""
+    size, piece = 64 * MIB, os.urandom(MIB)
+    reading = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(size // MIB):
+            yield piece
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if direction == "up":
+            await reading.wait()
+            return await digest(request)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        async for part in pieces():
+            await response.write(part)
+        return response
+
+    upstream.handler = answer
+    async with Serve(f"upstream.base_url={upstream.url}", ON, "redis.embedded_max_bytes=8388608") as service:
+        before = peak_bytes(service.process.pid)
+        if direction == "up":
+            asking = asyncio.create_task(send(wire, f"{service.api}/v2/images", pieces()))
+            await until(lambda: upstream.received, "the request arrives")
+            await _settled(lambda: rss_bytes(service.process.pid))
+            reading.set()
+            assert (await asking)["bytes"] == size
+        else:
+            async with wire.get(f"{service.api}/v2/images") as response:
+                await _settled(lambda: rss_bytes(service.process.pid))
+                received = 0
+                async for part in response.content.iter_any():
+                    received += len(part)
+            assert received == size
+        grown = peak_bytes(service.process.pid) - before
+    assert grown < 12 * MIB, f"grew by {grown / MIB:.1f} MiB"
+
+
+async def send(wire: aiohttp.ClientSession, url: str, body: AsyncIterator[bytes]) -> dict[str, Any]:
+    """Upload a body, and give what the upstream says to it."""
+    async with wire.post(url, data=body) as response:
+        told: dict[str, Any] = await response.json()
+    return told
+
+
+async def _settled(measure: Callable[[], int]) -> None:
+    """Wait until a measure stands still: nobody announces that all buffers on the way are full."""
+    last, still = measure(), 0
+    async with asyncio.timeout(DEADLINE_S):
+        while still < 10:
+            await asyncio.sleep(0.02)
+            still = still + 1 if measure() == last else 0
+            last = measure()
+
+
+def peak_bytes(pid: int) -> int:
+    """Give the largest resident size that a process has had."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def rss_bytes(pid: int) -> int:
+    """Give the resident size of a process."""
+    return _status_bytes(pid, "VmRSS")
+
+
+def _status_bytes(pid: int, name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+# -- headers and statuses ----------------------------------------------------------------------
+
+
+async def test_headers(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """What is for one hop, cookies, and what would turn the request into another one do not pass."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        response = web.Response(
+            body=b"{}",
+            headers={
+                "Connection": "X-Hop",
+                "X-Hop": "1",
+                "X-End": "2",
+                "ratelimit-remaining": "7",
+                "Retry-After": "9",
+                "Link": "<x>",
+                "Proxy-Authenticate": "Basic",
+            },
+        )
+        response.headers.add("Set-Cookie", "a=b")
+        response.headers.add("Set-Cookie", "c=d")
+        return response
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.get(
+            f"{at.api}/v2/account",
+            headers={
+                "Connection": "X-Mine, keep-alive",
+                "X-Mine": "1",
+                "Cookie": "a=b",
+                "TE": "trailers",
+                "X-HTTP-Method-Override": "DELETE",
+                "X-Yours": "2",
+                "If-None-Match": '"x"',
+            },
+        ) as response,
+    ):
+        assert await response.read() == b"{}"
+    assert names(upstream.received[0]) == {
+        "host",
+        "authorization",
+        "x-request-id",
+        "x-yours",
+        "if-none-match",
+    }
+    assert not {"Set-Cookie", "X-Hop", "Proxy-Authenticate", "Retry-After"} & {*response.headers}
+    assert response.headers["X-End"] == "2"
+    assert response.headers["ratelimit-remaining"] == "7"
+    assert response.headers["Link"] == "<x>"
+
+
+@pytest.mark.parametrize(
+    ("status", "given", "expected"),
+    [
+        pytest.param(429, "30", "30", id="429"),
+        pytest.param(429, "3600", "60", id="429-too-long"),
+        pytest.param(503, None, "5", id="503-without"),
+        pytest.param(404, "30", None, id="404"),
+        pytest.param(500, "30", None, id="500"),
+    ],
+)
+async def test_retry_after(
+    upstream: Upstream, wire: aiohttp.ClientSession, *, status: int, given: str | None, expected: str | None
+) -> None:
+    """With 429 and 503 only, 1 to 60: with it, pydo repeats whatever it got."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=status, headers={} if given is None else {"Retry-After": given})
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.get(f"{at.api}/v2/account") as response,
+    ):
+        assert response.status == status
+    assert response.headers.get("Retry-After") == expected
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirects(upstream: Upstream, wire: aiohttp.ClientSession, status: int) -> None:
+    """They are the caller's to follow."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=status, headers={"Location": "https://elsewhere.test/v2/snapshots/1"})
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.post(f"{at.api}/v2/images", data=b"x", allow_redirects=False) as response,
+    ):
+        assert response.status == status
+    assert response.headers["Location"] == "https://elsewhere.test/v2/snapshots/1"
+    assert len(upstream.received) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "length"),
+    [
+        pytest.param("HEAD", 200, "7", id="head"),
+        pytest.param("HEAD", 404, "7", id="head-of-nothing"),
+        pytest.param("GET", 304, None, id="304"),
+        pytest.param("DELETE", 204, None, id="204"),
+    ],
+)
+async def test_without_a_body(
+    upstream: Upstream, wire: aiohttp.ClientSession, *, method: str, status: int, length: str | None
+) -> None:
+    """No body, the same headers, and the connection goes on."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=status, headers={"ETag": '"x"'}, body=b"1234567" if length else None)
+
+    upstream.handler = answer
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        for _ in range(2):
+            async with wire.request(method, f"{at.api}/v2/account") as response:
+                assert (response.status, await response.read()) == (status, b"")
+            assert response.headers.get("Content-Length") == length
+            assert response.headers["ETag"] == '"x"'
+            assert "Transfer-Encoding" not in response.headers
+        assert total(await scrape(at.admin), "snapshot_proxy_connections") == 1
+
+
+async def test_bytes_that_are_not_ascii(upstream: Upstream) -> None:
+    """Odd header bytes pass or are refused; they never become an error of ours."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.Response(headers={"X-Name": "b\u00fccher"})
+
+    upstream.handler = answer
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        for value in (b"b\xc3\xbccher", b"b\xfccher"):
+            answered = await raw_exchange(at.api, request(b"GET", b"/v2/account", b"X-Name: " + value))
+            assert answered.split(b" ", 2)[1] in {b"200", b"400"}
+
+
+def request(method: bytes, target: bytes, *headers: bytes, body: bytes = b"") -> bytes:
+    """Write a request whose connection closes after it."""
+    fixed = (b"Host: x", b"Authorization: Bearer " + TOKEN.encode(), b"Connection: close")
+    return b"\r\n".join((b"%b %b HTTP/1.1" % (method, target), *fixed, *headers, b"", body))
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
+async def test_an_answer_that_ends_early(
+    upstream: Upstream, wire: aiohttp.ClientSession, chunked: bool
+) -> None:
+    """The caller sees that it is not all: never a complete wrong answer."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        if not chunked:
+            response.content_length = 1000
+        await response.prepare(request)
+        await response.write(b"x" * 500)
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    upstream.handler = answer
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
+            async with wire.get(f"{at.api}/v2/account") as response:
+                await response.read()
+        answered = await _until_reset(at.api, request(b"GET", b"/v2/account"))
+        assert b"0\r\n\r\n" not in answered
+        assert answered.count(b"HTTP/1.1") <= 1
+        assert total(await scrape(at.admin), "snapshot_proxy_requests_total", status="5xx") == 2
+
+
+async def _until_reset(url: str, sent: bytes) -> bytes:
+    host, _, port = url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(sent)
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := await reader.read(65_536):
+            received += chunk
+    writer.close()
+    return received
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "id_"),
+    [
+        pytest.param(FaultKind.RESET_BEFORE, 502, "upstream_unreachable", id="reset"),
+        pytest.param(FaultKind.TIMEOUT, 504, "upstream_timeout", id="timeout"),
+        pytest.param(FaultKind.INVALID_HTTP, 502, "upstream_invalid", id="no-http"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_no_answer(
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+    *,
+    kind: FaultKind,
+    status: int,
+    id_: str,
+    method: str,
+) -> None:
+    """Our envelope, and nothing is sent twice."""
+    async with app(f"upstream.base_url={simulator.url}", ON, "upstream.read_timeout_s=0.3") as at:
+        async with client.get(f"{at.api}/v2/account", headers=bearer(token.value)) as response:
+            assert response.status == 200  # a connection is kept now, on which the next one may be repeated
+        simulator.faults.add(Fault(kind), path="/v2/images/6372321")
+        async with client.request(
+            method, f"{at.api}/v2/images/6372321", headers=bearer(token.value)
+        ) as response:
+            assert (response.status, (await response.json())["id"]) == (status, id_)
+            assert response.headers["Proxy-Status"].startswith("snapshot-proxy; error=")
+    assert simulator.count(path="/v2/images/6372321") == 1
+
+
+async def test_nobody_there(wire: aiohttp.ClientSession) -> None:
+    """The body of a request that nobody takes is not waited for."""
+    async with (
+        app("upstream.base_url=http://127.0.0.1:1", ON) as at,
+        wire.post(f"{at.api}/v2/images", data=b"x" * MIB) as response,
+    ):
+        assert (response.status, (await response.json())["id"]) == (502, "upstream_unreachable")
+
+
+async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
+    """It may take longer in all than one piece may take; each piece goes up as it comes."""
+    arrived: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        async for chunk in request.content.iter_any():
+            arrived.put_nowait(chunk)
+        return web.Response(text="done")
+
+    upstream.handler = answer
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        reader, writer = await _connect(at.api)
+        writer.write(request(b"POST", b"/v2/images", b"Content-Length: 5"))
+        async with asyncio.timeout(DEADLINE_S):
+            for byte in (b"a", b"b", b"c", b"d", b"e"):
+                writer.write(byte)
+                assert await arrived.get() == byte
+            assert (await reader.read()).endswith(b"done")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("framing", "begun", "then"),
+    [
+        pytest.param(b"Content-Length: 5", b"ab", b"", id="with-length"),
+        pytest.param(b"Transfer-Encoding: chunked", b"2\r\nab\r\n", b"", id="chunked"),
+        pytest.param(b"Transfer-Encoding: chunked", b"2\r\nab\r\n", b"zz\r\n", id="goes-on-malformed"),
+    ],
+)
+async def test_a_body_that_stops(upstream: Upstream, framing: bytes, begun: bytes, then: bytes) -> None:
+    """Its caller is told so after header_timeout_s; the upstream never sees a whole request."""
+    upstream.handler = echo
+    async with app(f"upstream.base_url={upstream.url}", ON, "server.header_timeout_s=0.3") as at:
+        reader, writer = await _connect(at.api)
+        writer.write(request(b"POST", b"/v2/images", framing, body=begun))
+        await until(lambda: upstream.received, "the request arrives")
+        writer.write(then)
+        async with asyncio.timeout(DEADLINE_S):
+            answered = await reader.read()
+        writer.close()
+        assert answered.startswith(b"HTTP/1.1 400 ")
+        assert b"Connection: close" in answered
+        assert answered.count(b"\r\nServer: ") == 1
+        await until(lambda: upstream.incomplete, "the upstream sees the end")
+    assert len(upstream.received) == 1
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
+async def test_a_caller_who_leaves_while_sending(upstream: Upstream, framing: bytes) -> None:
+    """The upstream never sees a whole request."""
+    upstream.handler = echo
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        _, writer = await _connect(at.api)
+        writer.write(request(b"POST", b"/v2/images", framing, body=b"3\r\nabc\r\n"))
+        await until(lambda: upstream.received, "the request arrives")
+        writer.transport.abort()
+        await until(lambda: upstream.incomplete, "the upstream sees the end")
+        await _quiet(at)
+
+
+async def test_a_caller_who_leaves_while_reading(upstream: Upstream) -> None:
+    """The upstream's answer is given up too."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"x" * 65_536)
+            await asyncio.sleep(0)
+
+    upstream.handler = answer
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        reader, writer = await _connect(at.api)
+        writer.write(request(b"GET", b"/v2/images"))
+        assert await reader.read(1000)
+        writer.transport.abort()
+        await until(lambda: upstream.incomplete, "the upstream sees the end")
+        await _quiet(at)
+
+
+async def _connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def _quiet(at: Addresses) -> None:
+    """Wait until nothing is on its way any more."""
+    async with asyncio.timeout(DEADLINE_S):
+        while total(await scrape(at.admin), "snapshot_proxy_flights"):  # noqa: ASYNC110 # nothing tells
+            await asyncio.sleep(0.01)
+
+
+async def test_expect_continue(upstream: Upstream) -> None:
+    """100 comes when the body is wanted, and the expectation stays here."""
+    upstream.handler = echo
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        reader, writer = await _connect(at.api)
+        writer.write(request(b"POST", b"/v2/images", b"Expect: 100-continue", b"Content-Length: 4"))
+        async with asyncio.timeout(DEADLINE_S):
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b"body")
+            answered = await reader.read()
+        writer.close()
+    assert answered.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answered.endswith(b"\r\n\r\nbody")
+    assert "Expect" not in upstream.received[0].headers
+
+
+async def test_expect_and_nobody_there() -> None:
+    """A body that nobody wants is not asked for."""
+    async with app("upstream.base_url=http://127.0.0.1:1", ON) as at:
+        answered = await raw_exchange(
+            at.api, request(b"POST", b"/v2/images", b"Expect: 100-continue", b"Content-Length: 4")
+        )
+    assert answered.startswith(b"HTTP/1.1 502 ")
+
+
+# -- no way around the cache -------------------------------------------------------------------
+
+SPELLINGS = [
+    pytest.param(target.encode(), id=name)
+    for name, target in {
+        "below-a-snapshot": "/v2/snapshots/1/2",
+        "empty-id": "/v2/snapshots//1",
+        "two-slashes-after": "/v2/snapshots/1//",
+        "empty-segment": "/v2//snapshots/1",
+        "two-slashes-first": "//v2/snapshots/1",
+        "dot": "/v2/./snapshots/1",
+        "dots": "/v2/account/../snapshots/1",
+        "dots-to-the-root": "/v2/../v2/snapshots/1",
+        "dots-last": "/v2/snapshots/1/..",
+        "encoded-dots": "/v2/account/%2e%2e/snapshots/1",
+        "half-encoded-dots": "/v2/account/.%2E/snapshots/1",
+        "encoded-letter": "/v2/%73napshots/1",
+        "encoded-slash": "/v2%2fsnapshots/1",
+        "encoded-slash-after": "/v2/snapshots%2f1",
+        "encoded-twice": "/v2/%2573napshots/1",
+        "encoded-id": "/v2/snapshots/%31",
+        "encoded-nul": "/v2/snapshots/1%00",
+        "upper-case": "/v2/SNAPSHOTS/1",
+        "mixed-case": "/v2/Snapshots",
+        "upper-case-version": "/V2/snapshots/1",
+        "with-a-format": "/v2/snapshots.json",
+        "with-a-format-and-an-id": "/v2/snapshots.json/1",
+        "id-with-a-format": "/v2/snapshots/1.json",
+        "with-a-parameter": "/v2/snapshots;x=1/1",
+        "with-a-colon": "/v2/snapshots:1",
+        "backslash": "/v2\\snapshots\\1",
+        "backslash-dots": "/v2/account\\..\\snapshots\\1",
+        "fragment": "/v2/account#/../../snapshots/1",
+        "full-width": "/v2/\uff53napshots/1",
+        "absolute-with-dots": "http://x/v2/account/../snapshots/1",
+        "absolute-in-upper-case": "HTTP://X/v2/SNAPSHOTS/1",
+        "absolute-with-a-user": "http://x@y/v2//snapshots/1",
+    }.items()
+]
+
+
+@pytest.mark.parametrize("target", SPELLINGS)
+async def test_spellings_of_snapshots(upstream: Upstream, running: Addresses, target: bytes) -> None:
+    """However it is written, nothing about snapshots passes by the cache's rules."""
+    upstream.handler = echo
+    for method in (b"GET", b"HEAD", b"DELETE", b"POST"):
+        answered = await raw_exchange(running.api, request(method, target))
+        assert answered.split(b" ", 2)[1] in {b"400", b"404", b"405"}
+    assert upstream.received == []
+
+
+@pytest.fixture
+async def running(upstream: Upstream) -> AsyncIterator[Addresses]:
+    """Run the service in front of this module's upstream."""
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        yield at
+
+
+@pytest.mark.parametrize("method", [b"POST", b"PUT", b"PATCH", b"OPTIONS", b"PROPFIND"])
+@pytest.mark.parametrize("target", [b"/v2/snapshots", b"/v2/snapshots/", b"/v2/snapshots/1"])
+async def test_methods_on_snapshots(
+    upstream: Upstream, running: Addresses, target: bytes, method: bytes
+) -> None:
+    """Another method on a path of ours is 405, also where everything else passes."""
+    upstream.handler = echo
+    answered = await raw_exchange(running.api, request(method, target))
+    assert answered.startswith(b"HTTP/1.1 405 ")
+    assert b"\r\nAllow: GET, HEAD" in answered
+    assert upstream.received == []
+
+
+@pytest.mark.parametrize(
+    "smuggled",
+    [
+        pytest.param(
+            request(
+                b"POST", b"/v2/images", b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"
+            ),
+            id="length-and-chunked",
+        ),
+        pytest.param(
+            request(b"POST", b"/v2/images", b"Content-Length: 1", b"Content-Length: 2", body=b"ab"),
+            id="two-lengths",
+        ),
+        pytest.param(
+            request(b"POST", b"/v2/images", b"Transfer-Encoding: xchunked", body=b"0\r\n\r\n"),
+            id="odd-coding",
+        ),
+        pytest.param(request(b"POST", b"/v2/images", b"Content-Length: +1", body=b"a"), id="signed-length"),
+        pytest.param(request(b"POST", b"/v2/images", b"X: a\r\n b", body=b""), id="folded-header"),
+        pytest.param(request(b"POST", b"/v2/images", b"X : a", body=b""), id="space-before-colon"),
+        pytest.param(request(b"POST", b"/v2/images", b"Host: y"), id="two-hosts"),
+        pytest.param(b"GET /v2/account HTTP/2.0\r\nHost: x\r\nConnection: close\r\n\r\n", id="http-2"),
+    ],
+)
+async def test_smuggling(upstream: Upstream, running: Addresses, smuggled: bytes) -> None:
+    """A request with two readings is refused, and nothing of it goes up."""
+    upstream.handler = echo
+    answered = await raw_exchange(running.api, smuggled)
+    assert answered.split(b" ", 2)[1] in {b"400", b"505"}
+    assert answered.count(b"\r\nServer: ") == 1
+    assert upstream.received == []
+
+
+async def test_a_connection_named_length(upstream: Upstream, running: Addresses) -> None:
+    """A header that Connection names is dropped, and the body keeps a frame."""
+    upstream.handler = echo
+    answered = await raw_exchange(
+        running.api,
+        request(b"POST", b"/v2/images", b"Connection: Content-Length", b"Content-Length: 4", body=b"body"),
+    )
+    assert answered.endswith(b"body")
+    assert len(upstream.received) == 1
+
+
+# -- what writes end ---------------------------------------------------------------------------
+
+
+@dataclass
+class Kept:
+    """Two callers' entries, on two services that share them."""
+
+    simulator: Simulator
+    session: aiohttp.ClientSession
+    writing: str
+    reading: str
+    caller: Token
+    other: Token
+
+    async def fill(self) -> None:
+        """Keep both snapshots and the list for both callers."""
+        await self.kept()
+
+    async def kept(self) -> dict[str, set[str]]:
+        """Tell what each caller is served from the cache by the other service, filling what is not."""
+        found: dict[str, set[str]] = {"caller": set(), "other": set()}
+        for name, token in (("caller", self.caller), ("other", self.other)):
+            for what, path in (
+                ("droplet", DROPLET_PATH),
+                ("volume", f"{LIST}/{VOLUME_SNAPSHOT_ID}"),
+                ("list", f"{LIST}?per_page=1"),
+            ):
+                async with self.session.get(
+                    self.reading + path, headers=bearer(token.value) | {"Cache-Control": "only-if-cached"}
+                ) as response:
+                    if response.status == 200:
+                        found[name].add(what)
+        for token in (self.caller, self.other):
+            for path in (DROPLET_PATH, f"{LIST}/{VOLUME_SNAPSHOT_ID}", f"{LIST}?per_page=1"):
+                await self.session.get(self.reading + path, headers=bearer(token.value))
+        return found
+
+    async def write(self, method: str, target: str, body: Any = None) -> tuple[int, str]:
+        """Send a write through the first service; give its status and Cache-Status."""
+        async with self.session.request(
+            method, self.writing + target, headers=bearer(self.caller.value), json=body
+        ) as response:
+            return response.status, response.headers.get("Cache-Status", "")
+
+
+@pytest.fixture
+async def kept(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Kept]:
+    """Run two services on one Valkey, with everything in the cache."""
+    async with Valkey() as valkey, aiohttp.ClientSession() as session:
+        shared = (
+            f"upstream.base_url={simulator.url}",
+            f"redis.url={valkey.url}",
+            f"security.secret_file={write_secret(tmp_path)}",
+            "redis.timeout_s=2",
+            "upstream.read_timeout_s=0.5",
+            ON,
+        )
+        async with app(*shared) as first, app(*shared) as second:
+            caller, other = (simulator.world.token() for _ in range(2))
+            both = Kept(simulator, session, first.api, second.api, caller, other)
+            await both.fill()
+            yield both
+
+
+ALL = {"droplet", "volume", "list"}
+NAMED = {"resources": [{"resource_id": DROPLET_SNAPSHOT_ID, "resource_type": "image"}]}
+WRITES = {
+    "volume-snapshot-made": ("POST", f"/v2/volumes/{VOLUME_ID}/snapshots", {"name": "new"}, set(), ALL),
+    "droplet-action": ("POST", f"/v2/droplets/{DROPLET_ID}/actions", {"type": "snapshot"}, set(), ALL),
+    "volume-snapshot-deleted": (
+        "DELETE",
+        f"/v2/volumes/snapshots/{VOLUME_SNAPSHOT_ID}",
+        None,
+        {"droplet"},
+        {"droplet"},
+    ),
+    "image-deleted": ("DELETE", f"/v2/images/{DROPLET_SNAPSHOT_ID}", None, {"volume"}, {"volume"}),
+    "image-renamed": ("PUT", f"/v2/images/{DROPLET_SNAPSHOT_ID}", {"name": "new"}, {"volume"}, {"volume"}),
+    "image-action": (
+        "POST",
+        f"/v2/images/{DROPLET_SNAPSHOT_ID}/actions",
+        {"type": "transfer"},
+        {"volume"},
+        {"volume"},
+    ),
+    "tagged": ("POST", "/v2/tags/new/resources", NAMED, {"volume"}, ALL),
+    "untagged": ("DELETE", "/v2/tags/web/resources", NAMED, {"volume"}, ALL),
+    "tag-deleted": ("DELETE", "/v2/tags/web", None, set(), ALL),
+    "droplet-destroyed": (
+        "DELETE",
+        f"/v2/droplets/{DROPLET_ID}/destroy_with_associated_resources/selective",
+        {"snapshots": [DROPLET_SNAPSHOT_ID]},
+        set(),
+        ALL,
+    ),
+    "cluster-destroyed": (
+        "DELETE",
+        "/v2/kubernetes/clusters/1/destroy_with_associated_resources/dangerous",
+        None,
+        set(),
+        ALL,
+    ),
+}
+"""Each write of FACTS: method, target, body; what is left to the caller, and to another one."""
+
+
+@pytest.mark.parametrize("outcome", ["done", "unknown", "500"])
+@pytest.mark.parametrize(
+    ("method", "target", "body", "callers", "others"),
+    [pytest.param(*row, id=name) for name, row in WRITES.items()],
+)
+async def test_what_a_write_ends(
+    kept: Kept,
+    *,
+    outcome: str,
+    method: str,
+    target: str,
+    body: Any,
+    callers: set[str],
+    others: set[str],
+) -> None:
+    """On every replica: ids in the path for all, ids in a body for the caller, else all of the caller's."""
+    fault = {
+        "done": Fault(FaultKind.STATUS, status=204, acts=True),
+        "unknown": Fault(FaultKind.RESET_AFTER),
+        "500": Fault(FaultKind.STATUS, status=500, acts=True),
+    }[outcome]
+    kept.simulator.faults.add(fault, method=method)
+    status, _ = await kept.write(method, target, body)
+    assert status == {"done": 204, "unknown": 502, "500": 500}[outcome]
+    assert await kept.kept() == {"caller": callers, "other": others}
+    assert kept.simulator.count(method=method) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body"),
+    [
+        pytest.param("GET", f"/v2/images/{DROPLET_SNAPSHOT_ID}", None, id="read"),
+        pytest.param("HEAD", f"/v2/volumes/snapshots/{VOLUME_SNAPSHOT_ID}", None, id="head"),
+        pytest.param("GET", f"/v2/volumes/{VOLUME_ID}/snapshots", None, id="list-of-a-volume"),
+        pytest.param("GET", "/v2/account", None, id="account"),
+        pytest.param(
+            "POST",
+            "/v2/tags/new/resources",
+            {"resources": [{"resource_id": "1", "resource_type": "droplet"}]},
+            id="tagging-something-else",
+        ),
+    ],
+)
+async def test_what_ends_nothing(kept: Kept, method: str, target: str, body: Any) -> None:
+    """Reads, and writes to something else."""
+    kept.simulator.faults.add(Fault(FaultKind.STATUS, status=204, acts=True), method="POST")
+    await kept.write(method, target, body)
+    assert await kept.kept() == {"caller": ALL, "other": ALL}
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 409, 422, 429])
+@pytest.mark.parametrize(("method", "target", "body"), [row[:3] for row in WRITES.values()][2:7:2])
+async def test_a_refused_write_ends_nothing(
+    kept: Kept, *, method: str, target: str, body: Any, status: int
+) -> None:
+    """The upstream says that it did nothing."""
+    kept.simulator.faults.add(Fault(FaultKind.STATUS, status=status), method=method)
+    assert (await kept.write(method, target, body))[0] == status
+    assert await kept.kept() == {"caller": ALL, "other": ALL}
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_a_refused_token(kept: Kept, method: str) -> None:
+    """401 on any request: all of that caller's entries end, on every replica, and nobody else's."""
+    kept.simulator.faults.add(Fault(FaultKind.STATUS, status=401), path="/v2/images/1")
+    assert (await kept.write(method, "/v2/images/1"))[0] == 401
+    assert await kept.kept() == {"caller": set(), "other": ALL}
+
+
+@pytest.mark.parametrize("kind", ["single", "list", "seed"])
+async def test_a_fill_in_flight(kept: Kept, kind: str) -> None:
+    """What was fetched before a write and is stored after it is served to nobody."""
+    path = DROPLET_PATH if kind == "single" else LIST
+    caller = kept.simulator.world.token()
+    async with kept.simulator.hold(path=path, token=caller.label, stage="after") as gate:
+        url = kept.reading + path + ("" if kind == "single" else "?per_page=200")
+        fill = asyncio.create_task(_get(kept.session, url, caller))
+        await gate.arrived()
+        status, _ = await kept.write("PUT", f"/v2/images/{DROPLET_SNAPSHOT_ID}", {"name": "new"})
+        assert status == 200
+        gate.release()
+        await fill
+    looked_at = url if kind == "list" else kept.reading + DROPLET_PATH
+    assert b'"name":"new"' in await _get(kept.session, looked_at, caller)
+
+
+async def _get(session: aiohttp.ClientSession, url: str, token: Token) -> bytes:
+    async with session.get(url, headers=bearer(token.value)) as response:
+        return await response.read()
+
+
+async def test_a_long_body_that_names_ids(kept: Kept) -> None:
+    """What is too long to be read on its way counts as naming all of the caller's."""
+    kept.simulator.faults.add(Fault(FaultKind.STATUS, status=204), method="POST")
+    await kept.write("POST", "/v2/tags/new/resources", NAMED | {"padding": "x" * 70_000})
+    assert await kept.kept() == {"caller": set(), "other": ALL}
+
+
+async def test_a_caller_who_leaves_a_write(kept: Kept) -> None:
+    """The write goes on, and what it changed ends."""
+    async with kept.simulator.hold(method="DELETE", stage="after") as gate:
+        writing = asyncio.create_task(kept.write("DELETE", f"/v2/images/{DROPLET_SNAPSHOT_ID}"))
+        await gate.arrived()
+        writing.cancel()
+        await asyncio.wait([writing])
+    async with asyncio.timeout(DEADLINE_S):
+        url = kept.reading + DROPLET_PATH
+        while b'"snapshot"' in await _get(kept.session, url, kept.other):  # noqa: ASYNC110 # nothing tells
+            await asyncio.sleep(0.01)
+    assert kept.simulator.count(method="DELETE") == 1
+
+
+async def test_redis_is_away(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """The answer says that the invalidation is pending, and nobody here is served what it ends."""
+    async with (
+        Valkey() as valkey,
+        app(
+            f"upstream.base_url={simulator.url}",
+            f"redis.url={valkey.url}",
+            f"security.secret_file={write_secret(tmp_path)}",
+            ON,
+        ) as at,
+    ):
+        await _get(client, at.api + DROPLET_PATH, token)
+        valkey.pause()
+        async with client.put(
+            f"{at.api}/v2/images/{DROPLET_SNAPSHOT_ID}", headers=bearer(token.value), json={"name": "new"}
+        ) as response:
+            assert response.status == 200
+        assert response.headers["Cache-Status"].endswith("; detail=invalidation-pending")
+        valkey.resume()
+        assert b'"name":"new"' in await _get(client, at.api + DROPLET_PATH, token)
