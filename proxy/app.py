@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aiohttp import http_parser, web
@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 
 from proxy import __version__
 from proxy.access import access_log
+from proxy.accounts import Accounts
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
 from proxy.callers import Callers
@@ -24,17 +25,20 @@ from proxy.core.errors import ProxyError, SettingsError
 from proxy.core.events import RequestDone
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
+from proxy.core.quota import Limits as QuotaLimits
 from proxy.edge.api import Api
-from proxy.edge.connection import Limits, Listener
+from proxy.edge.connection import Limits, Listener, plain_server
 from proxy.edge.passthrough import Passthrough
 from proxy.flights import Flights
 from proxy.logs import announce, event
 from proxy.metrics import Metrics
-from proxy.readthrough import Fetched, ReadThrough
+from proxy.readthrough import Fetched, ReadThrough, is_failure
 from proxy.settings import Settings, is_loopback, read_admin_token, read_secret
+from proxy.shield import Shield
 from proxy.storage.connect import connector
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
+from proxy.storage.ledger import RedisLedger
 from proxy.storage.link import Link
 from proxy.storage.store import Store
 from proxy.upstream import Upstream, UpstreamOptions
@@ -42,6 +46,8 @@ from proxy.upstream import Upstream, UpstreamOptions
 _BACKLOG = 1024
 _FETCHES_PER_CONNECTION = 2  # a caller may leave while its fetch goes on
 _TLS_RELOAD_S = 2.0
+_HANDSHAKE_S = 5.0  # what is no connection of ours yet holds a descriptor for so long at most
+_ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64)
 _MARGIN_S = 60
 _SPARE_FILES = 256
 _LOG = logging.getLogger(__name__)
@@ -60,10 +66,15 @@ class Addresses:
 
 
 class App:
-    """The service. `start` may raise SettingsError, StartError, EmbeddedServerError or OSError."""
+    """The service.
 
-    def __init__(self, settings: Settings) -> None:
+    `clock_scale` shrinks the quota's minute and hour, for tests. `start` may raise SettingsError, StartError,
+    EmbeddedServerError or OSError.
+    """
+
+    def __init__(self, settings: Settings, *, clock_scale: float = 1.0) -> None:
         self._settings = settings
+        self._clock_scale = clock_scale
         self._cleanup = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
         self._ready = False
@@ -109,14 +120,17 @@ class App:
         upstream = Upstream(upstream_options(settings), metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
 
-        store = await self._store(keyring, metrics)
+        link = await self._link()
+        keys = Keys(settings.redis.key_prefix)
+        store = await self._store(link, keys, keyring, metrics)
         flights: Flights[Fetched | ProxyError] = Flights(
-            settings.server.max_connections * _FETCHES_PER_CONNECTION
+            settings.server.max_connections * _FETCHES_PER_CONNECTION, is_failure
         )
         self._cleanup.push_async_callback(flights.close)
+        shield = self._shield(upstream, link=link, keys=keys, store=store, metrics=metrics)
         readthrough = ReadThrough(
             store,
-            upstream,
+            shield,
             flights,
             Policy(
                 fresh_s=settings.cache.fresh_s,
@@ -124,10 +138,12 @@ class App:
                 negative_s=settings.cache.negative_s,
                 stale_while_revalidate_s=settings.cache.stale_while_revalidate_s,
                 stale_if_error_s=settings.cache.stale_if_error_s,
+                max_fresh_s=settings.cache.max_fresh_s,
                 jitter=settings.cache.jitter,
                 public_url=settings.server.public_url,
             ),
             total_timeout_s=settings.upstream.total_timeout_s,
+            max_wait_s=settings.quota.max_wait_s,
             observe=metrics.observe,
             monotonic=time.monotonic,
         )
@@ -140,11 +156,11 @@ class App:
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
-                upstream, readthrough, flights, read_timeout_s=settings.server.header_timeout_s
+                upstream, shield, readthrough, flights, read_timeout_s=settings.server.header_timeout_s
             )
         api = Api(readthrough, passthrough, keyring, name_caller=callers.name, observe=observe)
         self._listener = Listener(
-            api.respond,
+            plain_server(api.respond),
             Limits(
                 header_timeout_s=settings.server.header_timeout_s,
                 idle_timeout_s=settings.server.idle_timeout_s,
@@ -158,6 +174,9 @@ class App:
             store_up=lambda: store.up,
             store_shared=lambda: settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
+            breaker_open=lambda: shield.breaker_open,
+            standings=shield.standings,
+            quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},
         )
         admin = await self._serve_admin(metrics, readthrough)
         self._server = await asyncio.get_running_loop().create_server(
@@ -167,7 +186,9 @@ class App:
             ssl=tls,
             backlog=_BACKLOG,
             reuse_port=settings.server.reuse_port or None,
-            ssl_handshake_timeout=None if tls is None else settings.server.header_timeout_s,
+            ssl_handshake_timeout=None
+            if tls is None
+            else min(settings.server.header_timeout_s, _HANDSHAKE_S),
             ssl_shutdown_timeout=None if tls is None else 1.0,
         )
         self._cleanup.callback(self._server.close)
@@ -183,14 +204,17 @@ class App:
 
     def _secret(self) -> bytes:
         """Read the shared secret. An embedded store dies with this process, and so may its secret."""
-        if self._settings.security.previous_secret_file:
-            read_secret(self._settings.security.previous_secret_file, setting="security.previous_secret_file")
         if self._settings.security.secret_file:
             return read_secret(self._settings.security.secret_file)
         return secrets.token_bytes(32)
 
-    async def _store(self, keyring: Keyring, metrics: Metrics) -> Store:
-        redis, cache = self._settings.redis, self._settings.cache
+    def _previous_keyring(self) -> Keyring | None:
+        path = self._settings.security.previous_secret_file
+        return Keyring(read_secret(path, setting="security.previous_secret_file")) if path else None
+
+    async def _link(self) -> Link:
+        """Make the link to Redis; start the embedded one first where it is ours."""
+        redis = self._settings.redis
         url = redis.url
         if url == "embedded":
             embedded = EmbeddedServer(redis.embedded_max_bytes)
@@ -203,6 +227,14 @@ class App:
                 "embedded-store",
                 consequence="for one replica only; set redis.url to share entries between replicas",
             )
+        return Link(
+            redis_connector(self._settings, url),
+            timeout_s=redis.timeout_s,
+            connect_timeout_s=redis.connect_timeout_s,
+        )
+
+    async def _store(self, link: Link, keys: Keys, keyring: Keyring, metrics: Metrics) -> Store:
+        cache = self._settings.cache
         fetch_s = (
             math.ceil(self._settings.upstream.total_timeout_s + self._settings.quota.max_wait_s) + _MARGIN_S
         )
@@ -210,12 +242,8 @@ class App:
             cache.stale_while_revalidate_s, cache.stale_if_error_s
         )
         store = Store(
-            Link(
-                redis_connector(self._settings, url),
-                timeout_s=redis.timeout_s,
-                connect_timeout_s=redis.connect_timeout_s,
-            ),
-            Keys(redis.key_prefix),
+            link,
+            keys,
             keyring,
             stamp_ttl_s=longest_s + fetch_s,
             guard_s=fetch_s,
@@ -232,6 +260,45 @@ class App:
             )
         return store
 
+    def _shield(
+        self, upstream: Upstream, *, link: Link, keys: Keys, store: Store, metrics: Metrics
+    ) -> Shield:
+        quota = self._settings.quota
+        previous = self._previous_keyring()
+        total_timeout_s = self._settings.upstream.total_timeout_s
+        monotonic = time.monotonic
+        limits = QuotaLimits(
+            quota.per_minute,
+            quota.per_hour,
+            quota.reserve,
+            60.0 * self._clock_scale,
+            3600.0 * self._clock_scale,
+        )
+        unknown = replace(
+            limits, per_minute=quota.unknown_per_minute, per_hour=quota.unknown_per_minute * 60, reserve=0.0
+        )
+
+        def accounts(limits: QuotaLimits, call_s: float) -> Accounts:
+            return Accounts(
+                RedisLedger(link, keys, limits, call_s=call_s),
+                limits,
+                call_s=call_s,
+                replicas=lambda: store.replicas,
+                monotonic=monotonic,
+            )
+
+        return Shield(
+            upstream,
+            accounts(limits, total_timeout_s),
+            accounts(unknown, 0.0),
+            limits,
+            max_wait_s=quota.max_wait_s,
+            total_timeout_s=total_timeout_s,
+            previous_partition=None if previous is None else previous.partition,
+            observe=metrics.observe,
+            monotonic=monotonic,
+        )
+
     async def _serve_admin(self, metrics: Metrics, readthrough: ReadThrough) -> str:
         admin = self._settings.admin
         purge = Purge(
@@ -242,12 +309,16 @@ class App:
         runner = web.AppRunner(
             admin_application(scrape=metrics.scrape, ready=lambda: self._ready, purge=purge),
             access_log=None,
-            shutdown_timeout=1.0,
         )
         await runner.setup()
         self._cleanup.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, admin.host, admin.port).start()
-        return _url("http", runner.addresses[0])
+        assert runner.server is not None
+        # The same connections as the API's: deadlines, a limit, and no echo of what the parser refuses.
+        listener = Listener(runner.server, _ADMIN_LIMITS, lambda _error, _request_id: None)
+        server = await asyncio.get_running_loop().create_server(listener, admin.host, admin.port)
+        self._cleanup.push_async_callback(listener.drain, 1.0)
+        self._cleanup.callback(server.close)
+        return _url("http", server.sockets[0].getsockname())
 
     def _go_on(self, work: Coroutine[None, None, None]) -> None:
         self._background.append(asyncio.create_task(work))
@@ -269,7 +340,8 @@ def refuse_slow_parser() -> None:
 
 def raise_file_limit(settings: Settings) -> tuple[int, int]:
     """Raise the limit of open files to what `settings` need, where we may. Gives the limit, and the need."""
-    wanted = settings.server.max_connections + settings.upstream.max_connections + _SPARE_FILES
+    callers = settings.server.max_connections * (2 if settings.server.tls_cert_file else 1)  # handshakes too
+    wanted = callers + settings.upstream.max_connections + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < reachable:
@@ -297,6 +369,13 @@ def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
     password = b""
     if redis.password_file:
         password = read_secret(redis.password_file, setting="redis.password_file", least_bytes=1)
+    if redis.ca_file:
+        try:
+            ssl.create_default_context(cafile=redis.ca_file)
+        except OSError:  # ssl.SSLError is one
+            raise SettingsError(
+                f"redis.ca_file = {redis.ca_file!r}: must be a file of PEM certificates"
+            ) from None
     return connector(
         url,
         connect_timeout_s=redis.connect_timeout_s,

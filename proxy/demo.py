@@ -2,7 +2,8 @@
 
 A simulator of DigitalOcean's API, the proxy and its embedded Valkey run in this process. Each line of the
 transcript is a request that was made; what the upstream was asked is the simulator's own count, not the
-proxy's. A step that does not show what it should says so, and the exit status is 1.
+proxy's. Two steps have a proxy and a simulator of their own, with settings that make them short. A step that
+does not show what it should says so, and the exit status is 1.
 """
 
 import asyncio
@@ -27,13 +28,20 @@ from proxy.app import Addresses, App, StartError
 from proxy.core.errors import UpstreamUnreachable
 from proxy.core.http import CACHE_NAME
 from proxy.settings import load
-from proxy.simulator import DROPLET_SNAPSHOT_ID, READ_ONLY, VOLUME_SNAPSHOT_ID, Simulator, World
+from proxy.simulator import DROPLET_SNAPSHOT_ID, READ_ONLY, VOLUME_SNAPSHOT_ID, Limits, Simulator, World
 from proxy.storage.embedded import EmbeddedServerError
 
 _LATENCY_S = 0.1
 _CROWD = 200
 _SNAPSHOTS = 200
 """Of the team, the two documented ones included: as many as one page of the list holds."""
+
+_LIMITS = Limits()
+_PER_MINUTE = 20
+_MINUTE_S = 2
+_MAX_WAIT_S = 3
+_BURST = 60
+"""More than the limit, and than what comes free while callers wait: some are answered late, some are not."""
 
 _LIST = "/v2/snapshots"
 _DROPLET = f"{_LIST}/{DROPLET_SNAPSHOT_ID}"
@@ -58,6 +66,11 @@ async def _show(*, once: bool) -> int:
     _quiet()
     try:
         async with _stage() as stage:
+            _say(
+                _bold(f"snapshot-proxy {__version__} between a client and a simulator of DigitalOcean's API"),
+                f"The simulator takes {_LATENCY_S * 1000:.0f} ms for an answer. Each line is a real request:",
+                "status, Cache-Status, time, and the simulator's own count of what it was asked.",
+            )
             for step in STEPS:
                 await step(stage)
             if stage.surprises:
@@ -123,7 +136,7 @@ class Stage:
         self, caller: Caller, path: str, expected: Expected, *, method: str = "GET", **headers: str
     ) -> Answer:
         """Make one request, and write the lines that tell how it went."""
-        with self._watch() as seen:
+        with self.watch() as seen:
             answer = await self.fetch(caller, path, method, **headers)
         extra = "".join(f", {name}: {value}" for name, value in headers.items())
         _say(_dim(f"   {method} {path} ({caller.name}{extra})"))
@@ -137,7 +150,7 @@ class Stage:
 
     async def ask_at_once(self, caller: Caller, paths: Sequence[str], expected: Expected) -> None:
         """Read all `paths` at once. What is expected holds for all together."""
-        with self._watch() as seen:
+        with self.watch() as seen:
             answers = await asyncio.gather(*(self.fetch(caller, path) for path in paths))
         which = paths[0] if len(set(paths)) == 1 else f"{_LIST}/ID, each another one"
         _say(_dim(f"   {len(paths)} x GET {which} ({caller.name})"))
@@ -182,7 +195,7 @@ class Stage:
             _say(_red(f"   ^ not what it should be: {expected}"))
 
     @contextmanager
-    def _watch(self) -> Iterator["_Seen"]:
+    def watch(self) -> Iterator["_Seen"]:
         """Take the time, and the simulator's count, of what happens inside."""
         seen, before, started = _Seen(), self.simulator.count(), perf_counter()
         yield seen
@@ -232,9 +245,10 @@ async def _kept_apart(stage: Stage) -> None:
 
 
 async def _refused(stage: Stage) -> None:
-    _title("A token that nobody issued gets nothing of what is cached for others.")
+    _title("A token that nobody issued gets nothing of what is cached for others. The 401 is remembered.")
     expected = Expected(HTTPStatus.UNAUTHORIZED, "fwd=uri-miss; fwd-status=401", 1)
     await stage.ask(stage.stranger, _DROPLET, expected)
+    await stage.ask(stage.stranger, _DROPLET, Expected(HTTPStatus.UNAUTHORIZED, _HIT.cache_status, 0))
 
 
 async def _unknown(stage: Stage) -> None:
@@ -285,8 +299,55 @@ async def _down(stage: Stage) -> None:
     await stage.simulator.start()
 
 
+async def _stale(stage: Stage) -> None:
+    _title(
+        "The same where nothing is fresh (a second proxy, with a TTL of a second): stale answers are served."
+    )
+    async with _stage("cache.fresh_s=1", "cache.stale_while_revalidate_s=0") as other:
+        await other.ask(other.owner, _DROPLET, _MISS)
+        await asyncio.sleep(1.0)
+        await other.simulator.stop()
+        stale = Expected(HTTPStatus.OK, "fwd=stale; detail=stale-if-error", 0)
+        await other.ask(other.owner, _DROPLET, stale)
+        await other.simulator.start()
+    stage.surprises += other.surprises
+
+
+async def _limit(stage: Stage) -> None:
+    _title(
+        f"The limit (a third proxy; {_PER_MINUTE} calls in {_MINUTE_S} s, instead of 250 in a minute):"
+        f" {_BURST} callers at once,",
+        f"each for another snapshot. Who can be answered within {_MAX_WAIT_S} s waits, the others are told.",
+    )
+    async with _stage(
+        f"quota.per_minute={_PER_MINUTE}",
+        f"quota.max_wait_s={_MAX_WAIT_S}",
+        limits=Limits(per_minute=_PER_MINUTE, minute_s=_MINUTE_S, hour_s=_MINUTE_S * 60),
+        clock_scale=_MINUTE_S / 60,
+    ) as other:
+        ids = [snapshot.id for snapshot in other.simulator.world.snapshots()[:_BURST]]
+        with other.watch() as seen:
+            answers = await asyncio.gather(*(other.fetch(other.owner, f"{_LIST}/{id_}") for id_ in ids))
+        _say(_dim(f"   {_BURST} x GET {_LIST}/ID, each another one ({other.owner.name})"))
+        statuses = Counter(answer.status for answer in answers)
+        given = ", ".join(f"{status:d} x {times}" for status, times in sorted(statuses.items()))
+        other.show(
+            f"{given:<{_WIDTH + 4}} {seen}",
+            statuses.keys() == {HTTPStatus.OK, HTTPStatus.TOO_MANY_REQUESTS}
+            and _PER_MINUTE < seen.calls == statuses[HTTPStatus.OK],
+            f"200 for more than {_PER_MINUTE}, as many upstream, 429 for the others",
+        )
+        told = next((each.document for each in answers if each.status != HTTPStatus.OK), None) or {}
+        message = str(told.get("message"))
+        other.show(f"429: {message}", message.startswith(f"{CACHE_NAME}: this token's calls"), "a reason")
+        refusals = other.simulator.count(status=HTTPStatus.TOO_MANY_REQUESTS)
+        other.show(f"429s that the upstream sent: {refusals}", refusals == 0, "none")
+        await other.ask(other.owner, f"{_LIST}/{ids[0]}", _HIT)
+    stage.surprises += other.surprises
+
+
 async def _saved(stage: Stage) -> None:
-    _title("What that saved, by the proxy's own metrics:")
+    _title("What the first proxy saved, by its own metrics:")
     requests = await stage.metric("snapshot_proxy_requests_total")
     calls = await stage.metric("snapshot_proxy_upstream_requests_total")
     failed = await stage.metric("snapshot_proxy_upstream_requests_total", 'status="error"')
@@ -309,6 +370,8 @@ STEPS = (
     _list,
     _delete,
     _down,
+    _stale,
+    _limit,
     _saved,
 )
 
@@ -317,22 +380,19 @@ STEPS = (
 
 
 @asynccontextmanager
-async def _stage() -> AsyncIterator[Stage]:
+async def _stage(*overrides: str, limits: Limits = _LIMITS, clock_scale: float = 1.0) -> AsyncIterator[Stage]:
+    """Set up a simulator and a proxy; `clock_scale` shortens the minute and the hour of the proxy's quota."""
+    world = World(snapshots_per_team=_SNAPSHOTS - 2)
     async with (
-        Simulator(world=World(snapshots_per_team=_SNAPSHOTS - 2), latency_s=_LATENCY_S) as simulator,
-        _proxy(simulator.url) as addresses,
+        Simulator(world=world, limits=limits, latency_s=_LATENCY_S) as simulator,
+        _proxy(simulator.url, *overrides, clock_scale=clock_scale) as addresses,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
     ):
-        _say(
-            _bold(f"snapshot-proxy {__version__} between a client and a simulator of DigitalOcean's API"),
-            f"The simulator takes {_LATENCY_S * 1000:.0f} ms for an answer. Each line is a real request:",
-            "status, Cache-Status, time, and the simulator's own count of what it was asked.",
-        )
         yield Stage(simulator, addresses, client)
 
 
 @asynccontextmanager
-async def _proxy(upstream_url: str) -> AsyncIterator[Addresses]:
+async def _proxy(upstream_url: str, *overrides: str, clock_scale: float) -> AsyncIterator[Addresses]:
     app = App(
         load(
             config_file=None,
@@ -342,9 +402,11 @@ async def _proxy(upstream_url: str) -> AsyncIterator[Addresses]:
                 "admin.port=0",
                 "log.access=off",
                 "redis.timeout_s=2",  # a machine that is busy with other things shows hits all the same
+                *overrides,
             ],
             environ={},
-        ).settings
+        ).settings,
+        clock_scale=clock_scale,
     )
     addresses = await app.start()
     try:
@@ -382,8 +444,8 @@ def _quiet() -> None:
         handler.setLevel(logging.ERROR)  # steps of the service's life pass the logger's own level
 
 
-def _title(text: str) -> None:
-    _say("", _bold(text))
+def _title(*lines: str) -> None:
+    _say("", *map(_bold, lines))
 
 
 def _say(*lines: str) -> None:

@@ -2,22 +2,27 @@
 
 A *flight* is a fetch in a task of its own: callers wait on it shielded, so that nobody who leaves can cancel
 it for the others, or for what it is about to store. Callers with the same key share one flight. A flight that
-has landed is still shared for a moment with those who began to look for an answer while it was in the air:
-between their look and their joining, its answer was stored.
+has landed is still shared for a moment: with those who began to look for an answer while it was in the air
+(between their look and their joining, its answer was stored), and, where it failed, with everybody: a failure
+is not repeated by each who comes upon it.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from proxy.core.errors import Overloaded
+from proxy.logs import event
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 LINGER_S = 1.0
 """Longer than a look-up takes: for so long a landed flight is remembered."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Landed(NamedTuple, Generic[T]):
@@ -28,11 +33,12 @@ class Landed(NamedTuple, Generic[T]):
 
 
 class _Flight(Generic[T]):
-    __slots__ = ("landed_at", "task")
+    __slots__ = ("failed", "landed_at", "task")
 
-    def __init__(self, task: "asyncio.Task[T]") -> None:
-        self.task = task
+    def __init__(self) -> None:
+        self.task: asyncio.Task[T]
         self.landed_at: float | None = None
+        self.failed = False
 
 
 class Flights(Generic[T]):
@@ -41,8 +47,9 @@ class Flights(Generic[T]):
     `fetch` returns its failures as values: an exception is a bug, and everybody who waits gets it.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, is_failure: Callable[[T], bool] = lambda _: False) -> None:
         self._most = most
+        self._is_failure = is_failure
         self._by_key: dict[Hashable, _Flight[T]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -56,12 +63,14 @@ class Flights(Generic[T]):
         to join and no room for another.
         """
         flight = self._by_key.get(key)
-        if flight is not None and (flight.landed_at is None or flight.landed_at >= since):
+        if flight is not None and (flight.landed_at is None or flight.landed_at >= since or flight.failed):
             return Landed(await asyncio.shield(flight.task), collapsed=True)
-        flight = _Flight(self._start(fetch))
-        self._by_key[key] = flight
-        flight.task.add_done_callback(lambda _: self._land(key, flight))
-        return Landed(await asyncio.shield(flight.task), collapsed=False)
+        return Landed(await asyncio.shield(self._take_off(key, fetch)), collapsed=False)
+
+    def begin(self, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
+        """Start the flight of `key` for nobody, unless there is or just was one, or there is no room."""
+        if key not in self._by_key and len(self._tasks) < self._most:
+            self._take_off(key, fetch).add_done_callback(_tell)
 
     async def alone(self, fetch: Callable[[], Awaitable[U]]) -> U:
         """Fetch for one caller only, in a task all the same. Raises Overloaded where there is no room."""
@@ -85,6 +94,20 @@ class Flights(Generic[T]):
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def _take_off(self, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> "asyncio.Task[T]":
+        flight: _Flight[T] = _Flight()
+
+        async def fly() -> T:
+            result = await fetch()
+            # Judged here: who looks at a task's exception keeps the loop from reporting it.
+            flight.failed = self._is_failure(result)
+            return result
+
+        flight.task = self._start(fly)
+        self._by_key[key] = flight
+        flight.task.add_done_callback(lambda _: self._land(key, flight))
+        return flight.task
+
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
         # The loop's time may stand still for a millisecond: who came after is not who came before.
         flight.landed_at = time.monotonic()
@@ -96,3 +119,9 @@ class Flights(Generic[T]):
     def _forget(self, key: Hashable, flight: _Flight[T]) -> None:
         if self._by_key.get(key) is flight:
             del self._by_key[key]
+
+
+def _tell(task: asyncio.Task[Any]) -> None:
+    """Log the bug in a fetch that nobody waits for."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        event(_LOG, logging.ERROR, "bug", exc=error)

@@ -3,7 +3,7 @@
 Labels are closed sets, aliases included; nothing that a caller sends becomes one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import assert_never, get_args
 
@@ -17,20 +17,33 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
-from proxy.core.events import Cause, Invalidation, Outcome, RequestDone, StoreOperation, UpstreamCall
+from proxy.core.events import (
+    Cause,
+    Invalidation,
+    Outcome,
+    QuotaWait,
+    RequestDone,
+    Standing,
+    StoreOperation,
+    UpstreamCall,
+)
 
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
-_AVOIDED = (Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE, Outcome.COLLAPSED)
+_AVOIDED = (Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE, Outcome.COLLAPSED)
 _WATCHED = {
     "connections": "Open connections of callers.",
     "flights": "Fetches on their way.",
     "store_up": "1 while Redis answers.",
     "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
     "secret_mismatch": "1 where another replica uses another secret.",
+    "upstream_breaker_open": "1 while the upstream fails and is only probed.",
 }
+_COOLDOWN = "cooldown"
 _OWN_STATUSES = frozenset(
     {
         HTTPStatus.NOT_MODIFIED,
@@ -73,14 +86,22 @@ class Metrics:
             "store_operations", "Operations on the store.", "operation", "outcome"
         )
         self._invalidations = self._counter(
-            "invalidations", "Entries that ended before their time, by what ended them.", "cause"
+            "invalidations", "Times that entries ended before their time, by what ended them.", "cause"
+        )
+        self._quota_wait = self._histogram(
+            "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
         )
         self._watched = {name: self._gauge(name, help_text) for name, help_text in _WATCHED.items()}
+        self._quotas = _Quotas()
+        self._registry.register(self._quotas)
         self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
-        for reason in _AVOIDED:
+        # From the start, so that a rate sees the first event.
+        for reason in (*_AVOIDED, _COOLDOWN):
             self._avoided.labels(reason)
-        for cause in get_args(Cause):  # seldom things: a rate needs the zero before the first one
+        for cause in get_args(Cause):
             self._invalidations.labels(cause)
+        for outcome in ("ok", "timeout", "error"):
+            self._store_operations.labels("end", outcome)
 
     def watch(
         self,
@@ -90,6 +111,9 @@ class Metrics:
         store_up: Callable[[], float],
         store_shared: Callable[[], float],
         secret_mismatch: Callable[[], float],
+        breaker_open: Callable[[], float],
+        standings: Callable[[], Mapping[str, Standing]],
+        quota_limits: Mapping[str, int],
     ) -> None:
         """Tell where the gauges are read, at each scrape."""
         for name, read in (
@@ -98,10 +122,12 @@ class Metrics:
             ("store_up", store_up),
             ("store_shared", store_shared),
             ("secret_mismatch", secret_mismatch),
+            ("upstream_breaker_open", breaker_open),
         ):
             self._watched[name].set_function(read)
+        self._quotas.watch(standings, quota_limits)
 
-    def observe(self, event: RequestDone | UpstreamCall | StoreOperation | Invalidation) -> None:
+    def observe(self, event: RequestDone | UpstreamCall | StoreOperation | Invalidation | QuotaWait) -> None:
         """Count what happened."""
         match event:
             case RequestDone():
@@ -110,7 +136,7 @@ class Metrics:
                 ).inc()
                 self._request_seconds.labels(event.outcome).observe(event.seconds)
                 if event.outcome in _AVOIDED:
-                    self._avoided.labels(event.outcome).inc()
+                    self._avoided.labels(_COOLDOWN if event.cooldown else event.outcome).inc()
                 if event.entry_age_s is not None:
                     self._entry_age.observe(event.entry_age_s)
             case UpstreamCall():
@@ -121,6 +147,8 @@ class Metrics:
                 self._store_operations.labels(event.operation, event.outcome).inc()
             case Invalidation():
                 self._invalidations.labels(event.cause).inc()
+            case QuotaWait():
+                self._quota_wait.observe(event.seconds)
             case _:
                 assert_never(event)
 
@@ -145,6 +173,37 @@ class Metrics:
 
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
         return Gauge(_PREFIX + name, help_text, labels, registry=self._registry)
+
+
+class _Quotas(Collector):
+    """How callers stand at the moment of a scrape: calls come back, and a cool-down ends, by themselves."""
+
+    def __init__(self) -> None:
+        self._standings: Callable[[], Mapping[str, Standing]] = dict
+        self._limits: Mapping[str, int] = {}
+
+    def watch(self, standings: Callable[[], Mapping[str, Standing]], limits: Mapping[str, int]) -> None:
+        """Tell where they are read."""
+        self._standings = standings
+        self._limits = limits
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Give the three families; `other` stands as the worst of all callers without an alias."""
+        limit = GaugeMetricFamily(
+            f"{_PREFIX}quota_limit", "Calls that the API allows a caller.", labels=("caller", "window")
+        )
+        remaining = GaugeMetricFamily(
+            f"{_PREFIX}quota_remaining", "Calls that a caller has left.", labels=("caller", "window")
+        )
+        cooldown = GaugeMetricFamily(
+            f"{_PREFIX}quota_cooldown_seconds", "For how long a caller is not to call.", labels=("caller",)
+        )
+        for caller, standing in self._standings().items():
+            for window, left in (("minute", standing.minute), ("hour", standing.hour)):
+                limit.add_metric((caller, window), self._limits[window])
+                remaining.add_metric((caller, window), left)
+            cooldown.add_metric((caller,), standing.cooldown_s)
+        yield from (limit, remaining, cooldown)
 
 
 def status_label(status: int) -> str:

@@ -4,21 +4,36 @@ This is the table of contents of the program. The store and the upstream are wha
 how they do it is their affair. Every way out is a `Served` or a `Failed`, and tells its outcome.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from random import random
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from proxy.core.entry import Basis, Entry, Lookup
+from proxy.core.entry import (
+    UNAVAILABLE,
+    Basis,
+    Entry,
+    Freshness,
+    HeldElsewhere,
+    Leased,
+    Lookup,
+    Record,
+    Superseded,
+)
 from proxy.core.errors import (
     NotCached,
     Overloaded,
     ProxyError,
+    QuotaSpent,
     UpstreamDisconnected,
     UpstreamError,
+    UpstreamFailedElsewhere,
+    UpstreamPaused,
+    UpstreamTimeout,
     UpstreamUnexplained,
 )
 from proxy.core.events import Invalidation, Outcome
@@ -29,9 +44,10 @@ from proxy.core.policy import (
     Absent,
     Answer,
     Deleted,
-    Forbidden,
+    Denied,
     Forward,
     Hit,
+    HitThenRevalidate,
     Keep,
     Policy,
     Refused,
@@ -40,8 +56,21 @@ from proxy.core.policy import (
     on_delete,
     on_lookup,
 )
+from proxy.core.quota import CallClass
 from proxy.core.request import Call
 from proxy.flights import Flights, Landed
+
+_LEASE_RENEWAL_S = 0.5
+_LEASE_POLL_S = 0.025
+_REPLACEABLE = frozenset(
+    {
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+)
 
 
 class Store(Protocol):
@@ -56,14 +85,25 @@ class Store(Protocol):
     async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> None:
         """Store the single entries that came with a list, if nothing ended since its lookup."""
 
+    async def lease(
+        self, key: EntryKey | ListKey, basis: Basis
+    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        """Try to be the replica that fetches this; None where the store cannot tell."""
+
+    async def renew(self, lease: Leased) -> None:
+        """Keep the lease."""
+
+    async def release(self, lease: Leased, record: Record | None) -> None:
+        """Give the lease up, and leave what came instead of an entry for those who wait."""
+
     async def end_entry(self, key: EntryKey | ListKey) -> bool:
         """End one caller's entry and lists, those that are being fetched included.
 
         False: it will be done once the store is back; so below.
         """
 
-    async def end_caller(self, partition: Partition) -> bool:
-        """End all entries of one caller."""
+    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        """End all entries of one caller; a `refusal` answers the caller's lookups while it lasts."""
 
     async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
         """End what anybody keeps of these snapshots, and everybody's lists."""
@@ -75,8 +115,33 @@ class Store(Protocol):
 class Upstream(Protocol):
     """Whom to ask for what is not in the store."""
 
-    async def ask(self, call: Call, deadline: float) -> Answer:
-        """Ask once, until `deadline` (loop time). Raises UpstreamError."""
+    async def ask(
+        self,
+        call: Call,
+        validator: str = "",
+        *,
+        call_class: CallClass = CallClass.MISS,
+        patient: bool = True,
+    ) -> Answer:
+        """Ask once, when the quota has room; for a 304, if `validator` still is the entity tag.
+
+        Without `patient` only if there is room now. Raises UpstreamError, QuotaSpent or Overloaded.
+        """
+
+
+class _Manner(NamedTuple):
+    """How to ask: whom it is for, and whether to wait for the quota. Only who wants the same shares a flight.
+
+    Else the refusal of a refresh would answer a caller for whom the quota has room, or who can wait.
+    """
+
+    call_class: CallClass
+    patient: bool
+
+
+_FOR_NOBODY = _Manner(CallClass.REFRESH, patient=False)
+_OR_STALE = _Manner(CallClass.MISS, patient=False)
+_NEEDED = _Manner(CallClass.MISS, patient=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +155,8 @@ class Served:
     entry: Entry | None = None
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
+    cooldown: bool = False
+    """It is stale, and the upstream was not asked: it wants this token to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +176,10 @@ class Fetched:
     body: bytes
     entry: Entry | None = None
     stored: bool = False
+    revalidated: bool = False
+    elsewhere: bool = False
+    """Another replica fetched it."""
+
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
 
@@ -124,7 +195,8 @@ class _Deletion:
 class ReadThrough:
     """Answers reads, and forwards deletions.
 
-    `total_timeout_s` bounds a fetch; `clock` gives Unix seconds, `draw` a number in [0, 1).
+    `total_timeout_s` bounds a fetch, `max_wait_s` its wait for the quota. `clock` gives Unix seconds,
+    `monotonic` the loop's, `draw` a number in [0, 1).
     """
 
     def __init__(
@@ -135,6 +207,7 @@ class ReadThrough:
         policy: Policy,
         *,
         total_timeout_s: float,
+        max_wait_s: float,
         observe: Callable[[Invalidation], None],
         monotonic: Callable[[], float],
         clock: Callable[[], float] = time.time,
@@ -145,29 +218,39 @@ class ReadThrough:
         self._flights = flights
         self._policy = policy
         self._total_timeout_s = total_timeout_s
+        self._deadline_s = max_wait_s + total_timeout_s
         self._observe = observe
         self._monotonic = monotonic
         self._clock = clock
         self._draw = draw
-        self._endings = 0
+        self._ended = 0
         """So many times something ended: where no stamps tell it, nobody joins a flight from before one."""
 
     async def get(self, call: Call) -> Served | Failed:
         """Answer one read. The whole program in one match."""
         if not call.target.cacheable:
-            return await self._forward(call, Why.BYPASS, None, since=None)
-        since = self._monotonic()
+            if call.directives.only_if_cached:
+                return _unsatisfiable()
+            return await self._forward(call, Why.BYPASS, UNAVAILABLE, since=None)
+        since, ended = self._monotonic(), self._ended
         lookup = await self._store.lookup(call.key)
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
                 return _from_entry(entry, now)
-            case Forward(why):
-                why = Why.BYPASS if lookup.basis is None else why
-                return await self._forward(call, why, lookup.basis, since)
+            case HitThenRevalidate(entry):
+                if not call.directives.no_store:
+                    refresh = partial(self._fly, call, lookup, _FOR_NOBODY)
+                    self._flights.begin(self._flight(call, lookup.basis, _FOR_NOBODY), refresh)
+                return _from_entry(entry, now)
+            case Forward(why, fallback):
+                why = Why.BYPASS if lookup.unavailable else why
+                if fallback is None:
+                    return await self._forward(call, why, lookup, since)
+                answer = await self._forward(call, why, lookup, since, _OR_STALE)
+                return await self._or_stale(call, answer, fallback, ended)
             case Unsatisfiable():
-                error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
-                return Failed(error, Outcome.NONE, str(Forwarded(Why.REQUEST)))
+                return _unsatisfiable()
 
     async def delete(self, call: Call) -> Served | Failed:
         """Forward one DELETE, once; when it is answered, nobody is served that snapshot from the cache."""
@@ -191,7 +274,7 @@ class ReadThrough:
 
     async def end(self, partition: Partition, ends: Ends) -> bool:
         """End what a write to another path of the API ended, or may have. False: once the store is back."""
-        self._note(Invalidation("passthrough"))
+        self._count(Invalidation("passthrough"))
         match ends:
             case EndsForAll(snapshot_id):
                 return await self._store.end_snapshots([snapshot_id])
@@ -203,42 +286,88 @@ class ReadThrough:
                     done = await self._store.end_entry(EntryKey(partition, snapshot_id)) and done
                 return done
 
-    async def refused(self, partition: Partition) -> bool:
-        """End all entries of a caller whose token the upstream does not know any more."""
-        self._note(Invalidation("unauthorized"))
-        return await self._store.end_caller(partition)
+    async def refused(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        """End all entries of a caller whose token the upstream does not know any more.
+
+        A `refusal` answers for a while.
+        """
+        self._count(Invalidation("unauthorized"))
+        return await self._store.end_caller(partition, refusal)
 
     async def purge(self, snapshot_ids: Sequence[str] | None) -> bool:
-        """End what anybody keeps of these snapshots, or of all. False: once the store is back."""
-        self._note(Invalidation("purge"))
+        """End what anybody keeps of these snapshots, or of all, everywhere. False: once the store is back."""
+        self._count(Invalidation("purge"))
         if snapshot_ids is None:
             return await self._store.end_everything()
         return await self._store.end_snapshots(snapshot_ids)
 
+    async def _or_stale(
+        self, call: Call, answer: Served | Failed, fallback: Entry, ended: int
+    ) -> Served | Failed:
+        """Serve `fallback` in the place of a failure, where it is still there and still good for that.
+
+        It is looked up again: what was ended while the upstream was asked is not served. Where the store
+        cannot tell any more, what was found a fetch ago counts, unless this replica `ended` anything since.
+        """
+        if not _is_replaceable(answer.error.status if isinstance(answer, Failed) else answer.status):
+            return answer
+        lookup = await self._store.lookup(call.key)
+        entry = lookup.entry
+        if lookup.unavailable and self._ended == ended:
+            entry = fallback
+        now = self._clock()
+        if entry is None or not entry.may_replace_error(now):
+            return answer
+        if entry.is_fresh(now):  # somebody else was luckier
+            return _from_entry(entry, now)
+        detail = Detail.STALE_IF_ERROR
+        match answer:
+            case Failed(QuotaSpent() as spent):  # nobody was asked; so below
+                detail = Detail.COOLDOWN if spent.window == "cooldown" else Detail.QUOTA
+                cache_status = hit(entry.ttl_s(now), detail)
+            case Failed(Overloaded() | UpstreamPaused()):
+                cache_status = hit(entry.ttl_s(now), detail)
+            case _:
+                status = answer.status if isinstance(answer, Served) else None
+                cache_status = str(Forwarded(Why.STALE, status, detail=detail))
+        stale = replace(_from_entry(entry, now), outcome=Outcome.STALE, cache_status=cache_status)
+        return replace(stale, cooldown=detail is Detail.COOLDOWN)
+
+    def _flight(self, call: Call, basis: Basis | None, manner: _Manner) -> Hashable:
+        """Name the flight that `call` may share: nobody joins one that began before something ended.
+
+        Stamps tell that; without the store, what this replica knows of.
+        """
+        return call.key, manner, self._ended if basis is None else basis
+
     async def _forward(
-        self, call: Call, why: Why, basis: Basis | None, since: float | None
+        self, call: Call, why: Why, lookup: Lookup, since: float | None, manner: _Manner = _NEEDED
     ) -> Served | Failed:
         """Answer from the upstream; `since` is when the caller began to look, None where nobody may share."""
-        fetch = partial(self._fetch, call, basis)
+        basis = lookup.basis
         try:
             if since is None or not self._may_share(call):
-                landed = Landed(await self._flights.alone(fetch), collapsed=False)
+                alone = partial(self._fetch, call, lookup, manner, self._monotonic() + self._deadline_s)
+                landed = Landed(await self._flights.alone(alone), collapsed=False)
             else:
-                rests_on = self._endings if basis is None else basis
-                landed = await self._flights.join((call.key, rests_on), since, fetch)
+                fetch = partial(self._fly, call, lookup, manner)
+                landed = await self._flights.join(self._flight(call, basis, manner), since, fetch)
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(why)))
-        if landed.collapsed:
+        collapsed = landed.collapsed or _is_from_elsewhere(landed.result)
+        if collapsed:
             outcome = Outcome.COLLAPSED
+        elif isinstance(landed.result, Fetched) and landed.result.revalidated:
+            outcome = Outcome.REVALIDATED
         else:
             outcome = Outcome.BYPASS if why is Why.BYPASS else Outcome.MISS
         # The store was asked (since) and could not tell (no basis).
-        detail = Detail.STORE_UNAVAILABLE if since is not None and basis is None else None
+        detail = Detail.STORE_UNAVAILABLE if since is not None and lookup.unavailable else None
         match landed.result:
             case ProxyError() as failure:
                 status = failure.status if isinstance(failure, UpstreamUnexplained) else None
                 return Failed(
-                    failure, outcome, str(Forwarded(why, status, collapsed=landed.collapsed, detail=detail))
+                    failure, outcome, str(Forwarded(why, status, collapsed=collapsed, detail=detail))
                 )
             case Fetched() as fetched:
                 return Served(
@@ -246,56 +375,137 @@ class ReadThrough:
                     body=fetched.body,
                     outcome=outcome,
                     cache_status=str(
-                        Forwarded(why, fetched.status, fetched.stored, landed.collapsed, detail)
+                        Forwarded(
+                            why,
+                            HTTPStatus.NOT_MODIFIED if fetched.revalidated else fetched.status,
+                            fetched.stored,
+                            collapsed,
+                            detail,
+                        )
                     ),
                     entry=fetched.entry,
                     retry_after_s=fetched.retry_after_s,
-                    ratelimit=() if landed.collapsed else fetched.ratelimit,
+                    ratelimit=() if collapsed else fetched.ratelimit,
                 )
 
-    async def _fetch(self, call: Call, basis: Basis | None) -> Fetched | ProxyError:
-        """Ask the upstream, and do what its answer means for what is kept. Runs in a flight."""
+    async def _fly(self, call: Call, lookup: Lookup, manner: _Manner) -> Fetched | ProxyError:
+        """Fetch, unless another replica does: then wait for what it brings. Runs in a flight.
+
+        Whoever waits does so for the lease of its own look-up's basis, whatever ends meanwhile: the fetch
+        that holds it is as new as this request.
+        """
+        give_up = self._monotonic() + self._deadline_s
+        found, basis, waited = lookup.entry, lookup.basis, False
+        while basis is not None and lookup.basis is not None:
+            match await self._store.lease(call.key, basis):
+                case Leased() as lease:
+                    return await self._fetch_leased(lease, call, lookup, manner, give_up)
+                case Record() as record if waited or _is_replaceable(record.status):
+                    return _from_record(record)
+                case Record() | None:  # an answer, but from before this request; or the store is away
+                    break
+                case HeldElsewhere() if manner is _FOR_NOBODY:
+                    return NotCached("another replica refreshes it")
+                case HeldElsewhere() | Superseded() if self._monotonic() > give_up:
+                    return UpstreamTimeout(
+                        "another replica asks, and got no answer in time", proxy_error="http_response_timeout"
+                    )
+                case HeldElsewhere():
+                    waited = True
+                    await asyncio.sleep(_LEASE_POLL_S)
+                    lookup = await self._store.lookup(call.key)
+                case Superseded():
+                    lookup = await self._store.lookup(call.key)
+                    basis = lookup.basis
+            entry = lookup.entry
+            if entry is not None and entry != found:
+                return Fetched(entry.status, entry.body, entry, stored=True, elsewhere=True)
+        return await self._fetch(call, lookup, manner, give_up)
+
+    async def _fetch_leased(
+        self, lease: Leased, call: Call, lookup: Lookup, manner: _Manner, give_up: float
+    ) -> Fetched | ProxyError:
+        """Fetch, keep the lease meanwhile, and leave what was not stored for those who wait."""
+        renewing = asyncio.create_task(self._keep(lease), name="lease")
+        record = None
         try:
-            answer = await self._ask(call, self._monotonic() + self._total_timeout_s)
+            result = await self._fetch(call, lookup, manner, give_up)
+            record = _record(result)
+            return result
+        finally:
+            renewing.cancel()
+            await self._store.release(lease, record)
+
+    async def _keep(self, lease: Leased) -> None:
+        while True:
+            await asyncio.sleep(_LEASE_RENEWAL_S)
+            await self._store.renew(lease)
+
+    async def _fetch(
+        self, call: Call, lookup: Lookup, manner: _Manner, give_up: float
+    ) -> Fetched | ProxyError:
+        """Ask the upstream, and do what its answer means for what is kept. Runs in a flight."""
+        basis, validated = lookup.basis, lookup.entry
+        validator = "" if validated is None else validated.validator
+        try:
+            answer = await self._ask(call, validator, manner, give_up)
             verdict = self._policy.on_answer(
-                answer, call.target, request_id=call.request_id, draw=self._draw()
+                answer,
+                call.target,
+                request_id=call.request_id,
+                draw=self._draw(),
+                validated=validated if validator else None,
             )
-        except UpstreamError as failure:
+        except (UpstreamError, QuotaSpent, Overloaded) as failure:
             return failure
         match verdict:
             case Keep(entry, seeds):
                 stored = False
                 if basis is not None and not call.directives.no_store:
-                    stored = await self._store.put(call.key, entry, basis)
-                    if seeds:
+                    if seeds:  # before the list itself: who waits for it elsewhere finds them
                         await self._store.seed(call.key.partition, seeds, basis)
+                    stored = await self._store.put(call.key, entry, basis)
+                if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
+                    await self._end_entry(call.key)  # a no that is not kept still ends what was there
                 return Fetched(
                     entry.status,
                     entry.body,
                     entry if call.target.cacheable else None,
                     stored,
+                    revalidated=answer.status == HTTPStatus.NOT_MODIFIED,
                     ratelimit=answer.ratelimit,
                 )
-            case Refused():
-                await self.refused(call.key.partition)
-            case Forbidden():
-                await self._store.end_entry(call.key)
+            case Refused(_, refusal):
+                await self.refused(call.key.partition, refusal)
+            case Denied():
+                await self._end_entry(call.key)
             case Relay():
                 pass
         return _passed_on(answer, verdict.body)
 
-    async def _ask(self, call: Call, deadline: float) -> Answer:
+    async def _ask(self, call: Call, validator: str, manner: _Manner, give_up: float) -> Answer:
         """Ask, and once more where the connection ended before an answer began: a read may be repeated."""
+        ask = partial(
+            self._upstream.ask, call, validator, call_class=manner.call_class, patient=manner.patient
+        )
         try:
-            return await self._upstream.ask(call, deadline)
-        except UpstreamDisconnected:
-            return await self._upstream.ask(call, deadline)
+            async with asyncio.timeout_at(give_up):
+                try:
+                    return await ask()
+                except UpstreamDisconnected:
+                    return await ask()
+        except TimeoutError:
+            raise UpstreamTimeout(
+                "the upstream did not answer in time; try again", proxy_error="http_response_timeout"
+            ) from None
 
     async def _delete(self, call: Call) -> _Deletion:
         """Forward a DELETE, once, and end what it ended or may have ended. Runs in a flight."""
         try:
-            answer = await self._upstream.ask(call, self._monotonic() + self._total_timeout_s)
+            answer = await self._upstream.ask(call, call_class=CallClass.WRITE)
             verdict = on_delete(answer, request_id=call.request_id)
+        except (QuotaSpent, Overloaded, UpstreamPaused) as refused:  # it was not sent
+            return _Deletion(refused, ended=True)
         except UpstreamError as unknown:
             return _Deletion(unknown, await self._end_snapshot(call))
         except BaseException:  # the service stops: nobody knows what became of it
@@ -306,8 +516,8 @@ class ReadThrough:
             case Deleted():
                 ended = await self._end_snapshot(call)
             case Absent():
-                self._note(Invalidation("delete"))
-                ended = await self._store.end_entry(call.key)
+                self._observe(Invalidation("delete"))
+                ended = await self._end_entry(call.key)
             case Refused():
                 ended = await self.refused(call.key.partition)
             case Relay():
@@ -315,15 +525,19 @@ class ReadThrough:
         return _Deletion(_passed_on(answer, verdict.body), ended)
 
     async def _end_snapshot(self, call: Call) -> bool:
-        self._note(Invalidation("delete"))
+        self._count(Invalidation("delete"))
         done = await self._store.end_snapshots([call.target.text])
         if call.target.cacheable:
             return done
         # Who knows for which snapshot the upstream took it: 06372321 may be 6372321.
         return await self._store.end_caller(call.key.partition) and done
 
-    def _note(self, invalidation: Invalidation) -> None:
-        self._endings += 1
+    async def _end_entry(self, key: EntryKey | ListKey) -> bool:
+        self._ended += 1
+        return await self._store.end_entry(key)
+
+    def _count(self, invalidation: Invalidation) -> None:
+        self._ended += 1
         self._observe(invalidation)
 
     def _may_share(self, call: Call) -> bool:
@@ -334,6 +548,48 @@ class ReadThrough:
         return wanted.max_age_s is None or wanted.max_age_s >= self._total_timeout_s
 
 
+def is_failure(result: Fetched | ProxyError) -> bool:
+    """Tell whether a flight brought nothing but the news that the upstream has trouble.
+
+    What another replica left answers for a second already, from there.
+    """
+    return _is_replaceable(result.status) and not _is_from_elsewhere(result)
+
+
+def _is_replaceable(status: int) -> bool:
+    """RFC 5861 §4 names the first four; 429 is our extension. Never 401, 403, 404: they are answers."""
+    return status in _REPLACEABLE
+
+
+def _is_from_elsewhere(result: Fetched | ProxyError) -> bool:
+    return result.elsewhere if isinstance(result, Fetched) else isinstance(result, UpstreamFailedElsewhere)
+
+
+def _record(result: Fetched | ProxyError) -> Record | None:
+    """Give what those who wait elsewhere may share: not what is stored, or came of asking nobody."""
+    match result:
+        case Fetched(stored=True) | QuotaSpent() | Overloaded() | UpstreamPaused():
+            return None
+        case Fetched():
+            return Record(result.status, result.body, result.retry_after_s)
+        case ProxyError():
+            return Record(
+                result.status, str(result).encode(), result.retry_after_s, result.id, result.proxy_error
+            )
+
+
+def _from_record(record: Record) -> Fetched | ProxyError:
+    if not record.error_id:
+        return Fetched(record.status, record.body, elsewhere=True, retry_after_s=record.retry_after_s)
+    return UpstreamFailedElsewhere(
+        record.body.decode(),
+        status=record.status,
+        error_id=record.error_id,
+        proxy_error=record.proxy_error,
+        retry_after_s=record.retry_after_s,
+    )
+
+
 def _passed_on(answer: Answer, body: bytes | None) -> Fetched | ProxyError:
     """Give the upstream's own answer, or an error of ours where it did not explain itself."""
     if body is None:
@@ -341,13 +597,23 @@ def _passed_on(answer: Answer, body: bytes | None) -> Fetched | ProxyError:
     return Fetched(answer.status, body, retry_after_s=answer.retry_after_s, ratelimit=answer.ratelimit)
 
 
+def _unsatisfiable() -> Failed:
+    error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
+    return Failed(error, Outcome.NONE, str(Forwarded(Why.REQUEST)))
+
+
 def _from_entry(entry: Entry, now: float) -> Served:
     negative = entry.status != HTTPStatus.OK
-    positive = Outcome.SEEDED if entry.seeded else Outcome.HIT
+    if negative:
+        outcome = Outcome.NEGATIVE
+    elif entry.freshness(now) is not Freshness.FRESH:
+        outcome = Outcome.STALE
+    else:
+        outcome = Outcome.SEEDED if entry.seeded else Outcome.HIT
     return Served(
         status=entry.status,
         body=entry.body,
-        outcome=Outcome.NEGATIVE if negative else positive,
+        outcome=outcome,
         cache_status=hit(entry.ttl_s(now), Detail.NEGATIVE if negative else None),
         entry=entry,
     )

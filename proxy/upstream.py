@@ -9,7 +9,7 @@ import asyncio
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -29,7 +29,7 @@ from proxy.core.errors import (
     UpstreamUnreachable,
 )
 from proxy.core.events import Route, UpstreamCall
-from proxy.core.http import parse_retry_after
+from proxy.core.http import is_etag, parse_retry_after
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.passthrough import Forwarding
 from proxy.core.policy import Answer
@@ -38,6 +38,7 @@ from proxy.core.request import Call
 USER_AGENT = f"snapshot-proxy/{__version__}"
 
 _CHUNK_BYTES = 65_536
+_LONGEST_VALIDATOR = 255
 _GZIP = 16 + zlib.MAX_WBITS
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
 
@@ -84,12 +85,15 @@ class Upstream:
         """Close the pool."""
         await self._session.close()
 
-    async def ask(self, call: Call, deadline: float) -> Answer:
-        """Ask what `call` asks, with the caller's token. `deadline` is loop time. Raises UpstreamError."""
+    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+        """Ask what `call` asks, with the caller's token, and `If-None-Match` where there is a `validator`.
+
+        `deadline` is monotonic. Raises UpstreamError.
+        """
         called_at, started = time.time(), time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout(deadline - time.monotonic()):
                 response = await self._session.request(
                     call.method,
                     URL(f"{self._options.base_url}/v2/snapshots{_suffix(call.target)}", encoded=True),
@@ -99,7 +103,8 @@ class Upstream:
                         "Accept-Encoding": "gzip",
                         "User-Agent": USER_AGENT,
                         "X-Request-Id": call.request_id,
-                    },
+                    }
+                    | ({"If-None-Match": validator} if validator else {}),
                     allow_redirects=False,
                     proxy=self._options.http_proxy or None,
                 )
@@ -116,12 +121,9 @@ class Upstream:
             status=response.status,
             body=body,
             called_at=called_at,
+            validator=_validator(response.headers.get("ETag", "")),
             retry_after_s=parse_retry_after(response.headers.get("Retry-After", "")),
-            ratelimit=tuple(
-                (name, value)
-                for name in _RATELIMIT
-                if (value := response.headers.get(name, "")).isascii() and value.isdigit()
-            ),
+            ratelimit=ratelimit(response.headers),
         )
 
     @asynccontextmanager
@@ -179,6 +181,18 @@ async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         if isinstance(error, TimeoutError):
             raise _translate(error) from None
         raise _incomplete() from None
+
+
+def ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Take the upstream's `ratelimit-*`, as far as they are numbers: a client may fail on anything else."""
+    return tuple(
+        (name, value) for name in _RATELIMIT if (value := headers.get(name, "")).isascii() and value.isdigit()
+    )
+
+
+def _validator(etag: str) -> str:
+    """Take the upstream's entity tag, if it is one that we would send back."""
+    return etag if is_etag(etag) and len(etag) <= _LONGEST_VALIDATOR else ""
 
 
 def _suffix(target: SnapshotId | ListQuery) -> str:

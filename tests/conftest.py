@@ -4,9 +4,13 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
+from hypothesis import settings
 from support import Valkey
 
 from proxy.simulator import Simulator, Token
+
+settings.register_profile("here", deadline=None)  # a busy machine is slow now and then
+settings.load_profile("here")
 
 
 @pytest.fixture

@@ -21,7 +21,23 @@ from proxy.app import Addresses, App
 from proxy.settings import load
 
 DEADLINE_S = 15.0
+PATIENT = ("redis.timeout_s=2",)
+"""A machine that is busy with tests is no Redis that is too slow. Where it matters, a test sets it itself."""
+
 DROPLET_PATH = "/v2/snapshots/6372321"
+
+# What takes a feature out of the way of tests that are about another.
+NO_STALE = ("cache.stale_while_revalidate_s=0", "cache.stale_if_error_s=0")
+"""What is not fresh is asked for, and a failure is told."""
+
+AMPLE = ("quota.per_minute=1000000", "quota.per_hour=1000000", "quota.unknown_per_minute=1000000")
+"""As much as anybody may call, where the simulator says the same: what it has less was called by others."""
+
+UNSTRETCHED = "quota.per_minute=1000000"
+"""Lifetimes stay what they are, however many calls a test makes."""
+
+MANY_STRANGERS = "quota.unknown_per_minute=100000"
+"""A token for each of many tests: the upstream never took most of them before."""
 
 
 async def until(condition: Callable[[], object], what: str, within_s: float = DEADLINE_S) -> None:
@@ -38,14 +54,14 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def app(*overrides: str) -> AsyncIterator[Addresses]:
+async def app(*overrides: str, clock_scale: float = 1.0) -> AsyncIterator[Addresses]:
     """Run the service in this process, on free ports; `overrides` as after `--set`."""
     settings = load(
         config_file=None,
-        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *overrides],
+        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *PATIENT, *overrides],
         environ={},
     ).settings
-    service = App(settings)
+    service = App(settings, clock_scale=clock_scale)
     addresses = await service.start()
     try:
         yield addresses
@@ -75,7 +91,7 @@ class Serve:
 
     async def start(self) -> None:
         """Start it, and return when it says that it is ready."""
-        settings = ["server.port=0", "admin.port=0", *self.overrides]
+        settings = ["server.port=0", "admin.port=0", *PATIENT, *self.overrides]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -187,6 +203,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+async def introduce(client: aiohttp.ClientSession, api: str, *tokens: str) -> None:
+    """Make a call with each token: before one was answered, the proxy lets one at a time go upstream."""
+    for token in tokens:
+        async with client.get(f"{api}/v2/snapshots/introduction", headers=bearer(token)) as response:
+            assert response.status == 404
 
 
 async def scrape(admin: str) -> dict[str, float]:

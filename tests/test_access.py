@@ -28,7 +28,7 @@ def _level(caplog: pytest.LogCaptureFixture) -> None:
     ("which", "silent"),
     [
         pytest.param("all", set(), id="all"),
-        pytest.param("misses", {Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE}, id="misses"),
+        pytest.param("misses", {Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE}, id="misses"),
         pytest.param("off", set(Outcome), id="off"),
     ],
 )

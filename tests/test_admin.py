@@ -1,15 +1,19 @@
 """The admin listener, asked over HTTP."""
 
+import asyncio
+import json
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import aiohttp
 import pytest
 from aiohttp import web
-from support import DROPLET_PATH, app, bearer, scrape, total
+from support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
 
 from proxy import __version__
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
+from proxy.edge.connection import Limits
 from proxy.simulator import Simulator, Token
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -95,6 +99,58 @@ async def test_purge_is_counted_and_told_like_every_answer(
         metrics = await scrape(at.admin)
     assert metrics['snapshot_proxy_invalidations_total{cause="purge"}'] == 1
     assert total(metrics, "snapshot_proxy_store_operations_total", operation="end", outcome="ok") == 1
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        pytest.param(
+            b"GET /metrics HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer s3cret\x00\r\n\r\n", id="nul"
+        ),
+        pytest.param(
+            b"GET /metrics HTTP/1.1\r\nHost: a\r\nAuthorization : Bearer s3cret\r\n\r\n", id="space"
+        ),
+        pytest.param(b"POST /purge HTTP/1.1\r\nHost: a\r\nBearer s3cret\r\n\r\n", id="no-colon"),
+        pytest.param(
+            b"POST /purge HTTP/1.1\r\nHost: a\r\nAuthorization: s3cret" + b"s" * 9000 + b"\r\n\r\n", id="long"
+        ),
+    ],
+)
+async def test_what_is_no_request_is_not_echoed(
+    request_head: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parser's own answer would show the line that it refused, token and all; nor does the log."""
+    async with app() as at:
+        said = await raw_exchange(at.admin, request_head)
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.split(b" ")[1] in {b"400", b"431"}
+    assert b"s3cret" not in said
+    assert "s3cret" not in caplog.text
+    assert b"aiohttp" not in head.lower()
+    assert b"python" not in head.lower()
+    assert json.loads(body)["id"] in {"bad_request", "headers_too_large"}
+
+
+async def test_the_admin_listener_has_its_own_limit(client: aiohttp.ClientSession) -> None:
+    """One connection more than 64 is told so; the API is served all the same."""
+    async with app() as at, AsyncExitStack() as opened:
+        host, _, port = at.admin.removeprefix("http://").partition(":")
+        for _ in range(64):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            opened.callback(writer.close)
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        refused = await raw_exchange(at.admin, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        async with client.get(at.api + DROPLET_PATH) as response:
+            assert response.status == 401
+
+
+async def test_an_admin_request_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never ends is not waited for."""
+    monkeypatch.setattr("proxy.app._ADMIN_LIMITS", Limits(0.2, 75.0, 64))
+    async with app() as at:
+        assert await raw_exchange(at.admin, b"GET /healthz HTTP/1.1\r\nHost: a\r\n") == b""
 
 
 async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:

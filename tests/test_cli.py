@@ -116,6 +116,21 @@ async def test_misuse_is_one_line_and_status_2(arguments: list[str], named: str)
     assert named in err
 
 
+@pytest.mark.parametrize("command", ["serve", "check"])
+@pytest.mark.parametrize("content", ["", "nothing of the kind"], ids=["empty", "no-pem"])
+async def test_a_file_of_no_authorities_for_redis(command: str, content: str, tmp_path: Path) -> None:
+    """It is bad configuration, and not a Redis that is away."""
+    path = tmp_path / "ca.pem"
+    path.write_text(content)
+    secret = f"--set=security.secret_file={write_secret(tmp_path)}"
+    redis = "--set=redis.url=rediss://127.0.0.1:1"
+    status, _, err = await run(
+        *(command, redis, secret, f"--set=redis.ca_file={path}", "--set=server.port=0", "--set=admin.port=0")
+    )
+    assert status == 2
+    assert f"redis.ca_file = {str(path)!r}: must be a file of PEM certificates" in err
+
+
 # -- config ------------------------------------------------------------------------------------
 
 

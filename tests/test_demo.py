@@ -13,6 +13,7 @@ LINES = [
     r"200 snapshot-proxy; fwd=uri-miss; fwd-status=200; stored .* upstream \+1 = 2",
     r'tags: null for the colleague, \["web", "env:prod"\] for the first',
     r"401 snapshot-proxy; fwd=uri-miss; fwd-status=401 .* upstream \+1 = 3",
+    r"401 snapshot-proxy; hit; ttl=\d+; detail=negative .* upstream \+0 = 3",
     r"404 snapshot-proxy; fwd=uri-miss; fwd-status=404; stored .* upstream \+1 = 4",
     r"404 snapshot-proxy; hit; ttl=\d+; detail=negative .* upstream \+0 = 4",
     r"200 x GET /v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41",
@@ -30,7 +31,14 @@ LINES = [
     r"200 snapshot-proxy; hit; ttl=\d+ .* upstream \+0 = 9",
     r"502 snapshot-proxy; fwd=uri-miss .* upstream \+0 = 9",
     r"upstream_unreachable, snapshot-proxy: ",
-    r"415 requests answered with 10 calls, 1 of which found the upstream gone: 405 calls saved \(98%\)",
+    r"200 snapshot-proxy; fwd=uri-miss; fwd-status=200; stored .* upstream \+1 = 1",
+    r"200 snapshot-proxy; fwd=stale; detail=stale-if-error .* upstream \+0 = 1",
+    r"60 x GET /v2/snapshots/ID, each another one",
+    r"200 x (\d+), 429 x \d+ .* upstream \+\1 = \1",
+    r"429: snapshot-proxy: this token's calls of a minute are spent, and nothing usable is cached",
+    r"429s that the upstream sent: 0",
+    r"200 snapshot-proxy; hit; ttl=\d+ .* upstream \+0",
+    r"416 requests answered with 10 calls, 1 of which found the upstream gone: 406 calls saved \(98%\)",
 ]
 
 

@@ -243,16 +243,20 @@ async def test_an_exception_that_nobody_waits_for(
     monkeypatch.setattr(flights_module, "LINGER_S", 0)
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
-    bug = ValueError("a bug")
-    fetch = Fetch(bug)
-    for caller in await started(flights.join("key", now(), fetch), flights.join("key", now(), fetch)):
+    landing = asyncio.Event()
+
+    async def broken() -> object:
+        await landing.wait()
+        raise ValueError("a bug")  # whoever keeps the exception keeps its task
+
+    for caller in await started(flights.join("key", now(), broken), flights.join("key", now(), broken)):
         await cancelled(caller)
-    fetch.landing.set()
+    landing.set()
     await asyncio.wait(set(flights._tasks))
     for _ in range(5):
         await asyncio.sleep(0)
     gc.collect()
-    assert [context.get("exception") for context in reported] == [bug]
+    assert [repr(context.get("exception")) for context in reported] == ["ValueError('a bug')"]
 
 
 def _give(result: object) -> Any:

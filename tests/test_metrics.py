@@ -7,13 +7,26 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.core.events import Invalidation, Outcome, RequestDone, Route, StoreOperation, UpstreamCall
+from proxy.core.events import (
+    Invalidation,
+    Outcome,
+    QuotaWait,
+    RequestDone,
+    Route,
+    Standing,
+    StoreOperation,
+    UpstreamCall,
+)
 from proxy.metrics import Metrics, status_label
 
 STATUSES = {"2xx", "304", "401", "403", "404", "429", "4xx", "5xx"}
 OUTCOMES = {*("hit", "seeded", "stale", "negative", "miss", "revalidated", "collapsed", "bypass", "none")}
 ROUTES = {"snapshot", "list", "delete", "passthrough", "other"}
 ALIASES = {"other", "team-a"}
+WINDOWS = {"minute", "hour"}
+CAUSES = ("delete", "purge", "unauthorized", "passthrough")
+OPERATIONS = ("lookup", "put", "seed", "lease", "end")
+LIMITS = {"minute": 250, "hour": 5000}
 CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "requests": (
         "counter",
@@ -32,12 +45,17 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "entry_age_seconds": ("histogram", {}),
     "store_operations": (
         "counter",
-        {"operation": {"lookup", "put", "seed", "end"}, "outcome": {"ok", "timeout", "error", "corrupt"}},
+        {"operation": {*OPERATIONS}, "outcome": {"ok", "timeout", "error", "corrupt"}},
     ),
-    "invalidations": ("counter", {"cause": {"delete", "purge", "unauthorized", "passthrough"}}),
+    "invalidations": ("counter", {"cause": {*CAUSES}}),
+    "quota_remaining": ("gauge", {"caller": ALIASES, "window": WINDOWS}),
+    "quota_limit": ("gauge", {"caller": ALIASES, "window": WINDOWS}),
+    "quota_cooldown_seconds": ("gauge", {"caller": ALIASES}),
+    "quota_wait_seconds": ("histogram", {}),
     "store_up": ("gauge", {}),
     "store_shared": ("gauge", {}),
     "secret_mismatch": ("gauge", {}),
+    "upstream_breaker_open": ("gauge", {}),
     "flights": ("gauge", {}),
     "connections": ("gauge", {}),
     "build_info": ("gauge", {"version": {"1.2.3"}}),
@@ -57,6 +75,9 @@ def metrics() -> Metrics:
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 5,
+        breaker_open=lambda: False,
+        standings=lambda: {"team-a": Standing(200, 4000, 0.0), "other": Standing(0, 4999, 7.5)},
+        quota_limits=LIMITS,
     )
     return declared
 
@@ -96,11 +117,12 @@ def everything(metrics: Metrics) -> None:
         metrics.observe(UpstreamCall(Route.SNAPSHOT, status, "other", 0.1))
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "timeout", "other", 8))
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "error", "other", 0))
-    for operation in ("lookup", "put", "seed", "end"):
+    for operation in OPERATIONS:
         for result in ("ok", "timeout", "error", "corrupt"):
             metrics.observe(StoreOperation(operation, result))
-    for cause in ("delete", "purge", "unauthorized", "passthrough"):
+    for cause in CAUSES:
         metrics.observe(Invalidation(cause))
+    metrics.observe(QuotaWait(0.5))
 
 
 # -- the contract ------------------------------------------------------------------------------
@@ -184,7 +206,13 @@ def test_a_hit(metrics: Metrics) -> None:
 def test_which_requests_saved_a_call(metrics: Metrics, outcome: Outcome) -> None:
     """Those that the cache or another's flight answered; every request is counted once all the same."""
     metrics.observe(RequestDone(Route.SNAPSHOT, outcome, 404, "team-a", 0.5, "request-1"))
-    saved = outcome in {Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE, Outcome.COLLAPSED}
+    saved = outcome in {
+        Outcome.HIT,
+        Outcome.SEEDED,
+        Outcome.STALE,
+        Outcome.NEGATIVE,
+        Outcome.COLLAPSED,
+    }
     assert values(metrics, "upstream_avoided") == ({("_total", outcome): 1} if saved else {})
     assert values(metrics, "requests") == {("_total", outcome, "team-a", "snapshot", "404"): 1}
     assert values(metrics, "entry_age_seconds") == {}
@@ -216,20 +244,51 @@ def test_an_invalidation(metrics: Metrics) -> None:
     assert values(metrics, "invalidations") == {("_total", "purge"): 2}
 
 
-def test_seldom_things_are_there_before_they_happen(metrics: Metrics) -> None:
-    """A rate shows the first one only where there was a zero before it."""
-    counted = {
-        tuple(sample.labels.values()): sample.value
-        for family in ("invalidations", "upstream_avoided")
-        for sample in scraped(metrics)[family].samples
+def test_a_stale_answer_during_a_cool_down(metrics: Metrics) -> None:
+    """It saved a call because the API wants the token to wait, and that is what is counted."""
+    metrics.observe(RequestDone(Route.SNAPSHOT, Outcome.STALE, 200, "other", 0.1, "request-1", cooldown=True))
+    assert values(metrics, "upstream_avoided") == {("_total", "cooldown"): 1}
+    assert values(metrics, "requests") == {("_total", "stale", "other", "snapshot", "2xx"): 1}
+
+
+def test_a_wait_for_the_quota(metrics: Metrics) -> None:
+    """How long it was; not waiting at all is a wait of nothing."""
+    for seconds in (0.0, 1.5):
+        metrics.observe(QuotaWait(seconds))
+    assert values(metrics, "quota_wait_seconds") == {("_count",): 2, ("_sum",): 1.5}
+
+
+def test_how_callers_stand(metrics: Metrics) -> None:
+    """Each caller in both windows, beside the operator's limits."""
+    assert values(metrics, "quota_remaining") == {
+        ("", "team-a", "minute"): 200,
+        ("", "team-a", "hour"): 4000,
+        ("", "other", "hour"): 4999,
     }
-    causes, reasons = CONTRACT["invalidations"][1]["cause"], {"hit", "seeded", "negative", "collapsed"}
-    assert counted == dict.fromkeys(((label,) for label in causes | reasons), 0)
+    assert values(metrics, "quota_limit") == {
+        ("", caller, window): limit for caller in ALIASES for window, limit in LIMITS.items()
+    }
+    assert values(metrics, "quota_cooldown_seconds") == {("", "other"): 7.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        pytest.param("upstream_avoided", CONTRACT["upstream_avoided"][1]["reason"], id="avoided"),
+        pytest.param("invalidations", {*CAUSES}, id="invalidations"),
+    ],
+)
+def test_counters_that_are_there_from_the_start(name: str, labels: set[str]) -> None:
+    """A rate sees the first event only where there was a zero before it."""
+    samples = scraped(Metrics("1.2.3"))[name].samples
+    assert {value for sample in samples for value in sample.labels.values()} == labels
+    assert {sample.value for sample in samples} == {0}
 
 
 def test_gauges_are_read_when_they_are_scraped() -> None:
     """They show what is, and not what was when they were declared."""
     open_connections: list[int] = []
+    standings: dict[str, Standing] = {}
     metrics = Metrics("1.2.3")
     metrics.watch(
         connections=lambda: len(open_connections),
@@ -237,10 +296,18 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 0,
+        breaker_open=lambda: bool(open_connections),
+        standings=lambda: standings,
+        quota_limits=LIMITS,
     )
     assert values(metrics, "connections") == {}
+    assert values(metrics, "upstream_breaker_open") == {}
+    assert values(metrics, "quota_cooldown_seconds") == {}
     open_connections += [1, 2, 3]
+    standings["other"] = Standing(1, 2, 3.0)
     assert values(metrics, "connections") == {("",): 3}
+    assert values(metrics, "upstream_breaker_open") == {("",): 1}
+    assert values(metrics, "quota_cooldown_seconds") == {("", "other"): 3}
     assert values(metrics, "store_up") == {("",): 1}
     assert values(metrics, "flights") == {("",): 2}
     assert values(metrics, "build_info") == {("", "1.2.3"): 1}

@@ -4,18 +4,32 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
+from virtual import now, run
 
-from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes, Lookup
+from proxy.core.entry import (
+    UNAVAILABLE,
+    Basis,
+    Entry,
+    HeldElsewhere,
+    Leased,
+    Lifetimes,
+    Lookup,
+    Record,
+    Superseded,
+)
 from proxy.core.errors import (
     NotCached,
     Overloaded,
     ProxyError,
+    QuotaSpent,
     UpstreamDisconnected,
     UpstreamError,
+    UpstreamFailedElsewhere,
     UpstreamInvalid,
+    UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnexplained,
     UpstreamUnreachable,
@@ -25,12 +39,14 @@ from proxy.core.http import etag_of
 from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.policy import Answer, Policy
+from proxy.core.quota import CallClass
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
 from proxy.flights import Flights
-from proxy.readthrough import Failed, Fetched, ReadThrough, Served
+from proxy.readthrough import Failed, Fetched, ReadThrough, Served, is_failure
 
 NOW = 1_000_000.0
 TOTAL_TIMEOUT_S = 8.0
+MAX_WAIT_S = 10.0
 SNAPSHOT = {
     "id": "42",
     "created_at": "2020-07-28T16:47:44Z",
@@ -48,9 +64,15 @@ RATELIMIT = (("ratelimit-remaining", "4999"),)
 LIFETIMES = Lifetimes(60, 60, 300)
 FRESH = Entry(200, b"stored", '"stored"', NOW - 18, LIFETIMES)
 STALE = replace(FRESH, called_at=NOW - 61)
+"""Good while it is being refreshed; the next one only in the place of an error, the last one for nothing."""
+
+FALLBACK = replace(FRESH, called_at=NOW - 121)
+EXPIRED = replace(FRESH, called_at=NOW - 361)
 FILLED = Entry(200, BODY, etag_of(BODY), NOW, LIFETIMES)
 BASIS = Basis((b"caller", b"snapshot", b"everything"), b"")
 LATER_BASIS = Basis((b"another", b"snapshot", b"everything"), b"")
+REFUSAL = Entry(401, ERROR, etag_of(ERROR), NOW, Lifetimes(10))
+LEASE = Leased(b"lease", b"owner")
 DISCONNECTED = UpstreamDisconnected("gone", proxy_error="connection_terminated")
 TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
 
@@ -59,13 +81,17 @@ TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
 
 
 class Store:
-    """Remembers what it was told. `lookups` are answered in turn, the last one for ever.
+    """Remembers what it was told. `lookups` and `leases` are answered in turn, the last one for ever.
 
     What it is told to end it ends at once, or owes.
     """
 
     def __init__(self, *lookups: Lookup, takes: bool = True, owes: bool = False) -> None:
         self.lookups = list(lookups)
+        self.leases: list[Leased | HeldElsewhere | Record | Superseded | None] = [LEASE]
+        self.leased: list[tuple[EntryKey | ListKey, Basis]] = []
+        self.renewed: list[float] = []
+        self.released: list[Record | None] = []
         self.takes = takes
         self.owes = owes
         self.told: list[tuple[Any, ...]] = []
@@ -90,13 +116,31 @@ class Store:
         await asyncio.sleep(0)
         self.told.append(("seed", partition, dict(seeds), basis))
 
+    async def lease(
+        self, key: EntryKey | ListKey, basis: Basis
+    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        """Give the next lease."""
+        await asyncio.sleep(0)
+        self.leased.append((key, basis))
+        return self.leases.pop(0) if len(self.leases) > 1 else self.leases[0]
+
+    async def renew(self, lease: Leased) -> None:
+        """Take note of the moment."""
+        assert lease == LEASE
+        self.renewed.append(now())
+
+    async def release(self, lease: Leased, record: Record | None) -> None:
+        """Take back a lease, and what is left for others."""
+        assert lease == LEASE
+        self.released.append(record)
+
     async def end_entry(self, key: EntryKey | ListKey) -> bool:
         """Be told that an entry ends."""
         return await self._end("end_entry", key)
 
-    async def end_caller(self, partition: Partition) -> bool:
-        """Be told that a caller's entries end."""
-        return await self._end("end_caller", partition)
+    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        """Be told that a caller's entries end, and what answers instead."""
+        return await self._end("end_caller", partition, refusal)
 
     async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
         """Be told that snapshots end for all."""
@@ -117,18 +161,34 @@ class Store:
         return [told for told in self.told if told[0] != "lookup"]
 
 
+class Asked(NamedTuple):
+    """What the upstream was asked, and how."""
+
+    call: Call
+    validator: str = ""
+    call_class: CallClass = CallClass.MISS
+    patient: bool = True
+
+
 class Upstream:
     """Answers in turn what it was given, the last one for ever; while it is not `open`, it is silent."""
 
-    def __init__(self, *answers: Answer | UpstreamError) -> None:
+    def __init__(self, *answers: Answer | ProxyError) -> None:
         self.answers = list(answers)
-        self.asked: list[tuple[Call, float]] = []
+        self.asked: list[Asked] = []
         self.open = asyncio.Event()
         self.open.set()
 
-    async def ask(self, call: Call, deadline: float) -> Answer:
+    async def ask(
+        self,
+        call: Call,
+        validator: str = "",
+        *,
+        call_class: CallClass = CallClass.MISS,
+        patient: bool = True,
+    ) -> Answer:
         """Give or raise the next answer, while the upstream is `open`."""
-        self.asked.append((call, deadline))
+        self.asked.append(Asked(call, validator, call_class, patient))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         await self.open.wait()
         if isinstance(answer, Answer):
@@ -171,9 +231,8 @@ class Path:
     def __init__(self, store: Store, upstream: Upstream, most: int = 10) -> None:
         self.store = store
         self.upstream = upstream
-        self.seconds = 500.0
         self.noted: list[Invalidation] = []
-        self.flights: Flights[Fetched | ProxyError] = Flights(most)
+        self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure)
         self._readthrough = ReadThrough(
             store,
             upstream,
@@ -184,11 +243,13 @@ class Path:
                 negative_s=10,
                 stale_while_revalidate_s=60,
                 stale_if_error_s=300,
+                max_fresh_s=60,
                 jitter=0.1,
             ),
             total_timeout_s=TOTAL_TIMEOUT_S,
+            max_wait_s=MAX_WAIT_S,
             observe=self.noted.append,
-            monotonic=lambda: self.seconds,
+            monotonic=now,
             clock=lambda: NOW,
             draw=lambda: 0.0,
         )
@@ -202,9 +263,14 @@ class Path:
 async def started(*waiting: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
     """Start each, and return when all of them wait."""
     tasks = [asyncio.ensure_future(each) for each in waiting]
-    for _ in range(5):
-        await asyncio.sleep(0)
+    await settled()
     return tasks
+
+
+async def settled() -> None:
+    """Return when everybody waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def missing() -> Lookup:
@@ -261,7 +327,9 @@ async def test_what_is_stored_answers(
 
 
 @pytest.mark.parametrize(
-    "lookup", [missing(), Lookup(STALE, BASIS), UNAVAILABLE], ids=["nothing", "stale", "store-unavailable"]
+    "lookup",
+    [missing(), Lookup(FALLBACK, BASIS), Lookup(EXPIRED, BASIS), UNAVAILABLE],
+    ids=["nothing", "usable-on-error", "expired", "store-unavailable"],
 )
 async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
     """It fails with 504, and is counted as neither hit nor miss."""
@@ -274,11 +342,21 @@ async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
     assert path.store.changes == []
 
 
+async def test_only_if_cached_of_what_is_never_cached() -> None:
+    """An id that the API does not document cannot be in the cache: 504, and nobody is asked."""
+    path = Path(Store(missing()), Upstream(said()))
+    failed = await path.get(call("web-1", Directives(only_if_cached=True)))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, NotCached)
+    assert (failed.error.status, failed.outcome) == (504, Outcome.NONE)
+    assert (path.upstream.asked, path.store.told) == ([], [])
+
+
 # -- from the upstream ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("lookup", "directives", "outcome", "cache_status", "stored"),
+    ("lookup", "directives", "outcome", "cache_status", "patient"),
     [
         pytest.param(
             missing(),
@@ -289,12 +367,20 @@ async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
             id="miss",
         ),
         pytest.param(
-            Lookup(STALE, BASIS),
+            Lookup(FALLBACK, BASIS),
+            NO_DIRECTIVES,
+            Outcome.MISS,
+            "snapshot-proxy; fwd=stale; fwd-status=200; stored",
+            False,
+            id="stale-with-something-to-serve",
+        ),
+        pytest.param(
+            Lookup(EXPIRED, BASIS),
             NO_DIRECTIVES,
             Outcome.MISS,
             "snapshot-proxy; fwd=stale; fwd-status=200; stored",
             True,
-            id="stale",
+            id="expired",
         ),
         pytest.param(
             Lookup(FRESH, BASIS),
@@ -317,7 +403,7 @@ async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
             Directives(no_store=True),
             Outcome.MISS,
             "snapshot-proxy; fwd=uri-miss; fwd-status=200",
-            False,
+            True,
             id="no-store",
         ),
         pytest.param(
@@ -325,20 +411,24 @@ async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
             NO_DIRECTIVES,
             Outcome.BYPASS,
             "snapshot-proxy; fwd=bypass; detail=store-unavailable",
-            False,
+            True,
             id="store-unavailable",
         ),
     ],
 )
 async def test_what_is_fetched_is_served_and_kept(
-    lookup: Lookup, directives: Directives, outcome: Outcome, cache_status: str, stored: bool
+    lookup: Lookup, directives: Directives, outcome: Outcome, cache_status: str, patient: bool
 ) -> None:
-    """It is stored before it is served, on what its own lookup saw, where caller and Redis allow it."""
+    """It is stored before it is served, on what its own lookup saw, where caller and Redis allow it.
+
+    Who has nothing else to serve waits for the quota.
+    """
     path = Path(Store(lookup), Upstream(said()))
     asked = call(directives=directives)
     assert await path.get(asked) == Served(200, BODY, outcome, cache_status, FILLED, ratelimit=RATELIMIT)
+    stored = cache_status.endswith("stored")
     assert path.store.changes == ([("put", KEY, FILLED, BASIS)] if stored else [])
-    assert path.upstream.asked == [(asked, path.seconds + TOTAL_TIMEOUT_S)]
+    assert path.upstream.asked == [Asked(asked, patient=patient)]
 
 
 async def test_what_the_store_does_not_take_is_served() -> None:
@@ -386,6 +476,282 @@ async def test_a_negative_answer_is_kept_for_its_own_time() -> None:
     assert path.store.changes == [("put", KEY, entry, BASIS)]
 
 
+@pytest.mark.parametrize(
+    ("directives", "takes", "changes"),
+    [
+        pytest.param(Directives(no_store=True), True, ["end_entry"], id="no-store"),
+        pytest.param(NO_DIRECTIVES, False, ["put", "end_entry"], id="not-taken"),
+    ],
+)
+async def test_a_no_that_is_not_kept_ends_what_was_there(
+    directives: Directives, takes: bool, changes: list[str]
+) -> None:
+    """What is gone is not served again because its 404 could not be stored."""
+    path = Path(Store(Lookup(EXPIRED, BASIS), takes=takes), Upstream(said(404, ERROR)))
+    assert (await path.get(call(directives=directives))).status == 404
+    assert [told[0] for told in path.store.changes] == changes
+    assert path.store.changes[-1] == ("end_entry", KEY)
+
+
+async def test_a_validator_goes_up_and_a_304_comes_down() -> None:
+    """What is kept is good for another lifetime, under the validator that the upstream gave."""
+    kept = replace(EXPIRED, validator='"theirs"')
+    path = Path(Store(Lookup(kept, BASIS)), Upstream(said(304, b"")))
+    renewed, asked = replace(kept, called_at=NOW), call()
+    assert await path.get(asked) == Served(
+        200,
+        b"stored",
+        Outcome.REVALIDATED,
+        "snapshot-proxy; fwd=stale; fwd-status=304; stored",
+        renewed,
+        ratelimit=RATELIMIT,
+    )
+    assert path.upstream.asked == [Asked(asked, '"theirs"')]
+    assert path.store.changes == [("put", KEY, renewed, BASIS)]
+
+
+# -- stale answers ---------------------------------------------------------------------------------
+
+
+async def test_stale_while_revalidate() -> None:
+    """Who comes is answered at once; one refresh, that takes no call from anybody, stores what is new."""
+    path = Path(Store(Lookup(STALE, BASIS)), Upstream(said()))
+    path.upstream.open.clear()
+    asked = call()
+    served = [await path.get(asked) for _ in range(5)]
+    assert served == [Served(200, b"stored", Outcome.STALE, "snapshot-proxy; hit; ttl=-1", STALE)] * 5
+    await settled()
+    assert path.upstream.asked == [Asked(asked, call_class=CallClass.REFRESH, patient=False)]
+    assert path.store.changes == []
+    path.upstream.open.set()
+    await settled()
+    assert path.store.changes == [("put", KEY, FILLED, BASIS)]
+
+
+@pytest.mark.parametrize(
+    ("directives", "lease"),
+    [
+        pytest.param(Directives(no_store=True), LEASE, id="no-store"),
+        pytest.param(NO_DIRECTIVES, HeldElsewhere(), id="another-replica-does"),
+    ],
+)
+async def test_who_refreshes_nothing(directives: Directives, lease: Leased | HeldElsewhere) -> None:
+    """It is served stale all the same."""
+    path = Path(Store(Lookup(STALE, BASIS)), Upstream(said()))
+    path.store.leases = [lease]
+    assert (await path.get(call(directives=directives))).outcome is Outcome.STALE
+    await settled()
+    assert (path.upstream.asked, path.store.changes, len(path.flights)) == ([], [], 0)
+
+
+PAUSED = UpstreamPaused("paused", proxy_error="destination_unavailable")
+IN_PLACE = "snapshot-proxy; fwd=stale; fwd-status={}; detail=stale-if-error"
+
+
+@pytest.mark.parametrize(
+    ("answer", "cache_status"),
+    [
+        *(
+            pytest.param(said(status, ERROR, 7), IN_PLACE.format(status), id=str(status))
+            for status in (429, 500, 502, 503, 504)
+        ),
+        pytest.param(
+            said(503, b"<html>"), "snapshot-proxy; fwd=stale; detail=stale-if-error", id="unexplained"
+        ),
+        pytest.param(TIMEOUT, "snapshot-proxy; fwd=stale; detail=stale-if-error", id="timeout"),
+        pytest.param(
+            UpstreamInvalid("it is odd"), "snapshot-proxy; fwd=stale; detail=stale-if-error", id="invalid"
+        ),
+        pytest.param(
+            QuotaSpent("cooldown", 3), "snapshot-proxy; hit; ttl=-61; detail=cooldown", id="cooldown"
+        ),
+        pytest.param(QuotaSpent("minute", 3), "snapshot-proxy; hit; ttl=-61; detail=quota", id="quota"),
+        pytest.param(PAUSED, "snapshot-proxy; hit; ttl=-61; detail=stale-if-error", id="paused"),
+        pytest.param(
+            Overloaded("too many"), "snapshot-proxy; hit; ttl=-61; detail=stale-if-error", id="overloaded"
+        ),
+    ],
+)
+async def test_stale_if_error(answer: Answer | ProxyError, cache_status: str) -> None:
+    """In the place of a failure, and of a refusal of ours; whoever was not asked is not said to have been."""
+    path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(answer))
+    assert await path.get(call()) == Served(
+        200, b"stored", Outcome.STALE, cache_status, FALLBACK, cooldown="cooldown" in cache_status
+    )
+    assert path.store.changes == []
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+async def test_never_stale_in_the_place_of_an_answer(status: int) -> None:
+    """The upstream knows, and said no."""
+    path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(said(status, ERROR)))
+    served = await path.get(call())
+    assert isinstance(served, Served)
+    assert (served.status, served.body, served.outcome) == (status, ERROR, Outcome.MISS)
+
+
+@pytest.mark.parametrize(
+    ("again", "outcome"),
+    [
+        pytest.param(Lookup(FALLBACK, BASIS), Outcome.STALE, id="still-there"),
+        pytest.param(missing(), Outcome.MISS, id="ended"),
+        pytest.param(Lookup(EXPIRED, BASIS), Outcome.MISS, id="too-old"),
+        pytest.param(Lookup(FRESH, BASIS), Outcome.HIT, id="somebody-was-luckier"),
+        pytest.param(UNAVAILABLE, Outcome.STALE, id="store-gone"),
+    ],
+)
+async def test_what_is_served_in_the_place_of_an_error_is_looked_up_again(
+    again: Lookup, outcome: Outcome
+) -> None:
+    """What ended while the upstream was asked is not served."""
+    path = Path(Store(Lookup(FALLBACK, BASIS), again), Upstream(TIMEOUT))
+    assert (await path.get(call())).outcome is outcome
+
+
+async def test_without_redis_nothing_that_ended_here_is_served_in_the_place_of_an_error() -> None:
+    """Where the store cannot tell, what this replica ended meanwhile counts."""
+    path = Path(Store(Lookup(FALLBACK, BASIS), UNAVAILABLE, owes=True), Upstream(TIMEOUT))
+    path.upstream.open.clear()
+    (asking,) = await started(path.get(call()))
+    await path.purge(None)
+    path.upstream.open.set()
+    assert await asking == Failed(TIMEOUT, Outcome.MISS, "snapshot-proxy; fwd=stale")
+
+
+# -- one fetch over all replicas -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lease", "asked"),
+    [
+        pytest.param(LEASE, 1, id="leased"),
+        pytest.param(None, 1, id="store-gone"),
+        pytest.param(Record(403, ERROR), 1, id="an-answer-from-before"),
+        pytest.param(Record(503, ERROR, 7), 0, id="trouble-a-moment-ago"),
+        pytest.param(Record(504, b"late", None, "upstream_timeout", "http_response_timeout"), 0, id="ours"),
+    ],
+)
+async def test_who_fetches(lease: Leased | Record | None, asked: int) -> None:
+    """The one who has the lease, or nobody to tell; trouble is shared, older answers are not."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.store.leases = [lease]
+    answer = await path.get(call())
+    assert len(path.upstream.asked) == asked
+    assert path.store.leased == [(KEY, BASIS)]
+    assert path.store.released == ([None] if lease == LEASE else [])
+    if asked:
+        assert (answer.outcome, answer.cache_status[-6:]) == (Outcome.MISS, "stored")
+    elif isinstance(answer, Served):
+        assert (answer.status, answer.body, answer.retry_after_s) == (503, ERROR, 7)
+        assert answer.cache_status == "snapshot-proxy; fwd=uri-miss; fwd-status=503; collapsed"
+    else:
+        assert isinstance(answer.error, UpstreamFailedElsewhere)
+        assert (answer.error.status, answer.error.id, str(answer.error)) == (504, "upstream_timeout", "late")
+        assert answer.cache_status == "snapshot-proxy; fwd=uri-miss; collapsed"
+
+
+@pytest.mark.parametrize(
+    ("lookups", "leases", "asked", "body"),
+    [
+        pytest.param(
+            [missing(), missing(), Lookup(FRESH, BASIS)], [HeldElsewhere()], 0, b"stored", id="it-stores"
+        ),
+        pytest.param([missing()], [HeldElsewhere(), Record(403, ERROR)], 0, ERROR, id="it-stores-nothing"),
+        pytest.param([missing()], [HeldElsewhere(), LEASE], 1, BODY, id="it-dies"),
+        pytest.param([missing()], [HeldElsewhere(), None], 1, BODY, id="the-store-goes"),
+        pytest.param([missing(), UNAVAILABLE], [HeldElsewhere()], 1, BODY, id="the-store-goes-at-a-look"),
+        pytest.param(
+            [missing(), Lookup(FRESH, LATER_BASIS)], [Superseded()], 0, b"stored", id="it-was-quicker"
+        ),
+        pytest.param(
+            [missing(), Lookup(None, LATER_BASIS)], [Superseded(), LEASE], 1, BODY, id="it-was-and-that-ended"
+        ),
+    ],
+)
+def test_who_waits_for_another_replica(
+    lookups: list[Lookup], leases: list[Any], asked: int, body: bytes
+) -> None:
+    """It gets what the other one brings, and fetches for itself where nothing comes."""
+
+    async def main() -> None:
+        path = Path(Store(*lookups), Upstream(said()))
+        path.store.leases = leases
+        served = await path.get(call())
+        assert isinstance(served, Served)
+        assert (served.body, len(path.upstream.asked)) == (body, asked)
+        assert served.outcome is (Outcome.MISS if asked else Outcome.COLLAPSED)
+        assert served.ratelimit == (RATELIMIT if asked else ())
+
+    run(main())
+
+
+def test_nobody_waits_for_another_replica_for_ever() -> None:
+    """After the longest that a fetch may take it is a timeout."""
+
+    async def main() -> None:
+        path, began = Path(Store(missing()), Upstream(said())), now()
+        path.store.leases = [HeldElsewhere()]
+        failed = await path.get(call())
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, UpstreamTimeout)
+        assert 0 <= now() - began - (MAX_WAIT_S + TOTAL_TIMEOUT_S) < 0.1
+        assert path.upstream.asked == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("answer", "takes", "record"),
+    [
+        pytest.param(said(), True, None, id="stored"),
+        pytest.param(said(), False, Record(200, BODY), id="not-taken"),
+        pytest.param(said(503, ERROR, 7), True, Record(503, ERROR, 7), id="trouble"),
+        pytest.param(said(403, ERROR), True, Record(403, ERROR), id="denied"),
+        pytest.param(
+            TIMEOUT,
+            True,
+            Record(504, b"late", None, "upstream_timeout", "http_response_timeout"),
+            id="timeout",
+        ),
+        pytest.param(QuotaSpent("minute", 3), True, None, id="nobody-was-asked"),
+        pytest.param(PAUSED, True, None, id="paused"),
+    ],
+)
+async def test_what_is_left_for_those_who_wait_elsewhere(
+    answer: Answer | ProxyError, takes: bool, record: Record | None
+) -> None:
+    """What they find in no other way."""
+    path = Path(Store(missing(), takes=takes), Upstream(answer))
+    await path.get(call())
+    assert path.store.released == [record]
+
+
+def test_a_lease_is_kept_as_long_as_the_fetch_takes() -> None:
+    """It is renewed twice a second, and not after."""
+
+    async def main() -> None:
+        path, began = Path(Store(missing()), Upstream(said())), now()
+        asyncio.get_running_loop().call_later(1.75, path.upstream.open.set)
+        path.upstream.open.clear()
+        await path.get(call())
+        await asyncio.sleep(5)
+        assert [round(at - began, 3) for at in path.store.renewed] == [0.5, 1.0, 1.5]
+        assert path.store.released == [None]
+
+    run(main())
+
+
+async def test_a_service_that_stops_gives_its_lease_up() -> None:
+    """Another replica need not wait until it runs out."""
+    path = Path(Store(missing()), Upstream(said()))
+    path.upstream.open.clear()
+    (caller,) = await started(path.get(call()))
+    await path.flights.close()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert path.store.released == [None]
+
+
 # -- errors of the upstream ------------------------------------------------------------------------
 
 
@@ -393,7 +759,7 @@ async def test_a_negative_answer_is_kept_for_its_own_time() -> None:
 @pytest.mark.parametrize(
     ("status", "retry_after_s", "changes"),
     [
-        pytest.param(401, None, [("end_caller", KEY.partition)], id="401"),
+        pytest.param(401, None, [("end_caller", KEY.partition, REFUSAL)], id="401"),
         pytest.param(403, None, [("end_entry", KEY)], id="403"),
         pytest.param(400, None, [], id="400"),
         pytest.param(429, 30, [], id="429"),
@@ -425,6 +791,8 @@ async def test_an_error_of_the_upstream_is_passed_on(
         assert isinstance(answer.error, UpstreamUnexplained)
         assert (answer.error.status, answer.error.retry_after_s) == (status, retry_after_s)
         assert (answer.outcome, answer.cache_status) == (outcome, cache_status)
+    if status == 401 and not explained:  # nothing to say to whoever comes next
+        changes = [("end_caller", KEY.partition, None)]
     assert path.store.changes == changes
     assert path.noted == ([Invalidation("unauthorized")] if status == 401 else [])
 
@@ -433,7 +801,7 @@ async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
     """A 401 on any request ends the caller's entries."""
     path = Path(Store(missing()), Upstream(said(401, ERROR)))
     await path.get(call("web-1"))
-    assert path.store.told == [("end_caller", KEY.partition)]
+    assert path.store.told == [("end_caller", KEY.partition, REFUSAL)]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +814,7 @@ async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
 )
 async def test_no_answer_is_an_error_of_ours(error: UpstreamError) -> None:
     """It is told once, and changes nothing in the store; the upstream is not asked again."""
-    path = Path(Store(Lookup(STALE, BASIS)), Upstream(error))
+    path = Path(Store(Lookup(EXPIRED, BASIS)), Upstream(error))
     assert await path.get(call()) == Failed(error, Outcome.MISS, "snapshot-proxy; fwd=stale")
     assert path.store.changes == []
     assert len(path.upstream.asked) == 1
@@ -474,10 +842,30 @@ async def test_an_answer_that_is_not_documented() -> None:
 async def test_a_read_is_repeated_once(
     answers: list[Answer | UpstreamError], asked: int, expected: type[Served] | type[Failed]
 ) -> None:
-    """Where the connection ended before an answer began; both attempts share one deadline."""
+    """Where the connection ended before an answer began."""
     path = Path(Store(missing()), Upstream(*answers))
-    assert isinstance(await path.get(call()), expected)
-    assert [deadline for _, deadline in path.upstream.asked] == [path.seconds + TOTAL_TIMEOUT_S] * asked
+    read = call()
+    assert isinstance(await path.get(read), expected)
+    assert path.upstream.asked == [Asked(read)] * asked
+
+
+def test_both_attempts_share_one_deadline() -> None:
+    """A connection that ends late leaves the second attempt what is left of the time."""
+
+    async def main() -> None:
+        path, began = Path(Store(missing()), Upstream(DISCONNECTED, said())), now()
+        first = path.upstream.open = asyncio.Event()
+        asyncio.get_running_loop().call_later(15, first.set)
+        asking = asyncio.create_task(path.get(call()))
+        await asyncio.sleep(1)
+        path.upstream.open = asyncio.Event()  # the second attempt is never answered
+        failed = await asking
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, UpstreamTimeout)
+        assert len(path.upstream.asked) == 2
+        assert now() - began == MAX_WAIT_S + TOTAL_TIMEOUT_S
+
+    run(main())
 
 
 # -- who shares a fetch ----------------------------------------------------------------------------
@@ -562,7 +950,7 @@ async def test_others_share_nothing(other: Call) -> None:
     path = Path(Store(missing()), Upstream(said()))
     path.upstream.open.clear()
     waiting = await started(path.get(call()), path.get(other))
-    assert [asked.key for asked, _ in path.upstream.asked] == [KEY, other.key]
+    assert [asked.call.key for asked in path.upstream.asked] == [KEY, other.key]
     path.upstream.open.set()
     await asyncio.gather(*waiting)
     assert [told[1] for told in path.store.told if told[0] == "lookup"] == [KEY, other.key]
@@ -582,7 +970,6 @@ async def test_who_asks_after_an_invalidation_joins_nothing_older() -> None:
 async def test_who_looked_before_a_fetch_landed_does_not_fetch_again() -> None:
     """Its lookup missed what was stored meanwhile: it shares what landed."""
     path = Path(Store(missing()), Upstream(said()))
-    path.seconds = asyncio.get_running_loop().time()
     path.store.open.clear()
     (slow,) = await started(path.get(call()))
     path.store.open.set()
@@ -672,7 +1059,10 @@ SEEDS = {"42": seed_of(SNAPSHOT, 60), "43": seed_of(OTHER, 56)}
 
 
 async def test_a_list_is_kept_and_leaves_its_snapshots() -> None:
-    """Both are stored before it is served, on what its own lookup saw."""
+    """Both are stored before it is served, on what its own lookup saw, and the list last.
+
+    Whoever waits elsewhere for the list then finds its snapshots.
+    """
     path = Path(Store(missing()), Upstream(said(200, LIST_BODY)))
     assert await path.get(listing()) == Served(
         200,
@@ -684,8 +1074,8 @@ async def test_a_list_is_kept_and_leaves_its_snapshots() -> None:
     )
     assert path.store.told == [
         ("lookup", LIST_KEY),
-        ("put", LIST_KEY, LISTED, BASIS),
         ("seed", LIST_KEY.partition, SEEDS, BASIS),
+        ("put", LIST_KEY, LISTED, BASIS),
     ]
 
 
@@ -694,7 +1084,7 @@ async def test_a_list_that_is_not_taken_leaves_its_snapshots() -> None:
     path = Path(Store(missing(), takes=False), Upstream(said(200, LIST_BODY)))
     served = await path.get(listing())
     assert served.cache_status == "snapshot-proxy; fwd=uri-miss; fwd-status=200"
-    assert [told[0] for told in path.store.changes] == ["put", "seed"]
+    assert [told[0] for told in path.store.changes] == ["seed", "put"]
 
 
 async def test_an_empty_list_leaves_nothing() -> None:
@@ -748,7 +1138,7 @@ RESET = UpstreamUnreachable("no", proxy_error="connection_terminated")
     [
         pytest.param(said(204, b""), FOR_ALL, "delete", id="204"),
         pytest.param(said(404, ERROR), [("end_entry", KEY)], "delete", id="404"),
-        pytest.param(said(401, ERROR), [("end_caller", KEY.partition)], "unauthorized", id="401"),
+        pytest.param(said(401, ERROR), [("end_caller", KEY.partition, None)], "unauthorized", id="401"),
         pytest.param(said(403, ERROR), [], None, id="403"),
         pytest.param(said(409, ERROR), [], None, id="409"),
         pytest.param(said(429, ERROR, 30), [], None, id="429"),
@@ -774,9 +1164,21 @@ async def test_a_deletion_that_is_answered(
         retry_after_s=answer.retry_after_s,
         ratelimit=RATELIMIT,
     )
-    assert path.upstream.asked == [(asked, path.seconds + TOTAL_TIMEOUT_S)]
+    assert path.upstream.asked == [Asked(asked, call_class=CallClass.WRITE)]
     assert path.store.told == ended
     assert path.noted == ([] if cause is None else [Invalidation(cause)])
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [QuotaSpent("minute", 3), Overloaded("too many"), PAUSED],
+    ids=["quota", "overloaded", "paused"],
+)
+async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
+    """It ended nothing."""
+    path = Path(Store(missing()), Upstream(refusal))
+    assert await path.delete(deletion()) == Failed(refusal, Outcome.NONE, "snapshot-proxy; fwd=method")
+    assert (path.store.told, path.noted) == ([], [])
 
 
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
@@ -815,7 +1217,7 @@ async def test_a_deletion_by_a_name_that_only_the_upstream_reads(
     """06372321 may be 6372321 there: all of the caller's ends, besides what has that very name."""
     path = Path(Store(missing(), owes=owes), Upstream(answer))
     deleted = await path.delete(deletion("042"))
-    assert path.store.told == [("end_snapshots", "042"), ("end_caller", KEY.partition)]
+    assert path.store.told == [("end_snapshots", "042"), ("end_caller", KEY.partition, None)]
     assert ("invalidation-pending" in deleted.cache_status) is owes
 
 
@@ -876,7 +1278,7 @@ THEIRS = Partition("b" * 32)
     ("ends", "told"),
     [
         pytest.param(EndsForAll("42"), [("end_snapshots", "42")], id="for-all"),
-        pytest.param(EndsForCaller(), [("end_caller", THEIRS)], id="for-the-caller"),
+        pytest.param(EndsForCaller(), [("end_caller", THEIRS, None)], id="for-the-caller"),
         pytest.param(
             EndsForCaller(("42", "43")),
             [("end_entry", EntryKey(THEIRS, "42")), ("end_entry", EntryKey(THEIRS, "43"))],
@@ -893,11 +1295,12 @@ async def test_what_a_write_elsewhere_ends(ends: Ends, told: list[tuple[Any, ...
 
 
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
-async def test_a_token_that_is_refused_elsewhere(owes: bool) -> None:
-    """A 401 on any request ends all of the caller's."""
+@pytest.mark.parametrize("refusal", [None, REFUSAL], ids=["silently", "with-a-refusal"])
+async def test_a_token_that_is_refused_elsewhere(refusal: Entry | None, owes: bool) -> None:
+    """A 401 on any request ends all of the caller's; what the upstream said answers for a while."""
     path = Path(Store(missing(), owes=owes), Upstream(said()))
-    assert await path.refused(THEIRS) is not owes
-    assert path.store.told == [("end_caller", THEIRS)]
+    assert await path.refused(THEIRS, refusal) is not owes
+    assert path.store.told == [("end_caller", THEIRS, refusal)]
     assert path.noted == [Invalidation("unauthorized")]
 
 

@@ -16,6 +16,7 @@ from aiohttp import web
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
 from proxy.core.identity import SnapshotId
 from proxy.edge.answers import error_response
+from proxy.settings import is_loopback
 
 MOST_IDS = 1000
 
@@ -68,6 +69,9 @@ class Purge:
                 raise Unauthorized("send the admin token as 'Authorization: Bearer <token>'")
         elif not self.on_loopback:
             raise Forbidden("set admin.token_file, or bind the admin listener to loopback")
+        elif not is_loopback(request.url.host or ""):
+            # A foreign name that resolves to this machine: somebody's page asks by its reader's browser.
+            raise Forbidden("ask by a loopback address, or set admin.token_file")
         elif any(header in request.headers for header in _FORWARDED):
             raise Forbidden("set admin.token_file to purge through another proxy")
 

@@ -13,13 +13,15 @@ while one is rotated, share the stamps of snapshots and of everything.
 
     envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest
     rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · seeded u8 · stamps' number u8
-               · stamps · etag's length u8 · etag · gzip's length u32 · gzip · body
+               · stamps · etag's length u8 · etag · validator's length u8 · validator · gzip's length u32
+               · gzip · body
     stamp      nonce 16 bytes · checksum 8 bytes over (key, nonce)
 """
 
 import hashlib
 import hmac
 from dataclasses import dataclass
+from enum import Enum, auto
 from struct import Struct
 from typing import NamedTuple
 
@@ -41,6 +43,15 @@ _LONG_LENGTH = Struct(">I")
 
 class CorruptValue(Exception):
     """A value that this proxy did not write under this key."""
+
+
+class Freshness(Enum):
+    """What an entry is still good for."""
+
+    FRESH = auto()
+    STALE_WHILE_REVALIDATE = auto()
+    STALE_IF_ERROR = auto()
+    EXPIRED = auto()
 
 
 class Lifetimes(NamedTuple):
@@ -69,7 +80,7 @@ class Entry:
 
     `called_at` is when its upstream call started (Unix seconds): age counts from there, so that an answer
     is never younger than what it says. `gzip` is the body compressed, where that was worth it; `seeded` tells
-    that the entry came with a list.
+    that the entry came with a list; `validator` is the upstream's own entity tag, where it sent one.
     """
 
     status: int
@@ -79,6 +90,7 @@ class Entry:
     lifetimes: Lifetimes
     gzip: bytes = b""
     seeded: bool = False
+    validator: str = ""
 
     @property
     def gzip_etag(self) -> str:
@@ -90,8 +102,23 @@ class Entry:
         return max(0.0, now - self.called_at)
 
     def is_fresh(self, now: float) -> bool:
-        """Tell whether the entry may answer without a look upstream (RFC 9111 §4.2)."""
-        return self.age_s(now) < self.lifetimes.fresh_s
+        """Tell whether the entry may answer without a look upstream."""
+        return self.freshness(now) is Freshness.FRESH
+
+    def freshness(self, now: float) -> Freshness:
+        """Classify the entry at `now` (Unix seconds). Source: RFC 9111 §4.2, RFC 5861 §3 and §4."""
+        staleness_s = self.age_s(now) - self.lifetimes.fresh_s
+        if staleness_s < 0:
+            return Freshness.FRESH
+        if staleness_s < self.lifetimes.stale_while_revalidate_s:
+            return Freshness.STALE_WHILE_REVALIDATE
+        if staleness_s < self.lifetimes.stale_if_error_s:
+            return Freshness.STALE_IF_ERROR
+        return Freshness.EXPIRED
+
+    def may_replace_error(self, now: float) -> bool:
+        """Tell whether the entry may answer in the place of an upstream's failure (RFC 5861 §4)."""
+        return self.age_s(now) < self.lifetimes.fresh_s + self.lifetimes.stale_if_error_s
 
     def ttl_s(self, now: float) -> int:
         """Whole seconds of freshness left, below 1 where there are none (RFC 9211 §2.3)."""
@@ -110,10 +137,51 @@ class Basis(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """What the store knows. Without a `basis` it could not be asked, and nothing can be stored."""
+    """What the store knows. Without a `basis` nothing can be stored.
+
+    That is so where the store could not be asked, and where the upstream refused the caller's token a moment
+    ago: then `entry` is that refusal.
+    """
 
     entry: Entry | None
     basis: Basis | None
+
+    @property
+    def unavailable(self) -> bool:
+        """Tell whether the store could not be asked."""
+        return self.entry is None and self.basis is None
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """The fetch is ours, until the lease is released or not renewed."""
+
+    name: bytes
+    owner: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeldElsewhere:
+    """Another replica fetches the same, right now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """Something else stands there by now than what the lookup saw: look again before you fetch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What came of a fetch a moment ago: not stored, but shared with those who wait for it.
+
+    An error of ours has an `error_id`, and its message as `body`; `proxy_error` is RFC 9209's name for it.
+    """
+
+    status: int
+    body: bytes
+    retry_after_s: int | None = None
+    error_id: str = ""
+    proxy_error: str = ""
 
 
 UNAVAILABLE = Lookup(entry=None, basis=None)
@@ -121,13 +189,15 @@ UNAVAILABLE = Lookup(entry=None, basis=None)
 
 def seal(entry: Entry, stamps: Stamps, key: bytes, keyring: Keyring) -> bytes:
     """Encode `entry` and the stamps it depends on for the store's `key`."""
-    etag = entry.etag.encode()
+    etag, validator = entry.etag.encode(), entry.validator.encode()
     rest = b"".join(
         (
             _FIXED.pack(entry.status, entry.called_at, *entry.lifetimes, entry.seeded, len(stamps)),
             *stamps,
             bytes((len(etag),)),
             etag,
+            bytes((len(validator),)),
+            validator,
             _LONG_LENGTH.pack(len(entry.gzip)),
             entry.gzip,
             entry.body,
@@ -143,16 +213,18 @@ def unseal(value: bytes, key: bytes, keyring: Keyring) -> tuple[Entry, Stamps]:
         raise CorruptValue
     status, called_at, fresh_s, swr_s, sie_s, seeded, number = _FIXED.unpack_from(rest)
     etag_at = _FIXED.size + number * _STAMP_BYTES
-    gzip_at = etag_at + 1 + rest[etag_at]
+    validator_at = etag_at + 1 + rest[etag_at]
+    gzip_at = validator_at + 1 + rest[validator_at]
     body_at = gzip_at + _LONG_LENGTH.size + _LONG_LENGTH.unpack_from(rest, gzip_at)[0]
     entry = Entry(
         status=status,
         body=rest[body_at:],
-        etag=rest[etag_at + 1 : gzip_at].decode(),
+        etag=rest[etag_at + 1 : validator_at].decode(),
         called_at=called_at,
         lifetimes=Lifetimes(fresh_s, swr_s, sie_s),
         gzip=rest[gzip_at + _LONG_LENGTH.size : body_at],
         seeded=seeded,
+        validator=rest[validator_at + 1 : gzip_at].decode(),
     )
     return entry, tuple(
         rest[start : start + _STAMP_BYTES] for start in range(_FIXED.size, etag_at, _STAMP_BYTES)

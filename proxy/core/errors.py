@@ -5,6 +5,7 @@ name that RFC 9209 has for it. It never holds a token, a header or a body. How i
 `http.py`'s affair; who logs it is the edge's.
 """
 
+import math
 from http import HTTPStatus
 
 RETRYABLE = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
@@ -136,6 +137,32 @@ class Overloaded(ProxyError):
     retry_after_s = 1
 
 
+class QuotaSpent(ProxyError):
+    """The token's calls are spent, or it is cooling down, and waiting would be too long.
+
+    `window` is `minute`, `hour`, `cooldown`, or `turn`: an earlier call has to tell first where the token
+    stands. `wait_s` tells until when, from now.
+    """
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    id = "too_many_requests"
+    proxy_error = "http_request_denied"
+
+    def __init__(self, window: str, wait_s: float) -> None:
+        self.window = window
+        self.wait_s = wait_s
+        until_s = max(math.ceil(wait_s), 1)
+        self.retry_after_s = min(until_s, 60)
+        what = {
+            "minute": "this token's calls of a minute are spent",
+            "hour": "this token's calls of an hour are spent",
+            "turn": "another call has to tell first how many calls this token has left",
+        }.get(window, "the API asked this token to wait")
+        super().__init__(
+            f"{what}, and nothing usable is cached; the API was not asked, try again in {until_s} s"
+        )
+
+
 # -- the upstream is at fault ------------------------------------------------------------------
 
 
@@ -154,6 +181,10 @@ class UpstreamUnreachable(UpstreamError):
     """No connection to the upstream, or one that ended before an answer."""
 
     id = "upstream_unreachable"
+
+
+class UpstreamPaused(UpstreamUnreachable):
+    """The upstream failed so often that it is not asked for a moment: it was not asked now."""
 
 
 class UpstreamDisconnected(UpstreamUnreachable):
@@ -179,6 +210,18 @@ class UpstreamTimeout(UpstreamError):
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     id = "upstream_timeout"
+
+
+class UpstreamFailedElsewhere(UpstreamError):
+    """Another replica asked for the same, a moment ago: this is the error that it got."""
+
+    def __init__(
+        self, message: str, *, status: int, error_id: str, proxy_error: str, retry_after_s: int | None
+    ) -> None:
+        super().__init__(message, proxy_error=proxy_error)
+        self.status = status
+        self.id = error_id
+        self.retry_after_s = retry_after_s
 
 
 class UpstreamInvalid(UpstreamError):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 OTHER_CALLER = "other"
 """The label of callers without an alias."""
@@ -23,14 +23,16 @@ class Outcome(StrEnum):
 
     HIT = "hit"
     SEEDED = "seeded"
+    STALE = "stale"
     NEGATIVE = "negative"
     MISS = "miss"
+    REVALIDATED = "revalidated"
     COLLAPSED = "collapsed"
     BYPASS = "bypass"
     NONE = "none"
 
 
-FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE})
+FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE})
 """Outcomes for which a stored entry answered."""
 
 
@@ -46,6 +48,9 @@ class RequestDone:
     request_id: str
     entry_age_s: float | None = None
     error_id: str | None = None
+    cooldown: bool = False
+    """A stale entry answered because the API had asked the token to wait."""
+
     fact: str | None = None
     """What about the upstream's answer was wrong: a field's name, never its value."""
 
@@ -64,7 +69,7 @@ class UpstreamCall:
 class StoreOperation:
     """One operation on the store and how it ended."""
 
-    operation: Literal["lookup", "put", "seed", "end"]
+    operation: Literal["lookup", "put", "seed", "lease", "end"]
     outcome: Literal["ok", "timeout", "error", "corrupt"]
 
 
@@ -77,3 +82,18 @@ class Invalidation:
     """Something ended before its time, for everybody or for one caller."""
 
     cause: Cause
+
+
+class Standing(NamedTuple):
+    """What a caller may still call in the minute and in the hour, and for how long not at all."""
+
+    minute: int
+    hour: int
+    cooldown_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaWait:
+    """A call waited for its turn."""
+
+    seconds: float

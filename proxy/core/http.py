@@ -32,6 +32,9 @@ class Detail(StrEnum):
     """What else there is to say (RFC 9211 §2.8)."""
 
     NEGATIVE = "negative"
+    COOLDOWN = "cooldown"
+    QUOTA = "quota"
+    STALE_IF_ERROR = "stale-if-error"
     STORE_UNAVAILABLE = "store-unavailable"
     INVALIDATION_PENDING = "invalidation-pending"
 
@@ -70,6 +73,11 @@ def etag_of(body: bytes) -> str:
 def is_not_modified(if_none_match: str, etag: str) -> bool:
     """Tell whether `If-None-Match` names `etag`, by the weak comparison that RFC 9110 §13.1.2 wants."""
     return if_none_match.strip() == "*" or etag in _ETAG.findall(if_none_match)
+
+
+def is_etag(value: str) -> bool:
+    """Tell whether `value` is one entity tag, weak or strong, in ASCII (RFC 9110 §8.8.3)."""
+    return value.isascii() and _ETAG.fullmatch(value) is not None
 
 
 def error_body(error: ProxyError, request_id: str) -> bytes:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
-from proxy.core.entry import Entry, Lifetimes
+from proxy.core.entry import Entry, Freshness, Lifetimes
 from proxy.core.errors import UpstreamInvalid
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
+from proxy.core.quota import stretched
 from proxy.core.request import Directives
 from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot
 
@@ -33,10 +34,18 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class HitThenRevalidate:
+    """The entry answers, stale as it is, and is refreshed behind the caller's back (RFC 5861 §3)."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
-    """The upstream has to be asked."""
+    """The upstream has to be asked. `fallback` may answer where it fails (RFC 5861 §4)."""
 
     why: Why
+    fallback: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +53,39 @@ class Unsatisfiable:
     """The caller allows only the cache, and the cache cannot answer (RFC 9111 §5.2.1.7)."""
 
 
-def on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit | Forward | Unsatisfiable:
+Decision = Hit | HitThenRevalidate | Forward | Unsatisfiable
+
+
+def on_lookup(entry: Entry | None, directives: Directives, now: float) -> Decision:
     """Decide about a request for which `entry` was found, at `now` (Unix seconds).
 
     A `no-store` request may be answered from the cache: RFC 9111 §5.2.1.5 forbids to store, not to use.
     """
+    decision = _on_lookup(entry, directives, now)
+    if isinstance(decision, Forward) and directives.only_if_cached:
+        return Unsatisfiable()
+    return decision
+
+
+def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit | HitThenRevalidate | Forward:
     if entry is None:
-        why = Why.URI_MISS
-    elif not entry.is_fresh(now):
-        why = Why.STALE  # RFC 9111 §4.2
-    elif directives.no_cache:
-        why = Why.REQUEST  # RFC 9111 §5.2.1.4
-    elif directives.max_age_s is not None and entry.age_s(now) > directives.max_age_s:
-        why = Why.REQUEST  # RFC 9111 §5.2.1.1
-    else:
-        return Hit(entry)
-    return Unsatisfiable() if directives.only_if_cached else Forward(why)
+        return Forward(Why.URI_MISS)
+    freshness = entry.freshness(now)
+    fresh = freshness is Freshness.FRESH
+    if directives.no_cache:  # RFC 9111 §5.2.1.4
+        return Forward(Why.REQUEST if fresh else Why.STALE)
+    # RFC 9111 §5.2.1.1: whoever names an age, and no max-stale, does not wish to get what is stale.
+    if directives.max_age_s is not None and not (fresh and entry.age_s(now) <= directives.max_age_s):
+        return Forward(Why.REQUEST if fresh else Why.STALE)
+    match freshness:
+        case Freshness.FRESH:
+            return Hit(entry)
+        case Freshness.STALE_WHILE_REVALIDATE:
+            return HitThenRevalidate(entry)
+        case Freshness.STALE_IF_ERROR:
+            return Forward(Why.STALE, fallback=entry)
+        case _:  # expired: of no use
+            return Forward(Why.STALE)
 
 
 # -- the second question -----------------------------------------------------------------------
@@ -69,7 +95,8 @@ def on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit | 
 class Answer:
     """What the upstream said to one read. `called_at` is when it was asked (Unix seconds).
 
-    `ratelimit` are the headers of that name, for the caller who gets this very answer.
+    `ratelimit` are the headers of that name, for the caller who gets this very answer; `validator` is the
+    entity tag.
     """
 
     status: int
@@ -77,6 +104,9 @@ class Answer:
     called_at: float
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
+    validator: str = ""
+    remaining_share: float = 1.0
+    """The part of the token's calls that was left when this one was admitted, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +122,18 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The upstream does not know this token: whatever is kept for this caller ends. Serve `body`."""
+    """The upstream does not know this token: whatever is kept for this caller ends. Serve `body`.
+
+    `entry` answers the caller from now on, whatever is asked, for as long as its lifetime says.
+    """
 
     body: bytes | None
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Forbidden:
-    """This token may not read this snapshot: the entry that is kept for it ends. Serve `body`."""
+class Denied:
+    """This token may not read this, or there is nothing: the entry that is kept for it ends. Serve `body`."""
 
     body: bytes | None
 
@@ -128,7 +162,7 @@ class Absent:
     body: bytes | None
 
 
-Verdict = Keep | Refused | Forbidden | Relay
+Verdict = Keep | Refused | Denied | Relay
 """A `body` is the upstream's error with a request_id; None where the upstream did not explain itself."""
 
 _END_OF_STATUSES = 600  # RFC 9110 §15
@@ -146,62 +180,88 @@ class Policy:
     negative_s: int
     stale_while_revalidate_s: int
     stale_if_error_s: int
+    max_fresh_s: int
     jitter: float
     public_url: str = ""
 
     def on_answer(
-        self, answer: Answer, target: SnapshotId | ListQuery, *, request_id: str, draw: float
+        self,
+        answer: Answer,
+        target: SnapshotId | ListQuery,
+        *,
+        request_id: str,
+        draw: float,
+        validated: Entry | None = None,
     ) -> Verdict:
         """Decide about the upstream's `answer` to a read; `draw` is a random number in [0, 1).
 
-        Raises UpstreamInvalid where it is not what the API documents.
+        `validated` is the entry whose validator went up with the question, if one did. Raises UpstreamInvalid
+        where the answer is not what the API documents.
         """
+        if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
+            lifetimes = self._of_list(draw) if isinstance(target, ListQuery) else self._positive(answer, draw)
+            return Keep(replace(validated, called_at=answer.called_at, lifetimes=lifetimes))
         if answer.status == HTTPStatus.OK:
             if isinstance(target, ListQuery):
                 return self._keep_list(answer, draw)
             body = normalize_snapshot(answer.body, target.text if target.cacheable else None)
-            return Keep(_entry(answer, body, self._positive(draw)))
+            return Keep(_entry(answer, body, self._positive(answer, draw)))
         if not HTTPStatus.BAD_REQUEST <= answer.status < _END_OF_STATUSES:
             raise UpstreamInvalid(f"status {answer.status} to a plain GET")
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
             case HTTPStatus.UNAUTHORIZED:
-                return Refused(envelope)
+                return Refused(envelope, self._negative(answer, envelope, draw))
             case HTTPStatus.FORBIDDEN:
-                return Forbidden(envelope)
-            case _ if envelope is None or isinstance(target, ListQuery):
+                return Denied(envelope)
+            case _ if isinstance(target, ListQuery):
                 return Relay(envelope)
             case HTTPStatus.NOT_FOUND:
-                return Keep(_entry(answer, envelope, self._negative(draw)))
-            case HTTPStatus.BAD_REQUEST if b"not a snapshot" in envelope:
-                return Keep(_entry(answer, envelope, self._negative(draw)))
+                return self._keep_negative(answer, envelope, draw)
+            case HTTPStatus.BAD_REQUEST if envelope is not None and b"not a snapshot" in envelope:
+                return self._keep_negative(answer, envelope, draw)
             case _:
                 return Relay(envelope)
+
+    def _keep_negative(self, answer: Answer, envelope: bytes | None, draw: float) -> Keep | Denied:
+        """Keep a no for a while; one that may not be kept still ends what was there."""
+        negative = self._negative(answer, envelope, draw)
+        return Denied(envelope) if negative is None else Keep(negative)
+
+    def _negative(self, answer: Answer, envelope: bytes | None, draw: float) -> Entry | None:
+        if envelope is None or not self.negative_s:
+            return None
+        entry = _entry(answer, envelope, Lifetimes(_jittered(self.negative_s, self.jitter * draw)))
+        return replace(entry, validator="")  # a 304 would make it live as long as a snapshot
 
     def _keep_list(self, answer: Answer, draw: float) -> Keep:
         """Keep a list, and each snapshot in it as a single read would have left it."""
         normalized = normalize_list(answer.body, self.public_url)
-        fresh_s = _jittered(self.list_fresh_s, self.jitter * draw)
         entry = replace(
-            _entry(answer, normalized.body, Lifetimes(fresh_s, 0, self.stale_if_error_s)),
+            _entry(answer, normalized.body, self._of_list(draw)),
             gzip=gzip.compress(normalized.body, _GZIP_LEVEL, mtime=0)
             if len(normalized.body) >= GZIP_FROM_BYTES
             else b"",
         )
         seeds = {
             snapshot_id: replace(
-                _entry(answer, body, self._positive((draw + place * _GOLDEN) % 1)), seeded=True
+                _entry(answer, body, self._positive(answer, (draw + place * _GOLDEN) % 1)),
+                seeded=True,
+                validator="",
             )
             for place, (snapshot_id, body) in enumerate(normalized.snapshots.items())
         }
         return Keep(entry, seeds)
 
-    def _positive(self, draw: float) -> Lifetimes:
-        fresh_s = _jittered(self.fresh_s, self.jitter * draw)
+    def _positive(self, answer: Answer, draw: float) -> Lifetimes:
+        """Give a snapshot its lifetimes: longer ones as the token's calls run low."""
+        stretched_s = stretched(self.fresh_s, self.max_fresh_s, answer.remaining_share)
+        fresh_s = _jittered(stretched_s, self.jitter * draw)
         return Lifetimes(fresh_s, self.stale_while_revalidate_s, self.stale_if_error_s)
 
-    def _negative(self, draw: float) -> Lifetimes:
-        return Lifetimes(_jittered(self.negative_s, self.jitter * draw))
+    def _of_list(self, draw: float) -> Lifetimes:
+        """Give a list its lifetimes: never served while being refreshed, lest a new snapshot is missing."""
+        return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
 
 
 def _jittered(ttl_s: int, off: float) -> int:
@@ -210,7 +270,7 @@ def _jittered(ttl_s: int, off: float) -> int:
 
 
 def _entry(answer: Answer, body: bytes, lifetimes: Lifetimes) -> Entry:
-    return Entry(answer.status, body, etag_of(body), answer.called_at, lifetimes)
+    return Entry(answer.status, body, etag_of(body), answer.called_at, lifetimes, validator=answer.validator)
 
 
 def on_delete(answer: Answer, *, request_id: str) -> Deleted | Absent | Refused | Relay:

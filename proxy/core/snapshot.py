@@ -106,16 +106,16 @@ def parse(body: bytes) -> Any:
 def error_envelope(body: bytes, request_id: str) -> bytes | None:
     """Give an upstream's error `{"id", "message", …}` back with a request_id, or None if it is none."""
     try:
-        envelope = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        envelope = parse(body)
+    except UpstreamInvalid:
         return None
     match envelope:
         case {"id": str(), "message": str()}:
             if not isinstance(envelope.get("request_id"), str):
                 envelope["request_id"] = request_id
             try:
-                return orjson.dumps(envelope)
-            except TypeError:
+                return _dump(envelope)
+            except UpstreamInvalid:
                 return None
         case _:
             return None

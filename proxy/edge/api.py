@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 
 from proxy.core.errors import (
@@ -59,6 +59,7 @@ class _Log:
     status: int = _CLIENT_LEFT
     caller: str = OTHER_CALLER
     entry_age_s: float | None = None
+    cooldown: bool = False
     error: ProxyError | None = None
 
 
@@ -109,9 +110,9 @@ class Api:
             response.force_close()  # what was not read would be taken for the next request
         return response
 
-    def malformed(self, error: ProxyError) -> None:
+    def malformed(self, error: ProxyError, request_id: str) -> None:
         """Count what never became a request."""
-        self._done(_Log("", status=error.status, error=error), time.perf_counter())
+        self._done(_Log(request_id, status=error.status, error=error), time.perf_counter())
 
     async def _answer(self, request: web.BaseRequest, log: _Log) -> web.StreamResponse:
         target = _target(request)
@@ -126,6 +127,7 @@ class Api:
         match answer:
             case Served():
                 now = self._clock()
+                log.cooldown = answer.cooldown
                 if answer.outcome in FROM_CACHE and answer.entry is not None:
                     log.entry_age_s = answer.entry.age_s(now)
                 conditions = request.headers.getall("If-None-Match", None)
@@ -205,6 +207,7 @@ class Api:
                 seconds=time.perf_counter() - started,
                 request_id=log.request_id,
                 entry_age_s=log.entry_age_s,
+                cooldown=log.cooldown,
                 error_id=None if log.error is None else log.error.id,
                 fact=log.error.fact if isinstance(log.error, UpstreamInvalid) else None,
             )
@@ -221,6 +224,8 @@ def _target(request: web.BaseRequest) -> SnapshotId | ListQuery | ApiPath:
     hosts = len(request.headers.getall("Host", ()))
     if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
         raise BadRequest("send exactly one Host header")
+    if request.version == HttpVersion10 and "Transfer-Encoding" in request.headers:
+        raise BadRequest("HTTP/1.0 has no Transfer-Encoding")  # RFC 9112 §6.1: its framing cannot be trusted
     return parse_target(request.raw_path)
 
 

@@ -24,8 +24,15 @@ from aiohttp.abc import AbstractAccessLogger, AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from proxy.core.errors import BadRequest, HeadersTooLarge, Overloaded, ProxyError, UriTooLong
-from proxy.edge.answers import error_response, refusal
+from proxy.core.errors import (
+    BadRequest,
+    HeadersTooLarge,
+    HttpVersionNotSupported,
+    Overloaded,
+    ProxyError,
+    UriTooLong,
+)
+from proxy.edge.answers import error_response, new_request_id, refusal
 from proxy.logs import event
 
 MAX_LINE_BYTES = 8190
@@ -38,6 +45,7 @@ MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
 
 _LINGER_S = 2.0
 _LONG_S = 365 * 86_400
+_FOREIGN_VERSION = ("Invalid HTTP version", "Expected HTTP/")  # the parser's words
 _NEVER = float("inf")
 _LOG = logging.getLogger(__name__)
 
@@ -58,18 +66,16 @@ class _Phase(Enum):
 
 
 class Listener:
-    """All connections of the API listener, and what they share.
+    """All connections of one listener, and what they share.
 
-    `respond` answers one request; `on_malformed` is told of each answer that was given to what is no request.
+    `server` answers requests; `on_malformed` is told of each answer, and its request id, given to what is no
+    request.
     """
 
     def __init__(
-        self,
-        respond: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
-        limits: Limits,
-        on_malformed: Callable[[ProxyError], None],
+        self, server: web.Server, limits: Limits, on_malformed: Callable[[ProxyError, str], None]
     ) -> None:
-        self._server = web.Server(respond, request_factory=self._request, handler_cancellation=True)
+        self._server = server
         self.limits = limits
         self.on_malformed = on_malformed
         self.connections: set[Connection] = set()
@@ -117,8 +123,12 @@ class Listener:
             connection.abort()
         await self._server.shutdown(0)
 
-    def _request(
-        self,
+
+def plain_server(respond: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> web.Server:
+    """Make the server of a listener whose requests are matched by `respond` on the raw target."""
+    loop = asyncio.get_running_loop()
+
+    def request(
         message: RawRequestMessage,
         payload: StreamReader,
         protocol: web.RequestHandler,
@@ -126,10 +136,12 @@ class Listener:
         task: "asyncio.Task[None]",
     ) -> web.BaseRequest:
         if message.version in (HttpVersion10, HttpVersion11):
-            return web.BaseRequest(message, payload, protocol, writer, task, self._loop)
+            return web.BaseRequest(message, payload, protocol, writer, task, loop)
         # aiohttp would put the caller's version into our status line (RFC 9112 §2.3 forbids it).
         message = message._replace(version=HttpVersion11, should_close=True)
-        return ForeignRequest(message, payload, protocol, writer, task, self._loop)
+        return ForeignRequest(message, payload, protocol, writer, task, loop)
+
+    return web.Server(respond, request_factory=request, handler_cancellation=True)
 
 
 class ForeignRequest(web.BaseRequest):
@@ -151,8 +163,9 @@ class Handler(web.RequestHandler):
         """Answer from constants: aiohttp's own text shows headers, `Authorization` included."""
         error = _malformed(exc, message)
         self.connection.reading_ended()
-        self.connection.listener.on_malformed(error)
-        response = error_response(error)
+        request_id = new_request_id()
+        self.connection.listener.on_malformed(error, request_id)
+        response = error_response(error, request_id)
         response.force_close()
         return response
 
@@ -192,6 +205,8 @@ def _malformed(exc: BaseException | None, message: str | None) -> ProxyError:
             return HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
         case HttpProcessingError() if message == "Too many headers received":
             return HeadersTooLarge(f"there are more than {MAX_HEADERS} headers")
+        case HttpProcessingError() if message is not None and message.startswith(_FOREIGN_VERSION):
+            return HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
         case HttpProcessingError():
             return BadRequest("this is not a well-formed HTTP request")
         case _:
@@ -339,6 +354,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self) -> None:
         error = Overloaded("too many connections; try again in a moment")
-        self.listener.on_malformed(error)
-        self._transport.write(refusal(error))
+        request_id = new_request_id()
+        self.listener.on_malformed(error, request_id)
+        self._transport.write(refusal(error, request_id))
         self._transport.close()

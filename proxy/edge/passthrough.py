@@ -12,7 +12,15 @@ from http import HTTPStatus
 from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
-from proxy.core.errors import RETRY_AFTER_S, RETRYABLE, BadRequest, ProxyError
+from proxy.core.errors import (
+    RETRY_AFTER_S,
+    RETRYABLE,
+    BadRequest,
+    Overloaded,
+    ProxyError,
+    QuotaSpent,
+    UpstreamPaused,
+)
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
@@ -22,10 +30,12 @@ from proxy.core.passthrough import (
     ends_of_body,
     returned_headers,
 )
+from proxy.core.quota import CallClass
 from proxy.edge.connection import Handler
 from proxy.flights import Flights
 from proxy.readthrough import Fetched, ReadThrough
-from proxy.upstream import Streamed, Upstream
+from proxy.shield import Shield
+from proxy.upstream import Streamed, Upstream, ratelimit
 
 
 class Passthrough:
@@ -34,12 +44,14 @@ class Passthrough:
     def __init__(
         self,
         upstream: Upstream,
+        shield: Shield,
         readthrough: ReadThrough,
         flights: Flights[Fetched | ProxyError],
         *,
         read_timeout_s: float,
     ) -> None:
         self._upstream = upstream
+        self._shield = shield
         self._readthrough = readthrough
         self._flights = flights
         self._read_timeout_s = read_timeout_s
@@ -61,12 +73,24 @@ class Passthrough:
         body = _Body(request, self._read_timeout_s) if request.body_exists else None
         ended = None
         try:
-            async with self._upstream.stream(forwarding, body) as answer:
+            call_class = CallClass.MISS if forwarding.method in ("GET", "HEAD") else CallClass.WRITE
+            async with (
+                self._shield.admitted(
+                    forwarding.token, forwarding.partition, forwarding.caller, call_class
+                ) as passage,
+                self._upstream.stream(forwarding, body) as answer,
+            ):
+                headers = CIMultiDict(answer.headers)
+                passage.answered(
+                    answer.status, ratelimit(headers), parse_retry_after(headers.get("Retry-After", ""))
+                )
                 if not _refuses(answer.status):
                     ended = await self._end(forwarding, body)
                 if answer.status == HTTPStatus.UNAUTHORIZED:
                     ended = await self._readthrough.refused(forwarding.partition)
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
+        except (QuotaSpent, Overloaded, UpstreamPaused):  # it was not sent
+            raise
         except BaseException:
             if ended is None:  # nobody knows what became of it
                 await self._end(forwarding, body)

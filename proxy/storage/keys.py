@@ -46,6 +46,15 @@ class Keys:
         """Name the stamp of one caller's lists."""
         return f"{self._mine(partition)}:lists".encode()
 
+    def lease(self, key: EntryKey | ListKey, basis: str) -> bytes:
+        """Name the lease of the fetch that rests on `basis`, a digest of what its lookup saw."""
+        kind = "snap" if isinstance(key, EntryKey) else "list"
+        return f"{self._mine(key.partition)}:lease:{kind}:{key[1]}:{basis}".encode()
+
+    def quota(self, partition: Partition) -> bytes:
+        """Name the ledger of one caller's calls."""
+        return f"{self._mine(partition)}:quota".encode()
+
     def snapshot(self, snapshot_id: str) -> bytes:
         """Name the stamp of what anybody keeps of one snapshot."""
         return f"{self.prefix}:1:ver:{snapshot_id}".encode()
@@ -59,6 +68,11 @@ class Keys:
     def everything(self) -> bytes:
         """Name the stamp of all entries."""
         return f"{self.prefix}:1:all".encode()
+
+    @property
+    def replicas(self) -> bytes:
+        """Name the list of replicas that were seen lately."""
+        return f"{self.prefix}:1:replicas".encode()
 
     @property
     def secret(self) -> bytes:

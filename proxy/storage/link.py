@@ -72,8 +72,10 @@ class Link:
         self._asked = asyncio.Event()
         self._first_attempt = asyncio.Event()
         self._connected = 0
+        self.generation = 0
+        """How often the connection broke: each time Redis may have been restarted, and empty."""
         self._lanes: list[asyncio.Task[None]] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], Redis] = {}
 
     @property
     def up(self) -> bool:
@@ -95,7 +97,7 @@ class Link:
             lane.cancel()
         await asyncio.gather(*self._lanes, return_exceptions=True)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._timeout_s)
+            await asyncio.wait([*self._tasks], timeout=self._connect_timeout_s)
 
     def deadline(self) -> float:
         """Give the loop time until which an operation that begins now may wait."""
@@ -112,7 +114,11 @@ class Link:
         ask = _Ask(commands, self.deadline() if deadline is None else deadline, replies)
         self._queue.append(ask)
         self._asked.set()
-        return await ask.replies
+        try:
+            async with asyncio.timeout_at(ask.deadline):
+                return await ask.replies
+        except TimeoutError:
+            raise Unavailable(too_slow=True) from None
 
     # -- a lane --------------------------------------------------------------------------------
 
@@ -134,7 +140,7 @@ class Link:
 
     async def _open(self, client: Redis) -> bool:
         try:
-            await self._within(self._connect_timeout_s, client.ping())
+            await self._within(self._connect_timeout_s, client, client.ping())
         except Exception as error:  # noqa: BLE001 # a server that raves makes redis-py raise ValueError and more
             event(_LOG, logging.DEBUG, "redis-connect-failed", cause=type(error).__name__)
             return False
@@ -148,6 +154,7 @@ class Link:
         try:
             while await self._take(client):
                 pass
+            self.generation += 1
             if self._connected == 1:
                 event(_LOG, logging.WARNING, "redis-lost", consequence="every request goes upstream")
         finally:
@@ -178,9 +185,9 @@ class Link:
         for ask in batch:
             for command in ask.commands:
                 pipeline.execute_command(*command)
-        remaining_s = min(ask.deadline for ask in batch) - asyncio.get_running_loop().time()
         try:
-            replies = await self._within(remaining_s, pipeline.execute(raise_on_error=False))
+            # Not what is left to whoever is in the greatest hurry: that one leaves alone, and breaks nothing.
+            replies = await self._within(self._timeout_s, client, pipeline.execute(raise_on_error=False))
         except Exception as error:  # noqa: BLE001 # the same
             _fail(batch, Unavailable(too_slow=isinstance(error, (TimeoutError, RedisTimeoutError))))
             return False
@@ -196,12 +203,12 @@ class Link:
         # A server that was demoted, or that still loads its data, is no use: look for another.
         return not any(isinstance(reply, (ReadOnlyError, RedisConnectionError)) for reply in replies)
 
-    async def _within(self, seconds: float, work: Awaitable[T]) -> T:
+    async def _within(self, seconds: float, client: Redis, work: Awaitable[T]) -> T:
         """Wait for redis-py, and not a moment longer: it swallows cancellations while it connects.
 
-        So what it does runs in a task of its own, which is left behind where it is late.
+        So what `client` does runs in a task of its own, which is left behind where it is late.
         """
-        task = self._spawn(work)
+        task = self._spawn(client, work)
         try:
             done, _ = await asyncio.wait({task}, timeout=max(seconds, 0))
         finally:
@@ -211,19 +218,27 @@ class Link:
         return task.result()
 
     def _hang_up(self, client: Redis) -> None:
-        self._spawn(client.aclose())
+        """Close `client` once it is done with what is late: the connection that it may still open, too."""
+        late = [task for task, whose in self._tasks.items() if whose is client]
 
-    def _spawn(self, work: Awaitable[T]) -> asyncio.Task[T]:
+        async def close() -> None:
+            if late:
+                await asyncio.wait(late)
+            await client.aclose()
+
+        self._spawn(client, close())
+
+    def _spawn(self, client: Redis, work: Awaitable[T]) -> asyncio.Task[T]:
         async def run() -> T:
             return await work
 
         task = asyncio.create_task(run(), name="redis-py")
-        self._tasks.add(task)
+        self._tasks[task] = client
         task.add_done_callback(self._forget)
         return task
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled():
             task.exception()  # whoever waited for it has seen it; nobody waits for what was late
 

@@ -22,9 +22,13 @@ from proxy.core.entry import (
     Basis,
     CorruptValue,
     Entry,
+    HeldElsewhere,
+    Leased,
     Lifetimes,
     Lookup,
+    Record,
     Stamps,
+    Superseded,
     is_stamp,
     make_stamp,
     seal,
@@ -37,14 +41,25 @@ from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.link import Command, Link, Unavailable
 
 HEARTBEAT_S = 1.0
+LEASE_MS = 2000
+"""So long a lease lasts without renewal: the replica that held it is then taken for dead."""
+
+RECORD_MS = 1000
+"""So long what was not stored, a failure above all, is shared by all replicas."""
+
 MOST_OWED = 1024
 """Stamps that wait for Redis to come back, at most; what is beyond is owed as the stamp of everything."""
 
 _NOTHING = 0  # the status of what stands where an entry ended
 _SECRET_TTL_S = 60
+_REPLICA_TTL_S = 10.0
 _PUT = f"""
 local seen = redis.call('GETRANGE', KEYS[1], 0, {SEEN_BYTES - 1})
-if seen ~= '' and seen ~= ARGV[1] then return 0 end
+if seen ~= '' and seen ~= ARGV[1] then
+  local head = redis.call('GETRANGE', KEYS[1], {SEEN_BYTES}, {CALLED_AT_BYTES[1]})
+  if #head < 10 or struct.unpack('>H', head) == {_NOTHING} then return 0 end
+  if struct.unpack('>d', head, 3) >= struct.unpack('>d', ARGV[2], {CALLED_AT_BYTES[0] + 1}) then return 0 end
+end
 redis.call('SET', KEYS[1], ARGV[2], 'EX', math.max(ARGV[3], redis.call('TTL', KEYS[1])))
 return 1
 """
@@ -64,6 +79,11 @@ for i = 2, #KEYS do
   end
 end
 return seeds
+"""
+_IF_OWNER = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call(ARGV[2], KEYS[1], unpack(ARGV, 3))
+return 1
 """
 _LOG = logging.getLogger(__name__)
 
@@ -95,6 +115,10 @@ class Store:
         self._owed: dict[bytes, object] = {}
         """Stamps to delete; the value tells one debt from a later one of the same stamp."""
         self._heart: asyncio.Task[None] | None = None
+        self._replica = secrets.token_hex(8)
+        self.replicas = 1
+        """How many replicas were seen lately, this one included."""
+        self._fewer_since: float | None = None
         self.secret_mismatch = False
 
     @property
@@ -137,6 +161,10 @@ class Store:
                         return Lookup(entry, Basis(sealed, seen))
             except CorruptValue:
                 corrupt.append(keys.entry)
+            refusal = self._refusal(stamps[0], keys.stamps[0])
+            if refusal is not None:
+                self._saw("lookup", "ok")
+                return Lookup(refusal, None)
             # Whatever stands in the entry's place does not count. What will a fill rest on?
             current = await self._stamps(keys.stamps, stamps, corrupt, deadline)
         except Unavailable as error:
@@ -146,7 +174,7 @@ class Store:
         return Lookup(None, Basis(current, seen))
 
     async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
-        """Store `entry`, unless something else was put there since its lookup.
+        """Store `entry`, unless it ended, or something newer was put there, since its lookup.
 
         Tell whether it was stored. Never raises.
         """
@@ -193,7 +221,7 @@ class Store:
                 *(("GET", name) for name in list_keys.stamps),
                 deadline=deadline,
             )
-            stamps, now = again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
+            made, stamps, now = again[: len(ids)], again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
             if self._is_owed(list_keys) or now != [*basis.stamps]:
                 return
             arguments: list[str | bytes | int] = []
@@ -213,7 +241,8 @@ class Store:
                     lists,
                     *arguments,
                 ),
-                *self._prolong((*ids, *list_keys.stamps)),
+                *self._prolong([name for name, is_new in zip(ids, made, strict=True) if not is_new]),
+                *self._prolong(list_keys.stamps),
                 deadline=deadline,
             )
             _refuse_error(reply)
@@ -223,6 +252,68 @@ class Store:
             self._failed("seed", error)
         else:
             self._saw("seed", "ok")
+
+    # -- one flight over all replicas -----------------------------------------------------------
+
+    async def lease(
+        self, key: EntryKey | ListKey, basis: Basis
+    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        """Try to be the replica that fetches `key` on this `basis`. None: it cannot tell. Never raises.
+
+        Whoever held the lease before stored first and released it then: so what stands in the entry's place
+        is read after the lease is taken.
+        """
+        digest = self._keyring.mac(b"".join((*basis.stamps, basis.seen)))[:8].hex()
+        name = self._keys.lease(key, digest)
+        owner = self._new_stamp(name)
+        try:
+            taken, holder, seen = await self._link.ask(
+                ("SET", name, owner, "NX", "PX", LEASE_MS),
+                ("GET", name),
+                ("GETRANGE", self._keys.of(key).entry, 0, SEEN_BYTES - 1),
+            )
+            _refuse_error(taken)
+            if holder != owner:
+                held = self._held(_bytes(holder), name)
+                self._saw("lease", "ok")
+                return held
+        except CorruptValue:
+            self._saw("lease", "corrupt")
+            with suppress(Unavailable):
+                await self._link.ask(("DEL", name))
+            return None
+        except Unavailable as error:
+            self._failed("lease", error)
+            return None
+        self._saw("lease", "ok")
+        lease = Leased(name, owner)
+        if isinstance(seen, bytes) and seen != basis.seen:
+            await self.release(lease, None)
+            return Superseded()
+        return lease
+
+    async def renew(self, lease: Leased) -> None:
+        """Keep the lease. Never raises."""
+        await self._if_owner(lease, "PEXPIRE", LEASE_MS)
+
+    async def release(self, lease: Leased, record: Record | None) -> None:
+        """Give the lease up; where nothing was stored, leave for a second what came instead. Never raises."""
+        if record is None:
+            await self._if_owner(lease, "DEL")
+        else:
+            value = seal(_as_entry(record, self._clock()), (), lease.name, self._keyring)
+            await self._if_owner(lease, "SET", value, "PX", RECORD_MS)
+
+    def _held(self, value: bytes, name: bytes) -> HeldElsewhere | Record:
+        """Read what stands in a lease's place: its owner, or a record. Raises CorruptValue."""
+        if is_stamp(value, name):
+            return HeldElsewhere()
+        entry, _ = unseal(value, name, self._keyring)
+        return _as_record(entry)
+
+    async def _if_owner(self, lease: Leased, *command: str | bytes | int) -> None:
+        with suppress(Unavailable):
+            await self._link.ask(("EVAL", _IF_OWNER, 1, lease.name, lease.owner, *command))
 
     # -- end ------------------------------------------------------------------------------------
     # Each tells whether it was done. Where Redis is away it is owed: nobody here reads or stores what
@@ -244,10 +335,18 @@ class Store:
             ("SET", name, value, "EX", self._guard_s),
         )
 
-    async def end_caller(self, partition: Partition) -> bool:
-        """End every entry of one caller, those that are being fetched included."""
+    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        """End every entry of one caller, those that are being fetched included.
+
+        A `refusal` takes the place of the caller's stamp: every lookup of this caller finds it, and nothing
+        else, until its lifetime is over.
+        """
         caller = self._keys.caller(partition)
-        return await self._end((caller,), ("DEL", caller))
+        if refusal is None:
+            return await self._end((caller,), ("DEL", caller))
+        lasts_ms = max(int((refusal.lifetimes.fresh_s - refusal.age_s(self._clock())) * 1000), 1)
+        value = seal(refusal, (), caller, self._keyring)
+        return await self._end((caller,), ("SET", caller, value, "PX", lasts_ms))
 
     async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
         """End what anybody keeps of these snapshots, and everybody's lists; fetches on their way included."""
@@ -284,6 +383,16 @@ class Store:
                     raise Unavailable(too_slow=False) from None
         return tuple(stamps[name] for name in names)
 
+    def _refusal(self, value: Any, name: bytes) -> Entry | None:
+        """Read the refusal that stands in the place of a caller's stamp, if one does."""
+        if not isinstance(value, bytes) or is_stamp(value, name):
+            return None
+        with suppress(CorruptValue):
+            entry, _ = unseal(value, name, self._keyring)
+            if entry.is_fresh(self._clock()):
+                return entry
+        return None
+
     def _new_stamp(self, name: bytes) -> bytes:
         return make_stamp(name, secrets.token_bytes(NONCE_BYTES))
 
@@ -318,23 +427,31 @@ class Store:
         """Ask for something once a second: a dead connection shows here at the latest."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            with suppress(Unavailable):
+            try:
                 await self._pulse()
+            except Unavailable:
+                self._fewer_since = None
 
     async def _pulse(self) -> None:
-        """Pay what is owed, and compare secrets. Raises Unavailable."""
+        """Pay what is owed, compare secrets, count replicas. Raises Unavailable."""
         # Everybody's lists first, as in every ending: `seed` relies on it.
         owed = sorted(self._owed.items(), key=lambda debt: debt[0] != self._keys.lists)
         secret, mine = self._keys.secret, self._keyring.fingerprint
-        *paid, _, fingerprint = await self._link.ask(
+        *paid, _, fingerprint, _, _, replicas, _ = await self._link.ask(
             *(("DEL", name) for name, _ in owed),
             ("SET", secret, mine, "NX", "EX", _SECRET_TTL_S),
             ("GET", secret),
+            ("ZADD", self._keys.replicas, repr(self._clock()), self._replica),
+            ("ZREMRANGEBYSCORE", self._keys.replicas, 0, repr(self._clock() - _REPLICA_TTL_S)),
+            ("ZCARD", self._keys.replicas),
+            ("EXPIRE", self._keys.replicas, _SECRET_TTL_S),
         )
         for (name, debt), reply in zip(owed, paid, strict=True):
             _refuse_error(reply)
             if self._owed.get(name) is debt:  # else it came to be owed again meanwhile
                 del self._owed[name]
+        if isinstance(replicas, int):
+            self._count_replicas(replicas)
         if isinstance(fingerprint, bytes):  # a Redis that is full, or a replica, has nothing to say
             self._compare(fingerprint == mine.encode())
             if not self.secret_mismatch:
@@ -345,13 +462,41 @@ class Store:
             event(_LOG, logging.ERROR, "secret-mismatch", consequence="replicas do not share entries")
         self.secret_mismatch = not same
 
+    def _count_replicas(self, seen: int) -> None:
+        """Count more at once, fewer after a while: in an empty Redis they have yet to show themselves."""
+        now = self._clock()
+        if seen < self.replicas and self._fewer_since is None:
+            self._fewer_since = now
+        elif seen >= self.replicas or now - (self._fewer_since or now) >= _REPLICA_TTL_S:
+            self.replicas, self._fewer_since = max(seen, 1), None
+
     def _saw(
-        self, operation: Literal["lookup", "put", "seed", "end"], outcome: Literal["ok", "corrupt"]
+        self, operation: Literal["lookup", "put", "seed", "lease", "end"], outcome: Literal["ok", "corrupt"]
     ) -> None:
         self._observe(StoreOperation(operation, outcome))
 
-    def _failed(self, operation: Literal["lookup", "put", "seed", "end"], error: Unavailable) -> None:
+    def _failed(
+        self, operation: Literal["lookup", "put", "seed", "lease", "end"], error: Unavailable
+    ) -> None:
         self._observe(StoreOperation(operation, "timeout" if error.too_slow else "error"))
+
+
+def _as_entry(record: Record, now: float) -> Entry:
+    """Dress a record as an entry, to be sealed like one; under a lease's name nobody takes it for one."""
+    return Entry(
+        status=record.status,
+        body=record.body,
+        etag=record.error_id,
+        called_at=now,
+        lifetimes=Lifetimes(record.retry_after_s or 0),
+        validator=record.proxy_error,
+    )
+
+
+def _as_record(entry: Entry) -> Record:
+    return Record(
+        entry.status, entry.body, entry.lifetimes.fresh_s or None, entry.etag, proxy_error=entry.validator
+    )
 
 
 def _bytes(reply: Any) -> bytes:

@@ -1,6 +1,6 @@
 """Lifetimes of an entry, and its seal: nothing but what was sealed comes out again."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from hashlib import sha256
 
 import pytest
@@ -11,10 +11,17 @@ from proxy.core.entry import (
     NONCE_BYTES,
     SEEN_BYTES,
     UNAVAILABLE,
+    Basis,
     CorruptValue,
     Entry,
+    Freshness,
+    HeldElsewhere,
+    Leased,
     Lifetimes,
+    Lookup,
+    Record,
     Stamps,
+    Superseded,
     is_stamp,
     make_stamp,
     seal,
@@ -26,7 +33,14 @@ KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
 ANOTHER = Keyring(b"0123456789abcdef0123456789abcdeF")
 KEY = b"snapshot-proxy:1:{0123}:snap:42"
 ENTRY = Entry(
-    200, b'{"snapshot":{"id":"42"}}', '"etag"', 1_000.5, Lifetimes(60, 30, 300), gzip=b"zipped", seeded=True
+    200,
+    b'{"snapshot":{"id":"42"}}',
+    '"etag"',
+    1_000.5,
+    Lifetimes(60, 30, 300),
+    gzip=b"zipped",
+    seeded=True,
+    validator='W/"7"',
 )
 STAMPS = tuple(make_stamp(name, name * 8) for name in (b"c1", b"s2", b"e3"))
 VALUE = seal(ENTRY, STAMPS, KEY, KEYRING)
@@ -75,9 +89,95 @@ def test_ttl_and_freshness_agree(fresh_s: int, age_s: float) -> None:
     assert (entry.ttl_s(now) > 0) is entry.is_fresh(now)
 
 
+STALE, ON_ERROR = Freshness.STALE_WHILE_REVALIDATE, Freshness.STALE_IF_ERROR
+
+
+@pytest.mark.parametrize(
+    ("lifetimes", "age_s", "freshness", "may_replace_error"),
+    [
+        pytest.param(Lifetimes(60, 30, 300), -100, Freshness.FRESH, True, id="4.2.3-clock-stepped-back"),
+        pytest.param(Lifetimes(60, 30, 300), 59.9, Freshness.FRESH, True, id="4.2-last-fresh-moment"),
+        pytest.param(Lifetimes(60, 30, 300), 60, STALE, True, id="5861-3-first-stale-moment"),
+        pytest.param(Lifetimes(60, 30, 300), 89.9, STALE, True, id="5861-3-last-moment"),
+        pytest.param(Lifetimes(60, 30, 300), 90, ON_ERROR, True, id="5861-4-on-error-only"),
+        pytest.param(Lifetimes(60, 30, 300), 359.9, ON_ERROR, True, id="5861-4-last-moment"),
+        pytest.param(Lifetimes(60, 30, 300), 360, Freshness.EXPIRED, False, id="5861-4-over"),
+        pytest.param(Lifetimes(60, 300, 30), 89.9, STALE, True, id="5861-on-error-ends-first"),
+        pytest.param(Lifetimes(60, 300, 30), 90, STALE, False, id="5861-on-error-is-over"),
+        pytest.param(Lifetimes(60, 300, 30), 360, Freshness.EXPIRED, False, id="5861-3-over"),
+        pytest.param(Lifetimes(60), 59.9, Freshness.FRESH, True, id="4.2-without-windows"),
+        pytest.param(Lifetimes(60), 60, Freshness.EXPIRED, False, id="4.2-expired-without-windows"),
+        pytest.param(Lifetimes(60, 30), 60, STALE, False, id="5861-3-alone"),
+        pytest.param(Lifetimes(60, 0, 30), 60, ON_ERROR, True, id="5861-4-alone"),
+        pytest.param(Lifetimes(0), 0, Freshness.EXPIRED, False, id="4.2-no-lifetime"),
+    ],
+)
+def test_windows(lifetimes: Lifetimes, age_s: float, freshness: Freshness, may_replace_error: bool) -> None:
+    """Fresh by RFC 9111, then stale for so long by RFC 5861, each window from the end of freshness."""
+    entry = replace(ENTRY, called_at=1_000, lifetimes=lifetimes)
+    assert entry.freshness(1_000 + age_s) is freshness
+    assert entry.is_fresh(1_000 + age_s) is (freshness is Freshness.FRESH)
+    assert entry.may_replace_error(1_000 + age_s) is may_replace_error
+
+
+@given(lifetimes=st.builds(Lifetimes, *[st.integers(0, 1_000)] * 3), age_s=st.integers(-10, 3_000))
+def test_retention_and_freshness_agree(lifetimes: Lifetimes, age_s: int) -> None:
+    """An entry is of use exactly as long as it is retained."""
+    entry = replace(ENTRY, called_at=1_000, lifetimes=lifetimes)
+    of_use = entry.freshness(1_000 + age_s) is not Freshness.EXPIRED
+    assert of_use is (max(age_s, 0) < lifetimes.retention_s)
+    assert of_use or not entry.may_replace_error(1_000 + age_s)
+
+
+def test_a_compressed_body_has_a_tag_of_its_own() -> None:
+    """RFC 9110 §8.8.3.3: other bytes, another strong tag."""
+    assert ENTRY.gzip_etag == '"etag-gzip"'
+
+
+# -- what the store says -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lookup", "unavailable"),
+    [
+        pytest.param(UNAVAILABLE, True, id="could-not-be-asked"),
+        pytest.param(Lookup(None, Basis((), b"")), False, id="nothing-there"),
+        pytest.param(Lookup(ENTRY, Basis(STAMPS, VALUE[:SEEN_BYTES])), False, id="found"),
+        pytest.param(Lookup(ENTRY, None), False, id="the-token-was-refused"),
+    ],
+)
+def test_whether_the_store_could_be_asked(lookup: Lookup, unavailable: bool) -> None:
+    """Only where there is neither an entry nor anything to store one upon it could not."""
+    assert lookup.unavailable is unavailable
+
+
 def test_what_cannot_be_asked() -> None:
     """Without a basis nothing is known, and nothing can be stored."""
     assert UNAVAILABLE == (None, None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Leased(b"lease", b"owner"), id="leased"),
+        pytest.param(HeldElsewhere(), id="held-elsewhere"),
+        pytest.param(Superseded(), id="superseded"),
+        pytest.param(Record(404, b"{}"), id="record"),
+    ],
+)
+def test_answers_of_a_lease_do_not_change(answer: Leased | HeldElsewhere | Superseded | Record) -> None:
+    """They are values: equal to their copies, and nobody can alter them or add to them."""
+    assert replace(answer) == answer
+    assert not hasattr(answer, "__dict__")
+    for field in fields(answer):
+        with pytest.raises(FrozenInstanceError):
+            setattr(answer, field.name, None)
+
+
+def test_a_record_says_no_more_than_it_was_told() -> None:
+    """An upstream's answer is no error of ours, and names no time to wait."""
+    record = Record(404, b"{}")
+    assert (record.retry_after_s, record.error_id, record.proxy_error) == (None, "", "")
 
 
 # -- the envelope ------------------------------------------------------------------------------
@@ -94,6 +194,8 @@ def test_the_layout() -> None:
         + b"".join(STAMPS)
         + b"\x06"
         + b'"etag"'
+        + b"\x05"
+        + b'W/"7"'
         + bytes.fromhex("00000006")
         + b"zipped"
         + ENTRY.body
@@ -111,6 +213,7 @@ ENTRIES = st.builds(
     lifetimes=st.builds(Lifetimes, *[st.integers(0, 2**32 - 1)] * 3),
     gzip=st.binary(max_size=200),
     seeded=st.booleans(),
+    validator=st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=255),
 )
 STAMP = st.binary(min_size=24, max_size=24)
 SEALED = st.lists(STAMP, max_size=255).map(tuple)

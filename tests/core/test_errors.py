@@ -1,9 +1,17 @@
 """The tree of errors is the contract's table."""
 
+import math
+
 import pytest
 
 from proxy.core import errors
-from proxy.core.errors import ProxyError, UpstreamInvalid, UpstreamUnexplained
+from proxy.core.errors import (
+    ProxyError,
+    QuotaSpent,
+    UpstreamFailedElsewhere,
+    UpstreamInvalid,
+    UpstreamUnexplained,
+)
 
 TABLE = {
     "bad_request": 400,
@@ -17,6 +25,7 @@ TABLE = {
     "http_version_not_supported": 505,
     "not_cached": 504,
     "overloaded": 503,
+    "too_many_requests": 429,
     "upstream_unreachable": 502,
     "upstream_invalid": 502,
     "upstream_timeout": 504,
@@ -25,13 +34,17 @@ TABLE = {
 
 RFC_9209 = {
     *("dns_error", "connection_terminated", "connection_limit_reached", "http_request_error"),
-    *("http_request_denied", "http_protocol_error", "proxy_internal_error"),
+    *("http_request_denied", "http_protocol_error", "http_response_timeout", "proxy_internal_error"),
 }
 
 
 def _made(kind: type[ProxyError]) -> ProxyError:
     if kind is UpstreamUnexplained:
         return kind(502)
+    if kind is QuotaSpent:
+        return QuotaSpent("minute", 12.0)
+    if kind is UpstreamFailedElsewhere:
+        return FAILED_ELSEWHERE
     return (
         kind("some words", proxy_error="dns_error")
         if issubclass(kind, errors.UpstreamError)
@@ -39,6 +52,13 @@ def _made(kind: type[ProxyError]) -> ProxyError:
     )
 
 
+FAILED_ELSEWHERE = UpstreamFailedElsewhere(
+    "the upstream did not answer in time",
+    status=504,
+    error_id="upstream_timeout",
+    proxy_error="http_response_timeout",
+    retry_after_s=None,
+)
 KINDS = [
     kind
     for kind in vars(errors).values()
@@ -50,17 +70,18 @@ KINDS = [
 
 def test_the_table_is_complete() -> None:
     """Each id of the contract has an error, and each error an id of the contract."""
-    assert {kind.id: kind.status for kind in KINDS if kind is not UpstreamUnexplained} == TABLE
+    told = (UpstreamUnexplained, UpstreamFailedElsewhere)  # these say what they were told
+    assert {kind.id: kind.status for kind in KINDS if kind not in told} == TABLE
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_error(kind: type[ProxyError]) -> None:
-    """It can be shown as it is: a sentence, an error type of RFC 9209, Retry-After on 503 only."""
+    """It can be shown as it is: a sentence, an error type of RFC 9209, Retry-After on 429 and 503 only."""
     error = _made(kind)
     assert 400 <= error.status < 600
     assert str(error)
     assert error.proxy_error in RFC_9209
-    assert (error.retry_after_s is not None) == (error.status == 503)
+    assert (error.retry_after_s is not None) == (error.status in {429, 503})
 
 
 def test_a_bug_is_an_error_too() -> None:
@@ -99,6 +120,47 @@ def test_what_the_upstream_did_not_explain(
     error = UpstreamUnexplained(status, retry_after_s)
     assert (error.status, error.id, error.retry_after_s) == (status, expected_id, expected_s)
     assert str(error) == f"the upstream answered {status} and did not say why"
+
+
+@pytest.mark.parametrize(
+    ("window", "wait_s", "said", "retry_after_s"),
+    [
+        pytest.param("minute", 12.0, "this token's calls of a minute are spent", 12, id="minute"),
+        pytest.param("minute", 12.01, "this token's calls of a minute are spent", 13, id="never-too-early"),
+        pytest.param("hour", 1_800.0, "this token's calls of an hour are spent", 60, id="hour"),
+        pytest.param("cooldown", 59.5, "the API asked this token to wait", 60, id="cool-down"),
+        pytest.param(
+            "turn",
+            0.2,
+            "another call has to tell first how many calls this token has left",
+            1,
+            id="turn",
+        ),
+        pytest.param("turn", 0.0, "another call has to tell first", 1, id="at-least-a-second"),
+    ],
+)
+def test_a_spent_quota(window: str, wait_s: float, said: str, retry_after_s: int) -> None:
+    """It names the window and until when; Retry-After stays within its minute, the sentence tells all."""
+    error = QuotaSpent(window, wait_s)
+    assert (error.window, error.wait_s, error.retry_after_s) == (window, wait_s, retry_after_s)
+    assert str(error).startswith(said)
+    assert str(error).endswith(f"the API was not asked, try again in {max(math.ceil(wait_s), 1)} s")
+
+
+def test_what_failed_elsewhere_is_told_as_it_was() -> None:
+    """Whoever waited for another replica gets what that one got."""
+    error = FAILED_ELSEWHERE
+    assert (error.status, error.id, error.retry_after_s) == (504, "upstream_timeout", None)
+    assert error.proxy_error == "http_response_timeout"
+    assert str(error) == "the upstream did not answer in time"
+
+
+@pytest.mark.parametrize("kind", [errors.UpstreamPaused, errors.UpstreamDisconnected])
+def test_kinds_of_unreachable(kind: type[errors.UpstreamUnreachable]) -> None:
+    """To a caller they are the same; the shield tells them apart."""
+    error = kind("words", proxy_error="connection_terminated")
+    assert isinstance(error, errors.UpstreamUnreachable)
+    assert (error.status, error.id) == (502, "upstream_unreachable")
 
 
 def test_an_invalid_answer_says_what_is_wrong() -> None:

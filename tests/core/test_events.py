@@ -34,7 +34,7 @@ def test_the_words_are_labels_of_the_contract() -> None:
 
 def test_what_comes_from_the_cache() -> None:
     """Only for these a stored entry answered: its age is counted."""
-    assert {Outcome.HIT, Outcome.SEEDED, Outcome.NEGATIVE} == FROM_CACHE
+    assert {Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE} == FROM_CACHE
 
 
 @pytest.mark.parametrize(

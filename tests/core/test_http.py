@@ -14,6 +14,7 @@ from proxy.core.http import (
     error_body,
     etag_of,
     hit,
+    is_etag,
     is_not_modified,
     parse_retry_after,
     proxy_status,
@@ -63,6 +64,31 @@ def test_no_condition_is_a_surprise(value: str) -> None:
     assert not is_not_modified(value, ETAG) or ETAG in value or value.strip() == "*"
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param('"abc"', True, id="strong"),
+        pytest.param('W/"abc"', True, id="weak"),
+        pytest.param('""', True, id="empty-tag"),
+        pytest.param(ETAG, True, id="ours"),
+        pytest.param("", False, id="nothing"),
+        pytest.param("abc", False, id="no-quotes"),
+        pytest.param('"abc', False, id="one-quote"),
+        pytest.param('w/"abc"', False, id="weak-in-lower-case"),
+        pytest.param('"a", "b"', False, id="two"),
+        pytest.param('"a"b"', False, id="quote-inside"),
+        pytest.param('"a b"', False, id="space-inside"),
+        pytest.param('"a"\r\nX: y', False, id="line-end"),
+        pytest.param('"a"\n', False, id="line-end-last"),
+        pytest.param('"\xe9"', False, id="not-ascii"),
+        pytest.param("*", False, id="star"),
+    ],
+)
+def test_is_etag(value: str, expected: bool) -> None:
+    """RFC 9110 §8.8.3: only what is one entity tag goes up again as a validator."""
+    assert is_etag(value) is expected
+
+
 # -- Cache-Status ------------------------------------------------------------------------------
 
 
@@ -71,6 +97,25 @@ def test_no_condition_is_a_surprise(value: str) -> None:
     [
         pytest.param(hit(42), "snapshot-proxy; hit; ttl=42", id="hit"),
         pytest.param(hit(-12), "snapshot-proxy; hit; ttl=-12", id="stale"),
+        pytest.param(
+            hit(-80, Detail.COOLDOWN), "snapshot-proxy; hit; ttl=-80; detail=cooldown", id="cool-down"
+        ),
+        pytest.param(hit(-80, Detail.QUOTA), "snapshot-proxy; hit; ttl=-80; detail=quota", id="quota-spent"),
+        pytest.param(
+            Forwarded(Why.STALE, 304, stored=True),
+            "snapshot-proxy; fwd=stale; fwd-status=304; stored",
+            id="revalidated",
+        ),
+        pytest.param(
+            Forwarded(Why.STALE, 503, detail=Detail.STALE_IF_ERROR),
+            "snapshot-proxy; fwd=stale; fwd-status=503; detail=stale-if-error",
+            id="stale-if-error",
+        ),
+        pytest.param(
+            Forwarded(Why.STALE, detail=Detail.STALE_IF_ERROR),
+            "snapshot-proxy; fwd=stale; detail=stale-if-error",
+            id="stale-if-no-answer",
+        ),
         pytest.param(hit(7, Detail.NEGATIVE), "snapshot-proxy; hit; ttl=7; detail=negative", id="negative"),
         pytest.param(
             Forwarded(Why.URI_MISS, 200, stored=True),

@@ -17,7 +17,7 @@ from proxy.core.policy import (
     Absent,
     Answer,
     Deleted,
-    Forbidden,
+    Denied,
     Keep,
     Policy,
     Refused,
@@ -28,7 +28,13 @@ from proxy.core.request import accepts_gzip
 from proxy.core.snapshot import normalize_list, normalize_snapshot
 
 POLICY = Policy(
-    fresh_s=60, list_fresh_s=10, negative_s=10, stale_while_revalidate_s=60, stale_if_error_s=300, jitter=0.0
+    fresh_s=60,
+    list_fresh_s=10,
+    negative_s=10,
+    stale_while_revalidate_s=60,
+    stale_if_error_s=300,
+    max_fresh_s=600,
+    jitter=0.0,
 )
 LIST = ListQuery.parse("")
 SNAPSHOT: dict[str, Any] = {
@@ -332,9 +338,9 @@ def test_equal_lists_have_equal_bytes(
 # -- what is kept of a list --------------------------------------------------------------------
 
 
-def keep(body: bytes, policy: Policy = POLICY, draw: float = 0.0) -> Keep:
-    """Keep a list."""
-    verdict = policy.on_answer(Answer(200, body, 1000.0), LIST, request_id="r", draw=draw)
+def keep(body: bytes, policy: Policy = POLICY, draw: float = 0.0, **more: Any) -> Keep:
+    """Keep a list; `more` is told with its answer."""
+    verdict = policy.on_answer(Answer(200, body, 1000.0, **more), LIST, request_id="r", draw=draw)
     assert isinstance(verdict, Keep)
     return verdict
 
@@ -352,9 +358,31 @@ def test_list_and_seeds() -> None:
     assert kept.seeds[uuid.lower()].body.startswith(b'{"snapshot":{"id":"%b"' % uuid.encode())
 
 
+def test_only_the_list_is_validated() -> None:
+    """The entity tag is of the page: a single read could not be asked with it."""
+    kept = keep(list_of(SNAPSHOT), validator='"theirs"')
+    assert kept.entry.validator == '"theirs"'
+    assert [seed.validator for seed in kept.seeds.values()] == [""]
+
+
+@pytest.mark.parametrize(
+    ("remaining_share", "seed_s"),
+    [
+        pytest.param(1.0, 60, id="all-is-left"),
+        pytest.param(0.3, 330, id="half-of-the-way"),
+        pytest.param(0.0, 600, id="nothing-is-left"),
+    ],
+)
+def test_seeds_stretch_and_lists_do_not(remaining_share: float, seed_s: int) -> None:
+    """A list is young or asked for, lest a new snapshot is missing; a seed lives like a single read."""
+    kept = keep(list_of(SNAPSHOT), remaining_share=remaining_share)
+    assert kept.entry.lifetimes == Lifetimes(10, 0, 300)
+    assert kept.seeds["6372321"].lifetimes == Lifetimes(seed_s, 60, 300)
+
+
 def test_seeds_do_not_expire_together() -> None:
     """The jitter spreads the seeds of one list over its whole range."""
-    policy = Policy(1000, 10, 10, 0, 0, jitter=0.1)
+    policy = Policy(1000, 10, 10, 0, 0, max_fresh_s=1000, jitter=0.1)
     seeds = keep(list_of(*(SNAPSHOT | {"id": number} for number in range(1, 201))), policy, 0.5).seeds
     lifetimes = sorted(seed.lifetimes.fresh_s for seed in seeds.values())
     assert 900 <= lifetimes[0] <= 905
@@ -380,23 +408,29 @@ def test_compressed_once(more: int, zipped: bool) -> None:
         assert kept.entry.gzip_etag == f'{kept.entry.etag[:-1]}-gzip"'
 
 
+NO_SUCH = b'{"id":"x","message":"the resource is not a snapshot","request_id":"theirs"}'
+
+
 @pytest.mark.parametrize(
     ("status", "verdict"),
     [
-        pytest.param(401, Refused, id="401-ends-all"),
-        pytest.param(403, Forbidden, id="403-ends-the-lists"),
-        pytest.param(404, Relay, id="404-of-a-list-is-not-kept"),
-        pytest.param(400, Relay, id="400-of-a-list-is-not-kept"),
-        pytest.param(422, Relay, id="422"),
-        pytest.param(429, Relay, id="429"),
-        pytest.param(500, Relay, id="500"),
+        pytest.param(
+            401,
+            Refused(NO_SUCH, Entry(401, NO_SUCH, etag_of(NO_SUCH), 0.0, Lifetimes(10))),
+            id="401-ends-all",
+        ),
+        pytest.param(403, Denied(NO_SUCH), id="403-ends-the-lists"),
+        pytest.param(404, Relay(NO_SUCH), id="404-of-a-list-is-not-kept"),
+        pytest.param(400, Relay(NO_SUCH), id="400-of-a-list-is-not-kept"),
+        pytest.param(422, Relay(NO_SUCH), id="422"),
+        pytest.param(429, Relay(NO_SUCH), id="429"),
+        pytest.param(500, Relay(NO_SUCH), id="500"),
     ],
 )
-def test_errors_of_lists(status: int, verdict: type[Refused | Forbidden | Relay]) -> None:
-    """No error to a list is kept, also where a single read's would be."""
-    body = b'{"id":"x","message":"the resource is not a snapshot","request_id":"theirs"}'
-    given = POLICY.on_answer(Answer(status, body, 0.0), LIST, request_id="r", draw=0.0)
-    assert given == verdict(body)
+def test_errors_of_lists(status: int, verdict: Refused | Denied | Relay) -> None:
+    """No error to a list is kept, also where a single read's would be; a refusal is one of the token."""
+    given = POLICY.on_answer(Answer(status, NO_SUCH, 0.0), LIST, request_id="r", draw=0.0)
+    assert given == verdict
 
 
 # -- the envelope ------------------------------------------------------------------------------
@@ -411,6 +445,7 @@ entries = st.builds(
     lifetimes=st.builds(Lifetimes, *[st.integers(0, 2**32 - 1)] * 3),
     gzip=st.binary(max_size=60),
     seeded=st.booleans(),
+    validator=st.sampled_from(['W/"theirs"', ""]),
 )
 
 

@@ -506,6 +506,25 @@ def test_both_ways_of_parsing_agree(value: Any) -> None:
             '{"id":"x","message":"\u00fc","request_id":"ours"}'.encode(),
             id="unicode",
         ),
+        pytest.param(
+            b'{"id":"x","message":"y","limit":12345678901234567890.125,"request_id":"theirs"}',
+            b'{"id":"x","message":"y","limit":12345678901234567890.125,"request_id":"theirs"}',
+            id="long-number-kept-exactly",
+        ),
+        pytest.param(
+            b'{"id":"x","message":"y","limits":[123456789012345678901234567890]}',
+            b'{"id":"x","message":"y","limits":[123456789012345678901234567890],"request_id":"ours"}',
+            id="long-integer-kept-exactly",
+        ),
+        pytest.param(
+            b'{"id":"x","message":"y","limit":1e400}',
+            b'{"id":"x","message":"y","limit":1E+400,"request_id":"ours"}',
+            id="larger-than-a-double",
+        ),
+        pytest.param(
+            b'{"id":123456789012345678901234567890,"message":"y"}', None, id="long-number-for-an-id"
+        ),
+        pytest.param(b'{"id":"x","message":"\\ud800","n":12345678901234567890}', None, id="lone-surrogate"),
         pytest.param(b"", None, id="nothing"),
         pytest.param(b"<html>", None, id="html"),
         pytest.param(b"null", None, id="null"),

@@ -13,7 +13,7 @@ from random import Random
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, Serve, bearer, raw_exchange, scrape, total
+from support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, bearer, raw_exchange, scrape, total
 
 from proxy.simulator import VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token, World
 
@@ -198,6 +198,7 @@ async def test_different_tokens_share_nothing(crowd: aiohttp.ClientSession) -> N
             f"upstream.base_url={simulator.url}",
             f"upstream.max_connections={CALLERS}",
             "redis.timeout_s=5",
+            MANY_STRANGERS,
         ) as service,
     ):
         for cache_status in ("fwd=uri-miss; fwd-status=200; stored", "hit; ttl="):
@@ -336,13 +337,14 @@ async def test_metrics_add_up(
     await send(2, "404", **mine, path=UNKNOWN_PATH)
     await send(6, "304", **mine, If_None_Match="*")
     await send(2, "504", **mine, path="/v2/snapshots/1", Cache_Control="only-if-cached")
-    for status in (500, 503, 429, 403):
-        simulator.faults.add(Fault(FaultKind.STATUS, status))
-        await send(1, str(status), **mine, path="/v2/snapshots/1", Cache_Control="no-store")
-    simulator.faults.add(Fault(FaultKind.INVALID_HTTP))
-    await send(1, "502", **mine, path="/v2/snapshots/1", Cache_Control="no-store")
-    simulator.faults.add(Fault(FaultKind.RESET_BEFORE))
-    await send(1, "404", **mine, path="/v2/snapshots/1", Cache_Control="no-store")
+    for fault, status in (
+        *((Fault(FaultKind.STATUS, number), str(number)) for number in (500, 503, 403)),
+        (Fault(FaultKind.INVALID_HTTP), "502"),
+        (Fault(FaultKind.RESET_BEFORE), "404"),
+        (Fault(FaultKind.STATUS, 429), "429"),  # the last call: a cool-down begins
+    ):
+        simulator.faults.add(fault)
+        await send(1, status, **mine, path="/v2/snapshots/1", Cache_Control="no-store")
     authorized = (
         b"Host: a\r\nAuthorization: Bearer " + token.value.encode() + b"\r\nConnection: close\r\n\r\n"
     )

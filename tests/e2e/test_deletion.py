@@ -25,8 +25,22 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 import pytest
 import pytest_asyncio
-from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, until, write_secret
+from support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    MANY_STRANGERS,
+    Serve,
+    Valkey,
+    app,
+    bearer,
+    introduce,
+    scrape,
+    total,
+    until,
+    write_secret,
+)
 
+from proxy.core.breaker import FAILURES
 from proxy.core.entry import UNAVAILABLE, Entry, Lifetimes
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.simulator import (
@@ -136,6 +150,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
                 f"security.secret_file={secret}",
                 "redis.timeout_s=2",
                 "log.access=off",
+                MANY_STRANGERS,
             )
             for _ in range(REPLICAS)
         ]
@@ -277,6 +292,8 @@ async def test_every_order_of_an_unknown_outcome(
     """The upstream deletes and never says so: the same holds."""
     snapshot = cluster.new_snapshot()
     filler, deleter = (cluster.simulator.world.token() for _ in range(2))
+    # The outcomes of these tests in a row: without an answer between them the upstream seems to be away.
+    await introduce(cluster.client, cluster.replicas[1].api, deleter.value)
     cluster.simulator.faults.add(Fault(FaultKind.RESET_AFTER), method="DELETE", path=f"{LIST}/{snapshot.id}")
     deleting = Deleting(cluster, snapshot, deleter, 502)
     await run(order, Race(cluster, kind, snapshot, filler), deleting, _nobody_looks)
@@ -294,6 +311,7 @@ async def test_every_order_of_a_404(cluster: Cluster, kind: Kind, order: tuple[s
     """
     snapshot = cluster.new_snapshot()
     caller, other = (cluster.simulator.world.token() for _ in range(2))
+    await introduce(cluster.client, cluster.replicas[0].api, caller.value)  # both at once go upstream
     assert (await cluster.read(2, other, kind, snapshot)).there
     fill, deleting = Race(cluster, kind, snapshot, caller), Deleting(cluster, snapshot, caller, 404)
     for step in order:
@@ -509,6 +527,23 @@ async def test_a_refused_delete_ends_nothing(
     assert upstream.count(method="DELETE") == 1
 
 
+async def test_a_delete_that_is_not_sent_ends_nothing(
+    upstream: Simulator, session: aiohttp.ClientSession
+) -> None:
+    """While the upstream is only probed nobody's DELETE reaches it, and what is kept is needed most."""
+    caller, other = upstream.world.token(), upstream.world.token()
+    async with app(f"upstream.base_url={upstream.url}") as at:
+        await all_reads(session, at.api, caller, other)
+        upstream.faults.add(Fault(FaultKind.STATUS, status=503), times=None)
+        for number in range(FAILURES):
+            assert (await ask(session, f"{at.api}{LIST}/{number + 1}", caller)).status == 503
+        refused = await ask(session, at.api + DROPLET_PATH, caller, "DELETE")
+        assert (refused.status, json.loads(refused.body)["id"]) == (502, "upstream_unreachable")
+        assert all(seen.is_hit for seen in await all_reads(session, at.api, caller, other))
+        assert total(await scrape(at.admin), "snapshot_proxy_invalidations_total") == 0
+    assert upstream.count(method="DELETE") == 0
+
+
 async def test_a_token_without_the_scope(upstream: Simulator, session: aiohttp.ClientSession) -> None:
     """Who may not delete gets the API's 403, and cannot end what others keep."""
     owner, reader = upstream.world.token(), upstream.world.token(scopes=READ_ONLY)
@@ -687,6 +722,7 @@ async def test_nobody_joins_a_fetch_from_before(
     """Without stamps too: who asks after the answer does not wait for a fetch that began before."""
     token = upstream.world.token()
     path = DROPLET_PATH if kind == "single" else LIST
+    await introduce(session, replicas.first, token.value)  # fetch and DELETE go upstream together
     await replicas.valkey.kill()
     async with upstream.hold(method="GET", path=path, stage="after") as gate:
         before = asyncio.create_task(ask(session, replicas.first + path, token))
@@ -745,6 +781,7 @@ async def test_a_fetch_outlives_what_took_its_place(
             "redis.timeout_s=2",
         )
         async with app(*shared) as first, app(*shared) as second:
+            await introduce(session, first.api, token.value)  # three calls at once go upstream
             async with upstream.hold(method="GET", path=DROPLET_PATH, stage="after") as gate:
                 late = asyncio.create_task(ask(session, first.api + DROPLET_PATH, token))
                 await gate.arrived()

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from multidict import CIMultiDictProxy
-from support import DROPLET_PATH, app, bearer
+from support import DROPLET_PATH, MANY_STRANGERS, NO_STALE, app, bearer
 
 from proxy import upstream
 from proxy.app import Addresses
@@ -116,6 +116,7 @@ class Proxy:
 class _Behind:
     """The clock of upstream calls, some seconds behind."""
 
+    monotonic = staticmethod(time.monotonic)
     perf_counter = staticmethod(time.perf_counter)
 
     def __init__(self, seconds: float) -> None:
@@ -147,8 +148,8 @@ async def at(simulator: Simulator) -> AsyncIterator[Addresses]:
         f"cache.fresh_s={FRESH_S}",
         f"cache.list_fresh_s={FRESH_S}",
         f"cache.negative_s={FRESH_S}",
-        "cache.stale_while_revalidate_s=0",
-        "cache.stale_if_error_s=0",
+        *NO_STALE,
+        MANY_STRANGERS,
         "cache.jitter=0",
         "redis.timeout_s=5",  # a busy machine is no reason for a miss
     ) as addresses:
@@ -418,7 +419,6 @@ NOT_STORED = [
     pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=403), 403, id="3-forbidden"),
     pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=409), 409, id="3-conflict"),
     pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=410), 410, id="3-gone"),
-    pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=429), 429, id="3-too-many-requests"),
     pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=500), 500, id="3-server-error"),
     pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=503), 503, id="3-unavailable"),
     pytest.param(DROPLET_PATH, Fault(FaultKind.STATUS, status=404, envelope=False), 404, id="3-unexplained"),
@@ -459,9 +459,23 @@ async def test_never_stored(proxy: Proxy, path: str, fault: Fault | None, status
     assert "stored" not in first.cache
     if status != 200 or fault is not None:
         assert first.headers["Cache-Control"] == "no-store"
-    again = await proxy.ask(path)
+    shared = status >= 500  # with those who come within a second, and not by storing it
+    if shared:
+        assert (await proxy.ask(path, control("only-if-cached"))).cache == REFUSED
+    again = await proxy.ask(path, control("no-cache") if shared else [])
     assert again.calls == 1
     assert again.status == (200 if fault is not None else status)
+
+
+async def test_too_many_requests_is_not_stored(proxy: Proxy) -> None:
+    """§3: nor is 429; but until the time that it names this token's requests are not even forwarded."""
+    proxy.simulator.faults.add(Fault(FaultKind.STATUS, status=429))
+    first = await proxy.ask(DROPLET_PATH)
+    assert (first.status, first.headers["Cache-Control"]) == (429, "no-store")
+    assert (await proxy.ask(DROPLET_PATH, control("only-if-cached"))).cache == REFUSED
+    again = await proxy.ask(DROPLET_PATH, control("no-cache"))
+    assert (again.status, again.cache, again.calls) == (429, "fwd=uri-miss", 0)
+    assert (await proxy.ask(DROPLET_PATH, token=new_token(proxy.simulator))).status == 200
 
 
 async def test_only_safe_answers_are_reused(proxy: Proxy) -> None:
@@ -572,8 +586,8 @@ def text_of(*path: str) -> str:
 
 
 async def test_every_section_is_in_the_docs() -> None:
-    """`docs/rfc9111.md` has a row for each section that a test here shows, and no others."""
-    source = text_of("tests", "e2e", "test_directives.py")
+    """`docs/rfc9111.md` has a row for each section shown here or in `test_stale.py`, and no others."""
+    source = text_of("tests", "e2e", "test_directives.py") + text_of("tests", "e2e", "test_stale.py")
     shown = {*re.findall(r'"([2-5](?:\.\d+)*)-[a-z0-9]', source), *re.findall(r'"""§([\d.]*\d)', source)}
     applies, _, _ = text_of("docs", "rfc9111.md").partition("## What does not")
     assert set(re.findall(r"^\| ([\d.]+) \|", applies, re.MULTILINE)) == shown

@@ -13,7 +13,7 @@ import ssl
 import struct
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,6 +55,7 @@ def unreachable(proxy_status: str, calls: int = 1) -> Expected:
 
 SILENT = Expected(504, "upstream_timeout", "http_response_timeout")
 HUNG_UP = unreachable("connection_terminated", calls=2)
+COOLING_DOWN = Expected(429, "too_many_requests", "http_request_denied")
 
 
 async def assert_error(response: aiohttp.ClientResponse, expected: Expected) -> None:
@@ -153,12 +154,21 @@ async def test_fault(
 ) -> None:
     """It becomes the contract's answer in time, is asked for as often as may be, and is not kept."""
     simulator.faults.add(fault, times=None)
-    async with app(f"upstream.base_url={simulator.url}", *SETTINGS) as at, asyncio.timeout(PATIENCE_S):
+    settings = (f"upstream.base_url={simulator.url}", *SETTINGS, "quota.max_wait_s=1")
+    async with app(*settings) as at, asyncio.timeout(PATIENCE_S):
         async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)) as response:
             await assert_error(response, expected)
         assert simulator.count() == expected.calls
         simulator.faults.clear()
-        async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)) as response:
+        # A failure is shared for a second, but not with who wants a new answer.
+        again = bearer(token.value) | {"Cache-Control": "no-cache"}
+        async with client.get(at.api + DROPLET_PATH, headers=again) as response:
+            if expected.status == 429:  # the token has to wait, and nobody is asked
+                retry_after = response.headers["Retry-After"]
+                assert 1 < int(retry_after) <= 60
+                await assert_error(response, replace(COOLING_DOWN, retry_after=retry_after))
+                assert simulator.count() == expected.calls
+                return
             assert response.status == 200
             assert response.headers["Cache-Status"].endswith("stored")
         assert simulator.count() == expected.calls + 1

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 import pytest_asyncio
-from support import DEADLINE_S, DROPLET_PATH, Serve, app, scrape, total, until
+from support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, app, scrape, total, until
 
 from proxy import __version__
 from proxy.core.request import Call
@@ -168,6 +168,7 @@ async def service(simulator: Simulator) -> AsyncIterator[Serve]:
         "redis.timeout_s=5",
         "log.access=all",
         "cache.jitter=0",
+        MANY_STRANGERS,
     ) as running:
         yield running
 
@@ -613,7 +614,9 @@ async def test_unusual_ids(
 )
 async def test_accepted_token(simulator: Simulator, service: Serve, line: str, text: str) -> None:
     """Scheme in any case, spaces inside the token: it is forwarded as it came, and the upstream decides."""
-    reply = await exchange(service.api, ask(auth=line.format(text)))
+    # Its 401 is cached, whichever way it was written.
+    request = ask(DROPLET_PATH, "Cache-Control: no-cache", auth=line.format(text))
+    reply = await exchange(service.api, request)
     assert (reply.status, json.loads(reply.body)["message"]) == (401, "Unable to authenticate you.")
     (call,) = simulator.calls
     assert call.header("authorization") == f"Bearer {text}"
@@ -822,7 +825,11 @@ async def test_negative_headers(simulator: Simulator, service: Serve, token: Tok
 async def test_stale(simulator: Simulator, token: Token) -> None:
     """When its time is over, an entry is asked for again, and the answer says why."""
     async with app(
-        f"upstream.base_url={simulator.url}", "cache.fresh_s=1", "cache.jitter=0", "redis.timeout_s=5"
+        f"upstream.base_url={simulator.url}",
+        "cache.fresh_s=1",
+        "cache.jitter=0",
+        "cache.stale_while_revalidate_s=0",  # else it is served meanwhile
+        "redis.timeout_s=5",
     ) as at:
         seen = [(await exchange(at.api, ask(auth=auth(token)))).cache_status()]
         async with asyncio.timeout(DEADLINE_S):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 from multidict import CIMultiDictProxy
-from support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
+from support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
 
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,
@@ -307,7 +307,7 @@ async def test_a_list_of_200_and_200_reads(
     other = simulator.world.token(label="another")
     async with (
         app(f"upstream.base_url={simulator.url}", *SETTINGS) as at,
-        app(f"upstream.base_url={simulator.url}", *SETTINGS) as fetching_singly,
+        app(f"upstream.base_url={simulator.url}", *SETTINGS, UNSTRETCHED) as fetching_singly,
     ):
         listed = await ask(wire, f"{at.api}{LIST}?per_page=200", token)
         names = ids(listed.body)
@@ -358,6 +358,7 @@ async def test_a_list_that_is_older_than_an_entry(
         app(f"upstream.base_url={simulator.url}", *SETTINGS) as at,
         simulator.hold(path=LIST, stage="after") as gate,
     ):
+        await introduce(wire, at.api, token.value)  # both at once go upstream
         listing = asyncio.create_task(ask(wire, at.api + LIST, token))
         await gate.arrived()
         simulator.world.change(snapshot, name="newer")
@@ -369,7 +370,7 @@ async def test_a_list_that_is_older_than_an_entry(
     assert json.loads(seen.body)["snapshot"]["name"] == "newer"
     assert seen.cache.startswith("hit")
     assert volume.cache.startswith("hit")
-    assert simulator.count() == 2
+    assert simulator.count() == 1 + 2
 
 
 async def test_no_store_leaves_nothing(

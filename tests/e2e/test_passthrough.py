@@ -162,7 +162,9 @@ async def test_counted(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     upstream.handler = echo
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
         await wire.get(f"{at.api}/v2/account")
-        metrics = await scrape(at.admin)
+        async with asyncio.timeout(DEADLINE_S):  # after its end its place in the quota is settled first
+            while not total(metrics := await scrape(at.admin), "snapshot_proxy_requests_total"):
+                pass
     assert (
         total(metrics, "snapshot_proxy_requests_total", route="passthrough", cache="bypass", status="2xx")
         == 1
@@ -1033,3 +1035,17 @@ async def test_redis_is_away(
         assert response.headers["Cache-Status"].endswith("; detail=invalidation-pending")
         valkey.resume()
         assert b'"name":"new"' in await _get(client, at.api + DROPLET_PATH, token)
+
+
+async def test_what_is_not_sent_ends_nothing(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession
+) -> None:
+    """A stranger whom the quota keeps away does not take from others what they have."""
+    async with app(f"upstream.base_url={simulator.url}", ON, "quota.unknown_per_minute=1") as at:
+        await _get(client, at.api + DROPLET_PATH, token)
+        url = f"{at.api}/v2/images/{DROPLET_SNAPSHOT_ID}"
+        async with client.delete(url, headers=bearer("nobody")) as response:
+            assert response.status == 503
+        async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)) as response:
+            assert response.headers["Cache-Status"].startswith("snapshot-proxy; hit")
+    assert simulator.count(method="DELETE") == 0

@@ -252,6 +252,9 @@ async def test_a_refusal_ends_nothing(cluster: Cluster) -> None:
         pytest.param({"Forwarded": "for=192.0.2.1"}, 403, id="Forwarded"),
         pytest.param({"X-Forwarded-For": "192.0.2.1"}, 403, id="X-Forwarded-For"),
         pytest.param({"x-forwarded-for": ""}, 403, id="empty"),
+        pytest.param({"Host": "rebound.example:8081"}, 403, id="a-foreign-name-for-this-machine"),
+        pytest.param({"Host": "localhost:8081"}, 200, id="localhost"),
+        pytest.param({"Host": "[::1]:8081"}, 200, id="an-address"),
     ],
 )
 async def test_on_loopback_without_a_token(cluster: Cluster, headers: dict[str, str], status: int) -> None:

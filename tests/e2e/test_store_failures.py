@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from redis.asyncio import Redis
 from support import (
+    AMPLE,
     DEADLINE_S,
     DROPLET_PATH,
     Serve,
@@ -32,7 +33,7 @@ from proxy.core.identity import EntryKey, Keyring, Token as CallerToken
 from proxy.simulator import Limits, Simulator, Snapshot, Token, World
 from proxy.storage.keys import Keys
 
-PATIENT = Limits(per_minute=1_000_000, per_hour=1_000_000)
+PATIENT = Limits(per_minute=1_000_000, per_hour=1_000_000)  # AMPLE, on the other side
 MOST_S = 2.0
 """Longest for one request while Redis is of no use: redis.timeout_s is 0.1, the machine may be busy."""
 
@@ -58,6 +59,8 @@ def shared(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
         f"upstream.base_url={simulator.url}",
         f"redis.url={url}",
         f"security.secret_file={write_secret(directory)}",
+        "redis.timeout_s=0.1",  # the default: here it matters
+        *AMPLE,
     )
 
 

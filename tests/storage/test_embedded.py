@@ -372,6 +372,9 @@ async def test_ends_with_its_parent(sign: signal.Signals) -> None:
         ]
         assert len(sockets) == 2
         connections = [await asyncio.open_unix_connection(path) for path in sockets]
+        for reader, writer in connections:  # what a server has not taken yet would end with a reset
+            writer.write(b"PING\r\n")
+            assert await reader.readline() == b"+PONG\r\n"
         parent.send_signal(sign)
         async with asyncio.timeout(DEADLINE_S):
             for reader, writer in connections:

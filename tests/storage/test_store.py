@@ -206,8 +206,9 @@ async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
     await one.store.seed(MY_LIST.partition, {SIBLING.snapshot_id: ENTRY}, await one.basis(MY_LIST))
     await one.store._pulse()
     ttls = {name: await redis.ttl(name) for name in await redis.keys()}
-    assert ttls.keys() == {*names_of(MINE), *names_of(MY_LIST), *names_of(SIBLING), KEYS.secret}
-    assert 0 < ttls.pop(KEYS.secret) <= 60
+    common = {KEYS.secret, KEYS.replicas}
+    assert ttls.keys() == {*names_of(MINE), *names_of(MY_LIST), *names_of(SIBLING), *common}
+    assert all(0 < ttls.pop(name) <= 60 for name in common)
     for key in (MINE, MY_LIST, SIBLING):
         assert ENTRY.lifetimes.retention_s - 5 < ttls.pop(KEYS.of(key).entry) <= ENTRY.lifetimes.retention_s
     assert all(STAMP_TTL_S - 5 < ttl <= STAMP_TTL_S for ttl in ttls.values())
@@ -306,6 +307,37 @@ async def test_put_does_not_replace_what_came_later(one: Replica, two: Replica) 
     assert await one.entry(MINE) == NEWER
     assert await one.store.put(MINE, ENTRY, await one.basis(MINE))
     assert await two.entry(MINE) == ENTRY
+
+
+@pytest.mark.parametrize(
+    ("called_at", "replaces"),
+    [
+        pytest.param(1_000.375, True, id="older"),
+        pytest.param(1_000.25, False, id="of-the-same-instant"),
+        pytest.param(1_000.125, False, id="younger"),
+        pytest.param(4e9, True, id="much-older"),
+        pytest.param(-1.0, False, id="before-the-epoch"),
+    ],
+)
+@pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["single", "list"])
+async def test_put_replaces_what_is_older(
+    one: Replica, two: Replica, key: Key, called_at: float, replaces: bool
+) -> None:
+    """What came after its look gives way to a fill whose call began later, and to no other."""
+    slow = await one.basis(key)
+    await two.fill(key, ENTRY)
+    late = replace(NEWER, called_at=called_at)
+    assert await one.store.put(key, late, slow) is replaces
+    assert await two.entry(key) == (late if replaces else ENTRY)
+
+
+@pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["single", "list"])
+async def test_put_replaces_no_ending(one: Replica, two: Replica, key: Key) -> None:
+    """Where something ended since its look, no fill is stored, whenever its call began."""
+    slow = await one.basis(key)
+    await two.store.end_entry(key)
+    assert not await one.store.put(key, NEVER_OLDER, slow)
+    assert await two.entry(key) is None
 
 
 async def test_a_fill_ends_well_though_its_predecessor_was_evicted(one: Replica, redis: Redis) -> None:
@@ -446,9 +478,10 @@ async def test_a_seed_and_a_fill_rest_on_the_same_stamps(one: Replica) -> None:
     """A fill in flight is stored over a seed that came after its look, or not, as over any fill."""
     before = await one.basis(MINE)
     await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
-    assert not await one.store.put(MINE, NEWER, before)
+    assert not await one.store.put(MINE, ENTRY, before)
     assert await one.entry(MINE) == seed_of(ENTRY)
-    await one.fill(MINE, NEWER)
+    assert await one.store.put(MINE, NEWER, before)
+    assert await one.entry(MINE) == NEWER
 
 
 @pytest.mark.parametrize(

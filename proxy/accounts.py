@@ -1,0 +1,268 @@
+"""Where each token stands: by the replicas' common ledger, and without it by what this replica knows.
+
+Besides the common ledger this replica keeps one of its own for each token, which follows it: every answer of
+the common one tells how much is left. Where the common one cannot be asked, the own one goes on from there,
+and counts each call as many times as there are replicas: what this one does, each of them may be doing. For
+a minute after that, and where the common one has forgotten, a call needs the word of both.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from proxy.core.events import Standing
+from proxy.core.identity import Partition
+from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+
+MOST_ACCOUNTS = 4096
+"""Tokens that this replica keeps a ledger of; the least recently used are forgotten."""
+
+
+class Admission(Protocol):
+    """An admission by the common ledger."""
+
+    @property
+    def admitted(self) -> Admitted:
+        """The call."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the upstream ever took the token."""
+
+    @property
+    def born(self) -> str:
+        """Tell this ledger of the token from one that was lost."""
+
+
+class CommonLedger(Protocol):
+    """The replicas' common ledger. None: it cannot be asked."""
+
+    async def admit(self, partition: Partition, call_class: CallClass) -> Admission | Postponed | None:
+        """Ask for one call."""
+
+    async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
+        """Ask when `need` calls will be admitted; None: now, or it cannot be asked."""
+
+    async def give_back(self, partition: Partition, admitted: Admitted) -> None:
+        """Take back an admission that was not used."""
+
+    async def settle(
+        self,
+        partition: Partition,
+        admitted: Admitted,
+        remaining_told: int | None,
+        *,
+        answered: bool,
+        known: bool,
+    ) -> None:
+        """Take note of what became of a call."""
+
+    async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
+        """Stop the token's calls."""
+
+
+class Account(NamedTuple):
+    """One token. During a rotation of the secret it has a second partition, where its calls count, too."""
+
+    partition: Partition
+    caller: str
+    previous: Partition | None = None
+
+    @property
+    def partitions(self) -> tuple[Partition, ...]:
+        """Where the token's calls are counted in common; the current partition last."""
+        return (self.partition,) if self.previous is None else (self.previous, self.partition)
+
+
+class Turn(NamedTuple):
+    """A call that may be made. `common` are its admissions in common, none where that could not be asked."""
+
+    own: Admitted
+    common: tuple[Admitted, ...]
+    known: bool
+    remaining: tuple[int, int]
+
+
+class Settlement(NamedTuple):
+    """What became of a call."""
+
+    remaining_told: int | None = None
+    """The upstream's `ratelimit-remaining`, where it means the hour."""
+
+    answered: bool = False
+    """There was an answer other than 429."""
+
+    known: bool = False
+    """The upstream took the token."""
+
+    refused: bool = False
+    """The answer was 429."""
+
+    retry_after_s: int | None = None
+
+
+class Accounts:
+    """The ledgers of all tokens under the same `limits`; `call_s` is as in `core.quota.Ledger`."""
+
+    def __init__(
+        self,
+        common: CommonLedger,
+        limits: Limits,
+        *,
+        call_s: float,
+        replicas: Callable[[], int],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._common = common
+        self._limits = limits
+        self._call_s = call_s
+        self._replicas = replicas
+        self._monotonic = monotonic
+        self._owns: OrderedDict[Partition, _Own] = OrderedDict()
+
+    async def admit(self, account: Account, call_class: CallClass) -> Turn | Postponed:
+        """Ask for one call."""
+        own = self._own(account)
+        if self._doubts(own):
+            return await self._admit_by_both(own, account, call_class)
+        match await self._admit_in_common(own, account, call_class):
+            case None:
+                self._doubt(own)
+                mine = self._admit_here(own, call_class)
+                return mine if isinstance(mine, Postponed) else Turn(mine, (), own.known, mine.remaining)
+            case Postponed() as postponed:
+                if postponed.remaining is not None:
+                    own.ledger.follow(self._monotonic(), postponed.remaining)
+                return postponed
+            case common if self._doubts(own):  # it has forgotten
+                await self._give_back_in_common(account, common)
+                return await self._admit_by_both(own, account, call_class)
+            case common:
+                now, remaining = self._monotonic(), _least([each.remaining for each in common])
+                mine = own.ledger.count(now)
+                own.ledger.follow(now, remaining)
+                return Turn(mine, common, own.known, remaining)
+
+    async def _admit_by_both(self, own: "_Own", account: Account, call_class: CallClass) -> Turn | Postponed:
+        """Ask the own ledger, and the common one where it can be asked."""
+        mine = self._admit_here(own, call_class)
+        if isinstance(mine, Postponed):
+            return mine
+        common: tuple[Admitted, ...] | Postponed | None = Postponed(0.0, "turn")
+        try:
+            common = await self._admit_in_common(own, account, call_class)
+        finally:
+            if isinstance(common, Postponed):
+                own.ledger.give_back(mine)
+        match common:
+            case None:
+                self._doubt(own)
+                return Turn(mine, (), own.known, mine.remaining)
+            case Postponed():
+                return common
+            case _:
+                return Turn(mine, common, own.known, _least([each.remaining for each in common]))
+
+    async def foresee(self, account: Account, call_class: CallClass, need: int) -> Postponed | None:
+        """Ask when `need` calls will be admitted; None: now, or nobody knows."""
+        own = self._own(account)
+        if self._doubts(own):
+            return own.ledger.foresee(self._monotonic(), call_class, need * self._replicas())
+        return await self._common.foresee(account.partition, call_class, need)
+
+    async def give_back(self, account: Account, turn: Turn) -> None:
+        """Take back a turn that was not used."""
+        self._own(account).ledger.give_back(turn.own)
+        await self._give_back_in_common(account, turn.common)
+
+    async def settle(self, account: Account, turn: Turn, settlement: Settlement) -> None:
+        """Take note of what became of a turn; a 429 stops the token's calls everywhere."""
+        own = self._own(account)
+        now = self._monotonic()
+        own.known = own.known or settlement.known
+        if settlement.refused:
+            own.ledger.cool(now, settlement.retry_after_s)
+        own.ledger.settle(turn.own, now, settlement.remaining_told, answered=settlement.answered)
+        if settlement.refused:
+            for partition in account.partitions:
+                await self._common.cool(partition, settlement.retry_after_s)
+        for partition, admitted in zip(account.partitions, turn.common, strict=False):
+            await self._common.settle(
+                partition,
+                admitted,
+                settlement.remaining_told,
+                answered=settlement.answered,
+                known=settlement.known,
+            )
+
+    def standings(self) -> Iterator[tuple[str, Standing]]:
+        """Give what is known here of each token: its caller's name, and how it stands."""
+        now = self._monotonic()
+        for own in self._owns.values():
+            yield own.caller, Standing(*own.ledger.standing(now))
+
+    def _admit_here(self, own: "_Own", call_class: CallClass) -> Admitted | Postponed:
+        return own.ledger.admit(self._monotonic(), call_class, self._replicas())
+
+    def _doubt(self, own: "_Own") -> None:
+        """For as long as a call that is made now may count, the common ledger may not know of it."""
+        own.doubtful_until = self._monotonic() + self._call_s + self._limits.minute_s
+
+    def _doubts(self, own: "_Own") -> bool:
+        return self._monotonic() < own.doubtful_until
+
+    async def _give_back_in_common(self, account: Account, admitted: Sequence[Admitted]) -> None:
+        for partition, each in zip(account.partitions, admitted, strict=False):
+            await self._common.give_back(partition, each)
+
+    async def _admit_in_common(
+        self, own: "_Own", account: Account, call_class: CallClass
+    ) -> tuple[Admitted, ...] | Postponed | None:
+        """Ask the common ledger, during a rotation for both partitions: one that says no says it for both."""
+        admissions: list[Admitted] = []
+        for partition in account.partitions:
+            reply = await self._common.admit(partition, call_class)
+            if reply is None or isinstance(reply, Postponed):
+                await self._give_back_in_common(account, admissions)
+                if reply is not None and reply.window == "cooldown":
+                    own.ledger.stop(self._monotonic(), reply.wait_s)
+                return reply
+            admissions.append(reply.admitted)
+            own.known = own.known or reply.known
+            if partition == account.partition and own.misses(self._monotonic(), reply.born):
+                self._doubt(own)
+        return tuple(admissions)
+
+    def _own(self, account: Account) -> "_Own":
+        own = self._owns.get(account.partition)
+        if own is None:
+            own = self._owns[account.partition] = _Own(Ledger(self._limits, call_s=self._call_s))
+            if len(self._owns) > MOST_ACCOUNTS:
+                self._owns.popitem(last=False)
+        self._owns.move_to_end(account.partition)
+        own.caller = account.caller
+        return own
+
+
+class _Own:
+    """This replica's ledger of one token, and what it knows of the common one."""
+
+    __slots__ = ("born", "caller", "doubtful_until", "known", "ledger")
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.caller = ""
+        self.known = False
+        self.born: str | None = None
+        self.doubtful_until = 0.0
+        """Until then the common ledger may lack calls that were made."""
+
+    def misses(self, now: float, born: str) -> bool:
+        """Tell whether the common ledger is a new one, though this one still counts calls that it knew."""
+        before, self.born = self.born, born
+        _, hour, _ = self.ledger.standing(now)
+        return before not in (None, born) and hour < self.ledger.limits.per_hour
+
+
+def _least(remaining: list[tuple[int, int]]) -> tuple[int, int]:
+    return min(minute for minute, _ in remaining), min(hour for _, hour in remaining)

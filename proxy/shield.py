@@ -1,0 +1,314 @@
+"""The gate around the upstream: no call passes beyond the token's quota, nor during a cool-down or an outage.
+
+It is an Upstream that wraps the real one. A call asks the token's account first, waits for its turn where
+that comes soon, and tells the account afterwards.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from http import HTTPStatus
+from typing import NamedTuple, Protocol
+
+from proxy.accounts import Account, Accounts, Settlement, Turn
+from proxy.core.breaker import Breaker
+from proxy.core.errors import Overloaded, QuotaSpent, UpstreamPaused, UpstreamTimeout, UpstreamUnreachable
+from proxy.core.events import QuotaWait, Standing
+from proxy.core.identity import Partition, Token
+from proxy.core.policy import Answer
+from proxy.core.quota import CallClass, Limits, Postponed
+from proxy.core.request import Call
+
+MOST_CALLS = 250
+"""Reads of one token that are in the air or wait for their turn on this replica, at most; as many writes."""
+
+_STRANGERS = Account(Partition("strangers"), "")
+"""The account that all tokens share which the upstream never took."""
+
+_SHORTEST_PAUSE_S = 0.005
+_TURN_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+"""Whoever waits asks again after so long at the latest: another replica may have given a slot back."""
+
+_TROUBLE = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
+
+
+class Upstream(Protocol):
+    """The real one."""
+
+    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+        """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
+
+
+class Shield:
+    """Asks the upstream for calls that may be made. `total_timeout_s` bounds each, from its admission."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        accounts: Accounts,
+        strangers: Accounts,
+        limits: Limits,
+        *,
+        max_wait_s: float,
+        total_timeout_s: float,
+        previous_partition: Callable[[Token], Partition] | None,
+        observe: Callable[[QuotaWait], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._upstream = upstream
+        self._accounts = accounts
+        self._strangers = strangers
+        self._limits = limits
+        self._max_wait_s = max_wait_s
+        self._total_timeout_s = total_timeout_s
+        self._previous_partition = previous_partition
+        self._observe = observe
+        self._monotonic = monotonic
+        self._lines: dict[tuple[Partition, bool], _Line] = {}
+        self._breaker = Breaker()
+
+    @property
+    def breaker_open(self) -> bool:
+        """Tell whether the upstream fails so often that it is only probed."""
+        return self._breaker.is_open
+
+    def standings(self) -> dict[str, Standing]:
+        """Give what each caller has left; where several have the same name, the worst of them."""
+        worst: dict[str, Standing] = {}
+        for caller, standing in self._accounts.standings():
+            other = worst.get(caller, standing)
+            worst[caller] = Standing(
+                min(standing.minute, other.minute),
+                min(standing.hour, other.hour),
+                max(standing.cooldown_s, other.cooldown_s),
+            )
+        return worst
+
+    async def ask(
+        self,
+        call: Call,
+        validator: str = "",
+        *,
+        call_class: CallClass = CallClass.MISS,
+        patient: bool = True,
+    ) -> Answer:
+        """Ask, when the quota has room; without `patient` only if it has now.
+
+        Raises UpstreamError, QuotaSpent or Overloaded.
+        """
+        passing = self.admitted(call.token, call.key.partition, call.caller, call_class, patient=patient)
+        async with passing as passage:
+            answer = await self._upstream.ask(call, passage.deadline, validator)
+            passage.answered(answer.status, answer.ratelimit, answer.retry_after_s)
+            return replace(answer, remaining_share=passage.remaining_share)
+
+    @asynccontextmanager
+    async def admitted(
+        self, token: Token, partition: Partition, caller: str, call_class: CallClass, *, patient: bool = True
+    ) -> AsyncIterator["Passage"]:
+        """Let one call through. Whoever is inside makes it, and says what was answered.
+
+        Raises as `ask` does.
+        """
+        self._refuse_while_paused()
+        account = Account(partition, caller, self._previous_partition and self._previous_partition(token))
+        name = (partition, call_class is CallClass.WRITE)
+        line = self._lines.setdefault(name, _Line())
+        if line.calls >= MOST_CALLS:
+            raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
+        line.calls += 1
+        try:
+            turn = await self._turn(line, account, call_class, patient=patient)
+            try:
+                self._refuse_while_paused()
+            except UpstreamPaused:
+                await self._accounts.give_back(account, turn)
+                raise
+            async with self._passage(account, turn) as passage:
+                yield passage
+        finally:
+            line.calls -= 1
+            if not line.calls:
+                del self._lines[name]
+
+    # -- before the call ------------------------------------------------------------------------
+
+    def _refuse_while_paused(self) -> None:
+        wait_s = self._breaker.wait_s(self._monotonic())
+        if wait_s > 0:
+            raise UpstreamPaused(
+                f"the upstream failed again and again; it is asked again in {math.ceil(wait_s)} s",
+                proxy_error="destination_unavailable",
+            )
+
+    async def _turn(self, line: "_Line", account: Account, call_class: CallClass, *, patient: bool) -> Turn:
+        """Ask at once where nobody waits, else in order of arrival. Raises QuotaSpent or Overloaded."""
+        asked_at = self._monotonic()
+        if not patient and call_class is CallClass.MISS:
+            call_class = CallClass.REFRESH  # it has something to serve: others have not
+        answered = line.answered
+        decision = line.postponed if line.queue else await self._accounts.admit(account, call_class)
+        if isinstance(decision, Postponed):
+            if not patient:
+                raise QuotaSpent(decision.window, decision.wait_s)
+            asker = _Asker(account, call_class, asked_at + self._max_wait_s)
+            decision = await self._wait(line, asker, decision, answered)
+        self._observe(QuotaWait(self._monotonic() - asked_at))
+        if not decision.known:
+            await self._let_a_stranger_in(account, decision)
+        return decision
+
+    async def _wait(
+        self, line: "_Line", asker: "_Asker", decision: Turn | Postponed, answered: asyncio.Event
+    ) -> Turn:
+        """Stand in line, and ask until there is a turn, or none will be in time."""
+        place = asyncio.get_running_loop().create_future()
+        line.queue.append(place)
+        try:
+            if line.queue[0] is not place:
+                await self._refuse_the_hopeless(asker, len(line.queue))
+                await asyncio.wait({place}, timeout=max(asker.give_up - self._monotonic(), 0.0))
+                if not place.done():
+                    raise QuotaSpent(line.postponed.window, line.postponed.wait_s)
+                answered = line.answered
+                decision = await self._accounts.admit(asker.account, asker.call_class)
+            while isinstance(decision, Postponed):
+                line.postponed = decision
+                await self._pause(decision, answered, asker.give_up)
+                answered = line.answered
+                decision = await self._accounts.admit(asker.account, asker.call_class)
+            return decision
+        finally:
+            line.leave(place)
+
+    async def _refuse_the_hopeless(self, asker: "_Asker", need: int) -> None:
+        """Refuse at once whoever stands so far behind that the window has no room in time."""
+        postponed = await self._accounts.foresee(asker.account, asker.call_class, need)
+        if postponed is None or postponed.window == "turn":
+            return
+        if postponed.wait_s > asker.give_up - self._monotonic():
+            raise QuotaSpent(postponed.window, postponed.wait_s)
+
+    async def _pause(self, postponed: Postponed, answered: asyncio.Event, give_up: float) -> None:
+        """Wait until it makes sense to ask again: an answer may come before the time."""
+        left_s = give_up - self._monotonic()
+        turn = postponed.window == "turn"
+        if left_s <= 0 or (postponed.wait_s > left_s and not turn):
+            raise QuotaSpent(postponed.window, postponed.wait_s)
+        pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(pause_s, _SHORTEST_PAUSE_S)):
+                await answered.wait()
+
+    async def _let_a_stranger_in(self, account: Account, turn: Turn) -> None:
+        """Count a call of a token that was never accepted against what these share. Raises Overloaded."""
+        admitted = False
+        try:
+            admitted = isinstance(await self._strangers.admit(_STRANGERS, CallClass.WRITE), Turn)
+        finally:
+            if not admitted:
+                await self._accounts.give_back(account, turn)
+        if not admitted:
+            raise Overloaded("too many tokens that the API does not know; try again in a moment")
+
+    # -- after the call -------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _passage(self, account: Account, turn: Turn) -> AsyncIterator["Passage"]:
+        probe = self._breaker.begin(self._monotonic())
+        passage = Passage(self._monotonic() + self._total_timeout_s, self._share_of(turn.remaining))
+        try:
+            yield passage
+        except (UpstreamTimeout, UpstreamUnreachable):
+            self._breaker.failed(self._monotonic(), probe=probe)
+            raise
+        finally:
+            if passage.status in _TROUBLE:
+                self._breaker.failed(self._monotonic(), probe=probe)
+            elif passage.status is not None:
+                self._breaker.succeeded()
+            try:
+                await self._accounts.settle(account, turn, passage.settlement())
+            finally:
+                for is_write in (False, True):
+                    if line := self._lines.get((account.partition, is_write)):
+                        line.wake()
+
+    def _share_of(self, remaining: tuple[int, int]) -> float:
+        """Give the smaller part of both windows that is left, 0 to 1."""
+        minute, hour = remaining
+        return min(minute / self._limits.per_minute, hour / self._limits.per_hour)
+
+
+class Passage:
+    """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went."""
+
+    __slots__ = ("deadline", "remaining_share", "remaining_told", "retry_after_s", "status")
+
+    def __init__(self, deadline: float, remaining_share: float) -> None:
+        self.deadline = deadline
+        self.remaining_share = remaining_share
+        self.status: int | None = None
+        self.remaining_told: int | None = None
+        self.retry_after_s: int | None = None
+
+    def answered(self, status: int, ratelimit: Iterable[tuple[str, str]], retry_after_s: int | None) -> None:
+        """Take note of the answer's status and of what it says about the quota."""
+        self.status = status
+        self.retry_after_s = retry_after_s
+        told = dict(ratelimit).get("ratelimit-remaining")
+        # On a 429 it can mean either window: it says nothing about the hour.
+        if told is not None and status != HTTPStatus.TOO_MANY_REQUESTS:
+            self.remaining_told = int(told)
+
+    def settlement(self) -> Settlement:
+        """Say what it means for the quota. A gateway's 5xx tells nothing about the token."""
+        status = self.status
+        refused = status == HTTPStatus.TOO_MANY_REQUESTS
+        return Settlement(
+            self.remaining_told,
+            answered=status is not None and not refused,
+            known=status is not None
+            and status < HTTPStatus.INTERNAL_SERVER_ERROR
+            and status != HTTPStatus.UNAUTHORIZED
+            and not refused,
+            refused=refused,
+            retry_after_s=self.retry_after_s,
+        )
+
+
+class _Asker(NamedTuple):
+    """Who asks for what, and until when."""
+
+    account: Account
+    call_class: CallClass
+    give_up: float
+
+
+class _Line:
+    """The calls of one token on this replica: how many they are, and who waits, in order of arrival."""
+
+    __slots__ = ("answered", "calls", "postponed", "queue")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.queue: deque[asyncio.Future[None]] = deque()
+        self.postponed = Postponed(0.0, "turn")
+        """What the first of them was told last."""
+        self.answered = asyncio.Event()
+        """Is set, and replaced, when a call of the token was answered."""
+
+    def leave(self, place: "asyncio.Future[None]") -> None:
+        """Give up a place in the queue; whoever is first then may ask."""
+        self.queue.remove(place)
+        if self.queue and not self.queue[0].done():
+            self.queue[0].set_result(None)
+
+    def wake(self) -> None:
+        """Tell the first who waits that a call was answered."""
+        self.answered.set()
+        self.answered = asyncio.Event()

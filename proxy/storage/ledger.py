@@ -1,0 +1,277 @@
+"""The quota ledger in Redis: `core.quota.Ledger` as one atomic script, for all replicas of a token.
+
+The script reads the server's clock, so that replicas need not agree about the time. Its questions are the
+ledger's: admit, give back, settle, cool. A test holds it equal to the ledger in Python, step by step.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from proxy.core.identity import Partition
+from proxy.core.quota import PAUSES, Admitted, CallClass, Limits, Postponed
+from proxy.storage.keys import Keys
+from proxy.storage.link import Command, Link, Unavailable
+
+_SCRIPT = f"""
+local question, given, call = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local now = tonumber(given)
+if not now then
+  local time = redis.call('TIME')
+  now = time[1] + time[2] / 1000000
+end
+local function window(name, prefix, first)
+  return {{name = name, prefix = prefix, limit = tonumber(ARGV[first]), length = tonumber(ARGV[first + 1]),
+          bucket = tonumber(ARGV[first + 2]), total = 0, buckets = {{}}}}
+end
+local minute, hour = window('minute', 'm', 5), window('hour', 'h', 8)
+local key, fields = KEYS[1], {{}}
+local flat = redis.call('HGETALL', key)
+for i = 1, #flat, 2 do fields[flat[i]] = tonumber(flat[i + 1]) end
+
+local function set(name, value)
+  if value then
+    value = string.format('%.6f', value)
+    redis.call('HSET', key, name, value)
+    fields[name] = tonumber(value)
+  elseif fields[name] then
+    redis.call('HDEL', key, name)
+    fields[name] = nil
+  end
+end
+local function put(window, bucket, calls)
+  if calls == 0 then return end
+  window.total = window.total + calls
+  window.buckets[bucket] = (window.buckets[bucket] or 0) + calls
+  redis.call('HINCRBY', key, window.prefix .. string.format('%d', bucket), calls)
+end
+local function add(window, at, calls)
+  put(window, math.floor(at / window.bucket), calls)
+end
+local function spread(window, since, calls)
+  local first = math.floor(math.max(math.min(since, now), now - window.length) / window.bucket)
+  local steps = math.floor(now / window.bucket) - first + 1
+  for step = 0, steps - 1 do
+    put(window, first + step, math.floor((step + 1) * calls / steps) - math.floor(step * calls / steps))
+  end
+end
+local function take(window, at)
+  local bucket = math.floor(at / window.bucket)
+  if (window.buckets[bucket] or 0) < 1 then return 0 end
+  put(window, bucket, -1)
+  return 1
+end
+local function wait(window, ceiling, need)
+  local excess = window.total + need - ceiling
+  if excess <= 0 then return 0 end
+  local numbers = {{}}
+  for number in pairs(window.buckets) do table.insert(numbers, number) end
+  table.sort(numbers)
+  for _, number in ipairs(numbers) do
+    excess = excess - window.buckets[number]
+    if excess <= 0 then return (number + 1) * window.bucket + window.length - now end
+  end
+  return window.length
+end
+local function left(window)
+  return math.max(window.limit - window.total, 0)
+end
+local function postpone(seconds, why)
+  return {{0, string.format('%.6f', seconds), why, left(minute), left(hour)}}
+end
+
+for _, window in ipairs({{minute, hour}}) do
+  for name, calls in pairs(fields) do
+    if string.sub(name, 1, 1) == window.prefix then
+      local bucket = tonumber(string.sub(name, 2))
+      if (bucket + 1) * window.bucket + window.length <= now then
+        redis.call('HDEL', key, name)
+      else
+        window.total = window.total + calls
+        window.buckets[bucket] = calls
+      end
+    end
+  end
+end
+
+if question == 'admit' then
+  local minutes, hours, need = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+  local refresh = ARGV[14] == '1'
+  local alone = call > 0 and (not fields.T or (
+    fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh))
+  if fields.C then
+    if now < fields.C then return postpone(fields.C - now, 'cooldown') end
+    if now < (fields.P or 0) then return postpone(fields.P - now, 'turn') end
+  elseif alone and now < (fields.A or 0) then
+    return postpone(fields.A - now, 'turn')
+  end
+  local seconds = wait(minute, minutes, need)
+  if seconds > 0 then return postpone(seconds, 'minute') end
+  seconds = wait(hour, hours, need)
+  if seconds > 0 then return postpone(seconds, 'hour') end
+  if need > 1 then return {{2}} end
+  local at = tonumber(string.format('%.6f', now + call))
+  add(minute, at, 1)
+  add(hour, at, 1)
+  if fields.C then set('P', at) elseif alone then set('A', at) end
+  if not fields.B then set('B', now) end
+  redis.call('EXPIRE', key, ARGV[4])
+  return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, fields.K and 1 or 0,
+          string.format('%.6f', fields.B)}}
+end
+
+if question == 'give back' then
+  local at = tonumber(ARGV[11])
+  take(minute, at)
+  take(hour, at)
+  if fields.A == at then set('A', nil) end
+  if fields.P == at then set('P', nil) end
+  return {{}}
+end
+
+if question == 'settle' then
+  local at, told, probe = tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13] == '1'
+  local answered, known = ARGV[14] == '1', ARGV[15] == '1'
+  add(minute, now, take(minute, at))
+  add(hour, now, take(hour, at))
+  if probe and fields.P == at then
+    if answered then
+      set('P', nil)
+      set('C', nil)
+    else
+      set('P', now + minute.length / {PAUSES})
+    end
+  end
+  if fields.A == at then set('A', nil) end
+  if told then
+    local missing = hour.limit - hour.total - told
+    if missing > 0 then
+      local since = fields.T or now - hour.length
+      spread(hour, since, missing)
+      add(minute, now, math.floor(missing * minute.length / math.max(now - since, minute.length) + 0.5))
+      set('O', now)
+    end
+    set('T', now)
+  end
+  if known then set('K', 1) end
+  redis.call('EXPIRE', key, ARGV[4])
+  return {{}}
+end
+
+local seconds = tonumber(ARGV[11])
+if not seconds then
+  local oldest_leaves = wait(minute, math.max(minute.total, 1), 1)
+  seconds = math.min(math.max(oldest_leaves, minute.length / {PAUSES}), minute.length)
+elseif minute.total < minute.limit then
+  spread(minute, now - minute.length + seconds, minute.limit - minute.total)
+end
+set('C', math.max(fields.C or 0, now + seconds))
+set('P', nil)
+redis.call('EXPIRE', key, ARGV[4])
+return {{string.format('%.6f', fields.C - now)}}
+"""
+
+_MARGIN_S = 60
+
+
+class Admission(NamedTuple):
+    """A call that the ledger admits.
+
+    `known` tells whether the upstream ever took the token; `born` tells this ledger from one that was lost.
+    """
+
+    admitted: Admitted
+    known: bool
+    born: str
+
+
+class RedisLedger:
+    """The ledgers of all tokens. Every question is one round trip; None where Redis does not answer it.
+
+    `call_s` is as in `core.quota.Ledger`. `now` is for tests that hold it against that one; without it, the
+    server's clock counts.
+    """
+
+    def __init__(self, link: Link, keys: Keys, limits: Limits, *, call_s: float) -> None:
+        self._link = link
+        self._keys = keys
+        self._limits = limits
+        self._call_s = call_s
+
+    async def admit(
+        self, partition: Partition, call_class: CallClass, *, now: float | None = None
+    ) -> Admission | Postponed | None:
+        """Ask for one call."""
+        match await self._admit(partition, call_class, 1, now):
+            case [1, at, minute, hour, probe, known, born]:
+                admitted = Admitted(float(at), (minute, hour), bool(probe))
+                return Admission(admitted, bool(known), born.decode())
+            case [0, wait_s, window, minute, hour]:
+                return Postponed(float(wait_s), window.decode(), (minute, hour))
+            case _:
+                return None
+
+    async def foresee(
+        self, partition: Partition, call_class: CallClass, need: int, *, now: float | None = None
+    ) -> Postponed | None:
+        """Ask when `need` calls, two or more, will be admitted; None: now, or Redis cannot tell."""
+        match await self._admit(partition, call_class, need, now):
+            case [0, wait_s, window, *_]:
+                return Postponed(float(wait_s), window.decode())
+            case _:
+                return None
+
+    async def give_back(self, partition: Partition, admitted: Admitted, *, now: float | None = None) -> None:
+        """Take back an admission that was not used."""
+        await self._ask("give back", partition, now, repr(admitted.at))
+
+    async def settle(
+        self,
+        partition: Partition,
+        admitted: Admitted,
+        remaining_told: int | None,
+        *,
+        answered: bool,
+        known: bool,
+        now: float | None = None,
+    ) -> None:
+        """Take note of what became of a call.
+
+        `answered` tells whether there was an answer other than 429, `known` whether it took the token.
+        """
+        told = "" if remaining_told is None else remaining_told
+        await self._ask(
+            "settle", partition, now, repr(admitted.at), told, int(admitted.probe), int(answered), int(known)
+        )
+
+    async def cool(
+        self, partition: Partition, retry_after_s: float | None, *, now: float | None = None
+    ) -> float | None:
+        """Stop the token's calls on all replicas. Gives for how many seconds."""
+        match await self._ask("cool", partition, now, "" if retry_after_s is None else retry_after_s):
+            case [bytes(seconds)]:
+                return float(seconds)
+            case _:
+                return None
+
+    async def _admit(self, partition: Partition, call_class: CallClass, need: int, now: float | None) -> Any:
+        ceilings = (window.ceiling(call_class, self._limits.reserve) for window in self._limits.windows)
+        return await self._ask("admit", partition, now, *ceilings, need, int(call_class is CallClass.REFRESH))
+
+    async def _ask(self, question: str, partition: Partition, now: float | None, *arguments: object) -> Any:
+        command: Command = (
+            "EVAL",
+            _SCRIPT,
+            1,
+            self._keys.quota(partition),
+            question,
+            "" if now is None else repr(now),
+            repr(self._call_s),
+            math.ceil(self._limits.hour_s + self._call_s) + _MARGIN_S,
+            *(str(part) for window in self._limits.windows for part in window[1:]),
+            *(str(argument) for argument in arguments),
+        )
+        try:
+            (reply,) = await self._link.ask(command)
+        except Unavailable:
+            return None
+        return reply

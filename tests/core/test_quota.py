@@ -1,0 +1,469 @@
+"""The ledger: never more calls than the limits allow, waits to the moment, and what others call is seen."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, strategies as st
+
+from proxy.core.quota import (
+    Admitted,
+    CallClass,
+    Ledger,
+    Limits,
+    Postponed,
+    Window,
+    stretched,
+)
+
+WRITE, MISS, REFRESH = CallClass.WRITE, CallClass.MISS, CallClass.REFRESH
+
+# A minute of 60 s in buckets of 1 s, an hour of 3,600 s in buckets of 30 s.
+LIMITS = Limits(per_minute=10, per_hour=40, reserve=0.2)
+CALL_S = 8.0
+NOON = 1_000_000_020.0
+"""Where a bucket of either window begins."""
+
+
+def told(limits: Limits = LIMITS, *, at: float = NOON, remaining: int | None = None) -> Ledger:
+    """Make a ledger that the upstream told at `at` where the token stands: one call, answered at once."""
+    ledger = Ledger(limits, call_s=CALL_S)
+    call = ledger.admit(at, WRITE)
+    assert isinstance(call, Admitted)
+    ledger.settle(call, at, limits.per_hour - 1 if remaining is None else remaining)
+    return ledger
+
+
+def spend(ledger: Ledger, now: float, call_class: CallClass = WRITE) -> int:
+    """Make calls at `now`, each answered at once, until no more are admitted. Give how many they were."""
+    calls = 0
+    while isinstance(admitted := ledger.admit(now, call_class), Admitted):
+        ledger.settle(admitted, now, None)
+        calls += 1
+    return calls
+
+
+# -- classes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call_class", "limit", "reserve", "expected"),
+    [
+        pytest.param(WRITE, 250, 0.05, 250, id="a-write-may-use-all"),
+        pytest.param(MISS, 250, 0.05, 237, id="a-miss-leaves-the-reserve"),
+        pytest.param(REFRESH, 250, 0.05, 213, id="a-refresh-leaves-a-tenth-more"),
+        pytest.param(MISS, 250, 0.0, 250, id="nothing-is-reserved"),
+        pytest.param(MISS, 1, 0.5, 1, id="one-call-is-always-possible"),
+        pytest.param(REFRESH, 1, 0.5, 1, id="even-for-a-refresh"),
+    ],
+)
+def test_ceiling(call_class: CallClass, limit: int, reserve: float, expected: int) -> None:
+    """What a class leaves to those before it."""
+    assert Window("minute", limit, 60.0, 1.0).ceiling(call_class, reserve) == expected
+
+
+def test_a_write_goes_before_a_miss_and_a_miss_before_a_refresh() -> None:
+    """Each class is refused while there is room for the one before it."""
+    ledger = told()
+    assert spend(ledger, NOON, REFRESH) == 6
+    assert spend(ledger, NOON, MISS) == 1
+    assert spend(ledger, NOON, WRITE) == 2
+    assert ledger.remaining() == (0, 30)
+
+
+# -- both windows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ask_at_s", "expected"),
+    [
+        pytest.param(0.0, Postponed(61.0, "minute"), id="the-whole-bucket-has-to-leave"),
+        pytest.param(60.0, Postponed(1.0, "minute"), id="the-last-second"),
+        pytest.param(60.99, Postponed(pytest.approx(0.01, abs=1e-6), "minute"), id="the-last-moment"),
+        pytest.param(61.0, None, id="room"),
+    ],
+)
+def test_the_minute_rolls(ask_at_s: float, expected: Postponed | None) -> None:
+    """A call leaves the window with the whole second in which it was answered; the wait says exactly when."""
+    ledger = told()
+    spend(ledger, NOON)
+    assert ledger.foresee(NOON + ask_at_s, MISS) == expected
+
+
+@pytest.mark.parametrize(
+    ("need", "expected"),
+    [
+        pytest.param(1, 41.0, id="first-in-line"),
+        pytest.param(3, 41.0, id="as-many-as-leave-together"),
+        pytest.param(4, 61.0, id="one-more"),
+        pytest.param(9, 60.0, id="more-than-there-will-ever-be"),
+    ],
+)
+def test_the_wait_of_those_behind(need: int, expected: float) -> None:
+    """Whoever stands further behind is told when there is room for all before it, too."""
+    ledger = told()
+    for calls, at in ((2, 0.0), (5, 20.0)):
+        for _ in range(calls):
+            ledger.settle(ledger.count(NOON + at), NOON + at, None)
+    assert ledger.foresee(NOON + 20.0, MISS, need) == Postponed(expected, "minute")
+
+
+def test_the_hour_is_spent() -> None:
+    """When the hour has no room, the wait is the hour's, and no call is admitted in any minute of it."""
+    ledger, now = told(), NOON
+    while not isinstance(postponed := ledger.foresee(now, WRITE), Postponed) or postponed.window == "minute":
+        spend(ledger, now)
+        now += 61.0
+    assert postponed == Postponed(NOON + 3630.0 - now, "hour")
+    assert ledger.remaining()[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("answered_after_s", "counts_until_s"),
+    [
+        pytest.param(0.0, 61.0, id="answered-at-once"),
+        pytest.param(5.0, 66.0, id="counts-from-its-answer-on"),
+        pytest.param(None, 69.0, id="never-answered-counts-from-its-deadline-on"),
+    ],
+)
+def test_a_call_counts_as_of_the_latest_moment(answered_after_s: float | None, counts_until_s: float) -> None:
+    """The upstream may have counted a call at any time until its answer, or its deadline."""
+    ledger = Ledger(Limits(1, 10, 0.0), call_s=CALL_S)
+    call = ledger.admit(NOON, MISS)
+    assert isinstance(call, Admitted)
+    if answered_after_s is not None:
+        ledger.settle(call, NOON + answered_after_s, 9)
+    assert isinstance(ledger.admit(NOON + counts_until_s - 0.001, MISS), Postponed)
+    assert isinstance(ledger.admit(NOON + counts_until_s, MISS), Admitted)
+
+
+def test_an_admission_that_is_given_back_leaves_nothing() -> None:
+    """Neither a count nor a turn."""
+    ledger = Ledger(LIMITS, call_s=CALL_S)
+    call = ledger.admit(NOON, MISS)
+    assert isinstance(call, Admitted)
+    ledger.give_back(call)
+    assert ledger.remaining() == (10, 40)
+    assert isinstance(ledger.admit(NOON, MISS), Admitted)
+
+
+def test_a_later_call_that_is_given_back_leaves_nothing_either() -> None:
+    """Where the token's standing is known there is no turn to give back, only the count."""
+    ledger = told()
+    call = ledger.admit(NOON, MISS)
+    assert isinstance(call, Admitted)
+    ledger.give_back(call)
+    assert ledger.remaining() == (9, 39)
+
+
+def test_a_probe_that_is_given_back_makes_room_for_the_next() -> None:
+    """The cool-down goes on, and whoever comes next is the probe."""
+    ledger = told()
+    ledger.cool(NOON, 70)
+    probe = ledger.admit(NOON + 70, MISS)
+    assert isinstance(probe, Admitted)
+    assert isinstance(ledger.foresee(NOON + 70, WRITE), Postponed)
+    ledger.give_back(probe)
+    following = ledger.admit(NOON + 70, MISS)
+    assert isinstance(following, Admitted)
+    assert following.probe
+
+
+def test_an_answer_after_its_bucket_has_left() -> None:
+    """What the minute has forgotten does not count there again; the hour still knows it."""
+    ledger = told()
+    call = ledger.admit(NOON, MISS)
+    assert isinstance(call, Admitted)
+    ledger.settle(call, NOON + CALL_S + 62, None)
+    assert ledger.remaining() == (10, 38)
+
+
+def test_a_call_can_count_as_several() -> None:
+    """Where each of three replicas may be doing the same, a third of the calls is admitted; at least one."""
+    ledger, calls = told(), 0
+    while isinstance(admitted := ledger.admit(NOON, WRITE, 3), Admitted):
+        assert admitted.calls == 3
+        ledger.settle(admitted, NOON + 1, None)
+        calls += 1
+    assert calls == 3
+    assert isinstance(Ledger(Limits(1, 2, 0.0)).admit(NOON, MISS, 3), Admitted)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.floats(0.0, 20.0),
+            st.sampled_from(list(CallClass)),
+            st.floats(0.0, CALL_S),
+            st.booleans(),
+            st.floats(0.0, 1.0),
+        ),
+        max_size=80,
+    )
+)
+def test_never_more_than_the_limit_in_any_window(
+    steps: list[tuple[float, CallClass, float, bool, float]],
+) -> None:
+    """Whatever the history, and whenever within a call's time the upstream counts it.
+
+    Some calls are never heard of again. Checked is every true window, not the ledger's buckets.
+    """
+    limits = Limits(4, 9, 0.25, minute_s=60.0, hour_s=150.0)
+    ledger = Ledger(limits, call_s=CALL_S)
+    now, counted = NOON, []
+    pending: list[tuple[float, Admitted, bool]] = []
+    for pause_s, call_class, takes_s, is_heard_of, when in steps:
+        now += pause_s
+        for done_at, call, heard_of in sorted(pending, key=lambda each: each[0]):
+            if done_at <= now:
+                pending.remove((done_at, call, heard_of))
+                if heard_of:
+                    ledger.settle(call, done_at, None)
+        admitted = ledger.admit(now, call_class)
+        if isinstance(admitted, Admitted):
+            counted.append(now + takes_s * when)
+            pending.append((now + takes_s, admitted, is_heard_of))
+    counted.sort()
+    for limit, length_s in ((limits.per_minute, limits.minute_s), (limits.per_hour, limits.hour_s)):
+        for first, beyond in zip(counted, counted[limit:], strict=False):
+            assert beyond - first >= length_s
+
+
+# -- others ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("remaining_told", "expected"),
+    [
+        pytest.param(38, (8, 38), id="nobody-else"),
+        pytest.param(35, (5, 35), id="three-calls-of-others"),
+        pytest.param(40, (8, 38), id="what-left-there-earlier-still-counts-here"),
+        pytest.param(0, (0, 0), id="others-took-it-all"),
+    ],
+)
+def test_what_the_upstream_misses_was_called_by_others(
+    remaining_told: int, expected: tuple[int, int]
+) -> None:
+    """Calls between two answers count in both windows."""
+    ledger = told()
+    call = ledger.admit(NOON + 10, MISS)
+    assert isinstance(call, Admitted)
+    ledger.settle(call, NOON + 10, remaining_told)
+    assert ledger.remaining() == expected
+
+
+def test_calls_in_the_air_are_not_taken_for_those_of_others() -> None:
+    """A burst whose answers come in any order counts once."""
+    ledger = told()
+    burst = [ledger.admit(NOON, WRITE) for _ in range(9)]
+    for number, call in enumerate(reversed(burst)):
+        assert isinstance(call, Admitted)
+        ledger.settle(call, NOON + 1, 30 + number)
+    assert ledger.remaining() == (0, 30)
+
+
+def test_calls_of_others_leave_evenly() -> None:
+    """What others called before the first look at a token does not block it for an hour."""
+    ledger = told(Limits(100, 1200, 0.0), remaining=0)
+    assert ledger.remaining() == (100 - 1 - 20, 0)
+    free = [ledger.standing(NOON + seconds)[1] for seconds in range(0, 3661, 30)]
+    assert all(9 <= after - before <= 11 for before, after in pairwise(free[2:-1]))
+    assert free[-1] == 1200
+
+
+def test_others_are_asked_for_before_a_burst() -> None:
+    """Where others use the token, one call goes first after a pause, and the burst follows its answer."""
+    ledger = told(remaining=30)
+    now = NOON + 5
+    first = ledger.admit(now, MISS)
+    assert isinstance(first, Admitted)
+    assert ledger.admit(now, MISS) == Postponed(CALL_S, "turn")
+    assert isinstance(ledger.admit(now, REFRESH), Admitted), "a refresh leaves a margin"
+    ledger.settle(first, now, 28)
+    assert isinstance(ledger.admit(now, MISS), Admitted)
+
+
+def test_a_token_that_nobody_else_uses_bursts_at_once() -> None:
+    """A pause makes no difference."""
+    ledger = told()
+    calls = [ledger.admit(NOON + 50, MISS) for _ in range(7)]
+    assert all(isinstance(call, Admitted) for call in calls)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.floats(0.0, 30.0), st.integers(0, 4), st.integers(1, 12)), min_size=1, max_size=60
+    )
+)
+def test_with_others_the_minute_holds(steps: list[tuple[float, int, int]]) -> None:
+    """As long as others call no more between two answers than the reserve is, the upstream refuses nothing.
+
+    The upstream here counts to the call and tells its remaining hour, as the real one does.
+    """
+    limits = Limits(30, 10_000, 0.2)
+    ledger = Ledger(limits, call_s=CALL_S)
+    reserve = limits.per_minute - int(limits.per_minute * 0.8)
+    now, counted, unseen = NOON, list[float](), 0
+    for pause_s, by_others, wanted in [(0.0, 0, 1), *steps]:
+        now += pause_s
+        others = min(by_others, reserve - unseen)
+        unseen += others
+        counted += [now] * others
+        for _ in range(wanted):
+            admitted = ledger.admit(now, MISS)
+            if isinstance(admitted, Admitted):
+                assert sum(at > now - limits.minute_s for at in counted) < limits.per_minute
+                counted.append(now)
+                unseen = 0
+                ledger.settle(admitted, now, limits.per_hour - len(counted))
+
+
+# -- where nothing is known ------------------------------------------------------------------------
+
+
+def test_a_ledger_without_history_goes_one_by_one() -> None:
+    """Until the upstream tells where the token stands; a call without answer blocks for its own time."""
+    ledger = Ledger(LIMITS, call_s=CALL_S)
+    assert isinstance(ledger.admit(NOON, MISS), Admitted)
+    assert ledger.admit(NOON + 2, WRITE) == Postponed(CALL_S - 2, "turn")
+    second = ledger.admit(NOON + CALL_S, MISS)
+    assert isinstance(second, Admitted)
+    assert isinstance(ledger.admit(NOON + CALL_S, MISS), Postponed)
+    ledger.settle(second, NOON + 9, None)
+    third = ledger.admit(NOON + 9, MISS)
+    assert isinstance(third, Admitted)
+    ledger.settle(third, NOON + 9, 37)
+    assert [isinstance(ledger.admit(NOON + 9, MISS), Admitted) for _ in range(2)] == [True, True]
+
+
+def test_following_another_ledger() -> None:
+    """What another ledger of the token has counted counts here, never less."""
+    ledger = told()
+    ledger.follow(NOON + 1, (4, 30))
+    assert ledger.remaining() == (4, 30)
+    ledger.follow(NOON + 2, (10, 40))
+    assert ledger.remaining() == (4, 30)
+
+
+# -- cool-down -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calls", "retry_after_s", "expected_s"),
+    [
+        pytest.param(10, 30, 30.0, id="as-long-as-it-says"),
+        pytest.param(10, None, 41.0, id="until-a-call-can-have-left-the-minute"),
+        pytest.param(0, None, 5.0, id="none-of-ours-can-leave"),
+    ],
+)
+def test_cool_down(calls: int, retry_after_s: int | None, expected_s: float) -> None:
+    """No call of any class is admitted before the time that the upstream named."""
+    ledger = Ledger(LIMITS, call_s=CALL_S)
+    for _ in range(calls):
+        ledger.settle(ledger.count(NOON), NOON, 40 - calls)
+    ledger.cool(NOON + 20, retry_after_s)
+    assert ledger.admit(NOON + 20, WRITE) == Postponed(expected_s, "cooldown")
+    assert isinstance(ledger.admit(NOON + 20 + expected_s - 0.001, WRITE), Postponed)
+    assert ledger.standing(NOON + 20)[2] == expected_s
+
+
+def test_a_later_429_never_shortens_a_cool_down() -> None:
+    """`until` is the larger of both."""
+    ledger = told()
+    ledger.cool(NOON, 30)
+    ledger.cool(NOON + 1, 2)
+    assert ledger.admit(NOON + 1, WRITE) == Postponed(29.0, "cooldown")
+
+
+def answer(ledger: Ledger, probe: Admitted, now: float) -> None:
+    """Say 200."""
+    ledger.settle(probe, now, 38)
+
+
+def time_out(ledger: Ledger, probe: Admitted, now: float) -> None:
+    """Say nothing in time."""
+    ledger.settle(probe, now, None, answered=False)
+
+
+def refuse(ledger: Ledger, probe: Admitted, now: float) -> None:
+    """Say 429."""
+    ledger.cool(now, 7)
+    ledger.settle(probe, now, None, answered=False)
+
+
+def refuse_another(ledger: Ledger, probe: Admitted, now: float) -> None:
+    """Say 429 to a call that was in the air, and then 200."""
+    ledger.cool(now, 7)
+    ledger.settle(probe, now, 38)
+
+
+def lose(ledger: Ledger, probe: Admitted, now: float) -> None:
+    """Die."""
+
+
+@pytest.mark.parametrize(
+    ("becomes", "expected"),
+    [
+        pytest.param(answer, None, id="an-answer-ends-it"),
+        pytest.param(time_out, Postponed(5.0, "turn"), id="no-answer-and-another-try-in-5-s"),
+        pytest.param(refuse, Postponed(7.0, "cooldown"), id="another-429-begins-anew"),
+        pytest.param(refuse_another, Postponed(7.0, "cooldown"), id="a-429-meanwhile-counts-more"),
+        pytest.param(lose, Postponed(CALL_S - 1, "turn"), id="lost-with-its-replica"),
+    ],
+)
+def test_one_probe_ends_a_cool_down(
+    becomes: Callable[[Ledger, Admitted, float], None], expected: Postponed | None
+) -> None:
+    """After the time one call goes, the others wait for its answer."""
+    ledger = told()
+    ledger.cool(NOON, 70)
+    probe = ledger.admit(NOON + 70, MISS)
+    assert isinstance(probe, Admitted)
+    assert probe.probe
+    assert ledger.admit(NOON + 70, WRITE) == Postponed(CALL_S, "turn")
+    becomes(ledger, probe, NOON + 71)
+    assert ledger.foresee(NOON + 71, WRITE) == expected
+
+
+def test_no_stampede_after_a_probe() -> None:
+    """A 429 that names its time means a full minute: what is in it leaves bit by bit, and so the calls go."""
+    ledger = told(Limits(100, 5000, 0.0))
+    ledger.cool(NOON, 10)
+    went = []
+    for second in range(10, 62):
+        probe = ledger.admit(NOON + second, MISS)
+        if isinstance(probe, Admitted):
+            ledger.settle(probe, NOON + second, 4999)
+        went.append(spend(ledger, NOON + second) + isinstance(probe, Admitted))
+    assert went[0] == 0
+    assert sum(went) == 100
+    assert max(went) == 3
+
+
+# -- the TTL follows the quota ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fresh_s", "max_fresh_s", "share", "expected"),
+    [
+        pytest.param(60, 600, 1.0, 60, id="all-is-left"),
+        pytest.param(60, 600, 0.5, 60, id="half-is-left"),
+        pytest.param(60, 600, 0.4, 195, id="a-quarter-of-the-way"),
+        pytest.param(60, 600, 0.3, 330, id="half-of-the-way"),
+        pytest.param(60, 600, 0.1, 600, id="a-tenth-is-left"),
+        pytest.param(60, 600, 0.0, 600, id="nothing-is-left"),
+        pytest.param(60, 60, 0.0, 60, id="no-stretch-is-wanted"),
+        pytest.param(600, 60, 0.0, 600, id="the-larger-one-counts"),
+        pytest.param(0, 600, 1.0, 0, id="no-caching-stays-so-while-there-is-enough"),
+    ],
+)
+def test_stretched(fresh_s: int, max_fresh_s: int, share: float, expected: int) -> None:
+    """The table of the TTL."""
+    assert stretched(fresh_s, max_fresh_s, share) == expected
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_the_ttl_never_shrinks_as_calls_run_low(one: float, other: float) -> None:
+    """It is monotonic, and stays between its two ends."""
+    more, less = max(one, other), min(one, other)
+    assert 60 <= stretched(60, 600, more) <= stretched(60, 600, less) <= 600

@@ -1,0 +1,481 @@
+"""The shield over three real processes on one Valkey, against an upstream that counts every call.
+
+The minute and the hour are shrunk, here and in the simulator alike, so that several windows pass in seconds.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any, Self
+
+import aiohttp
+import pytest
+from redis.asyncio import Redis
+from support import DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, write_secret
+
+from proxy.app import Addresses
+from proxy.simulator import Fault, FaultKind, Simulator, Token
+
+MOMENTS = Random(4)  # noqa: S311 # when callers leave, and others call
+LIMIT, WINDOW_S = 40, 2.5
+RESERVE = 0.1
+SERVICE = Path(__file__).with_name("scaled_service.py")
+CACHED = (DROPLET_PATH, "/v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41")
+SHRUNK = (
+    f"quota.reserve={RESERVE}",
+    "quota.max_wait_s=1",
+    "upstream.total_timeout_s=2",
+    "cache.fresh_s=1",
+    "cache.max_fresh_s=1",
+)
+TROUBLE = ("Traceback", "never retrieved", '"event":"bug"', "was destroyed but it is pending")
+
+
+class Scaled(Serve):
+    """One replica whose quota's minute lasts `minute_s`."""
+
+    def __init__(self, minute_s: float, *overrides: str) -> None:
+        super().__init__(*overrides)
+        self._scale = minute_s / 60
+
+    async def start(self) -> None:
+        """Start it, and return when it says that it is ready."""
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(SERVICE),
+            str(self._scale),
+            *(f"--set={setting}" for setting in ("server.port=0", "admin.port=0", *self.overrides)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ,
+        )
+        self._reader = asyncio.create_task(self._read())
+        ready = await self.event("ready")
+        self.api, self.admin = ready["api"], ready["admin"]
+
+
+@asynccontextmanager
+async def replicas(
+    valkey: Valkey, upstream: str, directory: Path, *overrides: str, minute_s: float = 60.0
+) -> AsyncIterator[list[Scaled]]:
+    """Run three replicas until the end of the block; nothing may have gone wrong inside them."""
+    settings = (
+        f"upstream.base_url={upstream}",
+        f"redis.url={valkey.url}",
+        f"security.secret_file={write_secret(directory)}",
+        "redis.timeout_s=2",
+        "server.lame_duck_s=0",
+        "log.access=off",
+        *overrides,
+    )
+    running = [Scaled(minute_s, *settings) for _ in range(3)]
+    try:
+        await asyncio.gather(*(replica.start() for replica in running))
+        yield running
+    finally:
+        await asyncio.gather(*(replica.stop(signal.SIGINT) for replica in running))
+    for replica in running:
+        text = replica.raw.decode(errors="replace")
+        assert not [word for word in TROUBLE if word in text], text
+        assert replica.process.returncode == 0
+
+
+@dataclass
+class Api:
+    """The simulator in a process of its own."""
+
+    per_minute: int
+    per_hour: int
+    minute_s: float
+    url: str = ""
+    token: str = ""
+
+    async def __aenter__(self) -> Self:
+        self.process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "simulate", "--latency-ms", "5"),
+            *("--per-minute", str(self.per_minute), "--per-hour", str(self.per_hour)),
+            *("--minute-s", str(self.minute_s), "--hour-s", str(60 * self.minute_s)),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        ready = json.loads(await self.process.stdout.readline())
+        self.url, self.token = ready["url"], ready["tokens"]["full"]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        await self.process.wait()
+
+    async def calls(self, client: aiohttp.ClientSession) -> list[dict[str, Any]]:
+        """Give what it was asked, oldest first."""
+        async with client.get(f"{self.url}/_simulator/log") as response:
+            return (await response.json())["calls"]
+
+
+@dataclass
+class Load:
+    """Callers of one token: some ask for something else each time, some for the same again and again."""
+
+    client: aiohttp.ClientSession
+    token: str
+    replicas: list[Scaled]
+    of_new: list[int] = field(default_factory=list)
+    of_cached: list[int] = field(default_factory=list)
+    _ids: Iterator[int] = field(default_factory=lambda: count(10**9))
+
+    async def get(self, api: str, path: str) -> int:
+        """Ask once, and give the status."""
+        async with self.client.get(api + path, headers=bearer(self.token)) as response:
+            await response.read()
+            return response.status
+
+    async def warm_up(self) -> None:
+        """Let something be cached."""
+        for path in CACHED:
+            assert await self.get(self.replicas[0].api, path) == 200
+
+    async def run(self, seconds: float, a_second: float, *, cached: bool = True) -> None:
+        """Offer `a_second` new requests, evenly, whatever becomes of them; every tenth caller leaves."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with asyncio.TaskGroup() as group:
+            if cached:
+                group.create_task(self._ask_for_cached(began + seconds))
+            for number in range(int(seconds * a_second)):
+                await asyncio.sleep(max(began + number / a_second - loop.time(), 0))
+                api = self.replicas[number % len(self.replicas)].api
+                group.create_task(self._ask_for_new(api, leaves=number % 10 == 0))
+
+    async def _ask_for_new(self, api: str, *, leaves: bool) -> None:
+        """Ask for a snapshot that nobody asked for before; whoever `leaves` does so at a random moment."""
+        path = f"/v2/snapshots/{next(self._ids)}"
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.1 * MOMENTS.random() if leaves else None):
+                self.of_new.append(await self.get(api, path))
+
+    async def _ask_for_cached(self, end: float) -> None:
+        while asyncio.get_running_loop().time() < end:
+            for replica in self.replicas:
+                for path in CACHED:
+                    self.of_cached.append(await self.get(replica.api, path))
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def others(client: aiohttp.ClientSession, api: Api, a_second: float) -> AsyncIterator[None]:
+    """Let somebody use the same token without the proxy until the end of the block."""
+
+    async def use() -> None:
+        while True:
+            async with client.get(f"{api.url}/v2/snapshots", headers=bearer(api.token)) as response:
+                await response.read()
+            await asyncio.sleep((0.5 + MOMENTS.random()) / a_second)
+
+    using = asyncio.create_task(use())
+    yield
+    using.cancel()
+    await asyncio.wait({using})
+
+
+def of_ours(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pick the calls that came through the proxy."""
+    return [call for call in calls if call["target"].startswith("/v2/snapshots/")]
+
+
+def refused(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pick the calls of ours that the upstream refused."""
+    return [call for call in of_ours(calls) if call["status"] == 429]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((LIMIT, 10_000, WINDOW_S), id="minute"),
+        pytest.param((1000, LIMIT, WINDOW_S / 60), id="hour"),
+    ],
+)
+async def test_the_limit_is_used_and_never_hit(
+    shape: tuple[int, int, float], valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A load of 20 times the limit for several windows, on a token that somebody else uses, too.
+
+    The upstream refuses no call that the ledger admitted, and at least 90 % of those that the other user and
+    the reserve leave are made; callers who have something cached see no error. A tenth of the callers leave.
+    """
+    windows, others_a_second = 5, 2.0
+    async with (
+        Api(*shape) as api,
+        replicas(
+            valkey,
+            api.url,
+            tmp_path,
+            f"quota.per_minute={shape[0]}",
+            f"quota.per_hour={shape[1]}",
+            *SHRUNK,
+            minute_s=shape[2],
+        ) as running,
+    ):
+        load = Load(client, api.token, running)
+        await load.warm_up()
+        async with others(client, api, others_a_second):
+            await load.run(windows * WINDOW_S, 20 * LIMIT / WINDOW_S)
+        calls = await api.calls(client)
+        await nothing_is_left(valkey, running)
+    assert refused(calls) == []
+    assert set(load.of_cached) == {200}
+    assert set(load.of_new) <= {404, 429}
+    # From the second window on: the first one begins with a token of which nothing is known.
+    within = [
+        [call for call in calls if start <= call["at_s"] - calls[0]["at_s"] < start + WINDOW_S]
+        for start in (number * WINDOW_S for number in range(1, windows))
+    ]
+    ours = [len(of_ours(some)) for some in within]
+    left_over = [LIMIT * (1 - RESERVE) - len(some) + mine for some, mine in zip(within, ours, strict=True)]
+    assert sum(ours) >= 0.9 * sum(left_over), (ours, left_over)
+
+
+async def test_redis_dies_under_load_and_comes_back(
+    valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Without Redis each replica goes on with its share; with an empty one all find their place again.
+
+    The upstream refuses nothing, neither when it goes nor when it comes; nor is there a standstill.
+    """
+    async with (
+        Api(LIMIT, 10_000, WINDOW_S) as api,
+        replicas(
+            valkey,
+            api.url,
+            tmp_path,
+            f"quota.per_minute={LIMIT}",
+            "quota.per_hour=10000",
+            *SHRUNK,
+            minute_s=WINDOW_S,
+        ) as running,
+    ):
+        load = Load(client, api.token, running)
+        await load.warm_up()
+        async with others(client, api, 1.0):
+            pouring = asyncio.create_task(load.run(6 * WINDOW_S, 10 * LIMIT / WINDOW_S, cached=False))
+            marks = []
+            for act in (valkey.kill, valkey.start, None):
+                await asyncio.sleep(2 * WINDOW_S)  # how long it takes is what is tested
+                marks.append(asyncio.get_running_loop().time())
+                if act is not None:
+                    await act()
+            await pouring
+        calls = await api.calls(client)
+        await nothing_is_left(valkey, running)
+    assert refused(calls) == []
+    assert set(load.of_new) <= {404, 429}
+    died, back, _ = marks
+    ours = of_ours(calls)
+    without = [call for call in ours if died <= call["at_s"] < back]
+    after = [call for call in ours if back <= call["at_s"]]
+    assert len(without) > LIMIT
+    assert len(after) > LIMIT
+
+
+async def test_a_burst_of_cold_reads(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A hundred cold reads at once, of a token never seen before, within DigitalOcean's limits: no 429."""
+    async with replicas(valkey, simulator.url, tmp_path) as running:
+        load = Load(client, token.value, running)
+        paths = (f"/v2/snapshots/{number}" for number in range(10**9, 10**9 + 100))
+        statuses = await asyncio.gather(
+            *(load.get(running[number % 3].api, path) for number, path in enumerate(paths))
+        )
+        assert set(statuses) == {404}
+        assert simulator.count(token="full", status=404) == 100
+        metrics = [await scrape(replica.admin) for replica in running]
+        left = min(total(each, "snapshot_proxy_quota_remaining", window="minute") for each in metrics)
+        assert left == 150
+        assert total(metrics[0], "snapshot_proxy_quota_limit", caller="other", window="hour") == 5000
+        await nothing_is_left(valkey, running)
+
+
+async def test_a_cool_down_holds_everywhere_and_one_probe_ends_it(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A 429 to one replica stops all; stale entries answer, the others wait for one call, and go after it."""
+    settings = ("cache.fresh_s=0", "cache.stale_while_revalidate_s=0", "quota.max_wait_s=10")
+    async with replicas(valkey, simulator.url, tmp_path, *settings, minute_s=6.0) as running:
+        load = Load(client, token.value, running)
+
+        async def cached(replica: Scaled) -> tuple[int, str]:
+            async with client.get(replica.api + DROPLET_PATH, headers=bearer(token.value)) as response:
+                return response.status, response.headers["Cache-Status"].rpartition("; ")[2]
+
+        for replica in running:
+            assert await load.get(replica.api, DROPLET_PATH) == 200
+        simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "2"}))
+        began = asyncio.get_running_loop().time()
+        assert await load.get(running[0].api, "/v2/snapshots/1000000000") == 429
+        asked = simulator.count()
+        async with simulator.hold(method="GET") as gate:
+            waiting = [
+                asyncio.create_task(load.get(running[number % 3].api, f"/v2/snapshots/{number + 10**9}"))
+                for number in range(1, 31)
+            ]
+            for replica in running:
+                assert await cached(replica) == (200, "detail=cooldown")
+            metrics = [await scrape(replica.admin) for replica in running]
+            assert simulator.count() == asked
+            (probe,) = await gate.arrived(1)
+            assert probe.at_s - began >= 2
+            for replica in running * 3:  # those who waited for it have asked again meanwhile
+                assert await cached(replica) == (200, "detail=quota")
+            assert simulator.count() == asked + 1
+            gate.release()
+            assert set(await asyncio.gather(*waiting)) == {404}
+        assert simulator.count(status=429) == 1
+        for each in metrics:
+            assert 0 < total(each, "snapshot_proxy_quota_cooldown_seconds", caller="other") <= 2
+            assert total(each, "snapshot_proxy_upstream_avoided_total", reason="cooldown") == 1
+        later = await scrape(running[0].admin)
+        assert total(later, "snapshot_proxy_quota_cooldown_seconds", caller="other") == 0
+        await nothing_is_left(valkey, running)
+
+
+async def test_whoever_cannot_wait_so_long_is_told(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A 429 of ours says what is spent and until when, on every replica; another token goes on."""
+    async with replicas(valkey, simulator.url, tmp_path) as running:
+        simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "60"}))
+        load = Load(client, token.value, running)
+        assert await load.get(running[0].api, DROPLET_PATH) == 429
+        for number, replica in enumerate(running):
+            path = f"/v2/snapshots/{number + 10**9}"
+            async with client.get(replica.api + path, headers=bearer(token.value)) as response:
+                assert response.status == 429
+                assert 50 < int(response.headers["Retry-After"]) <= 60
+                assert response.headers["Proxy-Status"].startswith("snapshot-proxy; error=")
+                error = await response.json()
+            assert error["id"] == "too_many_requests"
+            assert error["message"].startswith("snapshot-proxy: the API asked this token to wait")
+        assert simulator.count() == 1
+        load.token = simulator.world.token().value
+        assert await load.get(running[1].api, DROPLET_PATH) == 200
+
+
+async def test_strangers_are_limited(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Tokens that were never accepted share a few calls, over all replicas; one that was is not held up."""
+    async with replicas(valkey, simulator.url, tmp_path, "quota.unknown_per_minute=20") as running:
+        assert await Load(client, token.value, running).get(running[0].api, DROPLET_PATH) == 200
+
+        async def try_in(number: int) -> tuple[int, str | None]:
+            url = running[number % 3].api + DROPLET_PATH
+            async with client.get(url, headers=bearer(f"dop_v1_{number:064x}")) as response:
+                return response.status, response.headers.get("Retry-After")
+
+        answers = await asyncio.gather(*(try_in(number) for number in range(90)))
+        assert set(answers) == {(401, None), (503, "1")}
+        assert answers.count((401, None)) == simulator.count(token="unknown") == 19
+        for replica in running:
+            load = Load(client, token.value, running)
+            assert await load.get(replica.api, f"/v2/snapshots/{id(replica) + 10**9}") == 404
+
+
+async def test_a_refused_token_is_refused_for_a_while(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A 401 ends all that the caller has, on both replicas, and answers in its place for a while."""
+    settings = (
+        f"upstream.base_url={simulator.url}",
+        f"redis.url={valkey.url}",
+        f"security.secret_file={write_secret(tmp_path)}",
+    )
+    hour, second = (*settings, "cache.negative_s=3600"), (*settings, "cache.negative_s=1")
+    async with app(*hour) as one, app(*second) as two:
+
+        async def get(at: Addresses, path: str, **headers: str) -> tuple[int, str]:
+            async with client.get(at.api + path, headers=bearer(token.value) | headers) as response:
+                assert ("WWW-Authenticate" in response.headers) == (response.status == 401)
+                return response.status, response.headers["Cache-Status"].removeprefix("snapshot-proxy; ")
+
+        assert (await get(one, DROPLET_PATH))[0] == 200
+        assert (await get(two, "/v2/snapshots"))[0] == 200
+        assert (await get(one, "/v2/snapshots"))[1].startswith("hit")
+        simulator.world.revoke(token)
+        assert (await get(two, DROPLET_PATH, **{"Cache-Control": "no-cache"}))[0] == 401
+        asked = simulator.count()
+        for path in (DROPLET_PATH, "/v2/snapshots", "/v2/snapshots/1000000000"):
+            status, cache_status = await get(one, path)
+            assert status == 401
+            assert cache_status == "hit; ttl=1; detail=negative"
+        assert simulator.count() == asked
+        metrics = await scrape(one.admin)
+        assert total(metrics, "snapshot_proxy_requests_total", cache="negative", status="401") == 3
+        assert total(metrics, "snapshot_proxy_upstream_avoided_total", reason="negative") == 3
+        assert total(metrics, "snapshot_proxy_store_operations_total", outcome="corrupt") == 0
+        simulator.world.token(value=token.value, label="again")
+        async with asyncio.timeout(10):
+            while (await get(one, DROPLET_PATH))[0] == 401:  # noqa: ASYNC110 # nothing tells
+                await asyncio.sleep(0.01)
+        assert (await get(one, DROPLET_PATH))[1].startswith("hit")
+        await valkey.kill()
+        simulator.world.revoke(simulator.world.labelled("again") or token)
+        asked = simulator.count()
+        for _ in range(2):
+            assert (await get(one, DROPLET_PATH))[0] == 401
+        assert simulator.count() == asked + 2
+
+
+async def test_a_rotation_of_the_secret_forgets_no_call(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Replicas with the old and with the new secret share the limit and the cool-downs, both ways."""
+    old = write_secret(tmp_path)
+    new = tmp_path / "new"
+    new.write_bytes(b"fedcba9876543210fedcba9876543210")
+    settings = (
+        f"upstream.base_url={simulator.url}",
+        f"redis.url={valkey.url}",
+        "quota.per_minute=10",
+        "quota.reserve=0",
+        "quota.max_wait_s=0.1",
+    )
+    async with (
+        app(*settings, f"security.secret_file={old}") as before,
+        app(*settings, f"security.secret_file={new}", f"security.previous_secret_file={old}") as after,
+    ):
+        ids = count(10**9)
+
+        async def get(at: Addresses, of: Token) -> int:
+            path = f"/v2/snapshots/{next(ids)}"
+            async with client.get(at.api + path, headers=bearer(of.value)) as response:
+                return response.status
+
+        assert [await get(before, token) for _ in range(4)] == [404] * 4
+        assert [await get(after, token) for _ in range(7)] == [404] * 6 + [429]
+        assert [await get(before, token) for _ in range(2)] == [429] * 2
+        assert simulator.count(token="full") == 10
+        for first, second in ((before, after), (after, before)):
+            another = simulator.world.token()
+            simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "60"}))
+            assert await get(first, another) == 429
+            assert await get(second, another) == 429
+            assert simulator.count(token=another.label) == 1
+
+
+async def nothing_is_left(valkey: Valkey, running: list[Scaled]) -> None:
+    """No flight, no lease, no waiting caller, on any replica."""
+    for replica in running:
+        async with asyncio.timeout(10):
+            while (await scrape(replica.admin))["snapshot_proxy_flights"]:  # noqa: ASYNC110 # nothing tells
+                await asyncio.sleep(0.01)
+    async with Redis.from_url(valkey.url) as redis:
+        assert [name async for name in redis.scan_iter("*:lease:*")] == []

@@ -1,0 +1,189 @@
+"""What the shield's tests put in the place of Redis and of the API: small, and true to the protocols."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import NamedTuple
+
+from proxy.accounts import Accounts
+from proxy.core.events import QuotaWait
+from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.policy import Answer
+from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.shield import Shield
+
+SOMEBODY = Partition("a" * 32)
+CALL_S = 2.0
+
+
+class Admission(NamedTuple):
+    """An admission by the fake."""
+
+    admitted: Admitted
+    known: bool
+    born: str
+
+
+@dataclass
+class FakeLedger:
+    """The common ledger in this process: `away` like a silent Redis, `lose` like one that died."""
+
+    limits: Limits
+    call_s: float = CALL_S
+    away: bool = False
+    known: set[Partition] = field(default_factory=set)
+    held: asyncio.Event | None = None
+    """While it is there and not set, no answer comes."""
+    given_back: int = 0
+    asked: int = 0
+    _ledgers: dict[Partition, Ledger] = field(default_factory=dict)
+    _births: count = field(default_factory=count)
+    _born: int = 0
+
+    def lose(self) -> None:
+        """Forget everything."""
+        self._ledgers.clear()
+        self.known.clear()
+        self._born = next(self._births) + 1
+
+    def of(self, partition: Partition) -> Ledger:
+        """Give the ledger of one token."""
+        if partition not in self._ledgers:
+            self._ledgers[partition] = Ledger(self.limits, call_s=self.call_s)
+        return self._ledgers[partition]
+
+    async def admit(self, partition: Partition, call_class: CallClass) -> Admission | Postponed | None:
+        """Ask for one call."""
+        self.asked += 1
+        if await self._is_away():
+            return None
+        reply = self.of(partition).admit(_now(), call_class)
+        if isinstance(reply, Postponed):
+            return replace(reply, remaining=self.of(partition).remaining())
+        return Admission(reply, partition in self.known, str(self._born))
+
+    async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
+        """Ask when so many will be admitted."""
+        return None if await self._is_away() else self.of(partition).foresee(_now(), call_class, need)
+
+    async def give_back(self, partition: Partition, admitted: Admitted) -> None:
+        """Take back an admission."""
+        if not await self._is_away():
+            self.given_back += 1
+            self.of(partition).give_back(admitted)
+
+    async def settle(
+        self,
+        partition: Partition,
+        admitted: Admitted,
+        remaining_told: int | None,
+        *,
+        answered: bool,
+        known: bool,
+    ) -> None:
+        """Take note of an answer."""
+        if await self._is_away():
+            return
+        if known:
+            self.known.add(partition)
+        self.of(partition).settle(admitted, _now(), remaining_told, answered=answered)
+
+    async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
+        """Stop a token's calls."""
+        if await self._is_away():
+            return None
+        self.of(partition).cool(_now(), retry_after_s)
+        return self.of(partition).standing(_now())[2]
+
+    async def _is_away(self) -> bool:
+        await (asyncio.sleep(0) if self.held is None else self.held.wait())
+        return self.away
+
+
+@dataclass
+class FakeApi:
+    """The upstream: remembers when it was asked for what, and answers after `takes_s`."""
+
+    takes_s: float = 0.0
+    answer: Callable[[], Answer] | None = None
+    answers: dict[str, Callable[[], Answer]] = field(default_factory=dict)
+    """For single snapshots, by id."""
+    asked: list[tuple[float, str]] = field(default_factory=list)
+    _spent: Counter[Partition] = field(default_factory=Counter)
+
+    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+        """Answer once."""
+        del validator
+        assert deadline == _now() + CALL_S
+        self.asked.append((_now(), call.target.text))
+        self._spent[call.key.partition] += 1
+        remaining = 5000 - self._spent[call.key.partition]
+        await asyncio.sleep(self.takes_s)
+        chosen = self.answers.get(call.target.text, self.answer)
+        return answer(200, remaining=remaining) if chosen is None else chosen()
+
+
+def answer(status: int, *, remaining: int | None = None, retry_after_s: int | None = None) -> Answer:
+    """Make an answer of the upstream."""
+    ratelimit = () if remaining is None else (("ratelimit-remaining", str(remaining)),)
+    return Answer(status, b"", 0.0, retry_after_s, ratelimit)
+
+
+def call(number: int = 1, partition: Partition = SOMEBODY, caller: str = "other") -> Call:
+    """Make a read."""
+    target = SnapshotId(str(number), cacheable=True)
+    return Call("GET", target, EntryKey(partition, target.text), Token("token"), NO_DIRECTIVES, "id", caller)
+
+
+def accounts(ledger: FakeLedger, *, replicas: int = 1, call_s: float = CALL_S) -> Accounts:
+    """Make one replica's accounts on a common ledger."""
+    return Accounts(ledger, ledger.limits, call_s=call_s, replicas=lambda: replicas, monotonic=_now)
+
+
+class Gate(NamedTuple):
+    """A shield and what is around it."""
+
+    shield: Shield
+    api: FakeApi
+    ledger: FakeLedger
+    strangers: FakeLedger
+    waits: list[QuotaWait]
+
+
+def gate(
+    *,
+    per_minute: int = 10,
+    reserve: float = 0.0,
+    max_wait_s: float = 10.0,
+    known: bool = True,
+    unknown_per_minute: int = 5,
+    replicas: int = 1,
+    previous: Callable[[Token], Partition] | None = None,
+) -> Gate:
+    """Make a shield whose minute lasts 6 s; unless told otherwise, for a token that the upstream knows."""
+    limits = Limits(per_minute, 5000, reserve, minute_s=6.0, hour_s=360.0)
+    api, ledger = FakeApi(), FakeLedger(limits)
+    strangers = FakeLedger(Limits(unknown_per_minute, 5000, 0.0, minute_s=6.0, hour_s=360.0), call_s=0.0)
+    if known:
+        ledger.known.add(SOMEBODY)
+        ledger.of(SOMEBODY).follow(_now(), (per_minute, 5000))
+    waits: list[QuotaWait] = []
+    shield = Shield(
+        api,
+        accounts(ledger, replicas=replicas),
+        accounts(strangers, replicas=replicas, call_s=0.0),
+        limits,
+        max_wait_s=max_wait_s,
+        total_timeout_s=CALL_S,
+        previous_partition=previous,
+        observe=waits.append,
+        monotonic=_now,
+    )
+    return Gate(shield, api, ledger, strangers, waits)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,213 @@
+"""Leases in a real Valkey: one holder, told apart from records and from what is neither.
+
+Two stores stand for two replicas. What they do is interleaved by hand.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+from support import Valkey
+
+from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lifetimes, Record, Superseded
+from proxy.core.events import StoreOperation
+from proxy.core.identity import EntryKey, Keyring, Partition
+from proxy.storage.connect import connector
+from proxy.storage.keys import Keys
+from proxy.storage.link import Link
+from proxy.storage.store import LEASE_MS, RECORD_MS, Store
+
+KEY = EntryKey(Partition("0" * 32), "6372321")
+OTHER_KEY = EntryKey(Partition("1" * 32), "6372321")
+ENTRY = Entry(200, b'{"snapshot":{}}', '"tag"', 1_000.0, Lifetimes(60, 60, 300))
+
+
+class Replica(Store):
+    """A store that remembers what it told of itself."""
+
+    def __init__(self, link: Link) -> None:
+        self.seen: list[StoreOperation] = []
+        super().__init__(
+            link, Keys("test"), Keyring(bytes(32)), stamp_ttl_s=600, guard_s=60, observe=self.seen.append
+        )
+
+    async def basis(self, key: EntryKey = KEY) -> Basis:
+        """Look up, and give what a fill would rest on."""
+        basis = (await self.lookup(key)).basis
+        assert basis is not None
+        return basis
+
+    async def hold(self, basis: Basis) -> Leased:
+        """Take the lease."""
+        lease = await self.lease(KEY, basis)
+        assert isinstance(lease, Leased)
+        return lease
+
+
+@pytest.fixture
+async def replicas(valkey: Valkey) -> AsyncIterator[tuple[Replica, Replica]]:
+    """Connect two replicas to one server."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = []
+        for _ in range(2):
+            link = Link(connector(valkey.url, connect_timeout_s=2.0), timeout_s=5.0, connect_timeout_s=2.0)
+            await link.start()
+            stack.push_async_callback(link.close)
+            made.append(Replica(link))
+        yield made[0], made[1]
+
+
+@pytest.fixture
+async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
+    """Look into the server."""
+    async with Redis.from_url(valkey.url) as connected:
+        yield connected
+
+
+async def test_one_of_many_holds_it(replicas: tuple[Replica, Replica]) -> None:
+    """However many ask at once on one basis, one gets the lease."""
+    one, two = replicas
+    basis = await one.basis()
+    outcomes = await asyncio.gather(*(replica.lease(KEY, basis) for replica in (one, two) * 50))
+    assert sum(isinstance(outcome, Leased) for outcome in outcomes) == 1
+    assert outcomes.count(HeldElsewhere()) == 99
+
+
+async def test_a_lease_is_given_up_by_its_owner_only(replicas: tuple[Replica, Replica]) -> None:
+    """A holder that was taken for dead can neither renew, release nor overwrite its successor's lease."""
+    one, two = replicas
+    basis = await one.basis()
+    dead = await one.hold(basis)
+    await one.release(dead, None)
+    await two.hold(basis)
+    await one.renew(dead)
+    await one.release(dead, Record(500, b"late"))
+    await one.release(dead, None)
+    assert await one.lease(KEY, basis) == HeldElsewhere()
+
+
+async def test_how_long_it_lasts(replicas: tuple[Replica, Replica], redis: Redis) -> None:
+    """A lease has two seconds, again at each renewal, and a record one: neither is ever left behind."""
+    one, _ = replicas
+    lease = await one.hold(await one.basis())
+    assert LEASE_MS - 500 < await redis.pttl(lease.name) <= LEASE_MS == 2000
+    await redis.pexpire(lease.name, 100)
+    await one.renew(lease)
+    assert LEASE_MS - 500 < await redis.pttl(lease.name) <= LEASE_MS
+    await one.release(lease, Record(500, b""))
+    assert RECORD_MS - 500 < await redis.pttl(lease.name) <= RECORD_MS == 1000
+
+
+async def test_who_looked_before_it_was_stored_does_not_fetch_again(
+    replicas: tuple[Replica, Replica], redis: Redis
+) -> None:
+    """Another replica fetched and stored between a look-up and its lease: look again, and leave no lease."""
+    one, two = replicas
+    early = await two.basis()
+    lease = await one.hold(await one.basis())
+    assert await one.put(KEY, ENTRY, early)
+    await one.release(lease, None)
+    assert await two.lease(KEY, early) == Superseded()
+    assert not await redis.exists(lease.name)
+    assert (await two.lookup(KEY)).entry == ENTRY
+    assert isinstance(await two.lease(KEY, await two.basis()), Leased)
+
+
+@pytest.mark.parametrize("ends", ["entry", "caller", "snapshots", "everything"])
+async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Replica]) -> None:
+    """A fetch from before an end holds nobody up who looks after it, and its record is not theirs."""
+    one, two = replicas
+    before = await one.basis()
+    lease = await one.hold(before)
+    match ends:
+        case "entry":
+            await two.end_entry(KEY)
+        case "caller":
+            await two.end_caller(KEY.partition)
+        case "snapshots":
+            await two.end_snapshots([KEY.snapshot_id])
+        case _:
+            await two.end_everything()
+    after = await two.basis()
+    await one.release(lease, Record(500, b"from before"))
+    assert await one.lease(KEY, before) == Record(500, b"from before")
+    assert isinstance(await two.lease(KEY, after), Leased)
+
+
+async def test_no_caller_meets_another_ones(replicas: tuple[Replica, Replica], redis: Redis) -> None:
+    """Another caller's lease is another one, and a record under its name does not verify."""
+    one, two = replicas
+    lease = await one.hold(await one.basis())
+    theirs = await two.lease(OTHER_KEY, await two.basis(OTHER_KEY))
+    assert isinstance(theirs, Leased)
+    await one.release(lease, Record(500, b"for one caller"))
+    await redis.copy(lease.name, theirs.name, replace=True)
+    assert await two.lease(OTHER_KEY, await two.basis(OTHER_KEY)) is None
+    assert two.seen[-1] == StoreOperation("lease", "corrupt")
+    assert not await redis.exists(theirs.name)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        pytest.param(Record(404, b'{"id":"not_found"}'), id="of-the-upstream"),
+        pytest.param(Record(503, b"{}", retry_after_s=7), id="retry-after"),
+        pytest.param(
+            Record(504, "zu spät".encode(), None, "upstream_timeout", "http_response_timeout"), id="of-ours"
+        ),
+        pytest.param(Record(200, b"", None), id="empty"),
+    ],
+)
+async def test_a_record_comes_back_as_it_was(record: Record, replicas: tuple[Replica, Replica]) -> None:
+    """What a holder leaves is what those who wait find."""
+    one, two = replicas
+    basis = await one.basis()
+    await one.release(await one.hold(basis), record)
+    assert await two.lease(KEY, basis) == record
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"0123456789abcdef", id="as-long-as-a-nonce"),
+        pytest.param(b"0123456789abcdef01234567", id="as-long-as-an-owner"),
+        pytest.param(bytes(300), id="as-long-as-a-record"),
+        pytest.param(None, id="of-another-type"),
+    ],
+)
+async def test_what_is_no_lease_is_taken_away(
+    value: bytes | None, replicas: tuple[Replica, Replica], redis: Redis
+) -> None:
+    """A foreign value holds nobody up: whoever meets it fetches, and the next one finds the place free."""
+    one, two = replicas
+    basis = await one.basis()
+    lease = await one.hold(basis)
+    await redis.delete(lease.name)
+    await (redis.hset(lease.name, "a", "b") if value is None else redis.set(lease.name, value))
+    assert await two.lease(KEY, basis) is None
+    assert two.seen[-1] == StoreOperation("lease", "corrupt")
+    assert isinstance(await one.lease(KEY, basis), Leased)
+
+
+async def test_a_full_server_gives_no_lease(replicas: tuple[Replica, Replica], redis: Redis) -> None:
+    """Where the lease cannot be written, nobody waits for one that nobody holds."""
+    one, _ = replicas
+    basis = await one.basis()
+    await redis.config_set("maxmemory", "1mb")
+    await redis.config_set("maxmemory-policy", "noeviction")
+    assert await one.lease(KEY, basis) is None
+    assert one.seen[-1] == StoreOperation("lease", "error")
+
+
+async def test_without_a_server_nothing_is_leased(replicas: tuple[Replica, Replica], valkey: Valkey) -> None:
+    """A server that is gone neither gives a lease nor makes anybody fail who gives one up."""
+    one, _ = replicas
+    basis = await one.basis()
+    lease = await one.hold(basis)
+    await valkey.kill()
+    await one.renew(lease)
+    await one.release(lease, Record(500, b""))
+    assert await one.lease(KEY, basis) is None

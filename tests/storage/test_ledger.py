@@ -1,0 +1,226 @@
+"""The ledger in Redis is the ledger in Python: the same answers to the same questions at the same times."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from support import Valkey, until
+
+from proxy.core.identity import Partition
+from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.storage.connect import connector
+from proxy.storage.keys import Keys
+from proxy.storage.ledger import Admission, RedisLedger
+from proxy.storage.link import Link
+
+LIMITS = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
+CALL_S = 2.0
+SOMEBODY = Partition("0" * 32)
+
+# Exact in binary, and in the script's six decimals; most steps follow at once.
+PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
+ADMIT = st.tuples(st.just("admit"), st.sampled_from(list(CallClass)))
+SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3)), st.booleans())
+SELDOM = st.one_of(
+    st.tuples(st.just("foresee"), st.sampled_from(list(CallClass)), st.integers(2, 4)),
+    st.tuples(st.just("give back")),
+    st.tuples(st.just("lose")),
+    st.tuples(st.just("cool"), st.one_of(st.none(), st.integers(1, 3))),
+)
+STEPS = st.lists(st.tuples(PAUSES, st.one_of(ADMIT, ADMIT, SETTLE, SETTLE, SELDOM)), min_size=20, max_size=60)
+
+
+async def connect(valkey: Valkey) -> Link:
+    """Connect as one replica does."""
+    link = Link(connector(valkey.url, connect_timeout_s=2.0), timeout_s=5.0, connect_timeout_s=2.0)
+    await link.start()
+    return link
+
+
+@pytest.fixture
+async def links(valkey: Valkey) -> AsyncIterator[list[Link]]:
+    """Connect three replicas to the real server."""
+    connected = [await connect(valkey) for _ in range(3)]
+    yield connected
+    for link in connected:
+        await link.close()
+
+
+def ledger(link: Link, limits: Limits = LIMITS, call_s: float = CALL_S) -> RedisLedger:
+    """Make the ledger of one replica."""
+    return RedisLedger(link, Keys("test"), limits, call_s=call_s)
+
+
+def as_postponed(wait: Postponed | None) -> Postponed | None:
+    """Compare waits to the microsecond, which is what the script writes."""
+    return wait and Postponed(round(wait.wait_s, 6), wait.window)
+
+
+class Pair:
+    """Both ledgers of one token; each question goes to both, and must be answered alike."""
+
+    def __init__(self, redis: RedisLedger, partition: Partition) -> None:
+        self.python = Ledger(LIMITS, call_s=CALL_S)
+        self.redis = redis
+        self.partition = partition
+        self.pending: list[Admitted] = []
+
+    async def ask(self, now: float, step: tuple[Any, ...]) -> None:
+        """Ask one question of both."""
+        match step:
+            case "admit", call_class:
+                expected = self.python.admit(now, call_class)
+                got = await self.redis.admit(self.partition, call_class, now=now)
+                if isinstance(expected, Admitted):
+                    assert isinstance(got, Admission)
+                    assert got.admitted == expected
+                    self.pending.append(expected)
+                else:
+                    assert isinstance(got, Postponed)
+                    assert got.remaining == self.python.remaining()
+                    assert as_postponed(got) == as_postponed(expected)
+            case "foresee", call_class, need:
+                foreseen = self.python.foresee(now, call_class, need)
+                got = await self.redis.foresee(self.partition, call_class, need, now=now)
+                assert as_postponed(got) == as_postponed(foreseen)
+            case "settle", told, answered if self.pending:
+                admitted = self.pending.pop(0)
+                self.python.settle(admitted, now, told, answered=answered)
+                await self.redis.settle(
+                    self.partition, admitted, told, answered=answered, known=False, now=now
+                )
+            case ("give back",) if self.pending:
+                admitted = self.pending.pop()
+                self.python.give_back(admitted)
+                await self.redis.give_back(self.partition, admitted, now=now)
+            case ("lose",) if self.pending:
+                self.pending.pop(0)
+            case "cool", retry_after_s:
+                self.python.cool(now, retry_after_s)
+                cools_s = await self.redis.cool(self.partition, retry_after_s, now=now)
+                assert cools_s == pytest.approx(self.python.standing(now)[2], abs=1e-6)
+
+
+async def test_both_ledgers_say_the_same(links: list[Link]) -> None:
+    """Over random histories of admissions, answers, losses, 429s and pauses."""
+    loop = asyncio.get_running_loop()
+    redis, histories = ledger(links[0]), iter(range(10**6))
+
+    async def compare(steps: list[tuple[float, tuple[Any, ...]]]) -> None:
+        pair, now = Pair(redis, Partition(f"{next(histories):032x}")), 1_000_000.0
+        for pause_s, step in steps:
+            now += pause_s
+            await pair.ask(now, step)
+
+    def run(steps: list[tuple[float, tuple[Any, ...]]]) -> None:
+        asyncio.run_coroutine_threadsafe(compare(steps), loop).result(20)
+
+    check = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    await asyncio.to_thread(check(given(STEPS)(run)))
+
+
+async def test_both_let_a_refresh_pass_by_the_call_that_asks_for_others(links: list[Link]) -> None:
+    """Histories that chance seldom finds."""
+    pair, now = Pair(ledger(links[0]), SOMEBODY), 1_000_000.0
+    await pair.ask(now, ("admit", CallClass.WRITE))
+    await pair.ask(now, ("settle", 17, True))
+    for call_class in (CallClass.MISS, CallClass.REFRESH, CallClass.WRITE):
+        await pair.ask(now + 1, ("admit", call_class))
+    assert len(pair.pending) == 2
+
+
+async def test_replicas_share_one_limit(links: list[Link]) -> None:
+    """Three replicas that ask at once get as many calls as one would, to the call."""
+    limits = Limits(per_minute=50, per_hour=1000, reserve=0.1)
+    ledgers = [ledger(link, limits) for link in links]
+    await settled(ledgers[0])
+    replies = await asyncio.gather(
+        *(each.admit(SOMEBODY, CallClass.MISS) for _ in range(40) for each in ledgers)
+    )
+    assert sum(isinstance(reply, Admission) for reply in replies) == 45 - 1
+    assert {reply.window for reply in replies if isinstance(reply, Postponed)} == {"minute"}
+
+
+async def test_the_first_call_of_a_token_goes_alone_on_all_replicas(links: list[Link]) -> None:
+    """Of all that ask at once one is admitted, until it was answered."""
+    ledgers = [ledger(link) for link in links]
+    replies = await asyncio.gather(*(each.admit(SOMEBODY, CallClass.MISS) for each in ledgers))
+    admitted = [reply.admitted for reply in replies if isinstance(reply, Admission)]
+    assert len(admitted) == 1
+    assert {reply.window for reply in replies if isinstance(reply, Postponed)} == {"turn"}
+    await ledgers[2].settle(SOMEBODY, admitted[0], 19, answered=True, known=True)
+    assert isinstance(await ledgers[1].admit(SOMEBODY, CallClass.MISS), Admission)
+
+
+async def test_a_cool_down_stops_all_replicas(links: list[Link]) -> None:
+    """What one was told holds for the others at once."""
+    ledgers = [ledger(link) for link in links]
+    assert await ledgers[0].cool(SOMEBODY, 30) == pytest.approx(30)
+    for each in ledgers:
+        reply = await each.admit(SOMEBODY, CallClass.WRITE)
+        assert isinstance(reply, Postponed)
+        assert reply.window == "cooldown"
+        assert 29 < reply.wait_s <= 30
+
+
+async def test_known_is_remembered(links: list[Link]) -> None:
+    """A token that the upstream took once is known to every replica, whatever comes later."""
+    first, second, _ = (ledger(link) for link in links)
+    await settled(first, known=False)
+    await settled(second, known=True)
+    await settled(first, known=False)
+    reply = await second.admit(SOMEBODY, CallClass.MISS)
+    assert isinstance(reply, Admission)
+    assert reply.known
+
+
+async def test_a_ledger_that_was_lost_is_another_one(valkey: Valkey, links: list[Link]) -> None:
+    """After a restart of Redis the ledger is empty, says so, and its first call goes alone again."""
+    link, *_ = links
+    mine = ledger(link)
+    await settled(mine)
+    before = await mine.admit(SOMEBODY, CallClass.MISS)
+    assert isinstance(before, Admission)
+    await valkey.kill()
+    await valkey.start()
+    while (after := await mine.admit(SOMEBODY, CallClass.MISS)) is None:
+        await until(lambda: link.up, "connected again")
+    assert isinstance(after, Admission)
+    assert after.born != before.born
+    assert after.admitted.remaining == (5, 19)
+    assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Postponed)
+
+
+async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link]) -> None:
+    """Every question has the answer None."""
+    mine = ledger(links[0])
+    await valkey.kill()
+    admitted = Admitted(1.0, (1, 1))
+    assert await mine.admit(SOMEBODY, CallClass.MISS) is None
+    assert await mine.foresee(SOMEBODY, CallClass.MISS, 3) is None
+    assert await mine.cool(SOMEBODY, 3) is None
+    await mine.settle(SOMEBODY, admitted, 3, answered=True, known=True)
+    await mine.give_back(SOMEBODY, admitted)
+
+
+async def test_the_hash_is_bounded_and_ends_by_itself(links: list[Link]) -> None:
+    """However many calls are made, there are no more fields than buckets, and the key ends after its hour."""
+    mine = ledger(links[0])
+    for number in range(400):
+        now = 1_000_000.0 + number
+        reply = await mine.admit(SOMEBODY, CallClass.WRITE, now=now)
+        if isinstance(reply, Admission):
+            await mine.settle(SOMEBODY, reply.admitted, 19, answered=True, known=True, now=now)
+    name = Keys("test").quota(SOMEBODY)
+    fields, ttl_s = await links[0].ask(("HLEN", name), ("TTL", name))
+    assert 10 < fields < 60 + 120 + 8
+    assert LIMITS.hour_s + CALL_S < ttl_s <= LIMITS.hour_s + CALL_S + 60
+
+
+async def settled(mine: RedisLedger, *, known: bool = True) -> None:
+    """Make one call and answer it."""
+    reply = await mine.admit(SOMEBODY, CallClass.WRITE)
+    assert isinstance(reply, Admission)
+    await mine.settle(SOMEBODY, reply.admitted, reply.admitted.remaining[1], answered=True, known=known)

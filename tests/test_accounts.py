@@ -1,0 +1,198 @@
+"""Three replicas and one token while the common ledger dies, comes back, or forgets: never too many calls."""
+
+import asyncio
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from fakes import CALL_S, SOMEBODY, FakeLedger, accounts
+from virtual import now, run
+
+from proxy.accounts import Account, Accounts, Settlement, Turn
+from proxy.core.quota import CallClass, Limits, Postponed
+
+LIMITS = Limits(per_minute=60, per_hour=5000, reserve=0.1, minute_s=6.0, hour_s=360.0)
+ACCOUNT = Account(SOMEBODY, "other")
+
+
+class Fleet:
+    """Replicas that call whenever they may; the upstream counts, and tells what is left of the hour."""
+
+    def __init__(self, replicas: int = 3, *, tells: bool = True) -> None:
+        self.tells = tells
+        self.ledger = FakeLedger(LIMITS)
+        self.replicas = [accounts(self.ledger, replicas=replicas) for _ in range(replicas)]
+        self.called: list[float] = []
+
+    async def go(self, seconds: float) -> None:
+        """Let all of them call for so long."""
+        end = now() + seconds
+        await asyncio.gather(
+            *(self._keep_calling(one, number, end) for number, one in enumerate(self.replicas))
+        )
+
+    async def _keep_calling(self, replica: Accounts, number: int, end: float) -> None:
+        await asyncio.sleep(0.01 * number)
+        while now() < end:
+            turn = await replica.admit(ACCOUNT, CallClass.MISS)
+            if isinstance(turn, Postponed):
+                await asyncio.sleep(0.05)
+            else:
+                await self.call(replica, turn)
+
+    async def call(self, replica: Accounts, turn: Turn) -> None:
+        """Make one call."""
+        self.called.append(now())
+        told = LIMITS.per_hour - len(self.called) if self.tells else None
+        await asyncio.sleep(0.02)
+        await replica.settle(ACCOUNT, turn, Settlement(told, answered=True, known=True))
+
+    def most_in_a_minute(self) -> int:
+        """Give the largest number of calls in any true window."""
+        return max(sum(first <= at < first + LIMITS.minute_s for at in self.called) for first in self.called)
+
+    def least_in_a_round(self, since: float, until: float) -> int:
+        """Give the smallest number of calls in a minute, a bucket and what the fleet takes to notice."""
+        round_s = LIMITS.minute_s * 1.07
+        starts = [at for at in self.called if since <= at < until - round_s]
+        return min(sum(start <= at < start + round_s for at in self.called) for start in starts)
+
+    def longest_pause_s(self) -> float:
+        """Give the longest time without any call."""
+        return max(after - before for before, after in pairwise(self.called))
+
+
+@pytest.mark.parametrize("after_s", [2.0, 5.0, 6.2, 9.0, 13.1])
+@pytest.mark.parametrize(
+    ("away_s", "loses"),
+    [
+        pytest.param(0.0, True, id="evicted-or-restarted-at-once"),
+        pytest.param(0.3, False, id="away-for-a-moment"),
+        pytest.param(0.3, True, id="restarted"),
+        pytest.param(4.0, False, id="away-for-less-than-a-minute"),
+        pytest.param(4.0, True, id="empty-after-less-than-a-minute"),
+        pytest.param(20.0, False, id="away-for-long"),
+        pytest.param(20.0, True, id="empty-after-long"),
+    ],
+)
+def test_whatever_becomes_of_the_common_ledger(after_s: float, away_s: float, *, loses: bool) -> None:
+    """No minute has more calls than the limit, whether it goes or comes; nor do the calls stop."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(after_s)
+        if away_s:
+            fleet.ledger.away = True
+            await fleet.go(away_s)
+        if loses:
+            fleet.ledger.lose()
+        fleet.ledger.away = False
+        await fleet.go(30.0)
+        assert fleet.most_in_a_minute() <= LIMITS.per_minute
+        assert fleet.longest_pause_s() < LIMITS.minute_s + CALL_S
+        assert fleet.least_in_a_round(now() - 20, now()) >= 0.9 * 54, "all of it is used again"
+
+    run(main())
+
+
+def test_each_replica_sees_the_calls_of_the_others() -> None:
+    """As of its own latest question."""
+
+    async def main() -> None:
+        fleet = Fleet(tells=False)
+        for replica in (*fleet.replicas[:2], *fleet.replicas[:2], fleet.replicas[2]):
+            turn = await replica.admit(ACCOUNT, CallClass.MISS)
+            assert isinstance(turn, Turn)
+            await fleet.call(replica, turn)
+        left = [standing.minute for one in fleet.replicas for _, standing in one.standings()]
+        assert left == [60 - 3, 60 - 4, 60 - 5]
+
+    run(main())
+
+
+@pytest.mark.parametrize("after_s", [0.5, 2.0, 5.0])
+def test_what_the_common_ledger_knew_counts_when_it_is_gone(after_s: float) -> None:
+    """Also where the upstream tells nothing: each replica has heard of the others' calls."""
+
+    async def main() -> None:
+        fleet = Fleet(tells=False)
+        await fleet.go(after_s)
+        fleet.ledger.away = True
+        await fleet.go(20.0)
+        assert fleet.most_in_a_minute() <= LIMITS.per_minute
+
+    run(main())
+
+
+def test_without_the_common_ledger_each_replica_has_its_share() -> None:
+    """Together they make as many calls as with it."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        fleet.ledger.away = True
+        await fleet.go(30.0)
+        assert fleet.most_in_a_minute() <= 54
+        assert len(fleet.called) >= 0.9 * 54 * 5
+
+    run(main())
+
+
+def test_a_cool_down_that_was_seen_holds_without_the_common_ledger() -> None:
+    """A replica that was told to wait by it goes on waiting when it is gone."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        await fleet.ledger.cool(SOMEBODY, 30)
+        one = fleet.replicas[0]
+        assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(30.0, "cooldown")
+        fleet.ledger.away = True
+        assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(30.0, "cooldown")
+
+    run(main())
+
+
+def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
+    """And nobody is asked before the time that it named."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        fleet.ledger.away = True
+        one = fleet.replicas[0]
+        await asyncio.sleep(10)
+        turn = await one.admit(ACCOUNT, CallClass.WRITE)
+        assert isinstance(turn, Turn)
+        await one.settle(ACCOUNT, turn, Settlement(refused=True, retry_after_s=7))
+        assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown")
+
+    run(main())
+
+
+def cancelled_admissions(fleet: Fleet) -> Iterator[asyncio.Task[Turn | Postponed]]:
+    """Ask on each replica, and leave while the common ledger thinks."""
+    fleet.ledger.held = asyncio.Event()
+    for replica in fleet.replicas:
+        yield asyncio.create_task(replica.admit(ACCOUNT, CallClass.MISS))
+
+
+def test_leaving_while_both_are_asked() -> None:
+    """What this replica's own ledger had admitted already is given back."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        await asyncio.sleep(10)
+        fleet.ledger.away = True
+        await fleet.go(0.1)
+        await asyncio.sleep(7)
+        fleet.ledger.away = False
+        before = [dict(one.standings()) for one in fleet.replicas]
+        leaving = list(cancelled_admissions(fleet))
+        await asyncio.sleep(0)
+        for each in leaving:
+            each.cancel()
+        await asyncio.wait(leaving)
+        assert [dict(one.standings()) for one in fleet.replicas] == before
+
+    run(main())

@@ -1,0 +1,572 @@
+"""The gate: who may call, who waits for how long, and what those who leave leave. Time is a number here."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+from fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
+from virtual import now, run
+
+from proxy.core.breaker import FAILURES
+from proxy.core.errors import (
+    Overloaded,
+    ProxyError,
+    QuotaSpent,
+    UpstreamPaused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from proxy.core.events import Standing
+from proxy.core.identity import Partition
+from proxy.core.policy import Answer
+from proxy.core.quota import CallClass
+from proxy.shield import MOST_CALLS
+
+OTHER = Partition("b" * 32)
+
+
+def ask(gate: Gate, number: int = 1, **how: object) -> asyncio.Task[Answer]:
+    """Ask in a task of its own."""
+    return asyncio.create_task(gate.shield.ask(call(number), **how))  # type: ignore[arg-type]
+
+
+async def outcome(asking: asyncio.Task[Answer]) -> int | tuple[type[ProxyError], float]:
+    """Give the status, or the error and how long it says to wait."""
+    try:
+        return (await asking).status
+    except QuotaSpent as error:
+        return QuotaSpent, round(error.wait_s, 3)
+    except ProxyError as error:
+        return type(error), 0.0
+
+
+async def settle_down() -> None:
+    """Let everybody go on who can without the clock."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+# -- waiting -----------------------------------------------------------------------------------------
+
+
+def test_in_order_of_arrival_and_exactly_as_long_as_needed() -> None:
+    """The calls beyond the minute's go one by one at the moments at which the window has room for them."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=2, max_wait_s=30.0), now()
+        asking = [ask(it, number) for number in range(5)]
+        assert [await outcome(each) for each in asking] == [200] * 5
+        at = [round(seconds - began, 3) for seconds, _ in it.api.asked]
+        assert [text for _, text in it.api.asked] == ["0", "1", "2", "3", "4"]
+        assert at == [0.0, 0.0, 6.1, 6.1, 12.2]  # 6 s, and the bucket of a tenth
+        assert [round(wait.seconds, 3) for wait in it.waits] == at
+
+    run(main())
+
+
+def test_a_new_token_waits_for_its_first_answer_and_not_a_moment_longer() -> None:
+    """The others go when the first one is answered, all at once."""
+
+    async def main() -> None:
+        it, began = gate(known=False), now()
+        it.api.takes_s = 0.333
+        assert [await outcome(each) for each in [ask(it, number) for number in range(5)]] == [200] * 5
+        assert [round(at - began, 3) for at, _ in it.api.asked] == [0.0] + [0.333] * 4
+
+    run(main())
+
+
+def test_whoever_stands_too_far_behind_is_told_at_once() -> None:
+    """With room for two more in time, the third in line is refused; it is told when there would be room."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=3, max_wait_s=5.0), now()
+        await asyncio.gather(*(ask(it) for _ in range(2)))
+        await asyncio.sleep(2)
+        await ask(it)
+        asking = [ask(it, number) for number in range(3)]
+        assert await outcome(asking[2]) == (QuotaSpent, 6.1)
+        assert now() == began + 2
+        assert [await outcome(each) for each in asking[:2]] == [200] * 2
+
+    run(main())
+
+
+def test_whoever_cannot_wait_so_long_is_told_at_once() -> None:
+    """Nobody waits in vain for the end of a window."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1, max_wait_s=1.0), now()
+        assert await outcome(ask(it)) == 200
+        with pytest.raises(QuotaSpent, match=r"calls of a minute are spent.*try again in 7 s") as caught:
+            await it.shield.ask(call())
+        assert caught.value.retry_after_s == 7
+        assert now() == began
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"patient": False}, id="a-miss-with-something-to-serve"),
+        pytest.param({"patient": False, "call_class": CallClass.REFRESH}, id="a-refresh"),
+    ],
+)
+def test_the_impatient_never_wait(how: dict[str, object]) -> None:
+    """Neither for the window, nor for a turn, nor behind those who wait; where there is room all go."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=20), now()
+        together = [ask(it, number, **how) for number in range(9)]
+        assert [await outcome(each) for each in together] == [200] * 9
+        await asyncio.gather(*(ask(it, number) for number in range(11)))
+        assert await outcome(ask(it, **how)) == (QuotaSpent, 6.1)
+        waiting = ask(it)
+        await settle_down()
+        assert await outcome(ask(it, **how)) == (QuotaSpent, 6.1)
+        assert now() == began
+        assert await outcome(waiting) == 200
+        new = gate(known=False)
+        new.api.takes_s = 1.0
+        first, second = ask(new), ask(new, **how)
+        assert await outcome(second) == (QuotaSpent, CALL_S)
+        assert await outcome(first) == 200
+
+    run(main())
+
+
+def test_those_with_something_to_serve_leave_room_for_those_without() -> None:
+    """An impatient miss is refused while there is room for a patient one."""
+
+    async def main() -> None:
+        it = gate(per_minute=10)
+        for number in range(9):
+            assert await outcome(ask(it, number)) == 200
+        assert (await outcome(ask(it, patient=False)))[0] is QuotaSpent  # type: ignore[index]
+        assert await outcome(ask(it)) == 200
+
+    run(main())
+
+
+def test_a_write_goes_before_the_misses_that_wait() -> None:
+    """It uses the reserve, and where that is spent, the first room that there is."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=4, reserve=0.5, max_wait_s=30.0), now()
+        await asyncio.gather(*(ask(it, number) for number in (0, 1)))
+        await asyncio.sleep(1)
+        await asyncio.gather(*(ask(it, number, call_class=CallClass.WRITE) for number in (10, 11)))
+        misses = [ask(it, number) for number in (2, 3)]
+        await settle_down()
+        write = ask(it, 12, call_class=CallClass.WRITE)
+        assert [await outcome(each) for each in (*misses, write)] == [200] * 3
+        in_order = [(text, round(at - began, 1)) for at, text in it.api.asked[4:]]
+        assert in_order == [("12", 6.1), ("2", 7.1), ("3", 12.2)]
+
+    run(main())
+
+
+def test_an_overload_starves_nobody() -> None:
+    """Who waits is served before those who come later, for as long as these come."""
+
+    async def main() -> None:
+        it = gate(per_minute=2)
+        await asyncio.gather(ask(it), ask(it))
+        first = ask(it, 99)
+        for number in range(100):
+            await asyncio.sleep(0.1)
+            ask(it, number).add_done_callback(lambda each: each.exception())
+        assert first.done()
+        assert it.api.asked[2][1] == "99"
+        await asyncio.sleep(20)
+
+    run(main())
+
+
+# -- bounds ------------------------------------------------------------------------------------------
+
+
+def test_the_calls_of_one_token_are_bounded() -> None:
+    """One more read than there may be is refused at once; a write and another token are not concerned."""
+
+    async def main() -> None:
+        it = gate(per_minute=10 * MOST_CALLS)
+        it.api.takes_s = 1.0
+        asking = [ask(it, number) for number in range(MOST_CALLS)]
+        await settle_down()
+        with pytest.raises(Overloaded) as caught:
+            await it.shield.ask(call())
+        assert caught.value.retry_after_s == 1
+        write = ask(it, call_class=CallClass.WRITE)
+        other = asyncio.create_task(it.shield.ask(call(partition=OTHER)))
+        assert {await outcome(each) for each in (*asking, write, other)} == {200}
+        assert await outcome(ask(it)) == 200
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+# -- leaving -----------------------------------------------------------------------------------------
+
+
+def held_by_the_ledger(it: Gate) -> None:
+    """Keep the ledger from answering."""
+    it.ledger.held = asyncio.Event()
+
+
+def held_by_the_strangers(it: Gate) -> None:
+    """Keep the strangers' ledger from answering, to a token that was never accepted."""
+    it.ledger.known.clear()
+    it.strangers.held = asyncio.Event()
+
+
+def held_by_the_upstream(it: Gate) -> None:
+    """Let the upstream take its time."""
+    it.api.takes_s = 1.0
+
+
+def held_by_the_window(it: Gate) -> None:
+    """Spend the minute."""
+    for _ in range(10):
+        it.ledger.of(SOMEBODY).count(now() - CALL_S)
+
+
+@pytest.mark.parametrize(
+    ("hold", "leavers"),
+    [
+        pytest.param(held_by_the_ledger, 1, id="while-asking-the-ledger"),
+        pytest.param(held_by_the_strangers, 1, id="while-asking-for-strangers"),
+        pytest.param(held_by_the_upstream, 1, id="while-the-upstream-is-asked"),
+        pytest.param(held_by_the_window, 1, id="first-in-line"),
+        pytest.param(held_by_the_window, 2, id="both-first-in-line"),
+    ],
+)
+def test_whoever_leaves_leaves_nothing_behind(hold: Callable[[Gate], None], leavers: int) -> None:
+    """At each place where a call waits: those behind it go on, and no place, count or task is left."""
+
+    async def main() -> None:
+        it = gate()
+        hold(it)
+        leaving = [ask(it, number) for number in range(leavers)]
+        await settle_down()
+        staying = [ask(it, number) for number in (10, 11)]
+        await settle_down()
+        for each in leaving:
+            each.cancel()
+        await asyncio.wait(leaving)
+        assert all(each.cancelled() for each in leaving)
+        for held in (it.ledger.held, it.strangers.held):
+            if held is not None:
+                held.set()
+        assert [await outcome(each) for each in staying] == [200, 200]
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3], ids=lambda place: f"number-{place}-in-line")
+def test_a_place_in_line_that_is_left(place: int) -> None:
+    """The others keep their order, and lose no time."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1, max_wait_s=30.0), now()
+        await ask(it, 9)
+        asking = [ask(it, number) for number in range(4)]
+        await settle_down()
+        asking[place].cancel()
+        others = [each for number, each in enumerate(asking) if number != place]
+        assert [await outcome(each) for each in others] == [200] * 3
+        assert [text for _, text in it.api.asked[1:]] == [str(n) for n in range(4) if n != place]
+        assert [round(at - began, 1) for at, _ in it.api.asked] == [0.0, 6.1, 12.2, 18.3]
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_leaving_while_the_ledger_is_told() -> None:
+    """The answer is lost, the call still counts, and the next one finds nothing in its way."""
+
+    async def main() -> None:
+        it = gate()
+        it.api.takes_s = 0.1
+        asking = ask(it)
+        await asyncio.sleep(0.05)
+        it.ledger.held = asyncio.Event()
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        it.ledger.held = None
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 9
+        assert await outcome(ask(it)) == 200
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+# -- a 429 -------------------------------------------------------------------------------------------
+
+
+def test_a_429_stops_the_token_until_the_time_it_named() -> None:
+    """It is passed on; others wait where that is soon; one goes at that time, the rest after its answer."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1000), now()
+        it.api.answer = lambda: answer(429, remaining=0, retry_after_s=3)
+        assert await outcome(ask(it)) == 429
+        it.api.answer, it.api.takes_s = None, 0.5
+        assert await outcome(ask(it, patient=False)) == (QuotaSpent, 3.0)
+        assert it.shield.standings() == {"other": Standing(0, 4999, 3.0)}
+        waiting = [ask(it, number) for number in range(5)]
+        assert [await outcome(each) for each in waiting] == [200] * 5
+        at = [round(seconds - began, 1) for seconds, _ in it.api.asked[1:]]
+        assert at[0] == 3.1
+        assert min(at[1:]) == 3.6
+        assert it.shield.standings()["other"].cooldown_s == 0
+
+    run(main())
+
+
+def test_a_429_to_a_call_in_the_air_stops_those_that_come_after() -> None:
+    """Answers that come later do not end it."""
+
+    async def main() -> None:
+        it = gate()
+        it.api.takes_s = 0.1
+        late = ask(it, 1)
+        await asyncio.sleep(0.05)
+        refused = ask(it, 2)
+        it.api.answers["2"] = lambda: answer(429, retry_after_s=60)
+        it.api.answers["1"] = lambda: answer(200, remaining=4000)
+        it.api.takes_s = 0.01
+        assert await outcome(refused) == 429
+        assert await outcome(late) == 200
+        assert await outcome(ask(it)) == (QuotaSpent, 59.96)
+
+    run(main())
+
+
+# -- the breaker -------------------------------------------------------------------------------------
+
+
+def unreachable() -> Answer:
+    """Fail to connect."""
+    raise UpstreamUnreachable("gone", proxy_error="connection_refused")
+
+
+def timed_out() -> Answer:
+    """Fail to answer."""
+    raise UpstreamTimeout("late", proxy_error="http_response_timeout")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pytest.param(unreachable, id="unreachable"),
+        pytest.param(timed_out, id="timeout"),
+        pytest.param(lambda: answer(503), id="503"),
+    ],
+)
+def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]) -> None:
+    """After failures in a row nobody is asked, nor the ledger; a second later one call goes, and tells."""
+
+    async def main() -> None:
+        it = gate(per_minute=1000)
+        it.api.answer = failure
+        for number in range(FAILURES):
+            await outcome(ask(it, number))
+        assert it.shield.breaker_open
+        before = it.ledger.asked
+        with pytest.raises(UpstreamPaused, match="asked again in 1 s"):
+            await it.shield.ask(call())
+        assert it.ledger.asked == before
+        await asyncio.sleep(1.0)
+        it.api.answer, it.api.takes_s = None, 0.2
+        together = [ask(it, number) for number in range(20)]
+        results = [await outcome(each) for each in together]
+        assert results.count(200) == 1
+        assert results.count((UpstreamPaused, 0.0)) == 19
+        assert len(it.api.asked) == FAILURES + 1
+        assert not it.shield.breaker_open
+        assert await outcome(ask(it)) == 200
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - FAILURES - 2
+
+    run(main())
+
+
+def test_a_refusal_by_the_quota_is_no_probe() -> None:
+    """A token without calls does not keep the others from finding out that the upstream is back."""
+
+    async def main() -> None:
+        it = gate(per_minute=FAILURES, max_wait_s=0.1)
+        it.api.answer = unreachable
+        for number in range(FAILURES):
+            await outcome(ask(it, number))
+        await asyncio.sleep(1.0)
+        it.api.answer = None
+        assert (await outcome(ask(it)))[0] is QuotaSpent  # type: ignore[index]
+        it.ledger.known.add(OTHER)
+        assert (await it.shield.ask(call(partition=OTHER))).status == 200
+
+    run(main())
+
+
+def test_answers_about_the_request_are_no_trouble() -> None:
+    """A 404, a 500 and a 429 are answers: the upstream lives."""
+
+    async def main() -> None:
+        it = gate(per_minute=1000)
+        for status in (404, 500) * FAILURES:
+            it.api.answer = lambda status=status: answer(status)  # type: ignore[misc]
+            assert await outcome(ask(it)) == status
+        assert not it.shield.breaker_open
+
+    run(main())
+
+
+# -- strangers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "becomes_known"),
+    [
+        pytest.param(200, True, id="200"),
+        pytest.param(403, True, id="403-knows-the-token"),
+        pytest.param(404, True, id="404-knows-the-token"),
+        pytest.param(401, False, id="401"),
+        pytest.param(429, False, id="429-says-nothing-about-it"),
+        pytest.param(503, False, id="503-is-a-gateway"),
+    ],
+)
+def test_who_is_no_stranger_any_more(status: int, becomes_known: bool) -> None:
+    """A token becomes known when the upstream accepts it, and only then."""
+
+    async def main() -> None:
+        it = gate(known=False)
+        it.api.answer = lambda: answer(status, remaining=4000, retry_after_s=1)
+        await outcome(ask(it))
+        assert (SOMEBODY in it.ledger.known) is becomes_known
+
+    run(main())
+
+
+def test_strangers_share_a_few_calls() -> None:
+    """When these are spent a stranger is refused at once, its admission given back; known tokens go on."""
+
+    async def main() -> None:
+        it, began = gate(unknown_per_minute=3), now()
+        it.api.answer = lambda: answer(401)
+        tokens = [Partition(f"{number:032x}") for number in range(5)]
+        asking = [asyncio.create_task(it.shield.ask(call(partition=token))) for token in tokens]
+        results = [await outcome(each) for each in asking]
+        assert results == [401] * 3 + [(Overloaded, 0.0)] * 2
+        assert now() == began
+        assert it.ledger.given_back == 2
+        it.api.answer = None
+        assert await outcome(ask(it)) == 200
+
+    run(main())
+
+
+def test_strangers_are_limited_without_redis_too() -> None:
+    """And whoever was accepted, before it went or since, is known here."""
+
+    async def main() -> None:
+        it = gate(unknown_per_minute=3)
+        assert await outcome(ask(it)) == 200
+        it.ledger.away = it.strangers.away = True
+        assert (await it.shield.ask(call(partition=OTHER))).status == 200
+        it.api.answer = lambda: answer(401)
+        tokens = [Partition(f"{number:032x}") for number in range(5)]
+        asking = [asyncio.create_task(it.shield.ask(call(partition=token))) for token in tokens]
+        assert [await outcome(each) for each in asking] == [401] * 2 + [(Overloaded, 0.0)] * 3
+        it.api.answer = None
+        assert await outcome(ask(it)) == 200
+        assert (await it.shield.ask(call(partition=OTHER))).status == 200
+
+    run(main())
+
+
+# -- what is seen ------------------------------------------------------------------------------------
+
+
+def test_an_answer_tells_how_much_was_left() -> None:
+    """The smaller share of both windows, which stretches the TTL."""
+
+    async def main() -> None:
+        it = gate(per_minute=10)
+        shares = [(await it.shield.ask(call(number))).remaining_share for number in range(4)]
+        assert shares == [0.9, 0.8, 0.7, 0.6]
+
+    run(main())
+
+
+def test_the_worst_of_those_without_a_name_is_shown() -> None:
+    """Not the last one; whoever has a name is shown alone; calls come back by themselves."""
+
+    async def main() -> None:
+        it = gate(per_minute=10)
+        callers = ((SOMEBODY, "other", 7), (OTHER, "other", 2), (Partition("c"), "team", 4))
+        for partition, caller, calls in callers:
+            it.ledger.known.add(partition)
+            for number in range(calls):
+                await it.shield.ask(call(number, partition, caller))
+        assert it.shield.standings()["other"].minute == 3
+        it.api.answer = lambda: answer(429, retry_after_s=5)
+        await it.shield.ask(call(1, OTHER))
+        shown = it.shield.standings()
+        assert {caller: (each.minute, each.cooldown_s) for caller, each in shown.items()} == {
+            "other": (0, 5.0),
+            "team": (6, 0.0),
+        }
+        await asyncio.sleep(7)
+        assert it.shield.standings()["other"].cooldown_s == 0.0
+        assert it.shield.standings()["team"].minute == 10
+
+    run(main())
+
+
+# -- a rotation of the secret ------------------------------------------------------------------------
+
+
+def test_during_a_rotation_both_ledgers_count_and_either_can_refuse() -> None:
+    """What one refuses is not left counted in the other."""
+
+    async def main() -> None:
+        it = gate(per_minute=5, max_wait_s=0.0, previous=lambda _: OTHER)
+        it.ledger.of(OTHER).follow(now(), (5, 5000))
+        for number in range(2):
+            assert await outcome(ask(it, number)) == 200
+        assert it.ledger.of(SOMEBODY).remaining()[0] == it.ledger.of(OTHER).remaining()[0] == 3
+        for _ in range(2):
+            it.ledger.of(OTHER).count(now())
+        assert await outcome(ask(it)) == 200
+        assert (await outcome(ask(it)))[0] is QuotaSpent  # type: ignore[index]
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 2
+        it = gate(per_minute=5, max_wait_s=0.0, previous=lambda _: OTHER)
+        it.ledger.of(OTHER).follow(now(), (5, 5000))
+        it.ledger.of(SOMEBODY).stop(now(), 30)
+        assert await outcome(ask(it)) == (QuotaSpent, 30.0)
+        assert it.ledger.of(OTHER).remaining()[0] == 5
+
+    run(main())
+
+
+def test_nothing_of_this_keeps_a_ledger_of_everybody() -> None:
+    """The ledgers of the least recently used tokens are forgotten."""
+
+    async def main() -> None:
+        it = gate()
+        assert isinstance(it.ledger, FakeLedger)
+        it.ledger.known |= {Partition(f"{number:032x}") for number in range(4200)}
+        for number in range(4200):
+            await it.shield.ask(call(1, Partition(f"{number:032x}"), f"{number}"))
+        names = it.shield.standings().keys()
+        assert len(names) == 4096
+        assert "4199" in names
+        assert "0" not in names
+
+    run(main())
