@@ -196,7 +196,7 @@ class ReadThrough:
     """Answers reads, and forwards deletions.
 
     `total_timeout_s` bounds a fetch, `max_wait_s` its wait for the quota. `clock` gives Unix seconds,
-    `monotonic` the loop's, `draw` a number in [0, 1).
+    `monotonic` the seconds that deadlines count in, `draw` a number in [0, 1).
     """
 
     def __init__(
@@ -489,7 +489,7 @@ class ReadThrough:
             self._upstream.ask, call, validator, call_class=manner.call_class, patient=manner.patient
         )
         try:
-            async with asyncio.timeout_at(give_up):
+            async with asyncio.timeout(give_up - self._monotonic()):
                 try:
                     return await ask()
                 except UpstreamDisconnected:

@@ -72,6 +72,7 @@ class Passthrough:
     async def _forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
         body = _Body(request, self._read_timeout_s) if request.body_exists else None
         ended = None
+        told = False
         try:
             call_class = CallClass.MISS if forwarding.method in ("GET", "HEAD") else CallClass.WRITE
             async with (
@@ -88,11 +89,12 @@ class Passthrough:
                     ended = await self._end(forwarding, body)
                 if answer.status == HTTPStatus.UNAUTHORIZED:
                     ended = await self._readthrough.refused(forwarding.partition)
+                told = True
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
         except (QuotaSpent, Overloaded, UpstreamPaused):  # it was not sent
             raise
         except BaseException:
-            if ended is None:  # nobody knows what became of it
+            if not told:  # nobody knows what became of it
                 await self._end(forwarding, body)
             if body is not None and body.at_fault is not None:
                 raise body.at_fault from None

@@ -1013,6 +1013,29 @@ async def test_a_caller_who_leaves_a_write(kept: Kept) -> None:
     assert kept.simulator.count(method="DELETE") == 1
 
 
+async def test_a_refused_write_whose_answer_breaks_off(
+    upstream: Upstream, wire: aiohttp.ClientSession
+) -> None:
+    """The status was a refusal: what became of the rest of the answer ends nothing."""
+
+    async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(status=403, headers={"Content-Length": "1000"})
+        await response.prepare(request)
+        await response.write(b"x" * 10)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    upstream.handler = refuse
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        with pytest.raises(aiohttp.ClientError):
+            async with wire.delete(f"{at.api}/v2/images/{DROPLET_SNAPSHOT_ID}") as response:
+                await response.read()
+        metrics = await scrape(at.admin)
+    assert total(metrics, "snapshot_proxy_upstream_requests_total", route="passthrough") == 1
+    assert total(metrics, "snapshot_proxy_invalidations_total", cause="passthrough") == 0
+
+
 async def test_redis_is_away(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
