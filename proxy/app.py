@@ -124,7 +124,7 @@ class App:
         keys = Keys(settings.redis.key_prefix)
         store = await self._store(link, keys, keyring, metrics)
         flights: Flights[Fetched | ProxyError] = Flights(
-            settings.server.max_connections * _FETCHES_PER_CONNECTION, is_failure
+            settings.server.max_connections * _FETCHES_PER_CONNECTION, is_failure, monotonic=time.monotonic
         )
         self._cleanup.push_async_callback(flights.close)
         shield = self._shield(upstream, link=link, keys=keys, store=store, metrics=metrics)

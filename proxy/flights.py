@@ -5,24 +5,40 @@ it for the others, or for what it is about to store. Callers with the same key s
 has landed is still shared for a moment: with those who began to look for an answer while it was in the air
 (between their look and their joining, its answer was stored), and, where it failed, with everybody: a failure
 is not repeated by each who comes upon it.
+
+How many there are is bounded here, and nowhere behind it: whoever asks the upstream, or waits for its turn or
+for another replica's answer, does so in a flight.
 """
 
 import asyncio
 import logging
-import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from proxy.core.errors import Overloaded
+from proxy.core.identity import Partition
 from proxy.logs import event
 
 T = TypeVar("T")
 U = TypeVar("U")
 
+MOST_OF_ONE = 250
+"""Flights of one owner at once: as many calls of a token are admitted in a minute; more wait in vain."""
+
 LINGER_S = 1.0
 """Longer than a look-up takes: for so long a landed flight is remembered."""
 
 _LOG = logging.getLogger(__name__)
+
+
+class Owner(NamedTuple):
+    """Whose flights they are: a caller's reads, or its writes, which its reads do not keep from starting."""
+
+    partition: Partition
+    writes: bool = False
 
 
 class Landed(NamedTuple, Generic[T]):
@@ -44,20 +60,31 @@ class _Flight(Generic[T]):
 class Flights(Generic[T]):
     """The fetches of this process: at most `most` in the air at once, and as many landed ones remembered.
 
-    `fetch` returns its failures as values: an exception is a bug, and everybody who waits gets it.
+    Of one owner there are at most `MOST_OF_ONE`. `fetch` returns its failures as values: an exception is a
+    bug, and everybody who waits gets it. `monotonic` gives the seconds that a caller's `since` counts in.
     """
 
-    def __init__(self, most: int, is_failure: Callable[[T], bool] = lambda _: False) -> None:
+    def __init__(
+        self,
+        most: int,
+        is_failure: Callable[[T], bool] = lambda _: False,
+        *,
+        monotonic: Callable[[], float],
+    ) -> None:
         self._most = most
         self._is_failure = is_failure
+        self._monotonic = monotonic
         self._by_key: dict[Hashable, _Flight[T]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._owned: Counter[Owner] = Counter()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def join(self, key: Hashable, since: float, fetch: Callable[[], Awaitable[T]]) -> Landed[T]:
-        """Wait for the flight of `key`, or start one.
+    async def join(
+        self, owner: Owner, key: Hashable, since: float, fetch: Callable[[], Awaitable[T]]
+    ) -> Landed[T]:
+        """Wait for the flight of `key`, or start one for `owner`.
 
         `since` is the monotonic time at which the caller began to look. Raises Overloaded where there is none
         to join and no room for another.
@@ -65,16 +92,17 @@ class Flights(Generic[T]):
         flight = self._by_key.get(key)
         if flight is not None and (flight.landed_at is None or flight.landed_at >= since or flight.failed):
             return Landed(await asyncio.shield(flight.task), collapsed=True)
-        return Landed(await asyncio.shield(self._take_off(key, fetch)), collapsed=False)
+        return Landed(await asyncio.shield(self._take_off(owner, key, fetch)), collapsed=False)
 
-    def begin(self, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
-        """Start the flight of `key` for nobody, unless there is or just was one, or there is no room."""
-        if key not in self._by_key and len(self._tasks) < self._most:
-            self._take_off(key, fetch).add_done_callback(_tell)
+    def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
+        """Start the flight of `key` that nobody waits for, unless there is or just was one, or no room."""
+        if key not in self._by_key:
+            with suppress(Overloaded):
+                self._take_off(owner, key, fetch).add_done_callback(_tell)
 
-    async def alone(self, fetch: Callable[[], Awaitable[U]]) -> U:
+    async def alone(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> U:
         """Fetch for one caller only, in a task all the same. Raises Overloaded where there is no room."""
-        return await asyncio.shield(self._start(fetch))
+        return await asyncio.shield(self._start(owner, fetch))
 
     async def close(self) -> None:
         """Cancel what is still in the air; whoever waits for it is cancelled too."""
@@ -82,19 +110,28 @@ class Flights(Generic[T]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, fetch: Callable[[], Awaitable[U]]) -> "asyncio.Task[U]":
+    def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> "asyncio.Task[U]":
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; try again in a moment")
+        if self._owned[owner] >= MOST_OF_ONE:
+            raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
 
         async def fly() -> U:
             return await fetch()
 
         task = asyncio.create_task(fly(), name="flight")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._owned[owner] += 1
+        task.add_done_callback(partial(self._end, owner))
         return task
 
-    def _take_off(self, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> "asyncio.Task[T]":
+    def _end(self, owner: Owner, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        self._owned[owner] -= 1
+        if not self._owned[owner]:
+            del self._owned[owner]
+
+    def _take_off(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> "asyncio.Task[T]":
         flight: _Flight[T] = _Flight()
 
         async def fly() -> T:
@@ -103,14 +140,14 @@ class Flights(Generic[T]):
             flight.failed = self._is_failure(result)
             return result
 
-        flight.task = self._start(fly)
+        flight.task = self._start(owner, fly)
         self._by_key[key] = flight
         flight.task.add_done_callback(lambda _: self._land(key, flight))
         return flight.task
 
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
         # The loop's time may stand still for a millisecond: who came after is not who came before.
-        flight.landed_at = time.monotonic()
+        flight.landed_at = self._monotonic()
         if len(self._by_key) > self._most:  # so many answers are enough to hold
             self._forget(key, flight)
         else:

@@ -58,7 +58,7 @@ from proxy.core.policy import (
 )
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
-from proxy.flights import Flights, Landed
+from proxy.flights import Flights, Landed, Owner
 
 _LEASE_RENEWAL_S = 0.5
 _LEASE_POLL_S = 0.025
@@ -241,7 +241,8 @@ class ReadThrough:
             case HitThenRevalidate(entry):
                 if not call.directives.no_store:
                     refresh = partial(self._fly, call, lookup, _FOR_NOBODY)
-                    self._flights.begin(self._flight(call, lookup.basis, _FOR_NOBODY), refresh)
+                    flight = self._flight(call, lookup.basis, _FOR_NOBODY)
+                    self._flights.begin(Owner(call.key.partition), flight, refresh)
                 return _from_entry(entry, now)
             case Forward(why, fallback):
                 why = Why.BYPASS if lookup.unavailable else why
@@ -255,7 +256,8 @@ class ReadThrough:
     async def delete(self, call: Call) -> Served | Failed:
         """Forward one DELETE, once; when it is answered, nobody is served that snapshot from the cache."""
         try:
-            deletion = await self._flights.alone(partial(self._delete, call))
+            owner = Owner(call.key.partition, writes=True)
+            deletion = await self._flights.alone(owner, partial(self._delete, call))
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(Why.METHOD)))
         detail = None if deletion.ended else Detail.INVALIDATION_PENDING
@@ -344,14 +346,14 @@ class ReadThrough:
         self, call: Call, why: Why, lookup: Lookup, since: float | None, manner: _Manner = _NEEDED
     ) -> Served | Failed:
         """Answer from the upstream; `since` is when the caller began to look, None where nobody may share."""
-        basis = lookup.basis
+        owner, basis = Owner(call.key.partition), lookup.basis
         try:
             if since is None or not self._may_share(call):
                 alone = partial(self._fetch, call, lookup, manner, self._monotonic() + self._deadline_s)
-                landed = Landed(await self._flights.alone(alone), collapsed=False)
+                landed = Landed(await self._flights.alone(owner, alone), collapsed=False)
             else:
                 fetch = partial(self._fly, call, lookup, manner)
-                landed = await self._flights.join(self._flight(call, basis, manner), since, fetch)
+                landed = await self._flights.join(owner, self._flight(call, basis, manner), since, fetch)
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(why)))
         collapsed = landed.collapsed or _is_from_elsewhere(landed.result)

@@ -22,9 +22,6 @@ from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import Call
 
-MOST_CALLS = 250
-"""Reads of one token that are in the air or wait for their turn on this replica, at most; as many writes."""
-
 _STRANGERS = Account(Partition("strangers"), "")
 """The account that all tokens share which the upstream never took."""
 
@@ -118,8 +115,6 @@ class Shield:
         account = Account(partition, caller, self._previous_partition and self._previous_partition(token))
         name = (partition, call_class is CallClass.WRITE)
         line = self._lines.setdefault(name, _Line())
-        if line.calls >= MOST_CALLS:
-            raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
         line.calls += 1
         try:
             turn = await self._turn(line, account, call_class, patient=patient)
@@ -290,7 +285,7 @@ class _Asker(NamedTuple):
 
 
 class _Line:
-    """The calls of one token on this replica: how many they are, and who waits, in order of arrival."""
+    """The calls of one token on this replica: how many (`Flights` bounds them), and who waits, in order."""
 
     __slots__ = ("answered", "calls", "postponed", "queue")
 

@@ -10,9 +10,12 @@ import pytest
 
 from proxy import flights as flights_module
 from proxy.core.errors import Overloaded
-from proxy.flights import Flights, Landed
+from proxy.core.identity import Partition
+from proxy.flights import MOST_OF_ONE, Flights, Landed, Owner
 
 MOST = 10
+OWNER = Owner(Partition("a" * 32))
+OTHERS = [Owner(OWNER.partition, writes=True), Owner(Partition("b" * 32))]
 LATER = 1.0
 """Seconds, added to the loop's time: began to look after whatever has happened by now."""
 
@@ -62,7 +65,7 @@ async def cancelled(task: "asyncio.Task[Any]") -> None:
 @pytest.fixture
 def flights() -> Flights[object]:
     """Make room for a few fetches."""
-    return Flights(MOST)
+    return Flights(MOST, monotonic=now)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def fetch() -> Fetch:
 
 async def test_one_fetch_for_everybody(flights: Flights[object], fetch: Fetch) -> None:
     """A thousand callers of one key make one fetch, and all but the first are collapsed."""
-    callers = await started(*(flights.join("key", now(), fetch) for _ in range(1_000)))
+    callers = await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(1_000)))
     assert len(flights) == 1
     fetch.landing.set()
     landed = await asyncio.gather(*callers)
@@ -89,7 +92,7 @@ async def test_one_fetch_for_everybody(flights: Flights[object], fetch: Fetch) -
 async def test_other_keys_are_other_flights(flights: Flights[object]) -> None:
     """Nobody gets what was fetched for another key."""
     fetches = {key: Fetch(key) for key in ("mine", "theirs")}
-    callers = await started(*(flights.join(key, now(), fetch) for key, fetch in fetches.items()))
+    callers = await started(*(flights.join(OWNER, key, now(), fetch) for key, fetch in fetches.items()))
     for fetch in fetches.values():
         fetch.landing.set()
     assert await asyncio.gather(*callers) == [Landed("mine", False), Landed("theirs", False)]
@@ -101,8 +104,8 @@ async def test_a_landed_flight_is_shared_with_who_looked_before(
     """Between a caller's look and its joining the answer may have been stored: it is not fetched again."""
     since = now()
     fetch.landing.set()
-    await flights.join("key", since, fetch)
-    assert await flights.join("key", since, fetch) == Landed("answer", collapsed=True)
+    await flights.join(OWNER, "key", since, fetch)
+    assert await flights.join(OWNER, "key", since, fetch) == Landed("answer", collapsed=True)
     assert fetch.began == 1
 
 
@@ -111,19 +114,19 @@ async def test_a_landed_flight_is_not_shared_with_who_looks_later(
 ) -> None:
     """Who began to look after the landing would have found the answer, if it was still good."""
     fetch.landing.set()
-    await flights.join("key", now(), fetch)
-    assert await flights.join("key", now() + LATER, fetch) == Landed("answer", collapsed=False)
+    await flights.join(OWNER, "key", now(), fetch)
+    assert await flights.join(OWNER, "key", now() + LATER, fetch) == Landed("answer", collapsed=False)
     assert fetch.began == 2
 
 
 async def test_whoever_comes_while_it_lands_is_answered(flights: Flights[object], fetch: Fetch) -> None:
     """In whichever turn of the loop a caller joins, it waits for this flight or makes its own."""
     since = now()
-    first = await started(flights.join("key", since, fetch))
+    first = await started(flights.join(OWNER, "key", since, fetch))
     fetch.landing.set()
     landed = []
     for _ in range(6):
-        landed += await started(flights.join("key", since, fetch))
+        landed += await started(flights.join(OWNER, "key", since, fetch))
         await asyncio.sleep(0)
     async with asyncio.timeout(5):
         results = await asyncio.gather(*first, *landed)
@@ -134,9 +137,9 @@ async def test_whoever_comes_while_it_lands_is_answered(flights: Flights[object]
 
 async def test_alone_shares_with_nobody(flights: Flights[object], fetch: Fetch) -> None:
     """It neither joins a flight nor is joined."""
-    joined = await started(flights.join("key", now(), fetch))
-    alone = await started(flights.alone(fetch), flights.alone(fetch))
-    after = await started(flights.join("other", now(), fetch))
+    joined = await started(flights.join(OWNER, "key", now(), fetch))
+    alone = await started(flights.alone(OWNER, fetch), flights.alone(OWNER, fetch))
+    after = await started(flights.join(OWNER, "other", now(), fetch))
     assert fetch.began == 4
     fetch.landing.set()
     assert await asyncio.gather(*joined, *after) == [Landed("answer", collapsed=False)] * 2
@@ -148,7 +151,7 @@ async def test_alone_shares_with_nobody(flights: Flights[object], fetch: Fetch) 
 
 async def test_the_first_caller_leaves(flights: Flights[object], fetch: Fetch) -> None:
     """The one that started the flight cannot cancel it for the others."""
-    first, *others = await started(*(flights.join("key", now(), fetch) for _ in range(3)))
+    first, *others = await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3)))
     await cancelled(first)
     fetch.landing.set()
     assert await asyncio.gather(*others) == [Landed("answer", collapsed=True)] * 2
@@ -156,7 +159,7 @@ async def test_the_first_caller_leaves(flights: Flights[object], fetch: Fetch) -
 
 async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> None:
     """Nor can one that joined it."""
-    first, second, third = await started(*(flights.join("key", now(), fetch) for _ in range(3)))
+    first, second, third = await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3)))
     await cancelled(second)
     fetch.landing.set()
     assert await first == Landed("answer", collapsed=False)
@@ -165,10 +168,10 @@ async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> 
 
 async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
     """The fetch ends all the same: what it stores serves whoever comes next, who joins it meanwhile."""
-    for caller in await started(*(flights.join("key", now(), fetch) for _ in range(3))):
+    for caller in await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3))):
         await cancelled(caller)
     assert len(flights) == 1
-    (late,) = await started(flights.join("key", now(), fetch))
+    (late,) = await started(flights.join(OWNER, "key", now(), fetch))
     fetch.landing.set()
     assert await late == Landed("answer", collapsed=True)
     assert (fetch.began, fetch.ended) == (1, 1)
@@ -176,7 +179,7 @@ async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
 
 async def test_who_is_alone_leaves(flights: Flights[object], fetch: Fetch) -> None:
     """A fetch for one caller ends without it, too."""
-    (caller,) = await started(flights.alone(fetch))
+    (caller,) = await started(flights.alone(OWNER, fetch))
     await cancelled(caller)
     assert len(flights) == 1
     fetch.landing.set()
@@ -197,7 +200,7 @@ async def test_nobody_is_cancelled_by_another(flights: Flights[object], seed: in
     async def call(key: int) -> bool:
         for _ in range(chance.randrange(20)):
             await asyncio.sleep(0)
-        return (await flights.join(key, now(), lambda: fetch(key))).result == key
+        return (await flights.join(OWNER, key, now(), lambda: fetch(key))).result == key
 
     callers = [asyncio.create_task(call(chance.randrange(5))) for _ in range(200)]
     leaving = set(chance.sample(callers, 80))
@@ -217,12 +220,14 @@ async def test_nobody_is_cancelled_by_another(flights: Flights[object], seed: in
 async def test_an_exception_reaches_everybody(flights: Flights[object]) -> None:
     """A bug in a fetch is a bug to each caller, and the key is free again for those who come later."""
     fetch = Fetch(ValueError("a bug"))
-    callers = await started(*(flights.join("key", now(), fetch) for _ in range(3)), flights.alone(fetch))
+    callers = await started(
+        *(flights.join(OWNER, "key", now(), fetch) for _ in range(3)), flights.alone(OWNER, fetch)
+    )
     fetch.landing.set()
     for result in await asyncio.gather(*callers, return_exceptions=True):
         assert isinstance(result, ValueError)
     assert len(flights) == 0
-    assert await flights.join("key", now() + LATER, _give("well")) == Landed("well", collapsed=False)
+    assert await flights.join(OWNER, "key", now() + LATER, _give("well")) == Landed("well", collapsed=False)
 
 
 async def test_an_exception_before_the_first_await(flights: Flights[object]) -> None:
@@ -232,7 +237,7 @@ async def test_an_exception_before_the_first_await(flights: Flights[object]) -> 
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011 # it has no words
-        await flights.join("key", now(), broken)
+        await flights.join(OWNER, "key", now(), broken)
     assert len(flights) == 0
 
 
@@ -249,7 +254,9 @@ async def test_an_exception_that_nobody_waits_for(
         await landing.wait()
         raise ValueError("a bug")  # whoever keeps the exception keeps its task
 
-    for caller in await started(flights.join("key", now(), broken), flights.join("key", now(), broken)):
+    for caller in await started(
+        flights.join(OWNER, "key", now(), broken), flights.join(OWNER, "key", now(), broken)
+    ):
         await cancelled(caller)
     landing.set()
     await asyncio.wait(set(flights._tasks))
@@ -271,28 +278,51 @@ def _give(result: object) -> Any:
 
 async def test_too_many_fetches(fetch: Fetch) -> None:
     """Beyond the limit nobody starts one, alone or not; who can join one that is there still does."""
-    flights: Flights[object] = Flights(2)
-    flying = await started(flights.join("a", now(), fetch), flights.alone(fetch))
+    flights: Flights[object] = Flights(2, monotonic=now)
+    flying = await started(flights.join(OWNER, "a", now(), fetch), flights.alone(OWNER, fetch))
     with pytest.raises(Overloaded):
-        await flights.join("b", now(), fetch)
+        await flights.join(OWNER, "b", now(), fetch)
     with pytest.raises(Overloaded):
-        await flights.alone(fetch)
-    joining = await started(flights.join("a", now(), fetch))
+        await flights.alone(OWNER, fetch)
+    joining = await started(flights.join(OWNER, "a", now(), fetch))
     assert fetch.began == 2
     fetch.landing.set()
     await asyncio.gather(*flying, *joining)
-    assert await flights.join("b", now(), fetch) == Landed("answer", collapsed=False)
+    assert await flights.join(OWNER, "b", now(), fetch) == Landed("answer", collapsed=False)
 
 
 async def test_callers_who_leave_make_no_room(fetch: Fetch) -> None:
     """The limit is on fetches: they go on without their callers, and still count."""
-    flights: Flights[object] = Flights(1)
-    (caller,) = await started(flights.alone(fetch))
+    flights: Flights[object] = Flights(1, monotonic=now)
+    (caller,) = await started(flights.alone(OWNER, fetch))
     await cancelled(caller)
     with pytest.raises(Overloaded):
-        await flights.alone(fetch)
+        await flights.alone(OWNER, fetch)
     fetch.landing.set()
     await asyncio.wait(set(flights._tasks))
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["its-writes", "another-caller"])
+async def test_too_many_fetches_of_one_owner(fetch: Fetch, other: Owner) -> None:
+    """Beyond its limit an owner starts none, alone or not; others do, and so does it when one has landed."""
+    flights: Flights[object] = Flights(10 * MOST_OF_ONE, monotonic=now)
+    last = Fetch()
+    flying = await started(*(flights.alone(OWNER, fetch) for _ in range(MOST_OF_ONE - 1)))
+    flying += await started(flights.join(OWNER, "a", now(), last))
+    for refused in (flights.alone(OWNER, fetch), flights.join(OWNER, "b", now(), fetch)):
+        with pytest.raises(Overloaded, match="of this token") as caught:
+            await refused
+        assert caught.value.retry_after_s == 1
+    flights.begin(OWNER, "b", fetch)
+    assert len(flights) == MOST_OF_ONE
+    flying += await started(flights.join(OWNER, "a", now(), last), flights.join(other, "b", now(), fetch))
+    last.landing.set()
+    assert await flying[MOST_OF_ONE - 1] == Landed("answer", collapsed=False)
+    flying += await started(flights.alone(OWNER, fetch))
+    assert fetch.began == MOST_OF_ONE + 1
+    fetch.landing.set()
+    await asyncio.gather(*flying)
+    assert flights._owned == {}
 
 
 async def test_landed_flights_are_forgotten(
@@ -301,8 +331,8 @@ async def test_landed_flights_are_forgotten(
     """After a moment nothing is held of an answer."""
     monkeypatch.setattr(flights_module, "LINGER_S", 0)
     fetch.landing.set()
-    await flights.join("key", now(), fetch)
-    assert await flights.join("key", now() + LATER, fetch) == Landed("answer", collapsed=False)
+    await flights.join(OWNER, "key", now(), fetch)
+    assert await flights.join(OWNER, "key", now() + LATER, fetch) == Landed("answer", collapsed=False)
     for _ in range(5):
         await asyncio.sleep(0)
     assert flights._by_key == {}
@@ -310,21 +340,21 @@ async def test_landed_flights_are_forgotten(
 
 async def test_few_landed_flights_are_remembered(fetch: Fetch) -> None:
     """However many land within that moment, as many answers are held as may be in the air."""
-    flights: Flights[object] = Flights(3)
+    flights: Flights[object] = Flights(3, monotonic=now)
     fetch.landing.set()
     for number in range(20):
-        await flights.join(number, now(), fetch)
+        await flights.join(OWNER, number, now(), fetch)
         assert len(flights._by_key) <= 4
     assert fetch.began == 20
 
 
 async def test_forgetting_the_old_keeps_the_new(flights: Flights[object], fetch: Fetch) -> None:
     """When the time of a landed flight is over, one that has taken its key since stays joinable."""
-    await flights.join("key", now(), _give("old"))
+    await flights.join(OWNER, "key", now(), _give("old"))
     old = flights._by_key["key"]
-    (first,) = await started(flights.join("key", now() + LATER, fetch))
+    (first,) = await started(flights.join(OWNER, "key", now() + LATER, fetch))
     flights._forget("key", old)
-    (second,) = await started(flights.join("key", now() + LATER, fetch))
+    (second,) = await started(flights.join(OWNER, "key", now() + LATER, fetch))
     fetch.landing.set()
     assert (await first, await second) == (Landed("answer", False), Landed("answer", True))
 
@@ -343,7 +373,7 @@ async def test_close_cancels_what_is_in_the_air(flights: Flights[object], fetch:
             await asyncio.sleep(0)
             tidied.set()
 
-    callers = await started(flights.join("key", now(), tidy), flights.alone(fetch))
+    callers = await started(flights.join(OWNER, "key", now(), tidy), flights.alone(OWNER, fetch))
     await flights.close()
     assert tidied.is_set()
     assert len(flights) == 0
@@ -361,7 +391,7 @@ async def test_close_without_flights(flights: Flights[object]) -> None:
 
 async def test_a_close_that_is_cancelled(flights: Flights[object], fetch: Fetch) -> None:
     """Who stops waiting for the end has cancelled the fetches all the same."""
-    callers = await started(flights.alone(fetch))
+    callers = await started(flights.alone(OWNER, fetch))
     closing = asyncio.create_task(flights.close())
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from proxy.core.errors import Overloaded
-from proxy.flights import LINGER_S, Flights, Landed
+from proxy.core.identity import Partition
+from proxy.flights import LINGER_S, Flights, Landed, Owner
 
 KEY = "key"
+OWNER = Owner(Partition("a" * 32))
 
 
 class Fetch:
@@ -46,7 +48,7 @@ def now() -> float:
 @pytest.fixture
 def flights() -> Flights[str]:
     """Make flights of which those that bring `failed` have failed."""
-    return Flights(3, lambda value: value == "failed")
+    return Flights(3, lambda value: value == "failed", monotonic=now)
 
 
 @pytest.mark.parametrize(
@@ -58,40 +60,40 @@ def flights() -> Flights[str]:
 )
 async def test_a_landed_flight(flights: Flights[str], first: str, second: Landed[str]) -> None:
     """Who begins to look after a flight has landed shares its failure, and not its answer."""
-    assert await flights.join(KEY, now(), at_once(first)) == Landed(first, collapsed=False)
-    assert await flights.join(KEY, now() + 1e-6, at_once("new")) == second
+    assert await flights.join(OWNER, KEY, now(), at_once(first)) == Landed(first, collapsed=False)
+    assert await flights.join(OWNER, KEY, now() + 1e-6, at_once("new")) == second
 
 
 async def test_who_looked_before_it_landed_shares_it(flights: Flights[str]) -> None:
     """An answer that came between a caller's look and its joining is the caller's too."""
     since = now()
-    await flights.join(KEY, since, at_once("fine"))
-    assert await flights.join(KEY, since, at_once("new")) == Landed("fine", collapsed=True)
+    await flights.join(OWNER, KEY, since, at_once("fine"))
+    assert await flights.join(OWNER, KEY, since, at_once("new")) == Landed("fine", collapsed=True)
 
 
 async def test_a_failure_is_forgotten(flights: Flights[str]) -> None:
     """After `LINGER_S` a failure answers nobody any more, and takes no room."""
     loop = asyncio.get_running_loop()
-    await flights.join(KEY, now(), at_once("failed"))
+    await flights.join(OWNER, KEY, now(), at_once("failed"))
     forgotten = asyncio.Event()
     loop.call_later(LINGER_S, forgotten.set)
     await forgotten.wait()
-    assert await flights.join(KEY, now(), at_once("new")) == Landed("new", collapsed=False)
+    assert await flights.join(OWNER, KEY, now(), at_once("new")) == Landed("new", collapsed=False)
     assert len(flights._by_key) == 1
 
 
 async def test_a_failure_of_another_key_answers_nobody(flights: Flights[str]) -> None:
     """A caller of another key, for instance of another basis, does not get the failure."""
-    await flights.join((KEY, "before"), now(), at_once("failed"))
-    assert await flights.join((KEY, "after"), now(), at_once("new")) == Landed("new", collapsed=False)
+    await flights.join(OWNER, (KEY, "before"), now(), at_once("failed"))
+    assert await flights.join(OWNER, (KEY, "after"), now(), at_once("new")) == Landed("new", collapsed=False)
 
 
 async def test_begin_once(flights: Flights[str]) -> None:
     """However often a flight is begun, there is one; who joins it does not start another."""
     fetch = Fetch("fine")
     for _ in range(5):
-        flights.begin(KEY, fetch)
-    joined = asyncio.create_task(flights.join(KEY, now(), fetch))
+        flights.begin(OWNER, KEY, fetch)
+    joined = asyncio.create_task(flights.join(OWNER, KEY, now(), fetch))
     await asyncio.sleep(0)
     fetch.may_land.set()
     assert await joined == Landed("fine", collapsed=True)
@@ -103,10 +105,10 @@ async def test_begin_nothing_right_after(flights: Flights[str], value: str) -> N
     """A flight that has just landed, well or not, is not begun again: no storm of refreshes."""
     fetch = Fetch(value)
     fetch.may_land.set()
-    flights.begin(KEY, fetch)
-    await flights.join(KEY, now(), fetch)
+    flights.begin(OWNER, KEY, fetch)
+    await flights.join(OWNER, KEY, now(), fetch)
     for _ in range(5):
-        flights.begin(KEY, fetch)
+        flights.begin(OWNER, KEY, fetch)
     assert (fetch.calls, len(flights)) == (1, 0)
 
 
@@ -114,11 +116,11 @@ async def test_begin_nothing_where_there_is_no_room(flights: Flights[str]) -> No
     """A full house refuses whoever waits, and begins nothing for nobody, quietly."""
     fetches = [Fetch("fine") for _ in range(4)]
     for number, fetch in enumerate(fetches):
-        flights.begin(number, fetch)
+        flights.begin(OWNER, number, fetch)
     await asyncio.sleep(0)
     assert [fetch.calls for fetch in fetches] == [1, 1, 1, 0]
     with pytest.raises(Overloaded):
-        await flights.join("another", now(), at_once("fine"))
+        await flights.join(OWNER, "another", now(), at_once("fine"))
     await flights.close()
     assert len(flights) == 0
 
@@ -127,27 +129,27 @@ async def test_everybody_may_leave(flights: Flights[str]) -> None:
     """A flight goes on when all who wait are cancelled, and answers who comes later."""
     fetch = Fetch("fine")
     since = now()
-    waiting = [asyncio.create_task(flights.join(KEY, since, fetch)) for _ in range(3)]
+    waiting = [asyncio.create_task(flights.join(OWNER, KEY, since, fetch)) for _ in range(3)]
     await asyncio.sleep(0)
     for caller in waiting:
         caller.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert len(flights) == 1
     fetch.may_land.set()
-    assert await flights.join(KEY, since, fetch) == Landed("fine", collapsed=True)
+    assert await flights.join(OWNER, KEY, since, fetch) == Landed("fine", collapsed=True)
     assert fetch.calls == 1
 
 
 async def test_a_cancelled_flight_is_not_joined_again(flights: Flights[str]) -> None:
     """Cancelling a flight cancels who waits for it; the next caller starts another."""
     fetch = Fetch("fine")
-    waiting = asyncio.create_task(flights.join(KEY, now(), fetch))
+    waiting = asyncio.create_task(flights.join(OWNER, KEY, now(), fetch))
     await asyncio.sleep(0)
     (flight,) = (task for task in asyncio.all_tasks() if task.get_name() == "flight")
     flight.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert await flights.join(KEY, now() + 1e-6, at_once("new")) == Landed("new", collapsed=False)
+    assert await flights.join(OWNER, KEY, now() + 1e-6, at_once("new")) == Landed("new", collapsed=False)
 
 
 async def test_a_bug_in_what_nobody_waits_for_is_logged(
@@ -161,7 +163,7 @@ async def test_a_bug_in_what_nobody_waits_for_is_logged(
         raise ZeroDivisionError
 
     with caplog.at_level(logging.ERROR):
-        flights.begin(KEY, fetch)
+        flights.begin(OWNER, KEY, fetch)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     gc.collect()

@@ -41,7 +41,7 @@ from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
-from proxy.flights import Flights
+from proxy.flights import MOST_OF_ONE, Flights
 from proxy.readthrough import Failed, Fetched, ReadThrough, Served, is_failure
 
 NOW = 1_000_000.0
@@ -232,7 +232,7 @@ class Path:
         self.store = store
         self.upstream = upstream
         self.noted: list[Invalidation] = []
-        self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure)
+        self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
         self._readthrough = ReadThrough(
             store,
             upstream,
@@ -1002,6 +1002,32 @@ async def test_no_room_for_another_fetch(asked: Call, cache_status: str) -> None
     assert (failed.outcome, failed.cache_status) == (Outcome.NONE, cache_status)
     path.upstream.open.set()
     assert [served.status for served in await asyncio.gather(*waiting)] == [200, 200]
+
+
+def test_no_room_for_another_fetch_of_one_caller() -> None:
+    """Who waits for another replica counts; what is stale is served, writes and other callers have room."""
+
+    async def main() -> None:
+        path = Path(Store(missing()), Upstream(said()), most=10 * MOST_OF_ONE)
+        path.store.leases = [HeldElsewhere()]
+        waiting = await started(*(path.get(call(str(number))) for number in range(1, MOST_OF_ONE + 1)))
+        failed = await path.get(call("1000"))
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, Overloaded)
+        path.store.lookups = [Lookup(FALLBACK, BASIS)]
+        assert (await path.get(call("1000"))).cache_status == (
+            "snapshot-proxy; hit; ttl=-61; detail=stale-if-error"
+        )
+        assert path.upstream.asked == []
+        path.upstream.answers = [said(204, b""), said()]
+        assert isinstance(await path.delete(deletion("1000")), Served)
+        path.store.leases = [LEASE]
+        path.store.lookups = [missing()]
+        assert (await path.get(call(caller="b"))).outcome is Outcome.MISS
+        path.upstream.answers = [said(404, ERROR)]
+        assert {answer.outcome for answer in await asyncio.gather(*waiting)} == {Outcome.MISS}
+
+    run(main())
 
 
 async def test_a_caller_that_leaves_during_its_lookup() -> None:

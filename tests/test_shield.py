@@ -21,7 +21,6 @@ from proxy.core.events import Standing
 from proxy.core.identity import Partition
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
-from proxy.shield import MOST_CALLS
 
 OTHER = Partition("b" * 32)
 
@@ -182,29 +181,6 @@ def test_an_overload_starves_nobody() -> None:
         assert first.done()
         assert it.api.asked[2][1] == "99"
         await asyncio.sleep(20)
-
-    run(main())
-
-
-# -- bounds ------------------------------------------------------------------------------------------
-
-
-def test_the_calls_of_one_token_are_bounded() -> None:
-    """One more read than there may be is refused at once; a write and another token are not concerned."""
-
-    async def main() -> None:
-        it = gate(per_minute=10 * MOST_CALLS)
-        it.api.takes_s = 1.0
-        asking = [ask(it, number) for number in range(MOST_CALLS)]
-        await settle_down()
-        with pytest.raises(Overloaded) as caught:
-            await it.shield.ask(call())
-        assert caught.value.retry_after_s == 1
-        write = ask(it, call_class=CallClass.WRITE)
-        other = asyncio.create_task(it.shield.ask(call(partition=OTHER)))
-        assert {await outcome(each) for each in (*asking, write, other)} == {200}
-        assert await outcome(ask(it)) == 200
-        assert it.shield._lines == {}
 
     run(main())
 

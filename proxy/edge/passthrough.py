@@ -32,7 +32,7 @@ from proxy.core.passthrough import (
 )
 from proxy.core.quota import CallClass
 from proxy.edge.connection import Handler
-from proxy.flights import Flights
+from proxy.flights import Flights, Owner
 from proxy.readthrough import Fetched, ReadThrough
 from proxy.shield import Shield
 from proxy.upstream import Streamed, Upstream, ratelimit
@@ -61,20 +61,23 @@ class Passthrough:
 
         It runs in a task of its own: a caller who leaves does not keep a write from being taken note of.
         """
+        call_class = CallClass.MISS if forwarding.method in ("GET", "HEAD") else CallClass.WRITE
+        owner = Owner(forwarding.partition, writes=call_class is CallClass.WRITE)
         try:
-            return await self._flights.alone(partial(self._forward, request, forwarding))
+            return await self._flights.alone(owner, partial(self._forward, request, forwarding, call_class))
         except Exception:
             # What was written cannot be taken back: only an end before its time tells that it is not all.
             if request.writer.output_size and request.transport is not None:
                 request.transport.abort()
             raise
 
-    async def _forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
+    async def _forward(
+        self, request: web.BaseRequest, forwarding: Forwarding, call_class: CallClass
+    ) -> web.StreamResponse:
         body = _Body(request, self._read_timeout_s) if request.body_exists else None
         ended = None
         told = False
         try:
-            call_class = CallClass.MISS if forwarding.method in ("GET", "HEAD") else CallClass.WRITE
             async with (
                 self._shield.admitted(
                     forwarding.token, forwarding.partition, forwarding.caller, call_class
