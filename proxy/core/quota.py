@@ -26,6 +26,10 @@ HOUR_BUCKETS = 120
 PAUSES = 12
 """Part of a minute that a token rests where nobody said for how long: 5 s."""
 
+TURN_S = 2.0
+"""A call that goes alone holds the others back for so long at most: its replica may have died, or the news
+of its answer be lost on the way to the ledger."""
+
 _REFRESH_SHARE = 0.9
 _STRETCH_FROM = 0.5
 _STRETCH_TO = 0.1
@@ -145,7 +149,7 @@ class Ledger:
         if admitted.probe:
             self._probe_until = admitted.at
         elif alone:
-            self._alone_until = admitted.at
+            self._alone_until = self._turn_ends(admitted)
         return admitted
 
     def foresee(self, now: float, call_class: CallClass, need: int = 1) -> Postponed | None:
@@ -178,6 +182,10 @@ class Ledger:
         shared = self._others_at is not None and now - self._others_at < hour.length_s
         return shared and now - self._told_at > minute.bucket_s and call_class is not CallClass.REFRESH
 
+    def _turn_ends(self, admitted: Admitted) -> float:
+        """Say until when an admitted call goes alone, if it does and is not answered."""
+        return admitted.at - max(self._call_s - TURN_S, 0.0)
+
     # -- what became of it -----------------------------------------------------------------------
 
     def count(self, now: float, calls: int = 1) -> Admitted:
@@ -192,7 +200,7 @@ class Ledger:
         """Take back an admission that was not used."""
         for count in self._counts:
             count.take(admitted.at, admitted.calls)
-        if self._alone_until == admitted.at:
+        if self._alone_until == self._turn_ends(admitted):
             self._alone_until = 0.0
         if self._probe_until == admitted.at:
             self._probe_until = 0.0
@@ -210,7 +218,7 @@ class Ledger:
         if admitted.probe and self._probe_until == admitted.at:  # else there was another 429 meanwhile
             self._probe_until = 0.0 if answered else now + self._counts[0].window.length_s / PAUSES
             self._cool_until = None if answered else self._cool_until
-        if self._alone_until == admitted.at:
+        if self._alone_until == self._turn_ends(admitted):
             self._alone_until = 0.0
         if remaining_told is not None:
             self._reconcile(now, remaining_told)

@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from proxy.core.identity import Partition
-from proxy.core.quota import PAUSES, Admitted, CallClass, Limits, Postponed
+from proxy.core.quota import PAUSES, TURN_S, Admitted, CallClass, Limits, Postponed
 from proxy.storage.keys import Keys
 from proxy.storage.link import Command, Link, Unavailable
 
@@ -72,6 +72,9 @@ local function wait(window, ceiling, need)
   end
   return window.length
 end
+local function turn_ends(at)
+  return tonumber(string.format('%.6f', at - math.max(call - {TURN_S}, 0)))
+end
 local function left(window)
   return math.max(window.limit - window.total, 0)
 end
@@ -112,7 +115,7 @@ if question == 'admit' then
   local at = tonumber(string.format('%.6f', now + call))
   add(minute, at, 1)
   add(hour, at, 1)
-  if fields.C then set('P', at) elseif alone then set('A', at) end
+  if fields.C then set('P', at) elseif alone then set('A', turn_ends(at)) end
   if not fields.B then set('B', now) end
   redis.call('EXPIRE', key, ARGV[4])
   return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, fields.K and 1 or 0,
@@ -123,7 +126,7 @@ if question == 'give back' then
   local at = tonumber(ARGV[11])
   take(minute, at)
   take(hour, at)
-  if fields.A == at then set('A', nil) end
+  if fields.A == turn_ends(at) then set('A', nil) end
   if fields.P == at then set('P', nil) end
   return {{}}
 end
@@ -141,7 +144,7 @@ if question == 'settle' then
       set('P', now + minute.length / {PAUSES})
     end
   end
-  if fields.A == at then set('A', nil) end
+  if fields.A == turn_ends(at) then set('A', nil) end
   if told then
     local missing = hour.limit - hour.total - told
     if missing > 0 then

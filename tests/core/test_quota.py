@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.quota import (
+    TURN_S,
     Admitted,
     CallClass,
     Ledger,
@@ -277,7 +278,7 @@ def test_others_are_asked_for_before_a_burst() -> None:
     now = NOON + 5
     first = ledger.admit(now, MISS)
     assert isinstance(first, Admitted)
-    assert ledger.admit(now, MISS) == Postponed(CALL_S, "turn")
+    assert ledger.admit(now, MISS) == Postponed(TURN_S, "turn")
     assert isinstance(ledger.admit(now, REFRESH), Admitted), "a refresh leaves a margin"
     ledger.settle(first, now, 28)
     assert isinstance(ledger.admit(now, MISS), Admitted)
@@ -322,18 +323,25 @@ def test_with_others_the_minute_holds(steps: list[tuple[float, int, int]]) -> No
 
 
 def test_a_ledger_without_history_goes_one_by_one() -> None:
-    """Until the upstream tells where the token stands; a call without answer blocks for its own time."""
+    """Until the upstream tells where the token stands; a call without answer blocks for a moment."""
     ledger = Ledger(LIMITS, call_s=CALL_S)
     assert isinstance(ledger.admit(NOON, MISS), Admitted)
-    assert ledger.admit(NOON + 2, WRITE) == Postponed(CALL_S - 2, "turn")
-    second = ledger.admit(NOON + CALL_S, MISS)
+    assert ledger.admit(NOON + 1, WRITE) == Postponed(TURN_S - 1, "turn")
+    second = ledger.admit(NOON + TURN_S, MISS)
     assert isinstance(second, Admitted)
-    assert isinstance(ledger.admit(NOON + CALL_S, MISS), Postponed)
-    ledger.settle(second, NOON + 9, None)
-    third = ledger.admit(NOON + 9, MISS)
+    assert isinstance(ledger.admit(NOON + TURN_S, MISS), Postponed)
+    ledger.settle(second, NOON + 3, None)
+    third = ledger.admit(NOON + 3, MISS)
     assert isinstance(third, Admitted)
-    ledger.settle(third, NOON + 9, 37)
-    assert [isinstance(ledger.admit(NOON + 9, MISS), Admitted) for _ in range(2)] == [True, True]
+    ledger.settle(third, NOON + 3, 37)
+    assert [isinstance(ledger.admit(NOON + 3, MISS), Admitted) for _ in range(2)] == [True, True]
+
+
+def test_a_call_shorter_than_a_turn_is_all_of_it() -> None:
+    """Nobody waits for an answer that cannot come any more."""
+    ledger = Ledger(LIMITS, call_s=1.0)
+    assert isinstance(ledger.admit(NOON, MISS), Admitted)
+    assert ledger.admit(NOON, MISS) == Postponed(1.0, "turn")
 
 
 def test_following_another_ledger() -> None:
