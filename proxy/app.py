@@ -21,6 +21,7 @@ from proxy.accounts import Accounts
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
 from proxy.callers import Callers
+from proxy.closing import Closing
 from proxy.core.errors import ProxyError, SettingsError
 from proxy.core.events import RequestDone
 from proxy.core.identity import Keyring
@@ -49,6 +50,7 @@ _TLS_RELOAD_S = 2.0
 _HANDSHAKE_S = 5.0  # what is no connection of ours yet holds a descriptor for so long at most
 _ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64)
 _MARGIN_S = 60
+_LAST_WORDS_S = 1.0  # of a drain, after the last wait: Redis is told, answers are written
 _SPARE_FILES = 256
 _LOG = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class App:
         self._cleanup = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
         self._ready = False
+        self._closing = Closing(time.monotonic)
         self._server: asyncio.Server
         self._listener: Listener
 
@@ -91,7 +94,10 @@ class App:
             raise
 
     async def stop(self, *, lame_duck: bool) -> None:
-        """Stop without losing a request: not ready, lame duck, drain, close."""
+        """Stop without losing a request: not ready, lame duck, drain, close.
+
+        When the drain begins, whoever waits is told by when it has to be answered.
+        """
         settings = self._settings.server
         self._ready = False
         self._listener.draining = True
@@ -99,7 +105,9 @@ class App:
         if lame_duck:
             await asyncio.sleep(settings.lame_duck_s)
         self._server.close()
-        await self._listener.drain(settings.drain_s)
+        drain_s = settings.drain_s
+        self._closing.announce(time.monotonic() + drain_s - min(_LAST_WORDS_S, drain_s / 2))
+        await self._listener.drain(drain_s)
         await self._close()
         announce(_LOG, "stopped")
 
@@ -146,6 +154,7 @@ class App:
             max_wait_s=settings.quota.max_wait_s,
             observe=metrics.observe,
             monotonic=time.monotonic,
+            closing=self._closing,
         )
         log = access_log(settings.log.access)
 
@@ -297,6 +306,7 @@ class App:
             previous_partition=None if previous is None else previous.partition,
             observe=metrics.observe,
             monotonic=monotonic,
+            closing=self._closing,
         )
 
     async def _serve_admin(self, metrics: Metrics, readthrough: ReadThrough) -> str:

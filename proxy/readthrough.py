@@ -13,6 +13,7 @@ from http import HTTPStatus
 from random import random
 from typing import NamedTuple, Protocol
 
+from proxy.closing import Closing
 from proxy.core.entry import (
     UNAVAILABLE,
     Basis,
@@ -32,6 +33,7 @@ from proxy.core.errors import (
     UpstreamDisconnected,
     UpstreamError,
     UpstreamFailedElsewhere,
+    UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnexplained,
@@ -210,6 +212,7 @@ class ReadThrough:
         max_wait_s: float,
         observe: Callable[[Invalidation], None],
         monotonic: Callable[[], float],
+        closing: Closing,
         clock: Callable[[], float] = time.time,
         draw: Callable[[], float] = random,
     ) -> None:
@@ -221,6 +224,7 @@ class ReadThrough:
         self._deadline_s = max_wait_s + total_timeout_s
         self._observe = observe
         self._monotonic = monotonic
+        self._closing = closing
         self._clock = clock
         self._draw = draw
         self._ended = 0
@@ -408,7 +412,7 @@ class ReadThrough:
                     break
                 case HeldElsewhere() if manner is _FOR_NOBODY:
                     return NotCached("another replica refreshes it")
-                case HeldElsewhere() | Superseded() if self._monotonic() > give_up:
+                case HeldElsewhere() | Superseded() if self._monotonic() > min(give_up, self._closing.due):
                     return UpstreamTimeout(
                         "another replica asks, and got no answer in time", proxy_error="http_response_timeout"
                     )
@@ -568,9 +572,9 @@ def _is_from_elsewhere(result: Fetched | ProxyError) -> bool:
 
 
 def _record(result: Fetched | ProxyError) -> Record | None:
-    """Give what those who wait elsewhere may share: not what is stored, or came of asking nobody."""
+    """Give what those who wait elsewhere may share: not what is stored, nor what is our own doing."""
     match result:
-        case Fetched(stored=True) | QuotaSpent() | Overloaded() | UpstreamPaused():
+        case Fetched(stored=True) | QuotaSpent() | Overloaded() | UpstreamPaused() | UpstreamGivenUp():
             return None
         case Fetched():
             return Record(result.status, result.body, result.retry_after_s)

@@ -1,26 +1,37 @@
 """The gate around the upstream: no call passes beyond the token's quota, nor during a cool-down or an outage.
 
 It is an Upstream that wraps the real one. A call asks the token's account first, waits for its turn where
-that comes soon, and tells the account afterwards.
+that comes soon, and tells the account afterwards. Where the process ends before there is room, and time for
+the call, it is refused as where there is none; what is in the air at the end is given up.
 """
 
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from http import HTTPStatus
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from proxy.accounts import Account, Accounts, Settlement, Turn
+from proxy.closing import Closing
 from proxy.core.breaker import Breaker
-from proxy.core.errors import Overloaded, QuotaSpent, UpstreamPaused, UpstreamTimeout, UpstreamUnreachable
+from proxy.core.errors import (
+    Overloaded,
+    QuotaSpent,
+    UpstreamGivenUp,
+    UpstreamPaused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from proxy.core.events import QuotaWait, Standing
 from proxy.core.identity import Partition, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import Call
+
+T = TypeVar("T")
 
 _STRANGERS = Account(Partition("strangers"), "")
 """The account that all tokens share which the upstream never took."""
@@ -55,6 +66,7 @@ class Shield:
         previous_partition: Callable[[Token], Partition] | None,
         observe: Callable[[QuotaWait], None],
         monotonic: Callable[[], float],
+        closing: Closing,
     ) -> None:
         self._upstream = upstream
         self._accounts = accounts
@@ -65,6 +77,7 @@ class Shield:
         self._previous_partition = previous_partition
         self._observe = observe
         self._monotonic = monotonic
+        self._closing = closing
         self._lines: dict[tuple[Partition, bool], _Line] = {}
         self._breaker = Breaker()
 
@@ -99,7 +112,7 @@ class Shield:
         """
         passing = self.admitted(call.token, call.key.partition, call.caller, call_class, patient=patient)
         async with passing as passage:
-            answer = await self._upstream.ask(call, passage.deadline, validator)
+            answer = await passage.wait_for(self._upstream.ask(call, passage.deadline, validator))
             passage.answered(answer.status, answer.ratelimit, answer.retry_after_s)
             return replace(answer, remaining_share=passage.remaining_share)
 
@@ -166,14 +179,16 @@ class Shield:
         try:
             if line.queue[0] is not place:
                 await self._refuse_the_hopeless(asker, len(line.queue))
-                await asyncio.wait({place}, timeout=max(asker.give_up - self._monotonic(), 0.0))
-                if not place.done():
-                    raise QuotaSpent(line.postponed.window, line.postponed.wait_s)
+                try:
+                    async with self._closing.timeout(self._left_s(asker), spare_s=self._total_timeout_s):
+                        await place
+                except TimeoutError:
+                    raise QuotaSpent(line.postponed.window, line.postponed.wait_s) from None
                 answered = line.answered
                 decision = await self._accounts.admit(asker.account, asker.call_class)
             while isinstance(decision, Postponed):
                 line.postponed = decision
-                await self._pause(decision, answered, asker.give_up)
+                await self._pause(asker, decision, answered)
                 answered = line.answered
                 decision = await self._accounts.admit(asker.account, asker.call_class)
             return decision
@@ -185,19 +200,24 @@ class Shield:
         postponed = await self._accounts.foresee(asker.account, asker.call_class, need)
         if postponed is None or postponed.window == "turn":
             return
-        if postponed.wait_s > asker.give_up - self._monotonic():
+        if postponed.wait_s > self._left_s(asker):
             raise QuotaSpent(postponed.window, postponed.wait_s)
 
-    async def _pause(self, postponed: Postponed, answered: asyncio.Event, give_up: float) -> None:
+    async def _pause(self, asker: "_Asker", postponed: Postponed, answered: asyncio.Event) -> None:
         """Wait until it makes sense to ask again: an answer may come before the time."""
-        left_s = give_up - self._monotonic()
+        left_s = self._left_s(asker)
         turn = postponed.window == "turn"
-        if left_s <= 0 or (postponed.wait_s > left_s and not turn):
+        if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not turn):
             raise QuotaSpent(postponed.window, postponed.wait_s)
         pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
+        pause_s = max(pause_s, _SHORTEST_PAUSE_S)
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(pause_s, _SHORTEST_PAUSE_S)):
+            async with self._closing.timeout(pause_s, spare_s=self._total_timeout_s):
                 await answered.wait()
+
+    def _left_s(self, asker: "_Asker") -> float:
+        """Tell how long it may wait yet: there has to be time for its call before answers are due."""
+        return min(asker.give_up, self._closing.due - self._total_timeout_s) - self._monotonic()
 
     async def _let_a_stranger_in(self, account: Account, turn: Turn) -> None:
         """Count a call of a token that was never accepted against what these share. Raises Overloaded."""
@@ -215,7 +235,8 @@ class Shield:
     @asynccontextmanager
     async def _passage(self, account: Account, turn: Turn) -> AsyncIterator["Passage"]:
         probe = self._breaker.begin(self._monotonic())
-        passage = Passage(self._monotonic() + self._total_timeout_s, self._share_of(turn.remaining))
+        deadline = self._monotonic() + self._total_timeout_s
+        passage = Passage(deadline, self._share_of(turn.remaining), self._closing)
         try:
             yield passage
         except (UpstreamTimeout, UpstreamUnreachable):
@@ -242,14 +263,26 @@ class Shield:
 class Passage:
     """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went."""
 
-    __slots__ = ("deadline", "remaining_share", "remaining_told", "retry_after_s", "status")
+    __slots__ = ("_closing", "deadline", "remaining_share", "remaining_told", "retry_after_s", "status")
 
-    def __init__(self, deadline: float, remaining_share: float) -> None:
+    def __init__(self, deadline: float, remaining_share: float, closing: Closing) -> None:
         self.deadline = deadline
         self.remaining_share = remaining_share
+        self._closing = closing
         self.status: int | None = None
         self.remaining_told: int | None = None
         self.retry_after_s: int | None = None
+
+    async def wait_for(self, answer: Awaitable[T]) -> T:
+        """Wait for the upstream's answer until ours is due. Raises UpstreamGivenUp."""
+        try:
+            async with self._closing.timeout():
+                return await answer
+        except TimeoutError:  # the upstream's own are UpstreamTimeouts
+            raise UpstreamGivenUp(
+                "this replica stops, and the upstream did not answer before; try again",
+                proxy_error="http_response_timeout",
+            ) from None
 
     def answered(self, status: int, ratelimit: Iterable[tuple[str, str]], retry_after_s: int | None) -> None:
         """Take note of the answer's status and of what it says about the quota."""

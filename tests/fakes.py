@@ -8,6 +8,7 @@ from itertools import count
 from typing import NamedTuple
 
 from proxy.accounts import Accounts
+from proxy.closing import Closing
 from proxy.core.events import QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer
@@ -151,6 +152,7 @@ class Gate(NamedTuple):
     ledger: FakeLedger
     strangers: FakeLedger
     waits: list[QuotaWait]
+    closing: Closing
 
 
 def gate(
@@ -171,6 +173,7 @@ def gate(
         ledger.known.add(SOMEBODY)
         ledger.of(SOMEBODY).follow(_now(), (per_minute, 5000))
     waits: list[QuotaWait] = []
+    closing = Closing(_now)
     shield = Shield(
         api,
         accounts(ledger, replicas=replicas),
@@ -181,8 +184,9 @@ def gate(
         previous_partition=previous,
         observe=waits.append,
         monotonic=_now,
+        closing=closing,
     )
-    return Gate(shield, api, ledger, strangers, waits)
+    return Gate(shield, api, ledger, strangers, waits, closing)
 
 
 def _now() -> float:

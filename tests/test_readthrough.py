@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 from virtual import now, run
 
+from proxy.closing import Closing
 from proxy.core.entry import (
     UNAVAILABLE,
     Basis,
@@ -28,6 +29,7 @@ from proxy.core.errors import (
     UpstreamDisconnected,
     UpstreamError,
     UpstreamFailedElsewhere,
+    UpstreamGivenUp,
     UpstreamInvalid,
     UpstreamPaused,
     UpstreamTimeout,
@@ -75,6 +77,7 @@ REFUSAL = Entry(401, ERROR, etag_of(ERROR), NOW, Lifetimes(10))
 LEASE = Leased(b"lease", b"owner")
 DISCONNECTED = UpstreamDisconnected("gone", proxy_error="connection_terminated")
 TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
+GIVEN_UP = UpstreamGivenUp("the end", proxy_error="http_response_timeout")
 
 
 # -- a store, an upstream, a caller ---------------------------------------------------------------
@@ -232,6 +235,7 @@ class Path:
         self.store = store
         self.upstream = upstream
         self.noted: list[Invalidation] = []
+        self.closing = Closing(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
         self._readthrough = ReadThrough(
             store,
@@ -250,6 +254,7 @@ class Path:
             max_wait_s=MAX_WAIT_S,
             observe=self.noted.append,
             monotonic=now,
+            closing=self.closing,
             clock=lambda: NOW,
             draw=lambda: 0.0,
         )
@@ -700,6 +705,32 @@ def test_nobody_waits_for_another_replica_for_ever() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("announced_at_s", [0.0, 2.0], ids=["who-comes", "who-waits"])
+@pytest.mark.parametrize(
+    ("found", "status", "outcome"),
+    [
+        pytest.param(None, 504, Outcome.MISS, id="nothing-to-serve"),
+        pytest.param(FALLBACK, 200, Outcome.STALE, id="something-stale"),
+    ],
+)
+def test_nobody_waits_for_another_replica_beyond_the_end(
+    found: Entry | None, status: int, outcome: Outcome, announced_at_s: float
+) -> None:
+    """What this one can say by itself it says when its answers are due."""
+
+    async def main() -> None:
+        path, began = Path(Store(Lookup(found, BASIS)), Upstream(said())), now()
+        path.store.leases = [HeldElsewhere()]
+        asyncio.get_running_loop().call_later(announced_at_s, path.closing.announce, began + 3)
+        answer = await path.get(call())
+        assert 0 <= now() - began - 3 < 0.1
+        assert (answer.error.status if isinstance(answer, Failed) else answer.status) == status
+        assert answer.outcome is outcome
+        assert path.upstream.asked == []
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("answer", "takes", "record"),
     [
@@ -715,6 +746,7 @@ def test_nobody_waits_for_another_replica_for_ever() -> None:
         ),
         pytest.param(QuotaSpent("minute", 3), True, None, id="nobody-was-asked"),
         pytest.param(PAUSED, True, None, id="paused"),
+        pytest.param(GIVEN_UP, True, None, id="this-replica-stops"),
     ],
 )
 async def test_what_is_left_for_those_who_wait_elsewhere(
@@ -1212,6 +1244,7 @@ async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
     ("answer", "error", "ended"),
     [
         pytest.param(TIMEOUT, UpstreamTimeout, FOR_ALL, id="timeout"),
+        pytest.param(GIVEN_UP, UpstreamGivenUp, FOR_ALL, id="this-replica-stops"),
         pytest.param(RESET, UpstreamUnreachable, FOR_ALL, id="reset"),
         pytest.param(DISCONNECTED, UpstreamDisconnected, FOR_ALL, id="disconnected"),
         pytest.param(said(302), UpstreamInvalid, FOR_ALL, id="redirect"),

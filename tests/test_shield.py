@@ -13,6 +13,7 @@ from proxy.core.errors import (
     Overloaded,
     ProxyError,
     QuotaSpent,
+    UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnreachable,
@@ -462,6 +463,108 @@ def test_strangers_are_limited_without_redis_too() -> None:
         it.api.answer = None
         assert await outcome(ask(it)) == 200
         assert (await it.shield.ask(call(partition=OTHER))).status == 200
+
+    run(main())
+
+
+# -- the end of the process --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("due_s", "called_at_s", "refused_at_s"),
+    [
+        pytest.param(21.0, [6.1, 6.1, 12.2, 12.2, 18.3], [], id="time-for-all"),
+        pytest.param(15.0, [6.1, 6.1, 12.2, 12.2], [12.2], id="for-some"),
+        pytest.param(8.0, [], [1.0] * 5, id="a-moment-too-early"),
+        pytest.param(2.5, [], [0.5] * 5, id="before-anybody-asks-again"),
+        pytest.param(1.0, [], [0.25] * 5, id="too-early-for-any-call"),
+    ],
+)
+def test_whoever_waits_for_the_window_at_the_end(
+    due_s: float, called_at_s: list[float], refused_at_s: list[float]
+) -> None:
+    """Who is admitted has the whole time of a call before answers are due; the others are told before."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=2, max_wait_s=30.0), now()
+        refused: list[float] = []
+
+        async def wait(number: int) -> None:
+            with suppress(QuotaSpent):
+                await it.shield.ask(call(number))
+                return
+            refused.append(round(now() - began, 3))
+
+        await asyncio.gather(ask(it), ask(it))
+        asyncio.get_running_loop().call_later(0.25, it.closing.announce, began + due_s)
+        await asyncio.gather(*(wait(number) for number in range(5)))
+        assert [round(at - began, 3) for at, _ in it.api.asked[2:]] == called_at_s
+        assert refused == refused_at_s
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_whoever_waits_for_a_turn_at_the_end() -> None:
+    """First in line or not: nobody sleeps past the moment at which there is no time left for its call."""
+
+    async def main() -> None:
+        it, began = gate(known=False), now()
+        it.api.takes_s = 1.9
+        first, *waiting = [ask(it, number) for number in range(4)]
+        asyncio.get_running_loop().call_later(0.25, it.closing.announce, began + 3.0)
+        await asyncio.wait(waiting)
+        assert round(now() - began, 3) == 1.0
+        assert [(await outcome(each))[0] for each in waiting] == [QuotaSpent] * 3  # type: ignore[index]
+        assert await outcome(first) == 200
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_whoever_comes_at_the_end() -> None:
+    """Where there is room it is asked for; where there is none there is no time to wait for it."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=2), now()
+        it.closing.announce(began + 1.0)
+        it.api.takes_s = 0.5
+        going = [ask(it, number) for number in range(2)]
+        await settle_down()
+        refused = [ask(it, number) for number in range(3)]
+        assert [await outcome(each) for each in refused] == [(QuotaSpent, 8.1)] * 3
+        assert now() == began
+        assert [await outcome(each) for each in going] == [200, 200]
+
+    run(main())
+
+
+@pytest.mark.parametrize("call_class", [CallClass.MISS, CallClass.WRITE], ids=["read", "write"])
+@pytest.mark.parametrize(
+    ("announced_at_s", "given_up_at_s"),
+    [
+        pytest.param(0.0, 1.5, id="sent-in-the-drain"),
+        pytest.param(1.0, 1.5, id="sent-before"),
+        pytest.param(1.7, 1.7, id="too-late"),
+    ],
+)
+def test_what_is_in_the_air_at_the_end(
+    announced_at_s: float, given_up_at_s: float, call_class: CallClass
+) -> None:
+    """It is given up when answers are due. That says nothing about the upstream, and the call counts."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=2 * FAILURES), now()
+        it.api.takes_s = 1.9
+        asyncio.get_running_loop().call_later(announced_at_s, it.closing.announce, began + 1.5)
+        await asyncio.sleep(0)
+        asking = [ask(it, number, call_class=call_class) for number in range(FAILURES)]
+        assert [await outcome(each) for each in asking] == [(UpstreamGivenUp, 0.0)] * FAILURES
+        assert round(now() - began, 3) == given_up_at_s
+        assert len(it.api.asked) == FAILURES
+        assert not it.shield.breaker_open
+        assert it.ledger.of(SOMEBODY).remaining()[0] == FAILURES
+        assert it.shield._lines == {}
 
     run(main())
 

@@ -212,6 +212,13 @@ class UpstreamTimeout(UpstreamError):
     id = "upstream_timeout"
 
 
+class UpstreamGivenUp(UpstreamError):
+    """The upstream was asked and may yet answer, but this process ends, and cannot wait for that."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    id = "upstream_timeout"
+
+
 class UpstreamFailedElsewhere(UpstreamError):
     """Another replica asked for the same, a moment ago: this is the error that it got."""
 

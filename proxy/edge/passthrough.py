@@ -6,6 +6,7 @@ begins, and where no answer comes.
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from functools import partial
 from http import HTTPStatus
 
@@ -82,8 +83,11 @@ class Passthrough:
                 self._shield.admitted(
                     forwarding.token, forwarding.partition, forwarding.caller, call_class
                 ) as passage,
-                self._upstream.stream(forwarding, body) as answer,
+                AsyncExitStack() as streaming,
             ):
+                answer = await passage.wait_for(
+                    streaming.enter_async_context(self._upstream.stream(forwarding, body))
+                )
                 headers = CIMultiDict(answer.headers)
                 passage.answered(
                     answer.status, ratelimit(headers), parse_retry_after(headers.get("Retry-After", ""))

@@ -1,0 +1,40 @@
+"""When this process ends, as far as those who wait have to know: by then each has to have its answer.
+
+Nobody knows until it is announced. From then on nothing is waited for beyond that moment, neither by those
+who come nor by those who have been waiting for long. Whoever has something else to do after its wait gives
+it up so much earlier.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+
+class Closing:
+    """The moment at which all answers are `due`, in `monotonic` seconds: never, until it is announced."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self.due = math.inf
+        self._monotonic = monotonic
+        self._waits: dict[asyncio.Timeout, float] = {}
+
+    def announce(self, due: float) -> None:
+        """Say when answers are due, and shorten the waits that would last longer."""
+        self.due = due
+        soonest = asyncio.get_running_loop().time() + due - self._monotonic()
+        for timeout, spare_s in self._waits.items():
+            ends = timeout.when()
+            if not timeout.expired() and (ends is None or ends > soonest - spare_s):
+                timeout.reschedule(soonest - spare_s)
+
+    @asynccontextmanager
+    async def timeout(self, within_s: float = math.inf, *, spare_s: float = 0.0) -> AsyncIterator[None]:
+        """End what is inside by TimeoutError: after `within_s`, or `spare_s` before answers are due."""
+        within_s = min(within_s, self.due - spare_s - self._monotonic())
+        async with asyncio.timeout(None if within_s == math.inf else within_s) as timeout:
+            self._waits[timeout] = spare_s
+            try:
+                yield
+            finally:
+                del self._waits[timeout]
