@@ -21,10 +21,12 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from proxy.core.events import (
+    By,
     Cause,
     Invalidation,
     Outcome,
     QuotaWait,
+    Refreshed,
     RequestDone,
     Standing,
     StoreOperation,
@@ -88,6 +90,10 @@ class Metrics:
         self._invalidations = self._counter(
             "invalidations", "Times that entries ended before their time, by what ended them.", "cause"
         )
+        self._refreshes = self._counter(
+            "refreshes", "Calls that refreshed snapshots before anybody had to wait for them.", "by"
+        )
+        self._refreshed = self._counter("refreshed_snapshots", "Snapshots that these calls refreshed.", "by")
         self._quota_wait = self._histogram(
             "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
         )
@@ -100,6 +106,9 @@ class Metrics:
             self._avoided.labels(reason)
         for cause in get_args(Cause):
             self._invalidations.labels(cause)
+        for by in get_args(By):
+            self._refreshes.labels(by)
+            self._refreshed.labels(by)
         for outcome in ("ok", "timeout", "error"):
             self._store_operations.labels("end", outcome)
 
@@ -127,7 +136,9 @@ class Metrics:
             self._watched[name].set_function(read)
         self._quotas.watch(standings, quota_limits)
 
-    def observe(self, event: RequestDone | UpstreamCall | StoreOperation | Invalidation | QuotaWait) -> None:
+    def observe(
+        self, event: RequestDone | UpstreamCall | StoreOperation | Invalidation | QuotaWait | Refreshed
+    ) -> None:
         """Count what happened."""
         match event:
             case RequestDone():
@@ -147,6 +158,9 @@ class Metrics:
                 self._store_operations.labels(event.operation, event.outcome).inc()
             case Invalidation():
                 self._invalidations.labels(event.cause).inc()
+            case Refreshed():
+                self._refreshes.labels(event.by).inc()
+                self._refreshed.labels(event.by).inc(event.snapshots)
             case QuotaWait():
                 self._quota_wait.observe(event.seconds)
             case _:

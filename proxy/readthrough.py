@@ -6,7 +6,7 @@ how they do it is their affair. Every way out is a `Served` or a `Failed`, and t
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
@@ -38,7 +38,7 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnexplained,
 )
-from proxy.core.events import Invalidation, Outcome
+from proxy.core.events import Invalidation, Outcome, Refreshed
 from proxy.core.http import Detail, Forwarded, Why, hit
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
@@ -59,7 +59,8 @@ from proxy.core.policy import (
     on_lookup,
 )
 from proxy.core.quota import CallClass
-from proxy.core.request import Call
+from proxy.core.refresh import PAGE, Hot
+from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.flights import Flights, Landed, Owner
 
 _LEASE_RENEWAL_S = 0.5
@@ -178,6 +179,9 @@ class Fetched:
     body: bytes
     entry: Entry | None = None
     stored: bool = False
+    on_page: Collection[str] = ()
+    """The snapshots that came with a list."""
+
     revalidated: bool = False
     elsewhere: bool = False
     """Another replica fetched it."""
@@ -210,7 +214,7 @@ class ReadThrough:
         *,
         total_timeout_s: float,
         max_wait_s: float,
-        observe: Callable[[Invalidation], None],
+        observe: Callable[[Invalidation | Refreshed], None],
         monotonic: Callable[[], float],
         closing: Closing,
         clock: Callable[[], float] = time.time,
@@ -227,6 +231,7 @@ class ReadThrough:
         self._closing = closing
         self._clock = clock
         self._draw = draw
+        self._hot = Hot()
         self._ended = 0
         """So many times something ended: where no stamps tell it, nobody joins a flight from before one."""
 
@@ -241,12 +246,12 @@ class ReadThrough:
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
+                self._take_note(call.key, entry, now)
                 return _from_entry(entry, now)
             case HitThenRevalidate(entry):
+                self._take_note(call.key, entry, now)
                 if not call.directives.no_store:
-                    refresh = partial(self._fly, call, lookup, _FOR_NOBODY)
-                    flight = self._flight(call, lookup.basis, _FOR_NOBODY)
-                    self._flights.begin(Owner(call.key.partition), flight, refresh)
+                    self._refresh(call, lookup, now)
                 return _from_entry(entry, now)
             case Forward(why, fallback):
                 why = Why.BYPASS if lookup.unavailable else why
@@ -306,6 +311,55 @@ class ReadThrough:
         if snapshot_ids is None:
             return await self._store.end_everything()
         return await self._store.end_snapshots(snapshot_ids)
+
+    def _take_note(self, key: EntryKey | ListKey, entry: Entry, now: float) -> None:
+        if isinstance(key, EntryKey) and entry.status == HTTPStatus.OK:
+            self._hot.read(key, entry, now)
+
+    def _refresh(self, call: Call, lookup: Lookup, now: float) -> None:
+        """Fetch for nobody: what `call` reads, or the caller's list where that refreshes several at once."""
+        by = self._hot.plan(call.key, now) if isinstance(call.key, EntryKey) else "single"
+        if by == "list":
+            page = replace(
+                call, target=PAGE, key=ListKey(call.key.partition, PAGE.text), directives=NO_DIRECTIVES
+            )
+            flight: Hashable = page.key, _FOR_NOBODY
+            refresh = partial(self._refresh_by_list, page, call, lookup)
+        else:
+            flight = self._flight(call, lookup.basis, _FOR_NOBODY)
+            refresh = partial(self._refresh_alone, call, lookup)
+        self._flights.begin(Owner(call.key.partition), flight, refresh)
+
+    async def _refresh_alone(self, call: Call, lookup: Lookup) -> Fetched | ProxyError:
+        """Refresh one. Runs in a flight."""
+        result = await self._fly(call, lookup, _FOR_NOBODY)
+        if isinstance(result, Fetched) and not result.elsewhere:
+            self._observe(Refreshed("single", 1))
+        return result
+
+    async def _refresh_by_list(self, page: Call, call: Call, lookup: Lookup) -> Fetched | ProxyError:
+        """Refresh what is on the caller's page, and `call` alone where it is not. Runs in a flight.
+
+        A list that is fresh came a moment ago, and did not bring it. Nothing is validated: a 304 brings none.
+        """
+        listed = await self._store.lookup(page.key)
+        if listed.basis is None or (listed.entry is not None and listed.entry.is_fresh(self._clock())):
+            return await self._refresh_alone(call, lookup)
+        result = await self._fly(page, listed._replace(entry=None), _FOR_NOBODY)
+        match result:
+            case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
+                return result  # another replica learns
+            case QuotaSpent() | Overloaded() | UpstreamPaused():
+                return result  # nobody was asked
+            case Fetched(status=HTTPStatus.OK):
+                refreshed = self._hot.listed(page.key.partition, result.on_page, self._clock())
+                self._observe(Refreshed("list", refreshed))
+                return (
+                    result if call.target.text in result.on_page else await self._refresh_alone(call, lookup)
+                )
+            case _:
+                self._hot.unlisted(page.key.partition, self._clock())
+                return result
 
     async def _or_stale(
         self, call: Call, answer: Served | Failed, fallback: Entry, ended: int
@@ -478,6 +532,7 @@ class ReadThrough:
                     entry.body,
                     entry if call.target.cacheable else None,
                     stored,
+                    on_page=seeds.keys(),
                     revalidated=answer.status == HTTPStatus.NOT_MODIFIED,
                     ratelimit=answer.ratelimit,
                 )

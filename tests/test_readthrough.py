@@ -42,8 +42,9 @@ from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, Snapsho
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
+from proxy.core.refresh import PAGE
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
-from proxy.flights import MOST_OF_ONE, Flights
+from proxy.flights import LINGER_S, MOST_OF_ONE, Flights
 from proxy.readthrough import Failed, Fetched, ReadThrough, Served, is_failure
 
 NOW = 1_000_000.0
@@ -259,6 +260,7 @@ class Path:
             draw=lambda: 0.0,
         )
         self.get = self._readthrough.get
+        self.note_stale = lambda name: self._readthrough._hot.read(EntryKey(KEY.partition, name), STALE, NOW)
         self.delete = self._readthrough.delete
         self.end = self._readthrough.end
         self.refused = self._readthrough.refused
@@ -549,7 +551,59 @@ async def test_who_refreshes_nothing(directives: Directives, lease: Leased | Hel
     assert (path.upstream.asked, path.store.changes, len(path.flights)) == ([], [], 0)
 
 
+def page(*snapshot_ids: str) -> Answer:
+    """Make a list."""
+    listed = [SNAPSHOT | {"id": snapshot_id} for snapshot_id in snapshot_ids]
+    return said(body=json.dumps({"snapshots": listed, "links": {}, "meta": {"total": 1}}).encode())
+
+
 PAUSED = UpstreamPaused("paused", proxy_error="destination_unavailable")
+SPENT = QuotaSpent("minute", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "lease", "answer", "asked", "asked_later"),
+    [
+        pytest.param(STALE, LEASE, page("42", "43", "44"), [PAGE.text], [PAGE.text], id="all-on-the-page"),
+        pytest.param(None, LEASE, page("42", "43"), [PAGE.text, "44"], ["44"], id="not-on-the-page"),
+        pytest.param(None, LEASE, page("44"), [PAGE.text], ["44"], id="nothing-else-on-the-page"),
+        pytest.param(None, LEASE, said(403, ERROR), [PAGE.text], ["44"], id="denied"),
+        pytest.param(None, LEASE, TIMEOUT, [PAGE.text], ["44"], id="no-answer"),
+        pytest.param(None, LEASE, SPENT, [PAGE.text], [PAGE.text], id="no-quota"),
+        pytest.param(None, LEASE, Overloaded("full"), [PAGE.text], [PAGE.text], id="no-room"),
+        pytest.param(None, LEASE, PAUSED, [PAGE.text], [PAGE.text], id="paused"),
+        pytest.param(None, HeldElsewhere(), TIMEOUT, [], [PAGE.text], id="another-replica-asks"),
+        pytest.param(None, Record(500, ERROR), TIMEOUT, [], [PAGE.text], id="another-replica-asked"),
+        pytest.param(replace(FRESH, body=b"list"), LEASE, said(), ["44"], [PAGE.text], id="just-listed"),
+        pytest.param(UNAVAILABLE, LEASE, said(), ["44"], [PAGE.text], id="no-store"),
+    ],
+)
+def test_refresh_by_list(
+    found: Entry | Lookup | None,
+    lease: Any,
+    answer: Answer | ProxyError,
+    asked: list[str],
+    asked_later: list[str],
+) -> None:
+    """Three snapshots that are due are worth a list; what came of it decides about the next time."""
+
+    async def main() -> None:
+        stale, listed = Lookup(STALE, BASIS), found if isinstance(found, Lookup) else Lookup(found, BASIS)
+        path = Path(Store(stale, listed, stale), Upstream(answer, said()))
+        path.store.leases = [lease, LEASE]
+        for expected in (asked, asked_later):
+            for snapshot_id in ("42", "43", "44"):
+                path.note_stale(snapshot_id)
+            await path.get(call("44"))
+            await settled()
+            assert [each.call.target.text for each in path.upstream.asked] == expected
+            assert all(each[1:] == ("", CallClass.REFRESH, False) for each in path.upstream.asked)
+            await asyncio.sleep(LINGER_S + 1.0)
+            path.upstream.asked.clear()
+
+    run(main())
+
+
 IN_PLACE = "snapshot-proxy; fwd=stale; fwd-status={}; detail=stale-if-error"
 
 

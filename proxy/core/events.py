@@ -73,6 +73,9 @@ class StoreOperation:
     outcome: Literal["ok", "timeout", "error", "corrupt"]
 
 
+By = Literal["single", "list"]
+"""How a snapshot is refreshed behind its callers' backs."""
+
 Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
 """What ends something before its time."""
 
@@ -82,6 +85,14 @@ class Invalidation:
     """Something ended before its time, for everybody or for one caller."""
 
     cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """One call refreshed what answered stale, or was about to: one snapshot, or by a list several."""
+
+    by: By
+    snapshots: int
 
 
 class Standing(NamedTuple):

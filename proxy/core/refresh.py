@@ -1,0 +1,155 @@
+"""When one list refreshes what single reads would: which snapshots each caller reads, and when they are due.
+
+A page of the list refreshes up to 200 snapshots and costs one call, as much as the single read of one. So
+where a refresh is due, and its snapshot is known to be on that page, the list costs nothing more and saves
+the call of each other snapshot that comes near its expiry. Where it is not on the page, the single read has
+to follow: absence proves nothing, since there may be more pages, and a token may list less than it reads.
+What was on the page is learned from each list; whoever's list saved nothing is spared the next for a while.
+
+Only what this replica answered lately is known here: what is forgotten is refreshed by a single read.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from enum import Enum
+from itertools import islice
+
+from proxy.core.entry import Entry
+from proxy.core.events import By
+from proxy.core.identity import EntryKey, ListQuery, Partition
+
+PAGE = ListQuery("page=1&per_page=200", cacheable=True)
+"""The list that refreshes: as many as one call can bring."""
+
+MOST_OF_ONE = 200
+"""Snapshots of one caller that are remembered, at most: as many as fit on the page."""
+
+MOST = 16_384
+"""Snapshots of all callers that are remembered, at most; the caller that read least recently is forgotten."""
+
+REST_S = 300.0
+"""A caller whose list saved nothing, or failed, gets none for so long."""
+
+_ENOUGH = 3
+"""So many that are due, the one in question among them, and a list is worth it whatever else there is."""
+
+_NEAR = 0.5
+"""What has less of its freshness left than this part is near its expiry.
+
+Of any two with the same lifetime one comes so near while the other expires, whatever their phases: from the
+first list on they expire together.
+"""
+
+
+class Place(Enum):
+    """Whether a snapshot is on the page, as far as a list told."""
+
+    UNKNOWN = "unknown"
+    ON_PAGE = "on the page"
+    OFF_PAGE = "not on the page"
+
+
+def choose(place: Place, others: int) -> By:
+    """Choose for a snapshot whose refresh is due, with `others` near their expiry that may be on the page.
+
+    One that may be missing there is worth a list only where two others are not refreshed for it.
+    """
+    if place is Place.OFF_PAGE:
+        return "single"
+    return "list" if others >= (1 if place is Place.ON_PAGE else 2) else "single"
+
+
+class Hot:
+    """What callers read lately. Times are Unix seconds; nothing here reads a clock."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._size = 0
+        self._callers: OrderedDict[Partition, _Caller] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, key: EntryKey, entry: Entry, now: float) -> None:
+        """Take note that `entry` answered."""
+        caller = self._callers.get(key.partition)
+        if caller is None:
+            caller = self._callers[key.partition] = _Caller()
+        self._callers.move_to_end(key.partition)
+        snapshot = caller.snapshots.get(key.snapshot_id)
+        if snapshot is None:
+            snapshot = caller.snapshots[key.snapshot_id] = _Snapshot()
+            self._size += 1
+            if len(caller.snapshots) > MOST_OF_ONE:
+                caller.snapshots.popitem(last=False)
+                self._size -= 1
+            while self._size > self._most:
+                _, forgotten = self._callers.popitem(last=False)
+                self._size -= len(forgotten.snapshots)
+        caller.snapshots.move_to_end(key.snapshot_id)
+        lifetimes = entry.lifetimes
+        snapshot.fresh_s = lifetimes.fresh_s
+        snapshot.fresh_until = entry.called_at + lifetimes.fresh_s
+        snapshot.hot_until = now + lifetimes.fresh_s + lifetimes.stale_while_revalidate_s
+
+    def plan(self, key: EntryKey, now: float) -> By:
+        """Choose how to refresh the snapshot of `key`, which just answered stale."""
+        caller = self._callers.get(key.partition)
+        snapshot = None if caller is None else caller.snapshots.get(key.snapshot_id)
+        if caller is None or snapshot is None:
+            return "single"
+        by: By = "single"
+        if now >= caller.rests_until:
+            others = sum(name != key.snapshot_id for name in islice(caller.due(now), _ENOUGH))
+            by = choose(snapshot.place, others)
+        if by == "single":
+            snapshot.fresh_until = now + snapshot.fresh_s  # it will be: no list is needed for it
+        return by
+
+    def listed(self, partition: Partition, on_page: Collection[str], now: float) -> int:
+        """Take note of what a list brought, and give how many snapshots it refreshed that were due."""
+        caller = self._callers.get(partition)
+        if caller is None:
+            return 0
+        for name, snapshot in caller.snapshots.items():
+            snapshot.place = Place.ON_PAGE if name in on_page else Place.OFF_PAGE
+        if sum(name in on_page for name in caller.hot(now)) <= 1:
+            caller.rests_until = now + REST_S
+        return sum(1 for _ in caller.due(now))
+
+    def unlisted(self, partition: Partition, now: float) -> None:
+        """Take note that a list was answered with an error, or not at all."""
+        caller = self._callers.get(partition)
+        if caller is not None:
+            caller.rests_until = now + REST_S
+
+
+class _Snapshot:
+    __slots__ = ("fresh_s", "fresh_until", "hot_until", "place")
+
+    def __init__(self) -> None:
+        self.fresh_s = 0
+        self.fresh_until = 0.0
+        self.hot_until = 0.0
+        """Who reads it again as soon as last time finds it in need of a refresh until then."""
+        self.place = Place.UNKNOWN
+
+
+class _Caller:
+    __slots__ = ("rests_until", "snapshots")
+
+    def __init__(self) -> None:
+        self.snapshots: OrderedDict[str, _Snapshot] = OrderedDict()
+        self.rests_until = 0.0
+
+    def hot(self, now: float) -> Iterator[str]:
+        """Name what is read as often as it takes to be refreshed; what was read last first."""
+        return (name for name, snapshot in reversed(self.snapshots.items()) if now < snapshot.hot_until)
+
+    def due(self, now: float) -> Iterator[str]:
+        """Name what of it may be on the page, and is near its expiry or past it."""
+        for name in self.hot(now):
+            snapshot = self.snapshots[name]
+            near = snapshot.fresh_until - now <= snapshot.fresh_s * _NEAR
+            if near and snapshot.place is not Place.OFF_PAGE:
+                yield name
