@@ -25,6 +25,7 @@ PATIENT = ("redis.timeout_s=2",)
 """A machine that is busy with tests is no Redis that is too slow. Where it matters, a test sets it itself."""
 
 DROPLET_PATH = "/v2/snapshots/6372321"
+_SCALED_SERVICE = Path(__file__).parent / "e2e" / "scaled_service.py"
 
 # What takes a feature out of the way of tests that are about another.
 NO_STALE = ("cache.stale_while_revalidate_s=0", "cache.stale_if_error_s=0")
@@ -72,6 +73,8 @@ async def app(*overrides: str, clock_scale: float = 1.0) -> AsyncIterator[Addres
 class Serve:
     """`snapshot-proxy serve` as a process of its own: `async with Serve("cache.fresh_s=5") as service`."""
 
+    command: tuple[str, ...] = ("-m", "proxy", "serve")
+
     def __init__(self, *overrides: str, environ: Mapping[str, str] | None = None) -> None:
         self.overrides = overrides
         self.environ = environ or {}
@@ -94,9 +97,7 @@ class Serve:
         settings = ["server.port=0", "admin.port=0", *PATIENT, *self.overrides]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "proxy",
-            "serve",
+            *self.command,
             *(f"--set={setting}" for setting in settings),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -137,6 +138,14 @@ class Serve:
                 self.log.append(json.loads(line))
             self._changed.set()
         self._changed.set()
+
+
+class Scaled(Serve):
+    """A service whose quota's minute lasts `minute_s`, and its hour 60 times as long."""
+
+    def __init__(self, minute_s: float, *overrides: str) -> None:
+        super().__init__(*overrides)
+        self.command = (str(_SCALED_SERVICE), str(minute_s / 60))
 
 
 class Valkey:

@@ -18,7 +18,18 @@ from typing import Self
 import aiohttp
 import pytest
 from redis.asyncio import Redis
-from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, free_port, until, write_secret
+from support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    Scaled,
+    Serve,
+    Valkey,
+    bearer,
+    free_port,
+    scrape,
+    until,
+    write_secret,
+)
 
 from proxy.simulator import Limits, Simulator, Token
 
@@ -187,6 +198,62 @@ async def get(client: aiohttp.ClientSession, url: str, token: Token) -> tuple[in
     async with client.get(url, headers=bearer(token.value)) as response:
         await response.read()
         return response.status, response.headers.get("Connection")
+
+
+async def test_whoever_waits_for_the_quota_is_answered(
+    token: Token, client: aiohttp.ClientSession, to_simulator: str
+) -> None:
+    """Before SIGTERM, in the lame duck, in the drain: by the upstream, with 429, or with something stale.
+
+    The drain is shorter than they would wait otherwise: three calls go in each window of two seconds.
+    """
+    settings = (
+        "quota.per_minute=3",
+        "quota.reserve=0",
+        "upstream.total_timeout_s=2",
+        "cache.fresh_s=0",
+        "cache.stale_while_revalidate_s=0",
+        "server.lame_duck_s=0.5",
+        "server.drain_s=5",
+    )
+    async with Scaled(2.0, to_simulator, *settings) as service:
+
+        async def ask(number: int) -> int:
+            url = f"{service.api}/v2/snapshots/{10**9 + number}"
+            async with client.get(url, headers=bearer(token.value)) as response:
+                error = await response.json()
+                if response.status == 429:
+                    assert error["id"] == "too_many_requests"
+                    assert error["message"].startswith("snapshot-proxy: this token's calls of a minute")
+                    assert 1 <= int(response.headers["Retry-After"]) <= 60
+                    assert response.headers["Proxy-Status"].startswith("snapshot-proxy; error=")
+                return response.status
+
+        idle, idle_writer = await asyncio.open_connection(*address(service.api))
+        begun, begun_writer = await asyncio.open_connection(*address(service.api))
+        begun_writer.write(f"GET {DROPLET_PATH} HTTP/1.1\r\nHost: proxy\r\n".encode())
+        assert (await get(client, service.api + DROPLET_PATH, token))[0] == 200
+        assert [await ask(0), await ask(1)] == [404, 404]
+        asked = [asyncio.create_task(ask(number)) for number in range(2, 8)]
+        async with asyncio.timeout(DEADLINE_S):
+            while (await scrape(service.admin))["snapshot_proxy_flights"] < 6:  # noqa: ASYNC110 # nothing tells
+                await asyncio.sleep(0.005)
+        service.process.send_signal(signal.SIGTERM)
+        began = monotonic()
+        await service.event("stopping")
+        asked += [asyncio.create_task(ask(number)) for number in range(8, 11)]
+        assert await idle.read() == b""
+        begun_writer.write(f"Authorization: Bearer {token.value}\r\n\r\n".encode())
+        stale = await begun.read()
+        assert stale.startswith(b"HTTP/1.1 200 ")
+        assert b"detail=quota" in stale
+        answers = Counter(await asyncio.gather(*asked))
+        assert await service.stop(signal.SIG_DFL) == 0
+        assert monotonic() - began < 5.5 + 1
+        assert answers.keys() == {404, 429}
+        assert not [line for line in service.log if line["event"] == "drain-incomplete"]
+        for writer in (idle_writer, begun_writer):
+            writer.close()
 
 
 async def test_drain_has_an_end(

@@ -5,7 +5,6 @@ The minute and the hour are shrunk, here and in the simulator alike, so that sev
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +18,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 from redis.asyncio import Redis
-from support import DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, write_secret
+from support import DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.app import Addresses
 from proxy.simulator import Fault, FaultKind, Simulator, Token
@@ -27,7 +26,6 @@ from proxy.simulator import Fault, FaultKind, Simulator, Token
 MOMENTS = Random(4)  # noqa: S311 # when callers leave, and others call
 LIMIT, WINDOW_S = 40, 2.5
 RESERVE = 0.1
-SERVICE = Path(__file__).with_name("scaled_service.py")
 CACHED = (DROPLET_PATH, "/v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41")
 SHRUNK = (
     f"quota.reserve={RESERVE}",
@@ -39,30 +37,6 @@ SHRUNK = (
 TROUBLE = ("Traceback", "never retrieved", '"event":"bug"', "was destroyed but it is pending")
 
 
-class Scaled(Serve):
-    """One replica whose quota's minute lasts `minute_s`."""
-
-    def __init__(self, minute_s: float, *overrides: str) -> None:
-        super().__init__(*overrides)
-        self._scale = minute_s / 60
-
-    async def start(self) -> None:
-        """Start it, and return when it says that it is ready."""
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(SERVICE),
-            str(self._scale),
-            *(f"--set={setting}" for setting in ("server.port=0", "admin.port=0", *self.overrides)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=os.environ,
-        )
-        self._reader = asyncio.create_task(self._read())
-        ready = await self.event("ready")
-        self.api, self.admin = ready["api"], ready["admin"]
-
-
 @asynccontextmanager
 async def replicas(
     valkey: Valkey, upstream: str, directory: Path, *overrides: str, minute_s: float = 60.0
@@ -72,7 +46,6 @@ async def replicas(
         f"upstream.base_url={upstream}",
         f"redis.url={valkey.url}",
         f"security.secret_file={write_secret(directory)}",
-        "redis.timeout_s=2",
         "server.lame_duck_s=0",
         "log.access=off",
         *overrides,
