@@ -261,16 +261,19 @@ class Store:
         """Try to be the replica that fetches `key` on this `basis`. None: it cannot tell. Never raises.
 
         Whoever held the lease before stored first and released it then: so what stands in the entry's place
-        is read after the lease is taken.
+        is read after the lease is taken. It stays for as long as a fetch may take: if it went meanwhile,
+        whoever comes would look for another lease.
         """
+        entry = self._keys.of(key).entry
         digest = self._keyring.mac(b"".join((*basis.stamps, basis.seen)))[:8].hex()
         name = self._keys.lease(key, digest)
         owner = self._new_stamp(name)
         try:
-            taken, holder, seen = await self._link.ask(
+            taken, holder, _, seen = await self._link.ask(
                 ("SET", name, owner, "NX", "PX", LEASE_MS),
                 ("GET", name),
-                ("GETRANGE", self._keys.of(key).entry, 0, SEEN_BYTES - 1),
+                ("EXPIRE", entry, self._guard_s, "GT"),
+                ("GETRANGE", entry, 0, SEEN_BYTES - 1),
             )
             _refuse_error(taken)
             if holder != owner:

@@ -6,6 +6,7 @@ Two stores stand for two replicas. What they do is interleaved by hand.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -113,6 +114,20 @@ async def test_who_looked_before_it_was_stored_does_not_fetch_again(
     assert not await redis.exists(lease.name)
     assert (await two.lookup(KEY)).entry == ENTRY
     assert isinstance(await two.lease(KEY, await two.basis()), Leased)
+
+
+@pytest.mark.parametrize(
+    ("fresh_s", "lasts_s"), [pytest.param(1, 60, id="longer"), pytest.param(600, 600, id="never-shorter")]
+)
+async def test_what_a_fetch_rests_on_stays(
+    fresh_s: int, lasts_s: int, replicas: tuple[Replica, Replica], redis: Redis
+) -> None:
+    """An entry whose time ends during its refresh would leave those who come then without that lease."""
+    one, two = replicas
+    assert await one.put(KEY, replace(ENTRY, lifetimes=Lifetimes(fresh_s)), await one.basis())
+    await one.hold(await one.basis())
+    assert lasts_s - 1 <= await redis.ttl(Keys("test").of(KEY).entry) <= lasts_s
+    assert await two.lease(KEY, await two.basis()) == HeldElsewhere()
 
 
 @pytest.mark.parametrize("ends", ["entry", "caller", "snapshots", "everything"])
