@@ -21,10 +21,10 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from proxy.core.events import (
+    Avoided,
     By,
     Cause,
     Invalidation,
-    Outcome,
     QuotaWait,
     Refreshed,
     RequestDone,
@@ -36,7 +36,6 @@ from proxy.core.events import (
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
-_AVOIDED = (Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE, Outcome.COLLAPSED)
 _WATCHED = {
     "connections": "Open connections of callers.",
     "flights": "Fetches on their way.",
@@ -45,7 +44,6 @@ _WATCHED = {
     "secret_mismatch": "1 where another replica uses another secret.",
     "upstream_breaker_open": "1 while the upstream fails and is only probed.",
 }
-_COOLDOWN = "cooldown"
 _OWN_STATUSES = frozenset(
     {
         HTTPStatus.NOT_MODIFIED,
@@ -102,7 +100,7 @@ class Metrics:
         self._registry.register(self._quotas)
         self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
         # From the start, so that a rate sees the first event.
-        for reason in (*_AVOIDED, _COOLDOWN):
+        for reason in get_args(Avoided):
             self._avoided.labels(reason)
         for cause in get_args(Cause):
             self._invalidations.labels(cause)
@@ -146,8 +144,8 @@ class Metrics:
                     event.route, event.outcome, status_label(event.status), event.caller
                 ).inc()
                 self._request_seconds.labels(event.outcome).observe(event.seconds)
-                if event.outcome in _AVOIDED:
-                    self._avoided.labels(_COOLDOWN if event.cooldown else event.outcome).inc()
+                if event.avoided is not None:
+                    self._avoided.labels(event.avoided).inc()
                 if event.entry_age_s is not None:
                     self._entry_age.observe(event.entry_age_s)
             case UpstreamCall():

@@ -38,7 +38,7 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnexplained,
 )
-from proxy.core.events import Invalidation, Outcome, Refreshed
+from proxy.core.events import AVOIDED_BY, Avoided, Invalidation, Outcome, Refreshed
 from proxy.core.http import Detail, Forwarded, Why, hit
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
@@ -55,7 +55,6 @@ from proxy.core.policy import (
     Refused,
     Relay,
     Unsatisfiable,
-    on_delete,
     on_lookup,
 )
 from proxy.core.quota import CallClass
@@ -161,6 +160,16 @@ class Served:
     cooldown: bool = False
     """It is stale, and the upstream was not asked: it wants this token to wait."""
 
+    in_vain: bool = False
+    """It is stale, and the upstream was asked for something better, without success."""
+
+    @property
+    def avoided(self) -> Avoided | None:
+        """Tell what made a call to the upstream unnecessary."""
+        if self.in_vain:
+            return None
+        return "cooldown" if self.cooldown else AVOIDED_BY.get(self.outcome)
+
 
 @dataclass(frozen=True, slots=True)
 class Failed:
@@ -169,6 +178,11 @@ class Failed:
     error: ProxyError
     outcome: Outcome
     cache_status: str
+
+    @property
+    def avoided(self) -> Avoided | None:
+        """Tell what made a call to the upstream unnecessary."""
+        return AVOIDED_BY.get(self.outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +394,7 @@ class ReadThrough:
             return answer
         if entry.is_fresh(now):  # somebody else was luckier
             return _from_entry(entry, now)
-        detail = Detail.STALE_IF_ERROR
+        detail, in_vain = Detail.STALE_IF_ERROR, False
         match answer:
             case Failed(QuotaSpent() as spent):  # nobody was asked; so below
                 detail = Detail.COOLDOWN if spent.window == "cooldown" else Detail.QUOTA
@@ -388,10 +402,16 @@ class ReadThrough:
             case Failed(Overloaded() | UpstreamPaused()):
                 cache_status = hit(entry.ttl_s(now), detail)
             case _:
+                in_vain = answer.avoided is None
                 status = answer.status if isinstance(answer, Served) else None
                 cache_status = str(Forwarded(Why.STALE, status, detail=detail))
-        stale = replace(_from_entry(entry, now), outcome=Outcome.STALE, cache_status=cache_status)
-        return replace(stale, cooldown=detail is Detail.COOLDOWN)
+        return replace(
+            _from_entry(entry, now),
+            outcome=Outcome.STALE,
+            cache_status=cache_status,
+            cooldown=detail is Detail.COOLDOWN,
+            in_vain=in_vain,
+        )
 
     def _flight(self, call: Call, basis: Basis | None, manner: _Manner) -> Hashable:
         """Name the flight that `call` may share: nobody joins one that began before something ended.
@@ -564,7 +584,7 @@ class ReadThrough:
         """Forward a DELETE, once, and end what it ended or may have ended. Runs in a flight."""
         try:
             answer = await self._upstream.ask(call, call_class=CallClass.WRITE)
-            verdict = on_delete(answer, request_id=call.request_id)
+            verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
         except (QuotaSpent, Overloaded, UpstreamPaused) as refused:  # it was not sent
             return _Deletion(refused, ended=True)
         except UpstreamError as unknown:
@@ -579,8 +599,8 @@ class ReadThrough:
             case Absent():
                 self._observe(Invalidation("delete"))
                 ended = await self._end_entry(call.key)
-            case Refused():
-                ended = await self.refused(call.key.partition)
+            case Refused(_, refusal):
+                ended = await self.refused(call.key.partition, refusal)
             case Relay():
                 pass
         return _Deletion(_passed_on(answer, verdict.body), ended)

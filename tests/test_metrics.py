@@ -2,12 +2,13 @@
 
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.core.events import (
+    Avoided,
     Invalidation,
     Outcome,
     QuotaWait,
@@ -72,7 +73,9 @@ BEYOND: dict[str, tuple[str, dict[str, set[str]]]] = {
 
 DECLARED = CONTRACT | BEYOND
 
-DONE = RequestDone(Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18)
+DONE = RequestDone(
+    Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18, avoided="hit"
+)
 
 
 @pytest.fixture
@@ -214,19 +217,14 @@ def test_a_hit(metrics: Metrics) -> None:
     assert values(metrics, "upstream_requests") == {}
 
 
-@pytest.mark.parametrize("outcome", Outcome)
-def test_which_requests_saved_a_call(metrics: Metrics, outcome: Outcome) -> None:
-    """Those that the cache or another's flight answered; every request is counted once all the same."""
-    metrics.observe(RequestDone(Route.SNAPSHOT, outcome, 404, "team-a", 0.5, "request-1"))
-    saved = outcome in {
-        Outcome.HIT,
-        Outcome.SEEDED,
-        Outcome.STALE,
-        Outcome.NEGATIVE,
-        Outcome.COLLAPSED,
-    }
-    assert values(metrics, "upstream_avoided") == ({("_total", outcome): 1} if saved else {})
-    assert values(metrics, "requests") == {("_total", outcome, "team-a", "snapshot", "404"): 1}
+@pytest.mark.parametrize("avoided", [None, *get_args(Avoided)])
+def test_which_requests_saved_a_call(metrics: Metrics, avoided: Avoided | None) -> None:
+    """Those that say so; every request is counted once all the same."""
+    metrics.observe(
+        RequestDone(Route.SNAPSHOT, Outcome.STALE, 404, "team-a", 0.5, "request-1", avoided=avoided)
+    )
+    assert values(metrics, "upstream_avoided") == ({} if avoided is None else {("_total", avoided): 1})
+    assert values(metrics, "requests") == {("_total", "stale", "team-a", "snapshot", "404"): 1}
     assert values(metrics, "entry_age_seconds") == {}
 
 
@@ -262,13 +260,6 @@ def test_a_refresh(metrics: Metrics) -> None:
         metrics.observe(event)
     assert values(metrics, "refreshes") == {("_total", "single"): 1, ("_total", "list"): 2}
     assert values(metrics, "refreshed_snapshots") == {("_total", "single"): 1, ("_total", "list"): 42}
-
-
-def test_a_stale_answer_during_a_cool_down(metrics: Metrics) -> None:
-    """It saved a call because the API wants the token to wait, and that is what is counted."""
-    metrics.observe(RequestDone(Route.SNAPSHOT, Outcome.STALE, 200, "other", 0.1, "request-1", cooldown=True))
-    assert values(metrics, "upstream_avoided") == {("_total", "cooldown"): 1}
-    assert values(metrics, "requests") == {("_total", "stale", "other", "snapshot", "2xx"): 1}
 
 
 def test_a_wait_for_the_quota(metrics: Metrics) -> None:

@@ -36,7 +36,7 @@ from proxy.core.errors import (
     UpstreamUnexplained,
     UpstreamUnreachable,
 )
-from proxy.core.events import Invalidation, Outcome
+from proxy.core.events import Avoided, Invalidation, Outcome
 from proxy.core.http import etag_of
 from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
@@ -605,38 +605,42 @@ def test_refresh_by_list(
 
 
 IN_PLACE = "snapshot-proxy; fwd=stale; fwd-status={}; detail=stale-if-error"
+IN_VAIN = "snapshot-proxy; fwd=stale; detail=stale-if-error"
+NOT_ASKED = "snapshot-proxy; hit; ttl=-61; detail={}"
 
 
 @pytest.mark.parametrize(
-    ("answer", "cache_status"),
+    ("answer", "cache_status", "avoided"),
     [
         *(
-            pytest.param(said(status, ERROR, 7), IN_PLACE.format(status), id=str(status))
+            pytest.param(said(status, ERROR, 7), IN_PLACE.format(status), None, id=str(status))
             for status in (429, 500, 502, 503, 504)
         ),
-        pytest.param(
-            said(503, b"<html>"), "snapshot-proxy; fwd=stale; detail=stale-if-error", id="unexplained"
-        ),
-        pytest.param(TIMEOUT, "snapshot-proxy; fwd=stale; detail=stale-if-error", id="timeout"),
-        pytest.param(
-            UpstreamInvalid("it is odd"), "snapshot-proxy; fwd=stale; detail=stale-if-error", id="invalid"
-        ),
-        pytest.param(
-            QuotaSpent("cooldown", 3), "snapshot-proxy; hit; ttl=-61; detail=cooldown", id="cooldown"
-        ),
-        pytest.param(QuotaSpent("minute", 3), "snapshot-proxy; hit; ttl=-61; detail=quota", id="quota"),
-        pytest.param(PAUSED, "snapshot-proxy; hit; ttl=-61; detail=stale-if-error", id="paused"),
-        pytest.param(
-            Overloaded("too many"), "snapshot-proxy; hit; ttl=-61; detail=stale-if-error", id="overloaded"
-        ),
+        pytest.param(said(503, b"<html>"), IN_VAIN, None, id="unexplained"),
+        pytest.param(TIMEOUT, IN_VAIN, None, id="timeout"),
+        pytest.param(UpstreamInvalid("it is odd"), IN_VAIN, None, id="invalid"),
+        pytest.param(QuotaSpent("cooldown", 3), NOT_ASKED.format("cooldown"), "cooldown", id="cooldown"),
+        pytest.param(QuotaSpent("minute", 3), NOT_ASKED.format("quota"), "stale", id="quota"),
+        pytest.param(PAUSED, NOT_ASKED.format("stale-if-error"), "stale", id="paused"),
+        pytest.param(Overloaded("too many"), NOT_ASKED.format("stale-if-error"), "stale", id="overloaded"),
     ],
 )
-async def test_stale_if_error(answer: Answer | ProxyError, cache_status: str) -> None:
+async def test_stale_if_error(
+    answer: Answer | ProxyError, cache_status: str, avoided: Avoided | None
+) -> None:
     """In the place of a failure, and of a refusal of ours; whoever was not asked is not said to have been."""
     path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(answer))
-    assert await path.get(call()) == Served(
-        200, b"stored", Outcome.STALE, cache_status, FALLBACK, cooldown="cooldown" in cache_status
+    served = await path.get(call())
+    assert served == Served(
+        200,
+        b"stored",
+        Outcome.STALE,
+        cache_status,
+        FALLBACK,
+        cooldown=avoided == "cooldown",
+        in_vain=avoided is None,
     )
+    assert served.avoided == avoided
     assert path.store.changes == []
 
 
@@ -1250,7 +1254,7 @@ RESET = UpstreamUnreachable("no", proxy_error="connection_terminated")
     [
         pytest.param(said(204, b""), FOR_ALL, "delete", id="204"),
         pytest.param(said(404, ERROR), [("end_entry", KEY)], "delete", id="404"),
-        pytest.param(said(401, ERROR), [("end_caller", KEY.partition, None)], "unauthorized", id="401"),
+        pytest.param(said(401, ERROR), [("end_caller", KEY.partition, REFUSAL)], "unauthorized", id="401"),
         pytest.param(said(403, ERROR), [], None, id="403"),
         pytest.param(said(409, ERROR), [], None, id="409"),
         pytest.param(said(429, ERROR, 30), [], None, id="429"),

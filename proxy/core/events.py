@@ -1,5 +1,6 @@
 """What happened, as frozen records: the rooms emit them, the metrics and the access log only watch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -36,6 +37,19 @@ FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGA
 """Outcomes for which a stored entry answered."""
 
 
+Avoided = Literal["hit", "seeded", "stale", "collapsed", "cooldown", "negative"]
+"""Why a request needed no call to the upstream. `cooldown`: stale, as the API had asked the token to wait."""
+
+AVOIDED_BY: Mapping[Outcome, Avoided] = {
+    Outcome.HIT: "hit",
+    Outcome.SEEDED: "seeded",
+    Outcome.STALE: "stale",
+    Outcome.COLLAPSED: "collapsed",
+    Outcome.NEGATIVE: "negative",
+}
+"""What an outcome alone says about that."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestDone:
     """One request, answered or given up. `status` 499: the caller left before there was an answer."""
@@ -48,8 +62,8 @@ class RequestDone:
     request_id: str
     entry_age_s: float | None = None
     error_id: str | None = None
-    cooldown: bool = False
-    """A stale entry answered because the API had asked the token to wait."""
+    avoided: Avoided | None = None
+    """What made a call to the upstream unnecessary, where none was made for this request."""
 
     fact: str | None = None
     """What about the upstream's answer was wrong: a field's name, never its value."""

@@ -223,6 +223,28 @@ class Policy:
             case _:
                 return Relay(envelope)
 
+    def on_delete(
+        self, answer: Answer, *, request_id: str, draw: float
+    ) -> Deleted | Absent | Refused | Relay:
+        """Decide about the upstream's `answer` to a DELETE. What it does not say surely counts as deleted.
+
+        Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
+        """
+        if answer.status < HTTPStatus.BAD_REQUEST and answer.status != HTTPStatus.NO_CONTENT:
+            raise UpstreamInvalid(f"status {answer.status} to a DELETE")
+        envelope = error_envelope(answer.body, request_id)
+        match answer.status:
+            case HTTPStatus.NO_CONTENT:
+                return Deleted(b"")
+            case HTTPStatus.NOT_FOUND:
+                return Absent(envelope)
+            case HTTPStatus.UNAUTHORIZED:
+                return Refused(envelope, self._negative(answer, envelope, draw))
+            case status if status < HTTPStatus.INTERNAL_SERVER_ERROR:
+                return Relay(envelope)
+            case _:
+                return Deleted(envelope)
+
     def _keep_negative(self, answer: Answer, envelope: bytes | None, draw: float) -> Keep | Denied:
         """Keep a no for a while; one that may not be kept still ends what was there."""
         negative = self._negative(answer, envelope, draw)
@@ -271,24 +293,3 @@ def _jittered(ttl_s: int, off: float) -> int:
 
 def _entry(answer: Answer, body: bytes, lifetimes: Lifetimes) -> Entry:
     return Entry(answer.status, body, etag_of(body), answer.called_at, lifetimes, validator=answer.validator)
-
-
-def on_delete(answer: Answer, *, request_id: str) -> Deleted | Absent | Refused | Relay:
-    """Decide about the upstream's `answer` to a DELETE. What it does not say surely counts as deleted.
-
-    Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
-    """
-    if answer.status < HTTPStatus.BAD_REQUEST and answer.status != HTTPStatus.NO_CONTENT:
-        raise UpstreamInvalid(f"status {answer.status} to a DELETE")
-    envelope = error_envelope(answer.body, request_id)
-    match answer.status:
-        case HTTPStatus.NO_CONTENT:
-            return Deleted(b"")
-        case HTTPStatus.NOT_FOUND:
-            return Absent(envelope)
-        case HTTPStatus.UNAUTHORIZED:
-            return Refused(envelope)
-        case status if status < HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Relay(envelope)
-        case _:
-            return Deleted(envelope)

@@ -24,7 +24,7 @@ from proxy.core.errors import (
     ProxyError,
     UpstreamInvalid,
 )
-from proxy.core.events import FROM_CACHE, OTHER_CALLER, Outcome, RequestDone, Route
+from proxy.core.events import FROM_CACHE, OTHER_CALLER, Avoided, Outcome, RequestDone, Route
 from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.passthrough import Forwarding, forwarded_headers, passthrough_target
 from proxy.core.request import (
@@ -59,7 +59,7 @@ class _Log:
     status: int = _CLIENT_LEFT
     caller: str = OTHER_CALLER
     entry_age_s: float | None = None
-    cooldown: bool = False
+    avoided: Avoided | None = None
     error: ProxyError | None = None
 
 
@@ -123,11 +123,10 @@ class Api:
             answer = await self._readthrough.delete(call)
         else:
             answer = await self._readthrough.get(call)
-        log.outcome = answer.outcome
+        log.outcome, log.avoided = answer.outcome, answer.avoided
         match answer:
             case Served():
                 now = self._clock()
-                log.cooldown = answer.cooldown
                 if answer.outcome in FROM_CACHE and answer.entry is not None:
                     log.entry_age_s = answer.entry.age_s(now)
                 conditions = request.headers.getall("If-None-Match", None)
@@ -207,7 +206,7 @@ class Api:
                 seconds=time.perf_counter() - started,
                 request_id=log.request_id,
                 entry_age_s=log.entry_age_s,
-                cooldown=log.cooldown,
+                avoided=log.avoided,
                 error_id=None if log.error is None else log.error.id,
                 fact=log.error.fact if isinstance(log.error, UpstreamInvalid) else None,
             )

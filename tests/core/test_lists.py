@@ -22,7 +22,6 @@ from proxy.core.policy import (
     Policy,
     Refused,
     Relay,
-    on_delete,
 )
 from proxy.core.request import accepts_gzip
 from proxy.core.snapshot import normalize_list, normalize_snapshot
@@ -515,22 +514,22 @@ def test_on_delete(status: int) -> None:
         case 404:
             expected = Absent(ENVELOPE)
         case 401:
-            expected = Refused(ENVELOPE)
+            expected = Refused(ENVELOPE, Entry(401, ENVELOPE, etag_of(ENVELOPE), 0.0, Lifetimes(10)))
         case _:
             expected = Relay(ENVELOPE) if status < 500 else Deleted(ENVELOPE)
-    assert on_delete(Answer(status, ENVELOPE, 0.0), request_id="r") == expected
+    assert POLICY.on_delete(Answer(status, ENVELOPE, 0.0), request_id="r", draw=0.0) == expected
 
 
 def test_on_delete_done() -> None:
     """204 is what the API says when it is gone."""
-    assert on_delete(Answer(204, b"", 0.0), request_id="r") == Deleted(b"")
+    assert POLICY.on_delete(Answer(204, b"", 0.0), request_id="r", draw=0.0) == Deleted(b"")
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 205, 206, 301, 302, 304, 307, 308])
 def test_on_delete_undocumented(status: int) -> None:
     """No other success and no redirect is documented: nobody knows what it means, as after no answer."""
     with pytest.raises(UpstreamInvalid):
-        on_delete(Answer(status, b'{"id":"x","message":"y"}', 0.0), request_id="r")
+        POLICY.on_delete(Answer(status, b'{"id":"x","message":"y"}', 0.0), request_id="r", draw=0.0)
 
 
 @pytest.mark.parametrize(
@@ -550,4 +549,4 @@ def test_on_delete_undocumented(status: int) -> None:
 )
 def test_reasons_of_a_delete(status: int, body: bytes, expected: Any) -> None:
     """The upstream's reason is passed on; where there is none, the meaning of the status stands."""
-    assert on_delete(Answer(status, body, 0.0), request_id="r") == expected
+    assert POLICY.on_delete(Answer(status, body, 0.0), request_id="r", draw=0.0) == expected
