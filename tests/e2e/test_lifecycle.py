@@ -213,8 +213,8 @@ async def test_whoever_waits_for_the_quota_is_answered(
         "upstream.total_timeout_s=2",
         "cache.fresh_s=0",
         "cache.stale_while_revalidate_s=0",
-        "server.lame_duck_s=0.5",
-        "server.drain_s=5",
+        "server.lame_duck_s=1",
+        "server.drain_s=4.5",
     )
     async with Scaled(2.0, to_simulator, *settings) as service:
 

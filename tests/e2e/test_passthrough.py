@@ -643,6 +643,45 @@ async def test_a_caller_who_leaves_while_reading(upstream: Upstream) -> None:
         await _quiet(at)
 
 
+async def test_a_service_that_stops(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """Whoever waits for an answer gets ours before the drain ends; one that has begun goes on to its end."""
+    given_up = asyncio.Event()
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"ratelimit-remaining": "4999"})
+        if request.method == "POST":
+            await asyncio.Event().wait()
+        await response.prepare(request)
+        if request.path == "/v2/account":  # before this tells how many calls are left, one goes at a time
+            return response
+        await response.write(b"first")
+        await given_up.wait()
+        await response.write(b"last")
+        return response
+
+    async def post(api: str) -> tuple[int, str]:
+        async with wire.post(f"{api}/v2/images", data=b"{}") as response:
+            return response.status, (await response.json())["id"]
+
+    upstream.handler = answer
+    async with contextlib.AsyncExitStack() as running:
+        at = await running.enter_async_context(
+            app(f"upstream.base_url={upstream.url}", ON, "server.drain_s=2")
+        )
+        async with wire.get(f"{at.api}/v2/account") as response:
+            assert response.status == 200
+        async with wire.get(f"{at.api}/v2/images") as begun:
+            assert await begun.content.readexactly(5) == b"first"
+            posting = asyncio.create_task(post(at.api))
+            await until(lambda: len(upstream.received) == 3, "the request arrives")
+            stopping = asyncio.create_task(running.aclose())
+            assert await posting == (504, "upstream_timeout")
+            given_up.set()
+            assert await begun.read() == b"last"
+        await stopping
+    assert upstream.incomplete == 1
+
+
 async def _connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     host, _, port = url.removeprefix("http://").partition(":")
     return await asyncio.open_connection(host, int(port))
