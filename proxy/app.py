@@ -50,7 +50,7 @@ _TLS_RELOAD_S = 2.0
 _HANDSHAKE_S = 5.0  # what is no connection of ours yet holds a descriptor for so long at most
 _ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64)
 _MARGIN_S = 60
-_LAST_WORDS_S = 1.0  # of a drain, after the last wait: Redis is told, answers are written
+_LAST_WORDS_S = 2.0  # of a drain, for all but waiting, as of any request: Redis is told, answers are written
 _SPARE_FILES = 256
 _LOG = logging.getLogger(__name__)
 
