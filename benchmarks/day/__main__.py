@@ -1,0 +1,139 @@
+"""The day's figures, as a part of a Markdown page: `python -m benchmarks.day`. Takes about two minutes."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from time import process_time
+
+from benchmarks.day.api import LIST_S, SINGLE_S
+from benchmarks.day.fleet import AUTOSCALER_S, DASHBOARD_S, ERRORS, HOUR_S, Day, Fleet, Poller, Readers
+from benchmarks.day.run import Outcome, run
+from benchmarks.day.systems import Tally
+from proxy.settings import Settings
+from proxy.simulator.limits import Limits
+
+SAMPLES = {1: 120, 10: 24, 100: 12}
+"""By how many times the readers: so many tokens are simulated."""
+
+OUTAGE_HOUR = 14
+OUTAGE = (OUTAGE_HOUR * HOUR_S + 600, OUTAGE_HOUR * HOUR_S + 900)
+OTHERS_EVERY_S = 1.5
+LONE_S = (15.0, 20.0, 30.0, 45.0, 60.0, 90.0)
+
+_HEAD = (
+    "| | requests | upstream calls | saved | upstream 429 | answered | 429 | errors"
+    " | age: median | 99 % | oldest | longest wait |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def main() -> None:
+    """Simulate and print."""
+    fleet, limits, cache = Fleet(), Limits(), Settings().cache
+    readers = fleet.readers
+    print(f"""
+# A simulated day
+
+`python -m benchmarks.day`, {datetime.now(UTC):%Y-%m-%d}; its figures do not depend on the machine.
+
+{fleet.tokens} tokens see {fleet.snapshots:,} snapshots, both read by Zipf's law. {readers.autoscalers}
+autoscalers ask for one each, every {AUTOSCALER_S:g} s, all day; {readers.dashboards} dashboards show 3 to 8
+each in the hours of work, every {min(DASHBOARD_S):g} to {max(DASHBOARD_S):g} s; {readers.jobs:,} jobs read
+20 to 60 at once, and {readers.lookups:,} single lookups come at any time, {ERRORS:.0%} of them for what
+there is not; both mostly in the hours of work. Requests are spread over {fleet.replicas} replicas at
+random. The API admits a token {limits.per_minute} calls a minute and {limits.per_hour:,} an hour, both
+rolling and exact; a call takes {SINGLE_S:g} s, a list {LIST_S:g} s. At {OUTAGE_HOUR}:10 it is down for five
+minutes.
+
+- **Without a proxy** each request is a call.
+- **Plain cache**: nginx's `proxy_cache` in each replica, by token and snapshot, {cache.fresh_s} s, with
+  `proxy_cache_lock`; 429 and errors are passed on. **Stale too**: with `proxy_cache_use_stale` and a
+  refresh in the background, as the README shows it.
+- **snapshot-proxy**: its own code with its defaults, from the main path to the ledger, on an event loop
+  with virtual time. Only Redis is replaced: by dictionaries, which take no time.
+
+*Answered* is 200, or 404 for what there is not; *429* and *errors* are the rest. An *age* counts from the
+call. Nobody repeats a failed request. Some tokens stand for all, and counts are scaled;
+`benchmarks/day/__init__.py` says
+what else is simpler than the world.""")
+    days: dict[int, Mapping[str, Outcome]] = {}
+    for times, number in SAMPLES.items():
+        fleet = Fleet(times=times)
+        tokens, scale = Fleet().sample(number), fleet.tokens // number
+        outcomes = days[times] = run(fleet, fleet.day(tokens), down=OUTAGE)
+        print(f"\n## {'The fleet' if times == 1 else f'{times} times the readers'}\n")
+        print(
+            f"{number} of {fleet.tokens} tokens are simulated, one of each {scale} of about the same load; "
+            f"counts are times {scale}.\n"
+        )
+        _table({name: outcome.day for name, outcome in outcomes.items()}, scale)
+        if times == 1:
+            print(f"\nThe hour from {OUTAGE_HOUR}:00 alone:\n")
+            hours = {name: outcome.hours[OUTAGE_HOUR] for name, outcome in outcomes.items()}
+            _table(hours, scale)
+    _growth(days)
+    _shared()
+    _lone()
+    print(f"\nComputed in {process_time():.0f} s of one core.")
+
+
+def _table(rows: Mapping[str, Tally], scale: int = 1) -> None:
+    print(_HEAD)
+    for name, tally in rows.items():
+        requests = tally.requests
+        print(
+            f"| {name} | {requests * scale:,} | {tally.calls * scale:,} | {1 - tally.calls / requests:.1%}"
+            f" | {tally.refused * scale:,} | {tally.answered / requests:.3%}"
+            f" | {tally.limited * scale:,} | {tally.failed * scale:,} | {tally.age_s(0.5):.1f} s"
+            f" | {tally.age_s(0.99):.0f} s | {tally.age_s(1):.0f} s | {tally.longest_s:.1f} s |",
+            flush=True,
+        )
+
+
+def _growth(days: Mapping[int, Mapping[str, Outcome]]) -> None:
+    """Compare calls: each day's are of its own sample, scaled."""
+    fleet = Fleet()
+    print("\n## Upstream calls as the readers grow\n")
+    print("| | " + " | ".join(f"{times} x" for times in days) + " |")
+    print("| --- |" + " ---: |" * len(days))
+    for name in days[1]:
+        calls = [
+            outcomes[name].day.calls * (fleet.tokens // SAMPLES[times]) for times, outcomes in days.items()
+        ]
+        print(f"| {name} | " + " | ".join(f"{each:,} ({each / calls[0]:.1f} x)" for each in calls) + " |")
+
+
+def _shared() -> None:
+    """Show one token that somebody else uses, too."""
+    fleet = Fleet(times=10)
+    token = Fleet().sample(SAMPLES[10])[0]
+    print(f"""
+## A token that somebody else uses, too
+
+One of the busiest tokens with {fleet.times} times the readers; somebody calls past the proxy every
+{OTHERS_EVERY_S:g} s, which leaves {Limits().per_hour - HOUR_S / OTHERS_EVERY_S:,.0f} calls an hour.
+""")
+    outcomes = run(fleet, fleet.day([token]), others_every_s={token: OTHERS_EVERY_S})
+    _table({name: outcome.day for name, outcome in outcomes.items()})
+
+
+def _lone() -> None:
+    """Show the smallest case: one poller, one replica."""
+    print("""
+## One poller of one snapshot, one replica
+
+Upstream calls in a day, by how often it asks.
+""")
+    fleet = Fleet(tokens=1, snapshots=2, readers=Readers(0, 0, 0, 0), replicas=1)
+    columns: list[Mapping[str, Outcome]] = []
+    for every_s in LONE_S:
+        day = Day(fleet)
+        day.poll(Poller(0.0, fleet.hours * HOUR_S, every_s, 0, 0))
+        columns.append(run(fleet, day))
+    print("| | " + " | ".join(f"{every_s:g} s" for every_s in LONE_S) + " |")
+    print("| --- |" + " ---: |" * len(LONE_S))
+    for name in columns[0]:
+        print(f"| {name} | " + " | ".join(f"{outcomes[name].day.calls:,}" for outcomes in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
