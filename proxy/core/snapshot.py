@@ -22,6 +22,10 @@ import orjson
 
 from proxy.core.errors import UpstreamInvalid
 
+MOST_VALUES = 50_000
+"""Values in one document, at most: 250 for each snapshot of the longest list. Each takes some 100 bytes of
+memory and, as an `Exact`, 6 µs, however short it is: two mebibytes of them would stop all for seconds."""
+
 # A number that a double may not hold: sixteen digits or more, or an exponent of three.
 _LONG_NUMBER = re.compile(rb"[0-9][0-9.]{15}|[0-9][eE][+-]?[0-9]{3}")
 _RFC3339 = re.compile(
@@ -94,7 +98,9 @@ def _with_public_url(links: dict[str, Any], public_url: str) -> dict[str, Any]:
 
 
 def parse(body: bytes) -> Any:
-    """Parse JSON. A number that orjson would change becomes an `Exact`."""
+    """Parse JSON of `MOST_VALUES` values. A number that orjson would change becomes an `Exact`."""
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
+        raise UpstreamInvalid(f"it holds more than {MOST_VALUES:,} values")
     if _LONG_NUMBER.search(body):
         return _parse_exactly(body)
     try:

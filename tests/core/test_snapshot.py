@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from proxy.core.errors import UpstreamInvalid
-from proxy.core.snapshot import error_envelope, normalize_snapshot, parse
+from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot, parse
 
 SNAPSHOT: dict[str, Any] = {
     "id": "6372321",
@@ -160,8 +160,17 @@ def test_a_field_that_is_refused(field: str, value: Any, said: str) -> None:
             id="half-a-character-beside-a-long-number",
         ),
         pytest.param(b"[" * 2000, "it is not JSON", id="deep"),
-        pytest.param(b"1" * 30 + b"[" * 100_000, "it is not JSON", id="deep-behind-a-long-number"),
-        pytest.param(b'{"x":' + b"1" * 30 + b',"y":' + b"[" * 100_000, "it is not JSON", id="deep-and-long"),
+        pytest.param(b"1" * 30 + b"[" * 10_000, "it is not JSON", id="deep-behind-a-long-number"),
+        pytest.param(b'{"x":' + b"1" * 30 + b',"y":' + b"[" * 10_000, "it is not JSON", id="deep-and-long"),
+        *(
+            pytest.param(many, "it holds more than 50,000 values", id=f"many-{kind}")
+            for kind, many in (
+                ("numbers", raw("x", "[" + "1," * 50_000 + "1]")),
+                ("long-numbers", raw("x", "[" + "1e999," * 50_000 + "1]")),
+                ("objects", raw("x", "[" + "{}," * 25_000 + "1]")),
+                ("lists", raw("x", "[" + ("[" * 100 + "]" * 100 + ",") * 500 + "1]")),
+            )
+        ),
         pytest.param(
             raw("x", "[" * 300 + "]" * 300), "it is nested too deeply or not Unicode", id="too-deep-to-write"
         ),
@@ -549,3 +558,10 @@ def test_no_error_is_a_surprise(body: bytes) -> None:
     """Any bytes are an envelope with all three keys, or none."""
     envelope = error_envelope(body, "ours")
     assert envelope is None or {"id", "message", "request_id"} <= json.loads(envelope).keys()
+
+
+def test_as_many_values_as_a_list_may_need() -> None:
+    """200 snapshots with 200 values each are taken."""
+    snapshots = [json.loads(answer(id=str(number), tags=["t"] * 190))["snapshot"] for number in range(200)]
+    body = json.dumps({"snapshots": snapshots, "links": {}, "meta": {"total": 200}}).encode()
+    assert len(normalize_list(body, "").snapshots) == 200

@@ -828,7 +828,8 @@ async def served(simulator: Simulator) -> AsyncIterator[Serve]:
         pytest.param(Fault(FaultKind.BOMB), {}, 502, id="bomb-of-256-MiB"),
         pytest.param(Fault(FaultKind.HUGE), {}, 502, id="body-of-64-MiB"),
         pytest.param(None, {"name": "a" * (2 * MIB - 1000)}, 200, id="largest-that-is-taken"),
-        pytest.param(None, {"unknown": [{}] * 600_000}, 200, id="largest-in-many-pieces"),
+        pytest.param(None, {"unknown": [{}] * 600_000}, 502, id="in-too-many-pieces"),
+        pytest.param(None, {"unknown": [{}] * 24_000}, 200, id="in-many-pieces"),
     ],
 )
 async def test_memory(
