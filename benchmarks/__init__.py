@@ -1,1 +1,1 @@
-"""What it takes, and what it gives, beside what else there is: `python -m benchmarks`."""
+"""What it takes, and what it gives, beside what else there is: `python -m benchmarks`, `benchmarks.day`."""

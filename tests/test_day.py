@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from proxy.settings import Settings
 from proxy.simulator.limits import Limits
 
 SETTINGS = Settings()
+ROOT = Path(__file__).parent.parent
 NOBODY = Readers(0, 0, 0, 0)
 FEW = Fleet(tokens=3, snapshots=30, readers=Readers(6, 0, 6, 60), hours=1)
 ONE = Fleet(tokens=1, snapshots=700, readers=NOBODY, hours=1, replicas=1)
@@ -76,9 +79,11 @@ def test_a_few_tokens_read_what_they_read_among_all() -> None:
 def test_a_sample_has_the_load_of_all() -> None:
     """Each stratum gives one, and together they read about as much as their share of the tokens."""
     fleet = Fleet()
-    chosen = fleet.sample(24)
-    assert len(set(chosen)) == 24
-    assert fleet.day(chosen).requests() * 10 == pytest.approx(fleet.day(range(240)).requests(), rel=0.15)
+    chosen = fleet.sample(20)
+    whole = fleet.day(range(fleet.tokens)).requests()
+    assert len(set(chosen)) == 20
+    assert sum(fleet.loads()) == pytest.approx(whole, rel=0.01)
+    assert fleet.day(chosen).requests() * 10 == pytest.approx(whole, rel=0.05)
 
 
 def test_the_limits_are_exact() -> None:
@@ -173,6 +178,19 @@ def test_what_does_not_add_up_is_an_error() -> None:
             polled(1.0),
             systems={"it": lambda api, names, _: Forgets(api, names, 1, stale=False)},
         )
+
+
+def test_the_readme_shows_figures_of_the_last_run() -> None:
+    """Each number in its table stands in the results, too."""
+    table = re.findall(
+        r"^\| (?:the fleet|10+ times as many) \|.*", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    results = (ROOT / "benchmarks/RESULTS.md").read_text()
+    shown = re.findall(r"([\d,]+) · ([\d.]+ %)", "".join(table))
+    assert len(table) == 3
+    assert len(shown) == 12
+    for calls, share in shown:
+        assert re.search(rf"\| {calls} \|.*\| {share.replace(' ', '')} \|", results), (calls, share)
 
 
 def test_what_an_event_starts_comes_before_the_next_event() -> None:

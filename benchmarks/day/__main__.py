@@ -2,21 +2,36 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from inspect import cleandoc
+from textwrap import fill
 from time import process_time
 
 from benchmarks.day.api import LIST_S, SINGLE_S
-from benchmarks.day.fleet import AUTOSCALER_S, DASHBOARD_S, ERRORS, HOUR_S, Day, Fleet, Poller, Readers
+from benchmarks.day.fleet import (
+    AUTOSCALER_S,
+    DASHBOARD_S,
+    ERRORS,
+    HOUR_S,
+    JOB,
+    SHOWN,
+    Day,
+    Fleet,
+    Poller,
+    Readers,
+)
 from benchmarks.day.run import Outcome, run
 from benchmarks.day.systems import Tally
 from proxy.settings import Settings
 from proxy.simulator.limits import Limits
 
-SAMPLES = {1: 120, 10: 24, 100: 12}
+SAMPLES = {1: 200, 10: 20, 100: 10}
 """By how many times the readers: so many tokens are simulated."""
 
 OUTAGE_HOUR = 14
 OUTAGE = (OUTAGE_HOUR * HOUR_S + 600, OUTAGE_HOUR * HOUR_S + 900)
 OTHERS_EVERY_S = 1.5
+MANY = 600
+NOBODY = Readers(0, 0, 0, 0)
 LONE_S = (15.0, 20.0, 30.0, 45.0, 60.0, 90.0)
 
 _HEAD = (
@@ -30,54 +45,60 @@ def main() -> None:
     """Simulate and print."""
     fleet, limits, cache = Fleet(), Limits(), Settings().cache
     readers = fleet.readers
-    print(f"""
-# A simulated day
+    print("\n# A simulated day")
+    _say(f"""
+        `python -m benchmarks.day`, {datetime.now(UTC):%Y-%m-%d}. The figures do not depend on the machine.
 
-`python -m benchmarks.day`, {datetime.now(UTC):%Y-%m-%d}; its figures do not depend on the machine.
+        {fleet.tokens} tokens see {fleet.snapshots:,} snapshots, both read by Zipf's law.
+        {readers.autoscalers} autoscalers ask for one each, every {AUTOSCALER_S:g} s, all day;
+        {readers.dashboards} dashboards show {SHOWN[0]} to {SHOWN[-1]} each in the hours of work, every
+        {min(DASHBOARD_S):g} to {max(DASHBOARD_S):g} s; {readers.jobs:,} jobs read {JOB[0]} to {JOB[-1]} at
+        once, and {readers.lookups:,} single lookups come at any time, {ERRORS:.0%} of them for what there is
+        not; both mostly in the hours of work. Requests are spread over {fleet.replicas} replicas at random.
+        The API admits a token {limits.per_minute} calls a minute and {limits.per_hour:,} an hour, both
+        rolling and exact; a call takes {SINGLE_S:g} s, a list {LIST_S:g} s. From {OUTAGE_HOUR}:10 to
+        {OUTAGE_HOUR}:15 it is down.
 
-{fleet.tokens} tokens see {fleet.snapshots:,} snapshots, both read by Zipf's law. {readers.autoscalers}
-autoscalers ask for one each, every {AUTOSCALER_S:g} s, all day; {readers.dashboards} dashboards show 3 to 8
-each in the hours of work, every {min(DASHBOARD_S):g} to {max(DASHBOARD_S):g} s; {readers.jobs:,} jobs read
-20 to 60 at once, and {readers.lookups:,} single lookups come at any time, {ERRORS:.0%} of them for what
-there is not; both mostly in the hours of work. Requests are spread over {fleet.replicas} replicas at
-random. The API admits a token {limits.per_minute} calls a minute and {limits.per_hour:,} an hour, both
-rolling and exact; a call takes {SINGLE_S:g} s, a list {LIST_S:g} s. At {OUTAGE_HOUR}:10 it is down for five
-minutes.
+        - **Without a proxy** each request is a call.
 
-- **Without a proxy** each request is a call.
-- **Plain cache**: nginx's `proxy_cache` in each replica, by token and snapshot, {cache.fresh_s} s, with
-  `proxy_cache_lock`; 429 and errors are passed on. **Stale too**: with `proxy_cache_use_stale` and a
-  refresh in the background, as the README shows it.
-- **snapshot-proxy**: its own code with its defaults, from the main path to the ledger, on an event loop
-  with virtual time. Only Redis is replaced: by dictionaries, which take no time.
+        - **Plain cache**: nginx's `proxy_cache` in each replica, by token and snapshot, {cache.fresh_s} s,
+        with `proxy_cache_lock`; 429 and errors are passed on. **Stale too**: with `proxy_cache_use_stale`
+        and a refresh in the background, as the README shows it.
 
-*Answered* is 200, or 404 for what there is not; *429* and *errors* are the rest. An *age* counts from the
-call. Nobody repeats a failed request. Some tokens stand for all, and counts are scaled;
-`benchmarks/day/__init__.py` says
-what else is simpler than the world.""")
+        - **snapshot-proxy**: its own code with its defaults, from the main path to the ledger, on an event
+        loop with virtual time. Only Redis is replaced: by dictionaries, which take no time.
+
+        *Answered* is 200, or 404 for what there is not; *429* and *errors* are the rest. An *age* counts
+        from the call. Nobody repeats a failed request. Some tokens stand for all, and counts are scaled;
+        `benchmarks/day/__init__.py` says what else is simpler than the world.
+        """)
     days: dict[int, Mapping[str, Outcome]] = {}
     for times, number in SAMPLES.items():
         fleet = Fleet(times=times)
-        tokens, scale = Fleet().sample(number), fleet.tokens // number
+        tokens, scale = fleet.sample(number), fleet.tokens // number
         outcomes = days[times] = run(fleet, fleet.day(tokens), down=OUTAGE)
-        print(f"\n## {'The fleet' if times == 1 else f'{times} times the readers'}\n")
-        print(
-            f"{number} of {fleet.tokens} tokens are simulated, one of each {scale} of about the same load; "
-            f"counts are times {scale}.\n"
-        )
+        print(f"\n## {'The fleet' if times == 1 else f'{times} times the readers'}")
+        if scale == 1:
+            _say("All tokens are simulated.")
+        else:
+            _say(f"""
+                {number} of {fleet.tokens} tokens are simulated, one of each {scale} of about the same load,
+                and counts are times {scale}. The whole fleet makes about {sum(fleet.loads()):,.0f} requests.
+                """)
         _table({name: outcome.day for name, outcome in outcomes.items()}, scale)
         if times == 1:
-            print(f"\nThe hour from {OUTAGE_HOUR}:00 alone:\n")
+            print(f"\nThe hour from {OUTAGE_HOUR}:00 alone:")
             hours = {name: outcome.hours[OUTAGE_HOUR] for name, outcome in outcomes.items()}
             _table(hours, scale)
     _growth(days)
     _shared()
+    _scarce()
     _lone()
     print(f"\nComputed in {process_time():.0f} s of one core.")
 
 
 def _table(rows: Mapping[str, Tally], scale: int = 1) -> None:
-    print(_HEAD)
+    print("\n" + _HEAD)
     for name, tally in rows.items():
         requests = tally.requests
         print(
@@ -105,34 +126,55 @@ def _growth(days: Mapping[int, Mapping[str, Outcome]]) -> None:
 def _shared() -> None:
     """Show one token that somebody else uses, too."""
     fleet = Fleet(times=10)
-    token = Fleet().sample(SAMPLES[10])[0]
-    print(f"""
-## A token that somebody else uses, too
-
-One of the busiest tokens with {fleet.times} times the readers; somebody calls past the proxy every
-{OTHERS_EVERY_S:g} s, which leaves {Limits().per_hour - HOUR_S / OTHERS_EVERY_S:,.0f} calls an hour.
-""")
+    token = fleet.sample(SAMPLES[10])[0]
+    print("\n## A token that somebody else uses, too")
+    _say(f"""
+        One of the busiest tokens with {fleet.times} times the readers; somebody calls past the proxy every
+        {OTHERS_EVERY_S:g} s, which leaves {Limits().per_hour - HOUR_S / OTHERS_EVERY_S:,.0f} calls an hour.
+        """)
     outcomes = run(fleet, fleet.day([token]), others_every_s={token: OTHERS_EVERY_S})
     _table({name: outcome.day for name, outcome in outcomes.items()})
 
 
+def _scarce() -> None:
+    """Show a token whose quota is too small for what it keeps hot."""
+    fleet = Fleet(tokens=1, snapshots=MANY, readers=NOBODY, hours=3)
+    print("\n## A token that keeps more hot than its quota allows")
+    _say(f"""
+        {MANY} snapshots of one token, of which a list brings 200 at most, each read once a minute for
+        {fleet.hours} hours, from a cold start.
+        """)
+    day = Day(fleet)
+    for number in range(MANY):
+        day.poll(Poller(60 * number / MANY, fleet.hours * HOUR_S, 60, 0, number))
+    _table({name: outcome.day for name, outcome in run(fleet, day).items()})
+
+
 def _lone() -> None:
     """Show the smallest case: one poller, one replica."""
-    print("""
-## One poller of one snapshot, one replica
-
-Upstream calls in a day, by how often it asks.
-""")
-    fleet = Fleet(tokens=1, snapshots=2, readers=Readers(0, 0, 0, 0), replicas=1)
+    print("\n## One poller of one snapshot, one replica")
+    _say("Upstream calls in a day, by how often it asks.")
+    fleet = Fleet(tokens=1, snapshots=2, readers=NOBODY, replicas=1)
     columns: list[Mapping[str, Outcome]] = []
     for every_s in LONE_S:
         day = Day(fleet)
         day.poll(Poller(0.0, fleet.hours * HOUR_S, every_s, 0, 0))
         columns.append(run(fleet, day))
-    print("| | " + " | ".join(f"{every_s:g} s" for every_s in LONE_S) + " |")
+    print("\n| | " + " | ".join(f"{every_s:g} s" for every_s in LONE_S) + " |")
     print("| --- |" + " ---: |" * len(LONE_S))
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(f"{outcomes[name].day.calls:,}" for outcomes in columns) + " |")
+
+
+def _say(text: str) -> None:
+    """Print paragraphs and the items of a list, filled."""
+    before = ""
+    for paragraph in cleandoc(text).split("\n\n"):
+        in_list = paragraph.startswith("- ")
+        if not (in_list and before.startswith("- ")):
+            print()
+        print(fill(paragraph, 110, subsequent_indent="  " * in_list, break_on_hyphens=False))
+        before = paragraph
 
 
 if __name__ == "__main__":

@@ -19,8 +19,15 @@ from benchmarks.day.api import Token
 HOUR_S = 3600.0
 AUTOSCALER_S = 30.0
 DASHBOARD_S = (15.0, 30.0, 60.0)
+SHOWN = range(3, 9)
+"""So many snapshots a dashboard may show."""
+
+JOB = range(20, 61)
+"""So many snapshots a job may read."""
+
 ERRORS = 0.03
 """The part of the lookups that name nothing."""
+
 _OFFICE = range(8, 18)  # the hours in which people work
 
 
@@ -46,10 +53,10 @@ class Poller(NamedTuple):
 class Readers(NamedTuple):
     """How many there are of each kind; jobs and lookups of the whole day."""
 
-    autoscalers: int = 120
-    dashboards: int = 40
-    jobs: int = 1_200
-    lookups: int = 24_000
+    autoscalers: int = 90
+    dashboards: int = 30
+    jobs: int = 1_000
+    lookups: int = 20_000
 
 
 ALL = Readers()
@@ -59,8 +66,8 @@ ALL = Readers()
 class Fleet:
     """How many there are of everything; `times` as many readers."""
 
-    tokens: int = 240
-    snapshots: int = 3_000
+    tokens: int = 200
+    snapshots: int = 2_500
     readers: Readers = ALL
     times: int = 1
     hours: int = 24
@@ -84,28 +91,48 @@ class Fleet:
     def day(self, tokens: Sequence[int]) -> "Day":
         """Draw all that the readers of some tokens will do."""
         day = Day(self)
-        sizes = self.sizes()
-        dealt = [_dealt(self.times * number, self.tokens) for number in self.readers]
+        sizes, readers = self.sizes(), self._of_each()
         for token in tokens:
-            day.draw(token, sizes[token], Readers(*(numbers[token] for numbers in dealt)))
+            day.draw(token, sizes[token], readers[token])
         return day
 
-    def sample(self, number: int) -> list[int]:
-        """Choose tokens that stand for all: of each stratum the one whose load is nearest to its mean.
+    def loads(self) -> list[float]:
+        """Tell how many requests each token makes; a job counts as a mean one."""
+        return [
+            self._polls(token, size, readers) + readers.jobs * sum(JOB) / len(JOB) + readers.lookups
+            for token, (size, readers) in enumerate(zip(self.sizes(), self._of_each(), strict=True))
+        ]
 
-        The strata are the tokens in order of their loads, cut into so many of the same size.
+    def sample(self, number: int) -> list[int]:
+        """Choose tokens that stand for all: of each stratum one whose load is about the mean.
+
+        The strata are the tokens in order of their loads, cut into so many of the same size. What one choice
+        is off by, the next makes up for.
         """
-        loads = [self.day([token]).requests() for token in range(self.tokens)]
+        loads = self.loads()
         ranked = sorted(range(self.tokens), key=lambda token: -loads[token])
         size, rest = divmod(self.tokens, number)
         if rest:
             raise ValueError(f"{number} strata of {self.tokens} tokens are not of the same size")
-        strata = [ranked[first : first + size] for first in range(0, self.tokens, size)]
-        means = [sum(loads[token] for token in stratum) / size for stratum in strata]
-        return [
-            min(stratum, key=lambda token: abs(loads[token] - mean))
-            for stratum, mean in zip(strata, means, strict=True)
-        ]
+        chosen: list[int] = []
+        off = 0.0
+        for first in range(0, self.tokens, size):
+            stratum = ranked[first : first + size]
+            wanted = sum(loads[token] for token in stratum) / size + off
+            nearest = min(stratum, key=lambda token: abs(loads[token] - wanted))
+            off = wanted - loads[nearest]
+            chosen.append(nearest)
+        return chosen
+
+    def _of_each(self) -> list[Readers]:
+        """Deal the readers to the tokens."""
+        dealt = (_dealt(self.times * number, self.tokens) for number in self.readers)
+        return [Readers(*numbers) for numbers in zip(*dealt, strict=True)]
+
+    def _polls(self, token: int, size: int, readers: Readers) -> int:
+        day = Day(self)
+        day.draw(token, size, readers._replace(jobs=0, lookups=0))
+        return day.requests()
 
     def _sees(self, token: int, size: int) -> Token:
         bodies = {_name(token, number): _document(token, number) for number in range(size)}
@@ -134,11 +161,11 @@ class Day:
         for _ in range(readers.dashboards):
             every_s = rng.choice(DASHBOARD_S)
             begins, leaves = rng.uniform(7.5, 9.5) * HOUR_S, rng.uniform(16.5, 19) * HOUR_S
-            shown = dict.fromkeys(rng.choices(numbers, cum_weights=popular, k=rng.randint(3, 8)))
+            shown = dict.fromkeys(rng.choices(numbers, cum_weights=popular, k=rng.choice(SHOWN)))
             for snapshot in shown:
                 self.poll(Poller(begins, min(leaves, ends), every_s, token, snapshot))
         for at in self._moments(rng, readers.jobs):
-            reads = rng.choices(numbers, cum_weights=popular, k=rng.randint(20, 60))
+            reads = rng.choices(numbers, cum_weights=popular, k=rng.choice(JOB))
             for place, snapshot in enumerate(reads):
                 self.read((at + place / 20, token, snapshot, rng.randrange(fleet.replicas)))
         for at in self._moments(rng, readers.lookups):
