@@ -412,11 +412,14 @@ async def test_cancelled_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
 async def test_cancelled_stop_ends_the_server_all_the_same(server: EmbeddedServer) -> None:
     """Once begun, the end needs nobody to wait for it."""
     group = await pid(server)
+    assert server._life is not None
+    process = server._life.process
     stopping = asyncio.create_task(server.stop())
     await until(lambda: server._life is None, "the end has begun")
     stopping.cancel()
     await asyncio.wait([stopping])
     await until(lambda: not processes(group) and not socket_path(server).parent.exists(), "all is gone")
+    await process.wait()  # a loop that ends before it heard of the end leaves an open transport behind
 
 
 # -- what can be wrong -------------------------------------------------------------------------
