@@ -34,7 +34,7 @@ class ProxyError(Exception):
     """The error type of RFC 9209 §2.3."""
 
     retry_after_s: int | None = None
-    """Whole seconds, 1 to 60; only with 429 and 503."""
+    """Whole seconds; only with 429 and 503. Callers are told 1 to 60."""
 
 
 class SettingsError(Exception):

@@ -10,9 +10,12 @@ from enum import StrEnum
 
 import orjson
 
-from proxy.core.errors import ProxyError
+from proxy.core.errors import RETRY_AFTER_S, ProxyError
 
 CACHE_NAME = "snapshot-proxy"
+
+LONGEST_RETRY_AFTER_S = 3600
+"""What the upstream says beyond that is not believed."""
 
 _ETAG_HEX = 32
 _ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
@@ -91,9 +94,19 @@ def proxy_status(error: ProxyError) -> str:
 
 
 def parse_retry_after(value: str) -> int | None:
-    """Read `Retry-After` in seconds and keep it within 1 to 60; None for a date or what is neither."""
+    """Read the upstream's `Retry-After` in seconds: 1 to 3,600, for no limit of it is longer than an hour.
+
+    None for a date or what is neither.
+    """
     value = value.strip()
-    return min(max(int(value[:6]), 1), 60) if value.isascii() and value.isdigit() else None
+    if not (value.isascii() and value.isdigit()):
+        return None
+    return min(max(int(value.lstrip("0")[:5] or "0"), 1), LONGEST_RETRY_AFTER_S)
+
+
+def retry_after(seconds: int | None) -> str:
+    """Write our `Retry-After`: 1 to 60, whatever the upstream's was."""
+    return str(min(max(seconds or RETRY_AFTER_S, 1), 60))
 
 
 def _detail(detail: Detail | None) -> str:

@@ -8,8 +8,8 @@ from http import HTTPStatus
 from aiohttp import web
 from multidict import CIMultiDict
 
-from proxy.core.errors import RETRY_AFTER_S, RETRYABLE, MethodNotAllowed, ProxyError
-from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status
+from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError
+from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status, retry_after
 from proxy.readthrough import Failed, Served
 
 _JSON = "application/json; charset=utf-8"
@@ -59,7 +59,7 @@ def served_response(
     if served.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if served.status in RETRYABLE:
-        headers["Retry-After"] = str(served.retry_after_s or RETRY_AFTER_S)
+        headers["Retry-After"] = retry_after(served.retry_after_s)
     return web.Response(status=served.status, headers=headers, body=body)
 
 
@@ -104,5 +104,5 @@ def _error_headers(error: ProxyError, request_id: str) -> CIMultiDict[str]:
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = error.allow
     if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
+        headers["Retry-After"] = retry_after(error.retry_after_s)
     return headers

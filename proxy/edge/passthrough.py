@@ -14,7 +14,6 @@ from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from proxy.core.errors import (
-    RETRY_AFTER_S,
     RETRYABLE,
     BadRequest,
     Overloaded,
@@ -22,7 +21,8 @@ from proxy.core.errors import (
     QuotaSpent,
     UpstreamPaused,
 )
-from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after
+from proxy.core.events import Route
+from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after, retry_after
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
     EndsWhatBodyNames,
@@ -81,7 +81,7 @@ class Passthrough:
         try:
             async with (
                 self._shield.admitted(
-                    forwarding.token, forwarding.partition, forwarding.caller, call_class
+                    Route.PASSTHROUGH, forwarding.token, forwarding.partition, forwarding.caller, call_class
                 ) as passage,
                 AsyncExitStack() as streaming,
             ):
@@ -168,7 +168,7 @@ async def _stream_back(
     headers["Cache-Status"] = str(Forwarded(Why.BYPASS, detail=detail))
     if answer.status in RETRYABLE:
         given = CIMultiDict(answer.headers).get("Retry-After", "")
-        headers["Retry-After"] = str(parse_retry_after(given) or RETRY_AFTER_S)
+        headers["Retry-After"] = retry_after(parse_retry_after(given))
     response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(request)
     async for chunk in answer.chunks:

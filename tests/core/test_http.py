@@ -18,6 +18,7 @@ from proxy.core.http import (
     is_not_modified,
     parse_retry_after,
     proxy_status,
+    retry_after,
 )
 
 ETAG = etag_of(b"{}")
@@ -164,10 +165,12 @@ def test_cache_status(status: str | Forwarded, written: str) -> None:
         pytest.param("5", 5, id="seconds"),
         pytest.param(" 5\t", 5, id="spaces-around"),
         pytest.param("1", 1, id="shortest"),
-        pytest.param("60", 60, id="longest"),
+        pytest.param("90", 90, id="beyond-a-minute"),
+        pytest.param("0000000090", 90, id="leading-zeros"),
+        pytest.param("3600", 3600, id="longest"),
         pytest.param("0", 1, id="none"),
-        pytest.param("61", 60, id="longer"),
-        pytest.param("9" * 5000, 60, id="absurd"),
+        pytest.param("3601", 3600, id="longer"),
+        pytest.param("9" * 5000, 3600, id="absurd"),
         pytest.param("", None, id="empty"),
         pytest.param("-1", None, id="negative"),
         pytest.param("1.5", None, id="fraction"),
@@ -176,9 +179,23 @@ def test_cache_status(status: str | Forwarded, written: str) -> None:
         pytest.param("Fri, 31 Dec 1999 23:59:59 GMT", None, id="date"),
     ],
 )
-def test_retry_after(value: str, seconds: int | None) -> None:
-    """RFC 9110 §10.2.3: whole seconds are kept within 1 to 60; a date is as good as nothing."""
+def test_the_upstreams_retry_after(value: str, seconds: int | None) -> None:
+    """RFC 9110 §10.2.3: whole seconds are kept within 1 to 3,600; a date is as good as nothing."""
     assert parse_retry_after(value) == seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [
+        pytest.param(None, "5", id="nobody-said"),
+        pytest.param(1, "1", id="shortest"),
+        pytest.param(60, "60", id="longest"),
+        pytest.param(90, "60", id="longer"),
+    ],
+)
+def test_our_retry_after(seconds: int | None, written: str) -> None:
+    """Callers are told to wait a minute at most."""
+    assert retry_after(seconds) == written
 
 
 # -- errors ------------------------------------------------------------------------------------

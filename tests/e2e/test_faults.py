@@ -105,6 +105,7 @@ FAULTS: list[Any] = [
     says(422, Expected(422, "unprocessable_entity", "http_protocol_error"), envelope=False),
     says(429, Expected(429, "too_many_requests", None, "5")),
     says(429, Expected(429, "too_many_requests", None, "7"), name="in-7-seconds", retry_after="7"),
+    says(429, Expected(429, "too_many_requests", None, "60"), name="in-90-seconds", retry_after="90"),
     says(429, Expected(429, "too_many_requests", "http_protocol_error", "5"), envelope=False),
     says(500, Expected(500, "server_error", None)),
     says(500, Expected(500, "server_error", None), name="in-7-seconds", retry_after="7"),
