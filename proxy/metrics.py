@@ -42,7 +42,7 @@ _WATCHED = {
     "store_up": "1 while Redis answers.",
     "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
     "secret_mismatch": "1 where another replica uses another secret.",
-    "upstream_breaker_open": "1 while the upstream fails and is only probed.",
+    "upstream_breaker_open": "1 while the upstream fails for some kind of call and is only probed with it.",
 }
 _OWN_STATUSES = frozenset(
     {

@@ -7,7 +7,7 @@ the call, it is refused as where there is none; what is in the air at the end is
 
 import asyncio
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -25,7 +25,7 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import QuotaWait, Standing
+from proxy.core.events import QuotaWait, Route, Standing
 from proxy.core.identity import Partition, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
@@ -79,12 +79,14 @@ class Shield:
         self._monotonic = monotonic
         self._closing = closing
         self._lines: dict[tuple[Partition, bool], _Line] = {}
-        self._breaker = Breaker()
+        self._breakers: defaultdict[Route, Breaker] = defaultdict(Breaker)
+        """For each kind of request: lists that are slow say nothing about single reads."""
 
     @property
     def breaker_open(self) -> bool:
-        """Tell whether the upstream fails so often that it is only probed."""
-        return self._breaker.is_open
+        """Tell whether the upstream fails so often, for any kind of request, that it is only probed."""
+        now = self._monotonic()
+        return any(breaker.is_news(now) for breaker in self._breakers.values())
 
     def standings(self) -> dict[str, Standing]:
         """Give what each caller has left; where several have the same name, the worst of them."""
@@ -110,7 +112,9 @@ class Shield:
 
         Raises UpstreamError, QuotaSpent or Overloaded.
         """
-        passing = self.admitted(call.token, call.key.partition, call.caller, call_class, patient=patient)
+        passing = self.admitted(
+            call.route, call.token, call.key.partition, call.caller, call_class, patient=patient
+        )
         async with passing as passage:
             answer = await passage.wait_for(self._upstream.ask(call, passage.deadline, validator))
             passage.answered(answer.status, answer.ratelimit, answer.retry_after_s)
@@ -118,13 +122,21 @@ class Shield:
 
     @asynccontextmanager
     async def admitted(
-        self, token: Token, partition: Partition, caller: str, call_class: CallClass, *, patient: bool = True
+        self,
+        route: Route,
+        token: Token,
+        partition: Partition,
+        caller: str,
+        call_class: CallClass,
+        *,
+        patient: bool = True,
     ) -> AsyncIterator["Passage"]:
         """Let one call through. Whoever is inside makes it, and says what was answered.
 
         Raises as `ask` does.
         """
-        self._refuse_while_paused()
+        breaker = self._breakers[route]
+        self._refuse_while_paused(breaker)
         account = Account(partition, caller, self._previous_partition and self._previous_partition(token))
         name = (partition, call_class is CallClass.WRITE)
         line = self._lines.setdefault(name, _Line())
@@ -132,11 +144,11 @@ class Shield:
         try:
             turn = await self._turn(line, account, call_class, patient=patient)
             try:
-                self._refuse_while_paused()
+                self._refuse_while_paused(breaker)
             except UpstreamPaused:
                 await self._accounts.give_back(account, turn)
                 raise
-            async with self._passage(account, turn) as passage:
+            async with self._passage(breaker, account, turn) as passage:
                 yield passage
         finally:
             line.calls -= 1
@@ -145,8 +157,8 @@ class Shield:
 
     # -- before the call ------------------------------------------------------------------------
 
-    def _refuse_while_paused(self) -> None:
-        wait_s = self._breaker.wait_s(self._monotonic())
+    def _refuse_while_paused(self, breaker: Breaker) -> None:
+        wait_s = breaker.wait_s(self._monotonic())
         if wait_s > 0:
             raise UpstreamPaused(
                 f"the upstream failed again and again; it is asked again in {math.ceil(wait_s)} s",
@@ -233,20 +245,20 @@ class Shield:
     # -- after the call -------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _passage(self, account: Account, turn: Turn) -> AsyncIterator["Passage"]:
-        probe = self._breaker.begin(self._monotonic())
+    async def _passage(self, breaker: Breaker, account: Account, turn: Turn) -> AsyncIterator["Passage"]:
+        probe = breaker.begin(self._monotonic())
         deadline = self._monotonic() + self._total_timeout_s
         passage = Passage(deadline, self._share_of(turn.remaining), self._closing)
         try:
             yield passage
         except (UpstreamTimeout, UpstreamUnreachable):
-            self._breaker.failed(self._monotonic(), probe=probe)
+            breaker.failed(self._monotonic(), probe=probe)
             raise
         finally:
             if passage.status in _TROUBLE:
-                self._breaker.failed(self._monotonic(), probe=probe)
+                breaker.failed(self._monotonic(), probe=probe)
             elif passage.status is not None:
-                self._breaker.succeeded()
+                breaker.succeeded()
             try:
                 await self._accounts.settle(account, turn, passage.settlement())
             finally:

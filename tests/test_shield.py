@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
 from virtual import now, run
 
-from proxy.core.breaker import FAILURES
+from proxy.core.breaker import FAILURES, NEWS_S
 from proxy.core.errors import (
     Overloaded,
     ProxyError,
@@ -18,10 +19,12 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import Standing
-from proxy.core.identity import Partition
+from proxy.core.events import Route, Standing
+from proxy.core.identity import ListKey, Partition
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
+from proxy.core.refresh import PAGE
+from proxy.core.request import Call
 
 OTHER = Partition("b" * 32)
 
@@ -370,6 +373,38 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
         assert not it.shield.breaker_open
         assert await outcome(ask(it)) == 200
         assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - FAILURES - 2
+
+    run(main())
+
+
+CALLS: dict[Route, Call] = {
+    Route.SNAPSHOT: call(),
+    Route.LIST: replace(call(), target=PAGE, key=ListKey(SOMEBODY, PAGE.text)),
+    Route.DELETE: replace(call(), method="DELETE"),
+}
+
+
+@pytest.mark.parametrize("failing", CALLS)
+def test_each_route_has_its_own_breaker(failing: Route) -> None:
+    """Lists that time out keep nobody from reading a snapshot; while any is open, that is seen."""
+
+    async def main() -> None:
+        it = gate(per_minute=1000)
+        it.api.answer = it.api.answers["1"] = timed_out
+        for _ in range(FAILURES):
+            with pytest.raises(UpstreamTimeout):
+                await it.shield.ask(CALLS[failing])
+        it.api.answer = it.api.answers["1"] = lambda: answer(200)
+        assert it.shield.breaker_open
+        for route, other in CALLS.items():
+            if route is failing:
+                with pytest.raises(UpstreamPaused):
+                    await it.shield.ask(other)
+            else:
+                assert (await it.shield.ask(other)).status == 200
+        assert it.shield.breaker_open
+        await asyncio.sleep(NEWS_S + 1)
+        assert not it.shield.breaker_open
 
     run(main())
 

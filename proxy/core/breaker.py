@@ -2,12 +2,15 @@
 
 Closed it lets everything through. After `FAILURES` calls in a row that got no usable answer it opens for a
 second, for two after the first probe that fails, and so on up to `LONGEST_S`. Between these times one call
-probes; any answer closes it.
+probes; any answer closes it. There is one for each kind of call.
 """
 
 FAILURES = 5
 LONGEST_S = 10.0
 """For so long after the upstream is back, whoever has nothing left to serve still gets errors."""
+
+NEWS_S = 60.0
+"""Where nobody asks any more, nobody hears that the upstream is back: so long an old failure is news."""
 
 _FIRST_S = 1.0
 
@@ -26,6 +29,10 @@ class Breaker:
     def is_open(self) -> bool:
         """Tell whether the last calls failed so often that not every call is let through."""
         return self._failures >= FAILURES
+
+    def is_news(self, now: float) -> bool:
+        """Tell whether it is open, and whether anybody asked lately."""
+        return self.is_open and now < self._until + NEWS_S
 
     def wait_s(self, now: float) -> float:
         """Give 0 where a call may go, else how long until the next probe."""

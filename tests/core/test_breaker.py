@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.core.breaker import FAILURES, Breaker
+from proxy.core.breaker import FAILURES, NEWS_S, Breaker
 
 
 def opened(now: float = 0.0) -> Breaker:
@@ -35,6 +35,21 @@ def test_the_calls_that_were_in_the_air_do_not_keep_it_open_longer() -> None:
     for _ in range(100):
         breaker.failed(0.1, probe=False)
     assert breaker.wait_s(0.1) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("breaker", "now", "is_news"),
+    [
+        pytest.param(Breaker(), 0.0, False, id="closed"),
+        pytest.param(opened(), 0.0, True, id="just-opened"),
+        pytest.param(opened(), NEWS_S + 0.9, True, id="nobody-asked-for-a-minute"),
+        pytest.param(opened(), NEWS_S + 1.0, False, id="nobody-asked-for-longer"),
+    ],
+)
+def test_what_nobody_asks_for_is_no_news(*, breaker: Breaker, now: float, is_news: bool) -> None:
+    """It stays open, but who watches it is not told for ever of the last call that anybody made."""
+    assert breaker.is_news(now) is is_news
+    assert breaker.begin(now) is breaker.is_open
 
 
 def test_one_probe_at_a_time() -> None:
