@@ -6,7 +6,7 @@ how they do it is their affair. Every way out is a `Served` or a `Failed`, and t
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
@@ -14,6 +14,7 @@ from random import random
 from typing import NamedTuple, Protocol
 
 from proxy.closing import Closing
+from proxy.core.endings import Endings
 from proxy.core.entry import (
     UNAVAILABLE,
     Basis,
@@ -60,10 +61,16 @@ from proxy.core.policy import (
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE, Hot
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.flights import Flights, Landed, Owner
+from proxy.flights import Abandoned, Flights, Landed, Owner, while_awaited
 
 _LEASE_RENEWAL_S = 0.5
-_LEASE_POLL_S = 0.025
+_SHORTEST_POLL_S = 0.025
+LONGEST_POLL_S = 0.2
+"""Between two looks at another replica's lease: many who wait, each for its own, would be a load on Redis."""
+
+STALE_PATIENCE_S = 1.0
+"""Whoever has something stale waits no longer for another's fetch: that may be waiting for the quota."""
+
 _REPLACEABLE = frozenset(
     {
         HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -84,8 +91,11 @@ class Store(Protocol):
     async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
         """Store an entry, if what its lookup saw is still so. Tell whether it was stored."""
 
-    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> None:
-        """Store the single entries that came with a list, if nothing ended since its lookup."""
+    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+        """Store the single entries that came with a list, if nothing ended since its lookup.
+
+        Name those that are there now, or newer ones.
+        """
 
     async def lease(
         self, key: EntryKey | ListKey, basis: Basis
@@ -193,8 +203,8 @@ class Fetched:
     body: bytes
     entry: Entry | None = None
     stored: bool = False
-    on_page: Collection[str] = ()
-    """The snapshots that came with a list."""
+    seeded: Collection[str] = ()
+    """The snapshots that came with a list, and were kept."""
 
     revalidated: bool = False
     elsewhere: bool = False
@@ -246,8 +256,7 @@ class ReadThrough:
         self._clock = clock
         self._draw = draw
         self._hot = Hot()
-        self._ended = 0
-        """So many times something ended: where no stamps tell it, nobody joins a flight from before one."""
+        self._endings = Endings()
 
     async def get(self, call: Call) -> Served | Failed:
         """Answer one read. The whole program in one match."""
@@ -255,7 +264,7 @@ class ReadThrough:
             if call.directives.only_if_cached:
                 return _unsatisfiable()
             return await self._forward(call, Why.BYPASS, UNAVAILABLE, since=None)
-        since, ended = self._monotonic(), self._ended
+        since, ended = self._monotonic(), self._endings.of(call.key)
         lookup = await self._store.lookup(call.key)
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
@@ -299,16 +308,16 @@ class ReadThrough:
 
     async def end(self, partition: Partition, ends: Ends) -> bool:
         """End what a write to another path of the API ended, or may have. False: once the store is back."""
-        self._count(Invalidation("passthrough"))
+        self._observe(Invalidation("passthrough"))
         match ends:
             case EndsForAll(snapshot_id):
-                return await self._store.end_snapshots([snapshot_id])
+                return await self._end_snapshots([snapshot_id])
             case EndsForCaller(()):
-                return await self._store.end_caller(partition)
+                return await self._end_caller(partition)
             case EndsForCaller(snapshot_ids):
                 done = True
                 for snapshot_id in snapshot_ids:
-                    done = await self._store.end_entry(EntryKey(partition, snapshot_id)) and done
+                    done = await self._end_entry(EntryKey(partition, snapshot_id)) and done
                 return done
 
     async def refused(self, partition: Partition, refusal: Entry | None = None) -> bool:
@@ -316,15 +325,16 @@ class ReadThrough:
 
         A `refusal` answers for a while.
         """
-        self._count(Invalidation("unauthorized"))
-        return await self._store.end_caller(partition, refusal)
+        self._observe(Invalidation("unauthorized"))
+        return await self._end_caller(partition, refusal)
 
     async def purge(self, snapshot_ids: Sequence[str] | None) -> bool:
         """End what anybody keeps of these snapshots, or of all, everywhere. False: once the store is back."""
-        self._count(Invalidation("purge"))
+        self._observe(Invalidation("purge"))
         if snapshot_ids is None:
+            self._endings.everything()
             return await self._store.end_everything()
-        return await self._store.end_snapshots(snapshot_ids)
+        return await self._end_snapshots(snapshot_ids)
 
     def _take_note(self, key: EntryKey | ListKey, entry: Entry, now: float) -> None:
         if isinstance(key, EntryKey) and entry.status == HTTPStatus.OK:
@@ -332,62 +342,71 @@ class ReadThrough:
 
     def _refresh(self, call: Call, lookup: Lookup, now: float) -> None:
         """Fetch for nobody: what `call` reads, or the caller's list where that refreshes several at once."""
-        by = self._hot.plan(call.key, now) if isinstance(call.key, EntryKey) else "single"
-        if by == "list":
-            page = replace(
-                call, target=PAGE, key=ListKey(call.key.partition, PAGE.text), directives=NO_DIRECTIVES
-            )
-            flight: Hashable = page.key, _FOR_NOBODY
-            refresh = partial(self._refresh_by_list, page, call, lookup)
-        else:
-            flight = self._flight(call, lookup.basis, _FOR_NOBODY)
-            refresh = partial(self._refresh_alone, call, lookup)
-        self._flights.begin(Owner(call.key.partition), flight, refresh)
+        if not isinstance(call.key, EntryKey) or self._hot.plan(call.key, now) == "single":
+            self._refresh_alone(call, lookup)
+            return
+        page = replace(
+            call, target=PAGE, key=ListKey(call.key.partition, PAGE.text), directives=NO_DIRECTIVES
+        )
+        refresh = partial(self._fly_for_page, page, call, lookup)
+        self._flights.begin(Owner(call.key.partition), (page.key, _FOR_NOBODY), refresh)
 
-    async def _refresh_alone(self, call: Call, lookup: Lookup) -> Fetched | ProxyError:
-        """Refresh one. Runs in a flight."""
+    def _refresh_alone(self, call: Call, lookup: Lookup) -> None:
+        refresh = partial(self._fly_for_one, call, lookup)
+        self._flights.begin(Owner(call.key.partition), self._flight(call, lookup.basis, _FOR_NOBODY), refresh)
+
+    async def _fly_for_one(self, call: Call, lookup: Lookup) -> Fetched | ProxyError:
+        """Refresh what `call` reads. Runs in a flight."""
         result = await self._fly(call, lookup, _FOR_NOBODY)
-        if isinstance(result, Fetched) and not result.elsewhere:
+        if isinstance(result, Fetched) and result.status == HTTPStatus.OK and not result.elsewhere:
             self._observe(Refreshed("single", 1))
         return result
 
-    async def _refresh_by_list(self, page: Call, call: Call, lookup: Lookup) -> Fetched | ProxyError:
+    async def _fly_for_page(self, page: Call, call: Call, lookup: Lookup) -> Fetched | ProxyError:
         """Refresh what is on the caller's page, and `call` alone where it is not. Runs in a flight.
 
-        A list that is fresh came a moment ago, and did not bring it. Nothing is validated: a 304 brings none.
+        Nothing is validated: a 304 brings no snapshots.
         """
+        partition = page.key.partition
         listed = await self._store.lookup(page.key)
-        if listed.basis is None or (listed.entry is not None and listed.entry.is_fresh(self._clock())):
-            return await self._refresh_alone(call, lookup)
+        just_listed = listed.entry is not None and listed.entry.is_fresh(self._clock())
+        if just_listed:
+            self._hot.missed(EntryKey(partition, call.target.text))
+        if just_listed or listed.basis is None:
+            self._refresh_alone(call, lookup)
+            return NotCached("no list would bring it")
         result = await self._fly(page, listed._replace(entry=None), _FOR_NOBODY)
         match result:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
-                return result  # another replica learns
-            case QuotaSpent() | Overloaded() | UpstreamPaused():
-                return result  # nobody was asked
-            case Fetched(status=HTTPStatus.OK):
-                refreshed = self._hot.listed(page.key.partition, result.on_page, self._clock())
-                self._observe(Refreshed("list", refreshed))
-                return (
-                    result if call.target.text in result.on_page else await self._refresh_alone(call, lookup)
-                )
+                pass  # another replica learns
+            case (
+                QuotaSpent() | Overloaded() | UpstreamPaused() | Fetched(status=HTTPStatus.TOO_MANY_REQUESTS)
+            ):
+                pass  # nobody was asked, or nobody will be for a while
+            case Fetched(status=HTTPStatus.OK, seeded=on_page) if on_page:
+                self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
+                if call.target.text not in on_page:
+                    self._refresh_alone(call, lookup)
+            case Fetched(status=HTTPStatus.OK):  # something ended meanwhile, so nothing of it was kept
+                self._hot.unlisted(partition, self._clock())
+                self._refresh_alone(call, lookup)
             case _:
-                self._hot.unlisted(page.key.partition, self._clock())
-                return result
+                self._hot.unlisted(partition, self._clock())
+        return result
 
     async def _or_stale(
-        self, call: Call, answer: Served | Failed, fallback: Entry, ended: int
+        self, call: Call, answer: Served | Failed, fallback: Entry, ended: tuple[int, ...]
     ) -> Served | Failed:
         """Serve `fallback` in the place of a failure, where it is still there and still good for that.
 
         It is looked up again: what was ended while the upstream was asked is not served. Where the store
-        cannot tell any more, what was found a fetch ago counts, unless this replica `ended` anything since.
+        cannot tell any more, what was found a fetch ago counts, unless this replica `ended` it since.
         """
         if not _is_replaceable(answer.error.status if isinstance(answer, Failed) else answer.status):
             return answer
         lookup = await self._store.lookup(call.key)
         entry = lookup.entry
-        if lookup.unavailable and self._ended == ended:
+        if lookup.unavailable and self._endings.of(call.key) == ended:
             entry = fallback
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):
@@ -418,7 +437,7 @@ class ReadThrough:
 
         Stamps tell that; without the store, what this replica knows of.
         """
-        return call.key, manner, self._ended if basis is None else basis
+        return call.key, manner, self._endings.of(call.key) if basis is None else basis
 
     async def _forward(
         self, call: Call, why: Why, lookup: Lookup, since: float | None, manner: _Manner = _NEEDED
@@ -474,8 +493,11 @@ class ReadThrough:
         Whoever waits does so for the lease of its own look-up's basis, whatever ends meanwhile: the fetch
         that holds it is as new as this request.
         """
-        give_up = self._monotonic() + self._deadline_s
-        found, basis, waited = lookup.entry, lookup.basis, False
+        began = self._monotonic()
+        give_up = began + self._deadline_s
+        tired = began + STALE_PATIENCE_S if manner is _OR_STALE else give_up
+        found, basis, pauses_s = lookup.entry, lookup.basis, _pauses_s()
+        waited = False
         while basis is not None and lookup.basis is not None:
             match await self._store.lease(call.key, basis):
                 case Leased() as lease:
@@ -486,13 +508,18 @@ class ReadThrough:
                     break
                 case HeldElsewhere() if manner is _FOR_NOBODY:
                     return NotCached("another replica refreshes it")
-                case HeldElsewhere() | Superseded() if self._monotonic() > min(give_up, self._closing.due):
-                    return UpstreamTimeout(
-                        "another replica asks, and got no answer in time", proxy_error="http_response_timeout"
+                case HeldElsewhere() | Superseded() if self._monotonic() > min(tired, self._closing.due):
+                    return UpstreamFailedElsewhere(
+                        "another replica asks, and got no answer in time",
+                        status=UpstreamTimeout.status,
+                        error_id=UpstreamTimeout.id,
+                        proxy_error="http_response_timeout",
+                        retry_after_s=None,
                     )
                 case HeldElsewhere():
                     waited = True
-                    await asyncio.sleep(_LEASE_POLL_S)
+                    with while_awaited():
+                        await asyncio.sleep(next(pauses_s))
                     lookup = await self._store.lookup(call.key)
                 case Superseded():
                     lookup = await self._store.lookup(call.key)
@@ -540,10 +567,10 @@ class ReadThrough:
             return failure
         match verdict:
             case Keep(entry, seeds):
-                stored = False
+                stored, seeded = False, frozenset[str]()
                 if basis is not None and not call.directives.no_store:
                     if seeds:  # before the list itself: who waits for it elsewhere finds them
-                        await self._store.seed(call.key.partition, seeds, basis)
+                        seeded = await self._store.seed(call.key.partition, seeds, basis)
                     stored = await self._store.put(call.key, entry, basis)
                 if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
                     await self._end_entry(call.key)  # a no that is not kept still ends what was there
@@ -552,7 +579,7 @@ class ReadThrough:
                     entry.body,
                     entry if call.target.cacheable else None,
                     stored,
-                    on_page=seeds.keys(),
+                    seeded=seeded,
                     revalidated=answer.status == HTTPStatus.NOT_MODIFIED,
                     ratelimit=answer.ratelimit,
                 )
@@ -589,6 +616,8 @@ class ReadThrough:
             return _Deletion(refused, ended=True)
         except UpstreamError as unknown:
             return _Deletion(unknown, await self._end_snapshot(call))
+        except Abandoned:  # nor was this
+            raise
         except BaseException:  # the service stops: nobody knows what became of it
             await self._end_snapshot(call)
             raise
@@ -606,20 +635,24 @@ class ReadThrough:
         return _Deletion(_passed_on(answer, verdict.body), ended)
 
     async def _end_snapshot(self, call: Call) -> bool:
-        self._count(Invalidation("delete"))
-        done = await self._store.end_snapshots([call.target.text])
+        self._observe(Invalidation("delete"))
+        done = await self._end_snapshots([call.target.text])
         if call.target.cacheable:
             return done
         # Who knows for which snapshot the upstream took it: 06372321 may be 6372321.
-        return await self._store.end_caller(call.key.partition) and done
+        return await self._end_caller(call.key.partition) and done
 
     async def _end_entry(self, key: EntryKey | ListKey) -> bool:
-        self._ended += 1
+        self._endings.entry(key)
         return await self._store.end_entry(key)
 
-    def _count(self, invalidation: Invalidation) -> None:
-        self._ended += 1
-        self._observe(invalidation)
+    async def _end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        self._endings.caller(partition)
+        return await self._store.end_caller(partition, refusal)
+
+    async def _end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
+        self._endings.everything()
+        return await self._store.end_snapshots(snapshot_ids)
 
     def _may_share(self, call: Call) -> bool:
         """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""
@@ -627,6 +660,13 @@ class ReadThrough:
         if wanted.no_cache or wanted.no_store:
             return False
         return wanted.max_age_s is None or wanted.max_age_s >= self._total_timeout_s
+
+
+def _pauses_s() -> Iterator[float]:
+    pause_s = _SHORTEST_POLL_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, LONGEST_POLL_S)
 
 
 def is_failure(result: Fetched | ProxyError) -> bool:

@@ -67,7 +67,6 @@ return 1
 # fetches that began before it. So in both scripts.
 _SEED = f"""
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-local seeds = 0
 for i = 2, #KEYS do
   local value = ARGV[2 * i - 2]
   local at = redis.pcall('GETRANGE', KEYS[i], {CALLED_AT_BYTES[0]}, {CALLED_AT_BYTES[1]})
@@ -75,10 +74,9 @@ for i = 2, #KEYS do
     and struct.unpack('>d', at) > struct.unpack('>d', value, {CALLED_AT_BYTES[0] + 1})
   if not later then
     redis.call('SET', KEYS[i], value, 'EX', math.max(ARGV[2 * i - 1], redis.call('TTL', KEYS[i])))
-    seeds = seeds + 1
   end
 end
-return seeds
+return 1
 """
 _IF_OWNER = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
@@ -194,13 +192,15 @@ class Store:
         self._saw("put", "ok")
         return bool(stored)
 
-    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> None:
+    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
         """Store the single entries, by snapshot id, that came with a list whose lookup had `basis`.
 
         Whatever ended since then must not come back. Whoever ends a snapshot for all ends everybody's lists
         first, and its own stamp after that: so its stamp is read here before the lists' are read again, and
         nothing is stored where these have changed. What ends one caller's entry ends the caller's lists
         first: the script looks at that stamp in the same instant in which it stores.
+
+        Name those that are there now, or newer ones.
         """
         list_keys = self._keys.of(ListKey(partition, ""))
         keys = {name: self._keys.of(EntryKey(partition, name)) for name in seeds}
@@ -209,8 +209,9 @@ class Store:
             for name, those in keys.items()
             if seeds[name].lifetimes.retention_s and not self._is_owed(those)
         }
+        nothing = frozenset[str]()
         if not keys:
-            return
+            return nothing
         caller, lists, *_ = basis.stamps
         deadline = self._link.deadline()
         try:
@@ -223,7 +224,7 @@ class Store:
             )
             made, stamps, now = again[: len(ids)], again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
             if self._is_owed(list_keys) or now != [*basis.stamps]:
-                return
+                return nothing
             arguments: list[str | bytes | int] = []
             for name, stamp in zip(keys, stamps, strict=True):
                 entry, (key, stamp_names) = seeds[name], keys[name]
@@ -248,10 +249,12 @@ class Store:
             _refuse_error(reply)
         except CorruptValue:
             self._saw("seed", "corrupt")
+            return nothing
         except Unavailable as error:
             self._failed("seed", error)
-        else:
-            self._saw("seed", "ok")
+            return nothing
+        self._saw("seed", "ok")
+        return frozenset(keys) if reply else nothing
 
     # -- one flight over all replicas -----------------------------------------------------------
 

@@ -39,6 +39,7 @@ MOST_S = TURN_S + 1.0
 """Longest for one request while Redis is of no use: redis.timeout_s is 0.1, the machine may be busy, and the
 last thing that Redis did may have been to admit a call that nobody heard of."""
 
+LOOKUPS = "snapshot_proxy_store_operations_total"
 BYPASS = "snapshot-proxy; fwd=bypass; detail=store-unavailable"
 
 
@@ -127,6 +128,15 @@ async def until_up(admin: str) -> None:
             await asyncio.sleep(0.01)
 
 
+async def until_looked_up(admin: str, times: int) -> None:
+    """Return when Redis was asked so often for an entry."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if total(await scrape(admin), LOOKUPS, operation="lookup") >= times:
+                return
+            await asyncio.sleep(0.005)
+
+
 async def until_stored(client: aiohttp.ClientSession, api: str, token: Token) -> None:
     """Ask until Redis takes an answer, or gives one."""
     async with asyncio.timeout(DEADLINE_S):
@@ -191,6 +201,24 @@ async def test_absent_at_the_start(
             await service.event("redis-connected")
             assert (await cache_status(client, service.api, token)).endswith("; stored")
             assert (await cache_status(client, service.api, token)).startswith("snapshot-proxy; hit")
+
+
+async def test_absent_and_others_end_theirs(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Without Redis, what one team's 404s end is that team's: another's callers go on sharing one call."""
+    other, away = simulator.world.token(team="other"), f"redis://127.0.0.1:{free_port()}/0"
+    async with app(*shared(simulator, away, tmp_path)) as at:
+        async with simulator.hold(path=DROPLET_PATH) as gate:
+            crowd = [asyncio.create_task(cache_status(client, at.api, token))]
+            await gate.arrived()
+            for number in range(1, 4):
+                async with client.get(f"{at.api}/v2/snapshots/{number}", headers=bearer(other.value)) as no:
+                    assert no.status == 404
+                crowd.append(asyncio.create_task(cache_status(client, at.api, token)))
+                await until_looked_up(at.admin, 2 + number)  # the first 404 too; then it is known to be owed
+        await asyncio.gather(*crowd)
+    assert simulator.count(path=DROPLET_PATH) == 1
 
 
 @pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru"])

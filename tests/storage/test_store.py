@@ -499,7 +499,7 @@ async def test_a_seed_never_replaces_what_was_called_later(one: Replica, stands:
     """An entry whose call began later is younger than the list; the other seeds are stored all the same."""
     stands = replace(stands, body=b"single")
     await one.fill(MINE, stands)
-    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST)) == SEEDS.keys()
     assert await one.entry(MINE) == (SEEDS[MINE.snapshot_id] if seeded else stands)
     assert await one.entry(SIBLING) == SEEDS[SIBLING.snapshot_id]
 
@@ -533,9 +533,9 @@ async def test_seeds_that_began_before_an_ending_count_for_nothing(
     """Where anything of the list's ended since its look, none of its snapshots is stored."""
     in_flight = await two.basis(MY_LIST)
     await ending.end(one.store)
-    await two.store.seed(MINE.partition, SEEDS, in_flight)
+    assert await two.store.seed(MINE.partition, SEEDS, in_flight) == set()
     assert await hits(one) == set()
-    await two.store.seed(MINE.partition, LATER_SEEDS, await two.basis(MY_LIST))
+    assert await two.store.seed(MINE.partition, LATER_SEEDS, await two.basis(MY_LIST)) == SEEDS.keys()
     assert await hits(one) == {MINE, SIBLING}
 
 
@@ -556,9 +556,10 @@ async def test_seeds_that_an_ending_overtakes(one: Replica, two: Replica, ending
         return replies
 
     one.link.ask = ask_and_end
-    await one.store.seed(MINE.partition, SEEDS, basis)
+    kept = await one.store.seed(MINE.partition, SEEDS, basis)
     one.link.ask = ask
     assert asked == 2
+    assert kept in (set(), SEEDS.keys())
     for who in (one, two):
         assert not await hits(who) & ending.ends
 
@@ -574,14 +575,14 @@ async def test_nothing_to_seed(one: Replica, seeds: dict[str, Entry]) -> None:
     """Redis hears nothing of it."""
     basis = await one.basis(MY_LIST)
     one.told.clear()
-    await one.store.seed(MINE.partition, seeds, basis)
+    assert await one.store.seed(MINE.partition, seeds, basis) == set()
     assert one.told == []
 
 
 async def test_a_stamp_of_a_seed_that_is_not_ours(one: Replica, redis: Redis) -> None:
     """Nothing is stored, and it is counted; a look at the snapshot mends it."""
     await redis.set(KEYS.snapshot(MINE.snapshot_id), "somebody else's")
-    await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
+    assert await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST)) == set()
     assert one.told[-1] == StoreOperation("seed", "corrupt")
     assert await hits(one) == set()
     await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
@@ -702,7 +703,7 @@ async def test_redis_away_is_a_miss_with_a_reason(
     for operation, act, expected in (
         ("lookup", lambda: hasty.store.lookup(MINE), UNAVAILABLE),
         ("put", lambda: hasty.store.put(MINE, ENTRY, basis), False),
-        ("seed", lambda: hasty.store.seed(MINE.partition, SEEDS, list_basis), None),
+        ("seed", lambda: hasty.store.seed(MINE.partition, SEEDS, list_basis), frozenset()),
     ):
         await hasty.connected()
         hasty.told.clear()
