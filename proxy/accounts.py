@@ -87,7 +87,7 @@ class Settlement(NamedTuple):
     """What became of a call."""
 
     remaining_told: int | None = None
-    """The upstream's `ratelimit-remaining`, where it means the hour."""
+    """The upstream's `ratelimit-remaining`, where it can mean the hour."""
 
     answered: bool = False
     """There was an answer other than 429."""

@@ -26,6 +26,7 @@ from proxy.core.errors import (
     UpstreamUnreachable,
 )
 from proxy.core.events import QuotaWait, Route, Standing
+from proxy.core.http import parse_remaining
 from proxy.core.identity import Partition, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
@@ -300,10 +301,9 @@ class Passage:
         """Take note of the answer's status and of what it says about the quota."""
         self.status = status
         self.retry_after_s = retry_after_s
-        told = dict(ratelimit).get("ratelimit-remaining")
         # On a 429 it can mean either window: it says nothing about the hour.
-        if told is not None and status != HTTPStatus.TOO_MANY_REQUESTS:
-            self.remaining_told = int(told)
+        if status != HTTPStatus.TOO_MANY_REQUESTS:
+            self.remaining_told = parse_remaining(dict(ratelimit).get("ratelimit-remaining", ""))
 
     def settlement(self) -> Settlement:
         """Say what it means for the quota. A gateway's 5xx tells nothing about the token."""

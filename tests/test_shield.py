@@ -618,6 +618,28 @@ def test_an_answer_tells_how_much_was_left() -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        pytest.param("7", 7, id="as-much"),
+        pytest.param("0", 359, id="nothing-which-may-mean-the-minute"),
+        pytest.param("9" * 5000, 359, id="absurd"),
+        pytest.param("none", 359, id="no-number"),
+    ],
+)
+def test_what_the_upstream_tells_of_the_hour(told: str, left: int) -> None:
+    """A plain number above 0 counts; the answer is passed on, whatever it tells."""
+
+    async def main() -> None:
+        it = gate(per_minute=10)
+        it.ledger.of(SOMEBODY).follow(now(), (10, 360))
+        it.api.answer = lambda: Answer(200, b"", 0.0, None, (("ratelimit-remaining", told),))
+        assert await outcome(ask(it)) == 200
+        assert it.ledger.of(SOMEBODY).remaining()[1] == left
+
+    run(main())
+
+
 def test_the_worst_of_those_without_a_name_is_shown() -> None:
     """Not the last one; whoever has a name is shown alone; calls come back by themselves."""
 

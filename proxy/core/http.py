@@ -18,6 +18,7 @@ LONGEST_RETRY_AFTER_S = 3600
 """What the upstream says beyond that is not believed."""
 
 _ETAG_HEX = 32
+_MOST_DIGITS = 9
 _ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
 
@@ -107,6 +108,11 @@ def parse_retry_after(value: str) -> int | None:
 def retry_after(seconds: int | None) -> str:
     """Write our `Retry-After`: 1 to 60, whatever the upstream's was."""
     return str(min(max(seconds or RETRY_AFTER_S, 1), 60))
+
+
+def parse_remaining(value: str) -> int | None:
+    """Read `ratelimit-remaining`; None for what cannot be a number of calls."""
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS else None
 
 
 def _detail(detail: Detail | None) -> str:

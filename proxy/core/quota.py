@@ -220,7 +220,10 @@ class Ledger:
             self._cool_until = None if answered else self._cool_until
         if self._alone_until == self._turn_ends(admitted):
             self._alone_until = 0.0
-        if remaining_told is not None:
+        if remaining_told == 0:  # it can mean either window: the minute is the one that ends soon
+            minute = self._counts[0]
+            minute.add(now, max(minute.window.limit - minute.total, 0))
+        elif remaining_told is not None:
             self._reconcile(now, remaining_told)
 
     def cool(self, now: float, retry_after_s: float | None) -> None:

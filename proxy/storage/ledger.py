@@ -145,7 +145,9 @@ if question == 'settle' then
     end
   end
   if fields.A == turn_ends(at) then set('A', nil) end
-  if told then
+  if told == 0 then
+    add(minute, now, math.max(minute.limit - minute.total, 0))
+  elseif told then
     local missing = hour.limit - hour.total - told
     if missing > 0 then
       local since = fields.T or now - hour.length

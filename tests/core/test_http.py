@@ -16,6 +16,7 @@ from proxy.core.http import (
     hit,
     is_etag,
     is_not_modified,
+    parse_remaining,
     parse_retry_after,
     proxy_status,
     retry_after,
@@ -196,6 +197,28 @@ def test_the_upstreams_retry_after(value: str, seconds: int | None) -> None:
 def test_our_retry_after(seconds: int | None, written: str) -> None:
     """Callers are told to wait a minute at most."""
     assert retry_after(seconds) == written
+
+
+# -- ratelimit-remaining -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "remaining"),
+    [
+        pytest.param("0", 0, id="none-left"),
+        pytest.param("4999", 4999, id="some-left"),
+        pytest.param("999999999", 999_999_999, id="longest"),
+        pytest.param("1000000000", None, id="too-long"),
+        pytest.param("9" * 5000, None, id="absurd"),
+        pytest.param("", None, id="empty"),
+        pytest.param("-1", None, id="negative"),
+        pytest.param("1.5", None, id="fraction"),
+        pytest.param("\u0663", None, id="arabic-digit"),
+    ],
+)
+def test_remaining(value: str, remaining: int | None) -> None:
+    """A plain number of calls; anything else tells nothing."""
+    assert parse_remaining(value) == remaining
 
 
 # -- errors ------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def test_never_more_than_the_limit_in_any_window(
         pytest.param(38, (8, 38), id="nobody-else"),
         pytest.param(35, (5, 35), id="three-calls-of-others"),
         pytest.param(40, (8, 38), id="what-left-there-earlier-still-counts-here"),
-        pytest.param(0, (0, 0), id="others-took-it-all"),
+        pytest.param(1, (0, 1), id="others-took-nearly-all"),
+        pytest.param(0, (0, 38), id="none-left-of-either-means-the-minute"),
     ],
 )
 def test_what_the_upstream_misses_was_called_by_others(
@@ -265,8 +266,8 @@ def test_calls_in_the_air_are_not_taken_for_those_of_others() -> None:
 
 def test_calls_of_others_leave_evenly() -> None:
     """What others called before the first look at a token does not block it for an hour."""
-    ledger = told(Limits(100, 1200, 0.0), remaining=0)
-    assert ledger.remaining() == (100 - 1 - 20, 0)
+    ledger = told(Limits(100, 1200, 0.0), remaining=1)
+    assert ledger.remaining() == (100 - 1 - 20, 1)
     free = [ledger.standing(NOON + seconds)[1] for seconds in range(0, 3661, 30)]
     assert all(9 <= after - before <= 11 for before, after in pairwise(free[2:-1]))
     assert free[-1] == 1200

@@ -22,7 +22,7 @@ SOMEBODY = Partition("0" * 32)
 # Exact in binary, and in the script's six decimals; most steps follow at once.
 PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
 ADMIT = st.tuples(st.just("admit"), st.sampled_from(list(CallClass)))
-SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3)), st.booleans())
+SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3, 0)), st.booleans())
 SELDOM = st.one_of(
     st.tuples(st.just("foresee"), st.sampled_from(list(CallClass)), st.integers(2, 4)),
     st.tuples(st.just("give back")),
