@@ -182,7 +182,13 @@ class Accounts:
         own.known = own.known or settlement.known
         if settlement.refused:
             own.ledger.cool(now, settlement.retry_after_s)
-        own.ledger.settle(turn.own, now, settlement.remaining_told, answered=settlement.answered)
+        own.ledger.settle(
+            turn.own,
+            now,
+            settlement.remaining_told,
+            answered=settlement.answered,
+            known=settlement.known,
+        )
         if settlement.refused:
             for partition in account.partitions:
                 await self._common.cool(partition, settlement.retry_after_s)

@@ -90,7 +90,7 @@ class FakeLedger:
             return
         if known:
             self.known.add(partition)
-        self.of(partition).settle(admitted, _now(), remaining_told, answered=answered)
+        self.of(partition).settle(admitted, _now(), remaining_told, answered=answered, known=known)
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
         """Stop a token's calls."""

@@ -129,6 +129,8 @@ class Ledger:
         self._call_s = call_s
         self._counts = tuple(_Count(window) for window in limits.windows)
         self._told_at: float | None = None
+        self._silent = False
+        """The upstream took the token and told nothing of where it stands: it does not help to ask alone."""
         self._others_at: float | None = None
         self._alone_until = 0.0
         self._cool_until: float | None = None
@@ -177,7 +179,7 @@ class Ledger:
         if not self._call_s:
             return False
         if self._told_at is None:
-            return True
+            return not self._silent
         minute, hour = (count.window for count in self._counts)
         shared = self._others_at is not None and now - self._others_at < hour.length_s
         return shared and now - self._told_at > minute.bucket_s and call_class is not CallClass.REFRESH
@@ -206,11 +208,17 @@ class Ledger:
             self._probe_until = 0.0
 
     def settle(
-        self, admitted: Admitted, now: float, remaining_told: int | None, *, answered: bool = True
+        self,
+        admitted: Admitted,
+        now: float,
+        remaining_told: int | None,
+        *,
+        answered: bool = True,
+        known: bool = False,
     ) -> None:
         """Take note of what became of an admitted call, and of the upstream's `ratelimit-remaining`.
 
-        `answered` tells whether there was an answer other than 429.
+        `answered` tells whether there was an answer other than 429, `known` whether it took the token.
         """
         self._forget(now)
         for count in self._counts:
@@ -220,10 +228,12 @@ class Ledger:
             self._cool_until = None if answered else self._cool_until
         if self._alone_until == self._turn_ends(admitted):
             self._alone_until = 0.0
-        if remaining_told == 0:  # it can mean either window: the minute is the one that ends soon
+        if remaining_told is None:
+            self._silent = self._silent or known
+        elif remaining_told == 0:  # it can mean either window: the minute is the one that ends soon
             minute = self._counts[0]
             minute.add(now, max(minute.window.limit - minute.total, 0))
-        elif remaining_told is not None:
+        else:
             self._reconcile(now, remaining_told)
 
     def cool(self, now: float, retry_after_s: float | None) -> None:

@@ -99,8 +99,10 @@ end
 if question == 'admit' then
   local minutes, hours, need = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
   local refresh = ARGV[14] == '1'
-  local alone = call > 0 and (not fields.T or (
-    fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh))
+  local alone = call > 0 and not fields.T and not fields.S
+  if call > 0 and fields.T then
+    alone = fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh
+  end
   if fields.C then
     if now < fields.C then return postpone(fields.C - now, 'cooldown') end
     if now < (fields.P or 0) then return postpone(fields.P - now, 'turn') end
@@ -145,9 +147,11 @@ if question == 'settle' then
     end
   end
   if fields.A == turn_ends(at) then set('A', nil) end
-  if told == 0 then
+  if not told then
+    if known then set('S', 1) end
+  elseif told == 0 then
     add(minute, now, math.max(minute.limit - minute.total, 0))
-  elseif told then
+  else
     local missing = hour.limit - hour.total - told
     if missing > 0 then
       local since = fields.T or now - hour.length

@@ -338,6 +338,17 @@ def test_a_ledger_without_history_goes_one_by_one() -> None:
     assert [isinstance(ledger.admit(NOON + 3, MISS), Admitted) for _ in range(2)] == [True, True]
 
 
+def test_an_upstream_that_never_tells_is_not_asked_one_by_one() -> None:
+    """Once it took the token and told nothing, there is nothing to wait for; a refusal is no such answer."""
+    ledger = Ledger(LIMITS, call_s=CALL_S)
+    for known in (False, True):
+        call = ledger.admit(NOON, MISS)
+        assert isinstance(call, Admitted)
+        assert ledger.admit(NOON, MISS) == Postponed(TURN_S, "turn")
+        ledger.settle(call, NOON, None, known=known)
+    assert [isinstance(ledger.admit(NOON, MISS), Admitted) for _ in range(3)] == [True] * 3
+
+
 def test_a_call_shorter_than_a_turn_is_all_of_it() -> None:
     """Nobody waits for an answer that cannot come any more."""
     ledger = Ledger(LIMITS, call_s=1.0)

@@ -22,7 +22,7 @@ SOMEBODY = Partition("0" * 32)
 # Exact in binary, and in the script's six decimals; most steps follow at once.
 PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
 ADMIT = st.tuples(st.just("admit"), st.sampled_from(list(CallClass)))
-SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3, 0)), st.booleans())
+SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3, 0)), st.booleans(), st.booleans())
 SELDOM = st.one_of(
     st.tuples(st.just("foresee"), st.sampled_from(list(CallClass)), st.integers(2, 4)),
     st.tuples(st.just("give back")),
@@ -85,11 +85,11 @@ class Pair:
                 foreseen = self.python.foresee(now, call_class, need)
                 got = await self.redis.foresee(self.partition, call_class, need, now=now)
                 assert as_postponed(got) == as_postponed(foreseen)
-            case "settle", told, answered if self.pending:
+            case "settle", told, answered, known if self.pending:
                 admitted = self.pending.pop(0)
-                self.python.settle(admitted, now, told, answered=answered)
+                self.python.settle(admitted, now, told, answered=answered, known=known)
                 await self.redis.settle(
-                    self.partition, admitted, told, answered=answered, known=False, now=now
+                    self.partition, admitted, told, answered=answered, known=known, now=now
                 )
             case ("give back",) if self.pending:
                 admitted = self.pending.pop()
@@ -125,7 +125,7 @@ async def test_both_let_a_refresh_pass_by_the_call_that_asks_for_others(links: l
     """Histories that chance seldom finds."""
     pair, now = Pair(ledger(links[0]), SOMEBODY), 1_000_000.0
     await pair.ask(now, ("admit", CallClass.WRITE))
-    await pair.ask(now, ("settle", 17, True))
+    await pair.ask(now, ("settle", 17, True, True))
     for call_class in (CallClass.MISS, CallClass.REFRESH, CallClass.WRITE):
         await pair.ask(now + 1, ("admit", call_class))
     assert len(pair.pending) == 2
