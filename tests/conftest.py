@@ -1,6 +1,9 @@
 """The fixtures that most tests want: the simulator, a real Valkey, a client."""
 
+import asyncio
+import gc
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -40,3 +43,14 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
         cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=30)
     ) as session:
         yield session
+
+
+@pytest.fixture
+async def troubles() -> AsyncIterator[list[dict[str, Any]]]:
+    """Collect what no task caught; there must be nothing of the kind at the end."""
+    seen: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context))
+    yield seen
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not seen

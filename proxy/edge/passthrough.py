@@ -6,11 +6,11 @@ begins, and where no answer comes.
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from http import HTTPStatus
 
-from aiohttp import HttpVersion11, web
+from aiohttp import ClientConnectionError, HttpVersion11, web
 from multidict import CIMultiDict
 
 from proxy.core.errors import (
@@ -65,16 +65,19 @@ class Passthrough:
         call_class = CallClass.MISS if forwarding.method in ("GET", "HEAD") else CallClass.WRITE
         owner = Owner(forwarding.partition, writes=call_class is CallClass.WRITE)
         try:
-            return await self._flights.alone(owner, partial(self._forward, request, forwarding, call_class))
+            answer = await self._flights.alone(owner, partial(self._forward, request, forwarding, call_class))
         except Exception:
-            # What was written cannot be taken back: only an end before its time tells that it is not all.
-            if request.writer.output_size and request.transport is not None:
-                request.transport.abort()
+            _break_off(request)
             raise
+        if isinstance(answer, ProxyError):
+            _break_off(request)
+            raise answer
+        return answer
 
     async def _forward(
         self, request: web.BaseRequest, forwarding: Forwarding, call_class: CallClass
-    ) -> web.StreamResponse:
+    ) -> web.StreamResponse | ProxyError:
+        """Forward it and stream the answer back. Runs in a flight."""
         body = _Body(request, self._read_timeout_s) if request.body_exists else None
         ended = None
         told = False
@@ -98,13 +101,15 @@ class Passthrough:
                     ended = await self._readthrough.refused(forwarding.partition)
                 told = True
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
-        except (QuotaSpent, Overloaded, UpstreamPaused):  # it was not sent
-            raise
-        except BaseException:
+        except (QuotaSpent, Overloaded, UpstreamPaused) as refused:  # it was not sent
+            return refused
+        except BaseException as failure:
             if not told:  # nobody knows what became of it
                 await self._end(forwarding, body)
             if body is not None and body.at_fault is not None:
-                raise body.at_fault from None
+                return body.at_fault
+            if isinstance(failure, ProxyError):
+                return failure
             raise
 
     async def _end(self, forwarding: Forwarding, body: "_Body | None") -> bool | None:
@@ -158,6 +163,12 @@ def _refuses(status: int) -> bool:
     return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
 
 
+def _break_off(request: web.BaseRequest) -> None:
+    """End an answer that has begun: what was written cannot be taken back, and must not pass for all."""
+    if request.writer.output_size and request.transport is not None:
+        request.transport.abort()
+
+
 async def _stream_back(
     request: web.BaseRequest, forwarding: Forwarding, answer: Streamed, *, pending: bool
 ) -> web.StreamResponse:
@@ -170,8 +181,9 @@ async def _stream_back(
         given = CIMultiDict(answer.headers).get("Retry-After", "")
         headers["Retry-After"] = retry_after(parse_retry_after(given))
     response = web.StreamResponse(status=answer.status, headers=headers)
-    await response.prepare(request)
-    async for chunk in answer.chunks:
-        await response.write(chunk)
-    await response.write_eof()
+    with suppress(ClientConnectionError, ConnectionError):  # not the upstream's: the caller left
+        await response.prepare(request)
+        async for chunk in answer.chunks:
+            await response.write(chunk)
+        await response.write_eof()
     return response

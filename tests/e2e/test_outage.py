@@ -6,11 +6,10 @@ an outage finds them stale and the second after it can be counted.
 
 import asyncio
 import contextlib
-import gc
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 import pytest
@@ -61,17 +60,6 @@ class Load:
                 await response.read()
                 self.answers.append((response.status, response.headers["Cache-Status"]))
             await asyncio.sleep(0.05)
-
-
-@pytest.fixture
-async def troubles() -> AsyncIterator[list[dict[str, Any]]]:
-    """Collect what no task caught; there must be nothing of the kind at the end."""
-    seen: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context))
-    yield seen
-    gc.collect()
-    await asyncio.sleep(0)
-    assert not seen
 
 
 @contextlib.asynccontextmanager

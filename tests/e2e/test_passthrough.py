@@ -623,6 +623,38 @@ async def test_a_caller_who_leaves_while_sending(upstream: Upstream, framing: by
         await _quiet(at)
 
 
+@pytest.mark.usefixtures("troubles")
+@pytest.mark.parametrize("begun", [False, True], ids=["before-the-answer", "in-the-answer"])
+async def test_a_caller_who_leaves_before_it_fails(upstream: Upstream, *, begun: bool) -> None:
+    """Nobody is there to be told, and that is no error of a task's."""
+    left = asyncio.Event()
+
+    async def fail(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        if begun:
+            await response.prepare(request)
+            await response.write(b"x")
+        await left.wait()
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    upstream.handler = fail
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        reader, writer = await _connect(at.api)
+        writer.write(request(b"GET", b"/v2/images"))
+        await until(lambda: upstream.received, "the request arrives")
+        if begun:
+            await reader.readuntil(b"x")
+        writer.transport.abort()
+        async with asyncio.timeout(DEADLINE_S):
+            while total(await scrape(at.admin), "snapshot_proxy_connections"):  # noqa: ASYNC110 # nothing tells
+                await asyncio.sleep(0.01)
+        left.set()
+        await _quiet(at)
+
+
+@pytest.mark.usefixtures("troubles")
 async def test_a_caller_who_leaves_while_reading(upstream: Upstream) -> None:
     """The upstream's answer is given up too."""
 
