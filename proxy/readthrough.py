@@ -61,6 +61,7 @@ from proxy.core.policy import (
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE, Hot
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.snapshot import ids_in_list
 from proxy.flights import Abandoned, Flights, Landed, Owner, while_awaited
 
 _LEASE_RENEWAL_S = 0.5
@@ -369,12 +370,13 @@ class ReadThrough:
         """
         partition = page.key.partition
         listed = await self._store.lookup(page.key)
-        just_listed = listed.entry is not None and listed.entry.is_fresh(self._clock())
-        if just_listed:
-            self._hot.missed(EntryKey(partition, call.target.text))
-        if just_listed or listed.basis is None:
+        if listed.basis is None:  # there is nowhere to put what it would bring
             self._refresh_alone(call, lookup)
-            return NotCached("no list would bring it")
+            return NotCached("there is no store to put a list into")
+        if listed.entry is not None and listed.entry.is_fresh(now := self._clock()):
+            self._hot.listed(partition, ids_in_list(listed.entry.body), now)
+            self._refresh_alone(call, lookup)  # the list came a moment ago, and did not bring it
+            return NotCached("the list is fresh")
         result = await self._fly(page, listed._replace(entry=None), _FOR_NOBODY)
         match result:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():

@@ -568,6 +568,7 @@ def page(*snapshot_ids: str) -> Answer:
 
 PAUSED = UpstreamPaused("paused", proxy_error="destination_unavailable")
 SPENT = QuotaSpent("minute", 5.0)
+BROUGHT_42 = b'{"snapshots":[{"id":"42"},{"id":"43"}],"links":{},"meta":{"total":2}}'
 
 
 @pytest.mark.parametrize(
@@ -583,7 +584,7 @@ SPENT = QuotaSpent("minute", 5.0)
         pytest.param(None, LEASE, PAUSED, [PAGE.text], [PAGE.text], id="paused"),
         pytest.param(None, HeldElsewhere(), TIMEOUT, [], [PAGE.text], id="another-replica-asks"),
         pytest.param(None, Record(500, ERROR), TIMEOUT, [], [PAGE.text], id="another-replica-asked"),
-        pytest.param(replace(FRESH, body=b"list"), LEASE, said(), ["44"], ["44"], id="just-listed"),
+        pytest.param(replace(FRESH, body=BROUGHT_42), LEASE, said(), ["44"], ["44"], id="just-listed"),
         pytest.param(UNAVAILABLE, LEASE, said(), ["44"], [PAGE.text], id="no-store"),
     ],
 )

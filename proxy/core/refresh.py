@@ -117,13 +117,6 @@ class Hot:
             caller.rests_until = now + REST_S
         return sum(1 for _ in caller.due(now))
 
-    def missed(self, key: EntryKey) -> None:
-        """Take note that a list did not bring the snapshot of `key`, whatever else it brought."""
-        caller = self._callers.get(key.partition)
-        snapshot = None if caller is None else caller.snapshots.get(key.snapshot_id)
-        if snapshot is not None:
-            snapshot.place = Place.OFF_PAGE
-
     def unlisted(self, partition: Partition, now: float) -> None:
         """Take note that a list was answered with an error, or not at all."""
         caller = self._callers.get(partition)

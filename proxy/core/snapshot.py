@@ -84,6 +84,11 @@ def normalize_list(body: bytes, public_url: str) -> NormalizedList:
     )
 
 
+def ids_in_list(body: bytes) -> frozenset[str]:
+    """Name the snapshots in a list that `normalize_list` wrote."""
+    return frozenset(snapshot["id"].lower() for snapshot in orjson.loads(body)["snapshots"])
+
+
 def _with_public_url(links: dict[str, Any], public_url: str) -> dict[str, Any]:
     match links:
         case {"pages": dict(pages)}:

@@ -133,19 +133,6 @@ def test_the_page_changes() -> None:
     assert record.plan(key("1"), NOON) == "single"
 
 
-def test_a_list_missed_it() -> None:
-    """Whoever else it brought: for this one there is no list until one brings it."""
-    record = hot(**{"1": 61, "2": 61, "3": 61})
-    record.missed(key("1"))
-    record.missed(key("4"))
-    record.missed(key("1", ANOTHER))
-    assert record.plan(key("1"), NOON) == "single"
-    assert len(record) == 3
-    record.listed(SOMEBODY, {"1", "2", "3"}, NOON)
-    record.read(key("1"), entry(NOON - 61), NOON)
-    assert record.plan(key("1"), NOON) == "list"
-
-
 @pytest.mark.parametrize("on_page", [set(), {"1"}, {"7", "8"}], ids=["none", "one", "others"])
 def test_a_list_that_saved_nothing_is_not_repeated_soon(on_page: set[str]) -> None:
     """Whatever comes up meanwhile."""

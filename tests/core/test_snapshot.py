@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from proxy.core.errors import UpstreamInvalid
-from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot, parse
+from proxy.core.snapshot import error_envelope, ids_in_list, normalize_list, normalize_snapshot, parse
 
 SNAPSHOT: dict[str, Any] = {
     "id": "6372321",
@@ -564,4 +564,6 @@ def test_as_many_values_as_a_list_may_need() -> None:
     """200 snapshots with 200 values each are taken."""
     snapshots = [json.loads(answer(id=str(number), tags=["t"] * 190))["snapshot"] for number in range(200)]
     body = json.dumps({"snapshots": snapshots, "links": {}, "meta": {"total": 200}}).encode()
-    assert len(normalize_list(body, "").snapshots) == 200
+    normalized_list = normalize_list(body, "")
+    assert len(normalized_list.snapshots) == 200
+    assert ids_in_list(normalized_list.body) == normalized_list.snapshots.keys()

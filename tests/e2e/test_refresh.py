@@ -107,6 +107,21 @@ async def test_what_is_not_on_the_page_is_read(client: aiohttp.ClientSession) ->
         assert singles(simulator) >= 2 * MANY
 
 
+async def test_what_the_callers_own_list_did_not_bring_is_read(client: aiohttp.ClientSession) -> None:
+    """While that list is fresh there is no need for another to know."""
+    async with Simulator(world=World(snapshots_per_team=210 + MANY), limits=WIDE) as simulator:
+        token = simulator.world.token()
+        beyond = simulator.world.snapshots()[-MANY:]
+        settings = (*SETTINGS, "cache.list_fresh_s=600")
+        async with app(f"upstream.base_url={simulator.url}", *settings) as at:
+            async with client.get(f"{at.api}{LIST}?per_page=200", headers=bearer(token.value)) as response:
+                assert response.status == 200
+            await read(client, at.api, token, beyond)
+            rename(simulator, beyond)
+            await until_renamed(client, at.api, token, beyond)
+        assert simulator.count(path=LIST) == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [
