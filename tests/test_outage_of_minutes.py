@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import pytest
 from fakes import FakeLedger
-from memory_store import Key, MemoryStore
 from virtual import now, run
 
+from benchmarks.day.redis import Key, MemoryStore
 from proxy.accounts import Accounts
 from proxy.closing import Closing
 from proxy.core.breaker import FAILURES, LONGEST_S
@@ -240,9 +240,11 @@ class Outage:
         else:
             response = served_response(answer, now=unix(), request_id="ours", if_none_match=None, gzip=False)
         assert isinstance(response.body, bytes)
-        kept = self._store.entry(key)
+        kept = self._store.kept.get(key)
         headers = dict(response.headers)
-        self.seen.append(Seen(key, now(), now() - began, response.status, headers, response.body, kept))
+        self.seen.append(
+            Seen(key, now(), now() - began, response.status, headers, response.body, kept and kept.entry)
+        )
 
 
 @pytest.fixture(

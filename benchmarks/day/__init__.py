@@ -7,7 +7,8 @@ who reads what and when, `api.py` is DigitalOcean with its two limits, `systems.
 Of this proxy everything is real that decides: the main path (`proxy.readthrough`), its flights, the gate
 with its lines, ledgers and breaker (`proxy.shield`, `proxy.accounts`), and the whole of `proxy.core`. They
 run on an event loop whose time is a number (`clock.py`), so a day takes as long as its work. None of their
-steps is written again here; only Redis is (`redis.py`), as dictionaries that follow `proxy/storage/`.
+steps is written again here; only Redis is (`redis.py`), as dictionaries: a test
+holds its store equal to the real one.
 
 What is simpler than the world:
 

@@ -1,19 +1,23 @@
 """What Redis is to the replicas, in the memory of this process: entries, stamps, leases, the common ledger.
 
-It answers at once and never fails. What it keeps and refuses is what `proxy/storage/` has it keep and refuse;
-only the envelopes are left out, which prove that a value is ours.
+It never fails, and keeps and refuses what `proxy/storage/` has it keep and refuse: for the store,
+`tests/storage/test_memory_store.py` proves that. Only the envelopes are left out, which prove that a value is
+ours; nothing is evicted, and stamps last for ever.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import count
-from typing import NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from proxy.core.entry import (
     Basis,
     Entry,
     HeldElsewhere,
     Leased,
+    Lifetimes,
     Lookup,
     Record,
     Stamps,
@@ -24,13 +28,22 @@ from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.store import LEASE_MS, RECORD_MS
 
+Key = EntryKey | ListKey
+P = ParamSpec("P")
+T = TypeVar("T")
 
-class Kept(NamedTuple):
-    """An entry, the stamps it rests on, and what tells it from every other."""
+_GUARD_S = 80.0
+_NOTHING = 0  # the status of what stands where an entry ended
+
+
+@dataclass(slots=True)
+class Kept:
+    """An entry, the stamps it rests on, what tells it from every other, and how long it stands."""
 
     entry: Entry
     stamps: Stamps
     seen: bytes
+    until: float
 
 
 class _Lease(NamedTuple):
@@ -39,101 +52,157 @@ class _Lease(NamedTuple):
     record: Record | None = None
 
 
-class Store:
+def _question(
+    answer: "Callable[Concatenate[MemoryStore, P], T]",
+) -> "Callable[Concatenate[MemoryStore, P], Coroutine[Any, Any, T]]":
+    """Let a question be answered in one instant of the time that it takes; at once, where it takes none."""
+
+    @wraps(answer)
+    async def ask(store: "MemoryStore", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not store.takes_s:
+            return answer(store, *args, **kwargs)
+        await asyncio.sleep(store.takes_s / 2)
+        answered = answer(store, *args, **kwargs)
+        await asyncio.sleep(store.takes_s / 2)
+        return answered
+
+    return ask
+
+
+class MemoryStore:
     """The replicas' common entries. `now` gives the seconds that entries and leases count in."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], *, takes_s: float = 0.0) -> None:
+        self.takes_s = takes_s
         self._now = now
-        self._keys = Keys("day")
-        self._names: dict[EntryKey | ListKey, EntryKeys] = {}
+        self._keys = Keys("memory")
+        self._names: dict[Key, EntryKeys] = {}
         self._stamps: dict[bytes, bytes] = {}
+        self._refusals: dict[Partition, Entry] = {}
         self._leases: dict[bytes, _Lease] = {}
         self._nonces = map(b"%017d".__mod__, count(1))
-        self.kept: dict[EntryKey | ListKey, Kept] = {}
+        self.kept: dict[Key, Kept] = {}
         """What stands in each entry's place, whether or not its stamps still do."""
 
-    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+    @_question
+    def lookup(self, key: Key) -> Lookup:
         """Find an entry, and what a fill would rest on."""
-        stamps = self._stamps_of(key)
-        kept = self.kept.get(key)
+        refusal = self._refusals.get(key.partition)
+        if refusal is not None and refusal.is_fresh(self._now()):
+            return Lookup(refusal, None)
+        stamps, kept = self._stamps_of(key), self._standing(key)
         if kept is None:
-            return Lookup(None, Basis(stamps, b""))
-        if kept.entry.age_s(self._now()) >= kept.entry.lifetimes.retention_s:
-            del self.kept[key]
             return Lookup(None, Basis(stamps, b""))
         return Lookup(kept.entry if kept.stamps == stamps else None, Basis(stamps, kept.seen))
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
-        """Store an entry, unless something newer was put there since its lookup."""
-        kept = self.kept.get(key)
-        if kept is not None and kept.seen != basis.seen and kept.entry.called_at >= entry.called_at:
+    @_question
+    def put(self, key: Key, entry: Entry, basis: Basis) -> bool:
+        """Store an entry, unless it ended, or something newer was put there, since its lookup."""
+        if not entry.lifetimes.retention_s:
             return False
-        self.kept[key] = Kept(entry, basis.stamps, next(self._nonces))
+        kept = self._standing(key)
+        if kept is not None and kept.seen != basis.seen:
+            there = kept.entry
+            if there.status == _NOTHING or there.called_at >= entry.called_at:
+                return False
+        self._keep(key, entry, basis.stamps)
         return True
 
-    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> None:
-        """Store the single entries that came with a list, if no list ended since its lookup."""
+    @_question
+    def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+        """Store the single entries that came with a list, if no list ended since its lookup.
+
+        Name those that are there now, or newer ones.
+        """
         if basis.stamps != self._stamps_of(ListKey(partition, "")):
-            return
+            return frozenset()
+        seeds = {name: entry for name, entry in seeds.items() if entry.lifetimes.retention_s}
         for snapshot_id, entry in seeds.items():
             key = EntryKey(partition, snapshot_id)
-            kept = self.kept.get(key)
+            kept = self._standing(key)
             if kept is None or kept.entry.called_at <= entry.called_at:
-                self.kept[key] = Kept(entry, self._stamps_of(key), next(self._nonces))
+                self._keep(key, entry, self._stamps_of(key))
+        return frozenset(seeds)
 
-    async def lease(
-        self, key: EntryKey | ListKey, basis: Basis
-    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+    @_question
+    def lease(self, key: Key, basis: Basis) -> Leased | HeldElsewhere | Record | Superseded:
         """Try to be the replica that fetches this."""
+        kept = self._standing(key)
+        if kept is not None:
+            kept.until = max(kept.until, self._now() + _GUARD_S)
         name = self._keys.lease(key, b"".join((*basis.stamps, basis.seen)).hex())
         held = self._leases.get(name)
         if held is not None and self._now() < held.until:
-            return HeldElsewhere() if held.record is None else held.record
-        kept = self.kept.get(key)
-        if kept is not None and kept.seen != basis.seen:
+            return held.record or HeldElsewhere()
+        if basis.seen != (b"" if kept is None else kept.seen):
             return Superseded()
         owner = next(self._nonces)
         self._leases[name] = _Lease(owner, self._now() + LEASE_MS / 1000)
         return Leased(name, owner)
 
-    async def renew(self, lease: Leased) -> None:
+    @_question
+    def renew(self, lease: Leased) -> None:
         """Keep the lease."""
-        if self._leases[lease.name].owner == lease.owner:
+        if self._is_held(lease):
             self._leases[lease.name] = _Lease(lease.owner, self._now() + LEASE_MS / 1000)
 
-    async def release(self, lease: Leased, record: Record | None) -> None:
+    @_question
+    def release(self, lease: Leased, record: Record | None) -> None:
         """Give the lease up, and leave what came instead of an entry for those who wait."""
-        if self._leases[lease.name].owner != lease.owner:
-            return
-        if record is None:
+        if self._is_held(lease):
             del self._leases[lease.name]
-        else:
-            self._leases[lease.name] = _Lease(b"", self._now() + RECORD_MS / 1000, record)
+            if record is not None:
+                self._leases[lease.name] = _Lease(b"", self._now() + RECORD_MS / 1000, record)
 
-    async def end_entry(self, key: EntryKey | ListKey) -> bool:
-        """End one caller's entry and lists."""
-        self.kept.pop(key, None)
+    @_question
+    def end_entry(self, key: Key) -> bool:
+        """End one caller's entry and lists; what stands in its place keeps earlier fetches out."""
+        nothing = Entry(_NOTHING, b"", "", self._now(), Lifetimes(0))
+        self.kept[key] = Kept(nothing, (), next(self._nonces), self._now() + _GUARD_S)
         return self._end(self._keys.lists_of(key.partition))
 
-    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """End all entries of one caller. Nobody is refused in the simulated day."""
-        del refusal
+    @_question
+    def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        """End all entries of one caller; a refusal answers in their place until its lifetime is over."""
+        self._refusals.pop(partition, None)
+        if refusal is not None:
+            self._refusals[partition] = refusal
         return self._end(self._keys.caller(partition))
 
-    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
+    @_question
+    def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
         """End what anybody keeps of these snapshots, and everybody's lists."""
         return self._end(self._keys.lists, *map(self._keys.snapshot, snapshot_ids))
 
-    async def end_everything(self) -> bool:
+    @_question
+    def end_everything(self) -> bool:
         """End all entries of everybody."""
         return self._end(self._keys.everything)
+
+    def _standing(self, key: Key) -> Kept | None:
+        kept = self.kept.get(key)
+        if kept is not None and kept.until <= self._now():
+            del self.kept[key]
+            return None
+        return kept
+
+    def _keep(self, key: Key, entry: Entry, stamps: Stamps) -> None:
+        """Keep it for its time, and for as long as what it takes the place of would have stood."""
+        kept = self._standing(key)
+        until = max(self._now() + entry.lifetimes.retention_s, 0.0 if kept is None else kept.until)
+        self.kept[key] = Kept(entry, stamps, next(self._nonces), until)
+
+    def _is_held(self, lease: Leased) -> bool:
+        held = self._leases.get(lease.name)
+        return held is not None and held.owner == lease.owner and self._now() < held.until
 
     def _end(self, *stamps: bytes) -> bool:
         for name in stamps:
             self._stamps.pop(name, None)
         return True
 
-    def _stamps_of(self, key: EntryKey | ListKey) -> Stamps:
+    def _stamps_of(self, key: Key) -> Stamps:
+        """Give the stamps that `key` depends on; those that are missing are made."""
         names = self._names.get(key)
         if names is None:
             names = self._names[key] = self._keys.of(key)
@@ -142,7 +211,8 @@ class Store:
             return tuple([stamps[name] for name in names.stamps])
         except KeyError:
             for name in names.stamps:
-                stamps.setdefault(name, next(self._nonces))
+                if name not in stamps:
+                    stamps[name] = next(self._nonces)
             return tuple([stamps[name] for name in names.stamps])
 
 

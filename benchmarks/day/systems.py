@@ -12,7 +12,7 @@ from typing import Protocol
 from benchmarks.day.api import LIST_S, SINGLE_S, Api, Reply
 from benchmarks.day.clock import VirtualLoop, begin
 from benchmarks.day.fleet import Fleet, Read
-from benchmarks.day.redis import Books, Kept, Store
+from benchmarks.day.redis import Books, Kept, MemoryStore
 from proxy.accounts import Accounts
 from proxy.closing import Closing
 from proxy.core.errors import ProxyError, UpstreamUnreachable
@@ -199,7 +199,7 @@ class Ours:
         self._repeat_s = repeat_s
         self._loop: VirtualLoop[Read] = VirtualLoop(self._arrive)
         self._random = Random(fleet.seed)  # noqa: S311
-        self._store = Store(self._loop.time)
+        self._store = MemoryStore(self._loop.time)
         self._calls = [_calls(token, known) for token, known in enumerate(names)]
         self._tokens = {calls[0].key.partition: token for token, calls in enumerate(self._calls)}
         self._fresh: list[dict[tuple[int, int], tuple[Kept, float]]] = [{} for _ in range(fleet.replicas)]
