@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
@@ -147,20 +148,39 @@ async def test_a_list_that_fails_is_done_without(
     assert simulator.count(path=LIST) == 1
 
 
+@pytest.mark.parametrize(
+    ("negative_s", "expected", "calls_each"),
+    [
+        pytest.param(60, r"401 snapshot-proxy; hit; ttl=\d+; detail=negative", 0, id="refused-for-a-while"),
+        pytest.param(0, r"200 snapshot-proxy; fwd=uri-miss; fwd-status=200; stored", 1, id="asked-again"),
+    ],
+)
 async def test_a_refused_list_ends_the_partition(
-    simulator: Simulator, token: Token, client: aiohttp.ClientSession
+    *,
+    negative_s: int,
+    expected: str,
+    calls_each: int,
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
 ) -> None:
-    """A 401 to what nobody asked for counts like any other."""
+    """A 401 to what nobody asked for counts like any other: no entry of that caller is left, nor used."""
     snapshots = simulator.world.snapshots()
-    async with app(f"upstream.base_url={simulator.url}", *SETTINGS) as at:
-        await read(client, at.api, token, snapshots)
-        simulator.world.revoke(token)
+    settings = (*SETTINGS, f"cache.negative_s={negative_s}")
+    async with app(f"upstream.base_url={simulator.url}", *settings) as at:
+        simulator.faults.add(Fault(FaultKind.STATUS, status=401), path=LIST)  # single reads are never refused
         async with asyncio.timeout(DEADLINE_S):
-            while True:
-                url = f"{at.api}{LIST}/{snapshots[0].id}"
-                async with client.get(url, headers=bearer(token.value)) as response:
-                    if response.status == 401:
-                        break
+            async with simulator.hold(path=LIST) as gate:
+                while not gate.held:
+                    await read(client, at.api, token, snapshots)
+            while total(await scrape(at.admin), "snapshot_proxy_flights"):
+                pass
+        before = simulator.count()
+        assert simulator.count(status=401) == simulator.count(path=LIST) == 1
+        for snapshot in snapshots:
+            async with client.get(f"{at.api}{LIST}/{snapshot.id}", headers=bearer(token.value)) as response:
+                assert re.fullmatch(expected, f"{response.status} {response.headers['Cache-Status']}")
+    assert simulator.count() - before == calls_each * len(snapshots)
 
 
 async def test_a_list_waits_for_nothing(client: aiohttp.ClientSession) -> None:
