@@ -27,7 +27,7 @@ class Admission(Protocol):
 
     @property
     def known(self) -> bool:
-        """Whether the upstream ever took the token."""
+        """Whether the upstream took the token lately."""
 
     @property
     def born(self) -> str:
@@ -53,7 +53,7 @@ class CommonLedger(Protocol):
         remaining_told: int | None,
         *,
         answered: bool,
-        known: bool,
+        known: bool | None,
     ) -> None:
         """Take note of what became of a call."""
 
@@ -92,8 +92,8 @@ class Settlement(NamedTuple):
     answered: bool = False
     """There was an answer other than 429."""
 
-    known: bool = False
-    """The upstream took the token."""
+    known: bool | None = None
+    """Whether the upstream took the token; None: it did not say."""
 
     refused: bool = False
     """The answer was 429."""
@@ -179,7 +179,7 @@ class Accounts:
         """Take note of what became of a turn; a 429 stops the token's calls everywhere."""
         own = self._own(account)
         now = self._monotonic()
-        own.known = own.known or settlement.known
+        own.known = own.known if settlement.known is None else settlement.known
         if settlement.refused:
             own.ledger.cool(now, settlement.retry_after_s)
         own.ledger.settle(
@@ -187,7 +187,7 @@ class Accounts:
             now,
             settlement.remaining_told,
             answered=settlement.answered,
-            known=settlement.known,
+            known=settlement.known is True,
         )
         if settlement.refused:
             for partition in account.partitions:

@@ -312,10 +312,9 @@ class Passage:
         return Settlement(
             self.remaining_told,
             answered=status is not None and not refused,
-            known=status is not None
-            and status < HTTPStatus.INTERNAL_SERVER_ERROR
-            and status != HTTPStatus.UNAUTHORIZED
-            and not refused,
+            known=None
+            if status is None or refused or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            else status != HTTPStatus.UNAUTHORIZED,
             refused=refused,
             retry_after_s=self.retry_after_s,
         )

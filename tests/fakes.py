@@ -83,14 +83,14 @@ class FakeLedger:
         remaining_told: int | None,
         *,
         answered: bool,
-        known: bool,
+        known: bool | None,
     ) -> None:
         """Take note of an answer."""
         if await self._is_away():
             return
-        if known:
-            self.known.add(partition)
-        self.of(partition).settle(admitted, _now(), remaining_told, answered=answered, known=known)
+        if known is not None:
+            (self.known.add if known else self.known.discard)(partition)
+        self.of(partition).settle(admitted, _now(), remaining_told, answered=answered, known=known is True)
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
         """Stop a token's calls."""

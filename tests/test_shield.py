@@ -449,18 +449,19 @@ def test_answers_about_the_request_are_no_trouble() -> None:
         pytest.param(403, True, id="403-knows-the-token"),
         pytest.param(404, True, id="404-knows-the-token"),
         pytest.param(401, False, id="401"),
-        pytest.param(429, False, id="429-says-nothing-about-it"),
-        pytest.param(503, False, id="503-is-a-gateway"),
+        pytest.param(429, None, id="429-says-nothing-about-it"),
+        pytest.param(503, None, id="503-is-a-gateway"),
     ],
 )
-def test_who_is_no_stranger_any_more(status: int, becomes_known: bool) -> None:
-    """A token becomes known when the upstream accepts it, and only then."""
+@pytest.mark.parametrize("known", [False, True], ids=["stranger", "known"])
+def test_who_is_a_stranger(status: int, becomes_known: bool | None, *, known: bool) -> None:
+    """A token becomes known when the upstream accepts it, and only then; a 401 makes it a stranger again."""
 
     async def main() -> None:
-        it = gate(known=False)
+        it = gate(known=known)
         it.api.answer = lambda: answer(status, remaining=4000, retry_after_s=1)
         await outcome(ask(it))
-        assert (SOMEBODY in it.ledger.known) is becomes_known
+        assert (SOMEBODY in it.ledger.known) is (known if becomes_known is None else becomes_known)
 
     run(main())
 

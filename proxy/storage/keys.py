@@ -55,6 +55,10 @@ class Keys:
         """Name the ledger of one caller's calls."""
         return f"{self._mine(partition)}:quota".encode()
 
+    def known(self, partition: Partition) -> bytes:
+        """Name the mark of a caller whose token the upstream took."""
+        return f"{self._mine(partition)}:known".encode()
+
     def snapshot(self, snapshot_id: str) -> bytes:
         """Name the stamp of what anybody keeps of one snapshot."""
         return f"{self.prefix}:1:ver:{snapshot_id}".encode()

@@ -4,13 +4,19 @@ The script reads the server's clock, so that replicas need not agree about the t
 ledger's: admit, give back, settle, cool. A test holds it equal to the ledger in Python, step by step.
 """
 
-import math
 from typing import Any, NamedTuple
 
 from proxy.core.identity import Partition
 from proxy.core.quota import PAUSES, TURN_S, Admitted, CallClass, Limits, Postponed
 from proxy.storage.keys import Keys
 from proxy.storage.link import Command, Link, Unavailable
+
+_MARGIN_S = 60
+"""A ledger is kept for so much longer than it counts: the hour, but for the minute only where the upstream
+did not take the token lately. Tokens can be made up."""
+
+_KNOWN_S = 7 * 24 * 3600
+"""That the upstream took a token is kept longer than its calls: it may be used once a day."""
 
 _SCRIPT = f"""
 local question, given, call = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -23,8 +29,8 @@ local function window(name, prefix, first)
   return {{name = name, prefix = prefix, limit = tonumber(ARGV[first]), length = tonumber(ARGV[first + 1]),
           bucket = tonumber(ARGV[first + 2]), total = 0, buckets = {{}}}}
 end
-local minute, hour = window('minute', 'm', 5), window('hour', 'h', 8)
-local key, fields = KEYS[1], {{}}
+local minute, hour = window('minute', 'm', 4), window('hour', 'h', 7)
+local key, known_key, fields = KEYS[1], KEYS[2], {{}}
 local flat = redis.call('HGETALL', key)
 for i = 1, #flat, 2 do fields[flat[i]] = tonumber(flat[i + 1]) end
 
@@ -37,6 +43,13 @@ local function set(name, value)
     redis.call('HDEL', key, name)
     fields[name] = nil
   end
+end
+local function is_known()
+  return redis.call('EXISTS', known_key) == 1
+end
+local function expire()
+  local window = (fields.C or is_known()) and hour or minute
+  redis.call('EXPIRE', key, math.ceil(window.length + call) + {_MARGIN_S})
 end
 local function put(window, bucket, calls)
   if calls == 0 then return end
@@ -97,8 +110,8 @@ for _, window in ipairs({{minute, hour}}) do
 end
 
 if question == 'admit' then
-  local minutes, hours, need = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
-  local refresh = ARGV[14] == '1'
+  local minutes, hours, need = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+  local refresh = ARGV[13] == '1'
   local alone = call > 0 and not fields.T and not fields.S
   if call > 0 and fields.T then
     alone = fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh
@@ -119,13 +132,13 @@ if question == 'admit' then
   add(hour, at, 1)
   if fields.C then set('P', at) elseif alone then set('A', turn_ends(at)) end
   if not fields.B then set('B', now) end
-  redis.call('EXPIRE', key, ARGV[4])
-  return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, fields.K and 1 or 0,
+  expire()
+  return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, is_known() and 1 or 0,
           string.format('%.6f', fields.B)}}
 end
 
 if question == 'give back' then
-  local at = tonumber(ARGV[11])
+  local at = tonumber(ARGV[10])
   take(minute, at)
   take(hour, at)
   if fields.A == turn_ends(at) then set('A', nil) end
@@ -134,8 +147,8 @@ if question == 'give back' then
 end
 
 if question == 'settle' then
-  local at, told, probe = tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13] == '1'
-  local answered, known = ARGV[14] == '1', ARGV[15] == '1'
+  local at, told, probe = tonumber(ARGV[10]), tonumber(ARGV[11]), ARGV[12] == '1'
+  local answered, known = ARGV[13] == '1', ARGV[14]
   add(minute, now, take(minute, at))
   add(hour, now, take(hour, at))
   if probe and fields.P == at then
@@ -148,7 +161,7 @@ if question == 'settle' then
   end
   if fields.A == turn_ends(at) then set('A', nil) end
   if not told then
-    if known then set('S', 1) end
+    if known == '1' then set('S', 1) end
   elseif told == 0 then
     add(minute, now, math.max(minute.limit - minute.total, 0))
   else
@@ -161,12 +174,13 @@ if question == 'settle' then
     end
     set('T', now)
   end
-  if known then set('K', 1) end
-  redis.call('EXPIRE', key, ARGV[4])
+  if known == '1' then redis.call('SET', known_key, 1, 'EX', {_KNOWN_S}) end
+  if known == '0' then redis.call('DEL', known_key) end
+  expire()
   return {{}}
 end
 
-local seconds = tonumber(ARGV[11])
+local seconds = tonumber(ARGV[10])
 if not seconds then
   local oldest_leaves = wait(minute, math.max(minute.total, 1), 1)
   seconds = math.min(math.max(oldest_leaves, minute.length / {PAUSES}), minute.length)
@@ -175,17 +189,15 @@ elseif minute.total < minute.limit then
 end
 set('C', math.max(fields.C or 0, now + seconds))
 set('P', nil)
-redis.call('EXPIRE', key, ARGV[4])
+expire()
 return {{string.format('%.6f', fields.C - now)}}
 """
-
-_MARGIN_S = 60
 
 
 class Admission(NamedTuple):
     """A call that the ledger admits.
 
-    `known` tells whether the upstream ever took the token; `born` tells this ledger from one that was lost.
+    `known` tells whether the upstream took the token lately; `born` tells this ledger from one that was lost.
     """
 
     admitted: Admitted
@@ -240,16 +252,18 @@ class RedisLedger:
         remaining_told: int | None,
         *,
         answered: bool,
-        known: bool,
+        known: bool | None,
         now: float | None = None,
     ) -> None:
         """Take note of what became of a call.
 
-        `answered` tells whether there was an answer other than 429, `known` whether it took the token.
+        `answered` tells whether there was an answer other than 429, `known` whether it took the token; None:
+        it did not say.
         """
         told = "" if remaining_told is None else remaining_told
+        took = "" if known is None else int(known)
         await self._ask(
-            "settle", partition, now, repr(admitted.at), told, int(admitted.probe), int(answered), int(known)
+            "settle", partition, now, repr(admitted.at), told, int(admitted.probe), int(answered), took
         )
 
     async def cool(
@@ -270,12 +284,12 @@ class RedisLedger:
         command: Command = (
             "EVAL",
             _SCRIPT,
-            1,
+            2,
             self._keys.quota(partition),
+            self._keys.known(partition),
             question,
             "" if now is None else repr(now),
             repr(self._call_s),
-            math.ceil(self._limits.hour_s + self._call_s) + _MARGIN_S,
             *(str(part) for window in self._limits.windows for part in window[1:]),
             *(str(argument) for argument in arguments),
         )

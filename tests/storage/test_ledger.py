@@ -166,14 +166,39 @@ async def test_a_cool_down_stops_all_replicas(links: list[Link]) -> None:
 
 
 async def test_known_is_remembered(links: list[Link]) -> None:
-    """A token that the upstream took once is known to every replica, whatever comes later."""
+    """A token that the upstream took is known to every replica for a week, until a 401."""
     first, second, _ = (ledger(link) for link in links)
-    await settled(first, known=False)
-    await settled(second, known=True)
-    await settled(first, known=False)
-    reply = await second.admit(SOMEBODY, CallClass.MISS)
-    assert isinstance(reply, Admission)
-    assert reply.known
+    keys = Keys("test")
+    for known, remembered in ((None, False), (True, True), (None, True), (False, False)):
+        await settled(first, known=known)
+        await links[2].ask(("DEL", keys.quota(SOMEBODY)))  # an hour later
+        reply = await second.admit(SOMEBODY, CallClass.MISS)
+        assert isinstance(reply, Admission)
+        assert reply.known is remembered
+        (ttl_s,) = await links[2].ask(("TTL", keys.known(SOMEBODY)))
+        assert ttl_s in (range(604_700, 604_801) if remembered else (-2,))
+        await second.give_back(SOMEBODY, reply.admitted)
+
+
+@pytest.mark.parametrize(
+    ("known", "cools", "kept_s"),
+    [
+        pytest.param(None, False, LIMITS.minute_s, id="nobody-knows"),
+        pytest.param(False, False, LIMITS.minute_s, id="refused"),
+        pytest.param(True, False, LIMITS.hour_s, id="taken"),
+        pytest.param(None, True, LIMITS.hour_s, id="told-to-wait"),
+    ],
+)
+async def test_a_token_that_was_never_taken_leaves_little(
+    links: list[Link], *, known: bool | None, cools: bool, kept_s: float
+) -> None:
+    """Its ledger is kept for the minute only: tokens can be made up, and would fill Redis for an hour."""
+    mine = ledger(links[0])
+    await settled(mine, known=known)
+    if cools:
+        await mine.cool(SOMEBODY, 1)
+    (ttl_s,) = await links[0].ask(("TTL", Keys("test").quota(SOMEBODY)))
+    assert kept_s + CALL_S < ttl_s <= kept_s + CALL_S + 60
 
 
 async def test_a_ledger_that_was_lost_is_another_one(valkey: Valkey, links: list[Link]) -> None:
@@ -219,7 +244,7 @@ async def test_the_hash_is_bounded_and_ends_by_itself(links: list[Link]) -> None
     assert LIMITS.hour_s + CALL_S < ttl_s <= LIMITS.hour_s + CALL_S + 60
 
 
-async def settled(mine: RedisLedger, *, known: bool = True) -> None:
+async def settled(mine: RedisLedger, *, known: bool | None = True) -> None:
     """Make one call and answer it."""
     reply = await mine.admit(SOMEBODY, CallClass.WRITE)
     assert isinstance(reply, Admission)
