@@ -1,7 +1,8 @@
 """Many callers, one fetch.
 
 A *flight* is a fetch in a task of its own: callers wait on it shielded, so that nobody who leaves can cancel
-it for the others, or for what it is about to store. Callers with the same key share one flight. A flight that
+it for the others, or for what it is about to store. Only where it waits idly itself, and says so, does it end
+when the last of its callers has left. Callers with the same key share one flight. A flight that
 has landed is still shared for a moment: with those who began to look for an answer while it was in the air
 (between their look and their joining, its answer was stored), and, where it failed, with everybody: a failure
 is not repeated by each who comes upon it.
@@ -13,8 +14,9 @@ for another replica's answer, does so in a flight.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -48,13 +50,68 @@ class Landed(NamedTuple, Generic[T]):
     collapsed: bool
 
 
+class Abandoned(Exception):
+    """Nobody waits any more for the flight that this runs in, and nothing was sent for it: it ends."""
+
+
 class _Flight(Generic[T]):
-    __slots__ = ("failed", "landed_at", "task")
+    __slots__ = ("_idle", "abandoned", "callers", "failed", "landed_at", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[T]
+        self.callers = 0
+        self.abandoned = False
         self.landed_at: float | None = None
         self.failed = False
+        self._idle = False
+
+    def answers(self, since: float) -> bool:
+        """Tell whether it is for a caller who began to look then."""
+        if self.abandoned:
+            return False
+        return self.landed_at is None or self.landed_at >= since or self.failed
+
+    async def landing(self) -> T:
+        """Wait for its end, as one of its callers."""
+        self.callers += 1
+        try:
+            return await asyncio.shield(self.task)
+        finally:
+            self.callers -= 1
+            if not self.callers and self._idle:
+                self.abandoned = True
+                self.task.cancel()
+
+    @contextmanager
+    def idling(self) -> Iterator[None]:
+        """End here when the last caller leaves, or has left."""
+        if not self.callers:
+            self.abandoned = True
+            raise Abandoned
+        self._idle = True
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.abandoned and not self.task.uncancel():  # else somebody else cancelled it, too
+                raise Abandoned from None
+            raise
+        finally:
+            self._idle = False
+
+
+_CURRENT: ContextVar[_Flight[Any] | None] = ContextVar("flight", default=None)
+
+
+def while_awaited() -> AbstractContextManager[None]:
+    """Make a context for idle waits: Abandoned is raised in it as soon as the flight has no callers left."""
+    flight = _CURRENT.get()
+    return nullcontext() if flight is None else flight.idling()
+
+
+def end_if_abandoned() -> None:
+    """Raise Abandoned where the flight has no callers left."""
+    with while_awaited():
+        pass
 
 
 class Flights(Generic[T]):
@@ -90,19 +147,22 @@ class Flights(Generic[T]):
         to join and no room for another.
         """
         flight = self._by_key.get(key)
-        if flight is not None and (flight.landed_at is None or flight.landed_at >= since or flight.failed):
-            return Landed(await asyncio.shield(flight.task), collapsed=True)
-        return Landed(await asyncio.shield(self._take_off(owner, key, fetch)), collapsed=False)
+        if flight is not None and flight.answers(since):
+            return Landed(await flight.landing(), collapsed=True)
+        return Landed(await self._take_off(owner, key, fetch).landing(), collapsed=False)
 
     def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
         """Start the flight of `key` that nobody waits for, unless there is or just was one, or no room."""
-        if key not in self._by_key:
+        flight = self._by_key.get(key)
+        if flight is None or flight.abandoned:
             with suppress(Overloaded):
-                self._take_off(owner, key, fetch).add_done_callback(_tell)
+                flight = self._take_off(owner, key, fetch)
+                flight.callers += 1  # one who never leaves
+                flight.task.add_done_callback(_tell)
 
     async def alone(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> U:
         """Fetch for one caller only, in a task all the same. Raises Overloaded where there is no room."""
-        return await asyncio.shield(self._start(owner, fetch))
+        return await self._start(owner, fetch).landing()
 
     async def close(self) -> None:
         """Cancel what is still in the air; whoever waits for it is cancelled too."""
@@ -110,20 +170,26 @@ class Flights(Generic[T]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> "asyncio.Task[U]":
+    def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> _Flight[U]:
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; try again in a moment")
         if self._owned[owner] >= MOST_OF_ONE:
             raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
 
-        async def fly() -> U:
-            return await fetch()
+        flight: _Flight[U] = _Flight()
 
-        task = asyncio.create_task(fly(), name="flight")
+        async def fly() -> U:
+            _CURRENT.set(flight)
+            try:
+                return await fetch()
+            except Abandoned:
+                raise asyncio.CancelledError from None
+
+        task = flight.task = asyncio.create_task(fly(), name="flight")
         self._tasks.add(task)
         self._owned[owner] += 1
         task.add_done_callback(partial(self._end, owner))
-        return task
+        return flight
 
     def _end(self, owner: Owner, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
@@ -131,24 +197,21 @@ class Flights(Generic[T]):
         if not self._owned[owner]:
             del self._owned[owner]
 
-    def _take_off(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> "asyncio.Task[T]":
-        flight: _Flight[T] = _Flight()
-
+    def _take_off(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> _Flight[T]:
         async def fly() -> T:
             result = await fetch()
             # Judged here: who looks at a task's exception keeps the loop from reporting it.
             flight.failed = self._is_failure(result)
             return result
 
-        flight.task = self._start(owner, fly)
-        self._by_key[key] = flight
+        flight = self._by_key[key] = self._start(owner, fly)
         flight.task.add_done_callback(lambda _: self._land(key, flight))
-        return flight.task
+        return flight
 
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
         # The loop's time may stand still for a millisecond: who came after is not who came before.
         flight.landed_at = self._monotonic()
-        if len(self._by_key) > self._most:  # so many answers are enough to hold
+        if flight.abandoned or len(self._by_key) > self._most:  # so many answers are enough to hold
             self._forget(key, flight)
         else:
             asyncio.get_running_loop().call_later(LINGER_S, self._forget, key, flight)

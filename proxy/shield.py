@@ -2,7 +2,8 @@
 
 It is an Upstream that wraps the real one. A call asks the token's account first, waits for its turn where
 that comes soon, and tells the account afterwards. Where the process ends before there is room, and time for
-the call, it is refused as where there is none; what is in the air at the end is given up.
+the call, it is refused as where there is none; what is in the air at the end is given up. Nobody waits here
+for a flight that all its callers have left.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ from proxy.core.identity import Partition, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import Call
+from proxy.flights import end_if_abandoned, while_awaited
 
 T = TypeVar("T")
 
@@ -168,6 +170,7 @@ class Shield:
 
     async def _turn(self, line: "_Line", account: Account, call_class: CallClass, *, patient: bool) -> Turn:
         """Ask at once where nobody waits, else in order of arrival. Raises QuotaSpent or Overloaded."""
+        end_if_abandoned()
         asked_at = self._monotonic()
         if not patient and call_class is CallClass.MISS:
             call_class = CallClass.REFRESH  # it has something to serve: others have not
@@ -193,8 +196,9 @@ class Shield:
             if line.queue[0] is not place:
                 await self._refuse_the_hopeless(asker, len(line.queue))
                 try:
-                    async with self._closing.timeout(self._left_s(asker), spare_s=self._total_timeout_s):
-                        await place
+                    with while_awaited():
+                        async with self._closing.timeout(self._left_s(asker), spare_s=self._total_timeout_s):
+                            await place
                 except TimeoutError:
                     raise QuotaSpent(line.postponed.window, line.postponed.wait_s) from None
                 answered = line.answered
@@ -224,7 +228,7 @@ class Shield:
             raise QuotaSpent(postponed.window, postponed.wait_s)
         pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError), while_awaited():
             async with self._closing.timeout(pause_s, spare_s=self._total_timeout_s):
                 await answered.wait()
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Awaitable
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from proxy import flights as flights_module
 from proxy.core.errors import Overloaded
 from proxy.core.identity import Partition
-from proxy.flights import MOST_OF_ONE, Flights, Landed, Owner
+from proxy.flights import MOST_OF_ONE, Abandoned, Flights, Landed, Owner, end_if_abandoned, while_awaited
 
 MOST = 10
 OWNER = Owner(Partition("a" * 32))
@@ -24,18 +25,23 @@ LATER = 1.0
 
 
 class Fetch:
-    """Something to fetch, that lands when told to. `result` is given or raised."""
+    """Something to fetch, that lands when told to. `result` is given or raised.
 
-    def __init__(self, result: object = "answer") -> None:
+    If it is `idle`, it has not been sent yet, and waits for that.
+    """
+
+    def __init__(self, result: object = "answer", *, idle: bool = False) -> None:
         self.began = 0
         self.ended = 0
         self.landing = asyncio.Event()
         self._result = result
+        self._idle = idle
 
     async def __call__(self) -> object:
         """Begin, and wait for the landing."""
         self.began += 1
-        await self.landing.wait()
+        with while_awaited() if self._idle else nullcontext():
+            await self.landing.wait()
         self.ended += 1
         if isinstance(self._result, Exception):
             raise self._result
@@ -72,6 +78,12 @@ def flights() -> Flights[object]:
 def fetch() -> Fetch:
     """Make something to fetch."""
     return Fetch()
+
+
+@pytest.fixture
+def idle() -> Fetch:
+    """Make something that waits before it is fetched."""
+    return Fetch(idle=True)
 
 
 # -- sharing -----------------------------------------------------------------------------------
@@ -167,7 +179,7 @@ async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> 
 
 
 async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
-    """The fetch ends all the same: what it stores serves whoever comes next, who joins it meanwhile."""
+    """What was sent comes to its end: what it stores serves whoever comes next, who joins it meanwhile."""
     for caller in await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3))):
         await cancelled(caller)
     assert len(flights) == 1
@@ -178,13 +190,148 @@ async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
 
 
 async def test_who_is_alone_leaves(flights: Flights[object], fetch: Fetch) -> None:
-    """A fetch for one caller ends without it, too."""
+    """What was sent for one caller comes to its end without it, too."""
     (caller,) = await started(flights.alone(OWNER, fetch))
     await cancelled(caller)
     assert len(flights) == 1
     fetch.landing.set()
     await asyncio.gather(*flights._tasks)
     assert (fetch.ended, len(flights)) == (1, 0)
+
+
+async def test_everybody_leaves_what_waits(flights: Flights[object], idle: Fetch) -> None:
+    """It ends with the last of them, and not before; who comes while it does so is not drawn into it."""
+    *callers, last = await started(*(flights.join(OWNER, "key", now(), idle) for _ in range(3)))
+    for caller in callers:
+        await cancelled(caller)
+    assert len(flights) == 1
+    last.cancel()
+    late = asyncio.create_task(flights.join(OWNER, "key", now(), idle))
+    await asyncio.wait([last])
+    idle.landing.set()
+    assert await late == Landed("answer", collapsed=False)
+    assert (idle.began, idle.ended, len(flights)) == (2, 1, 0)
+
+
+async def test_who_is_alone_leaves_what_waits(flights: Flights[object], idle: Fetch) -> None:
+    """It ends, and its room is free again."""
+    (caller,) = await started(flights.alone(OWNER, idle))
+    await cancelled(caller)
+    await started()
+    assert (idle.ended, len(flights), flights._owned) == (0, 0, {})
+
+
+async def test_who_joins_keeps_what_waits(flights: Flights[object], idle: Fetch) -> None:
+    """Where the first one leaves after another has joined, nothing happens."""
+    first, second = await started(*(flights.join(OWNER, "key", now(), idle) for _ in range(2)))
+    await cancelled(first)
+    idle.landing.set()
+    assert await second == Landed("answer", collapsed=True)
+    assert idle.began == 1
+
+
+async def test_what_waits_for_nobody_goes_on(flights: Flights[object], idle: Fetch) -> None:
+    """A refresh has no callers that could leave it, and who joined it is none."""
+    flights.begin(OWNER, "key", idle)
+    (joined,) = await started(flights.join(OWNER, "key", now(), idle))
+    await cancelled(joined)
+    await started()
+    assert len(flights) == 1
+    idle.landing.set()
+    await asyncio.gather(*flights._tasks)
+    assert idle.ended == 1
+
+
+@pytest.mark.parametrize("waits", [while_awaited, None], ids=["begins-to-wait", "looks"])
+async def test_who_left_before_it_waits(flights: Flights[object], fetch: Fetch, waits: Any) -> None:
+    """Whatever it does then it ends at once, and as if it had never been: the next one begins anew."""
+
+    async def busy_then_idle() -> object:
+        await fetch()
+        if waits is None:
+            end_if_abandoned()
+        else:
+            with waits():
+                await asyncio.Event().wait()
+        return "too late"
+
+    (caller,) = await started(flights.join(OWNER, "key", now(), busy_then_idle))
+    await cancelled(caller)
+    assert len(flights) == 1
+    fetch.landing.set()
+    await started()
+    assert (fetch.ended, len(flights)) == (1, 0)
+    assert await flights.join(OWNER, "key", now(), _give("new")) == Landed("new", collapsed=False)
+
+
+async def test_a_refresh_of_what_is_being_abandoned(flights: Flights[object], idle: Fetch) -> None:
+    """It is begun, though the other one is still there."""
+    (caller,) = await started(flights.join(OWNER, "key", now(), idle))
+    caller.cancel()
+    await asyncio.sleep(0)
+    assert len(flights) == 1
+    flights.begin(OWNER, "key", _give("new"))
+    assert await flights.join(OWNER, "key", now(), idle) == Landed("new", collapsed=True)
+
+
+async def test_what_is_abandoned_tidies_up_undisturbed(flights: Flights[object], idle: Fetch) -> None:
+    """It sees an error, not a cancellation: what it awaits last is not cancelled; nothing is reported."""
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    seen: list[object] = []
+
+    async def tidy() -> object:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            return await idle()
+        except Abandoned as error:
+            await asyncio.sleep(0)
+            seen.extend([type(error), task.cancelling()])
+            raise
+
+    callers = await started(flights.join(OWNER, "key", now(), tidy), flights.alone(OWNER, tidy))
+    for caller in callers:
+        await cancelled(caller)
+    await started()
+    gc.collect()
+    assert seen == [Abandoned, 0] * 2
+    assert (len(flights), reported) == (0, [])
+
+
+@pytest.mark.parametrize("first", ["its-caller", "the-service"])
+async def test_a_service_that_stops_with_what_is_abandoned(
+    flights: Flights[object], idle: Fetch, first: str
+) -> None:
+    """A cancellation by somebody else stays one, whoever was first."""
+    ends: list[BaseException] = []
+
+    async def tell() -> object:
+        try:
+            return await idle()
+        except BaseException as end:
+            ends.append(end)
+            raise
+
+    (caller,) = await started(flights.join(OWNER, "key", now(), tell))
+    (flight,) = flights._tasks
+    if first == "the-service":
+        flight.cancel()
+    caller.cancel()
+    await asyncio.sleep(0)
+    if first == "its-caller":
+        flight.cancel()
+    await asyncio.wait([caller, flight])
+    assert [type(end) for end in ends] == [asyncio.CancelledError]
+    assert flight.cancelled()
+    assert len(flights) == 0
+
+
+async def test_waiting_outside_of_any_flight() -> None:
+    """There is nobody to leave."""
+    end_if_abandoned()
+    with while_awaited():
+        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -291,8 +438,8 @@ async def test_too_many_fetches(fetch: Fetch) -> None:
     assert await flights.join(OWNER, "b", now(), fetch) == Landed("answer", collapsed=False)
 
 
-async def test_callers_who_leave_make_no_room(fetch: Fetch) -> None:
-    """The limit is on fetches: they go on without their callers, and still count."""
+async def test_callers_who_leave_what_was_sent_make_no_room(fetch: Fetch) -> None:
+    """The limit is on fetches: those that go on without their callers still count."""
     flights: Flights[object] = Flights(1, monotonic=now)
     (caller,) = await started(flights.alone(OWNER, fetch))
     await cancelled(caller)
@@ -300,6 +447,17 @@ async def test_callers_who_leave_make_no_room(fetch: Fetch) -> None:
         await flights.alone(OWNER, fetch)
     fetch.landing.set()
     await asyncio.wait(set(flights._tasks))
+
+
+async def test_callers_who_leave_what_waits_make_room(fetch: Fetch, idle: Fetch) -> None:
+    """As soon as they are gone others may begin, who are not kept away by what nobody waits for."""
+    flights: Flights[object] = Flights(MOST_OF_ONE, monotonic=now)
+    for caller in await started(*(flights.alone(OWNER, idle) for _ in range(MOST_OF_ONE))):
+        caller.cancel()
+    await started()
+    fetch.landing.set()
+    assert await flights.alone(OWNER, fetch) == "answer"
+    assert idle.ended == 0
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=["its-writes", "another-caller"])

@@ -126,7 +126,7 @@ async def test_begin_nothing_where_there_is_no_room(flights: Flights[str]) -> No
 
 
 async def test_everybody_may_leave(flights: Flights[str]) -> None:
-    """A flight goes on when all who wait are cancelled, and answers who comes later."""
+    """A flight that was sent goes on when all who wait are cancelled, and answers who comes later."""
     fetch = Fetch("fine")
     since = now()
     waiting = [asyncio.create_task(flights.join(OWNER, KEY, since, fetch)) for _ in range(3)]

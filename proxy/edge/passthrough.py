@@ -33,7 +33,7 @@ from proxy.core.passthrough import (
 )
 from proxy.core.quota import CallClass
 from proxy.edge.connection import Handler
-from proxy.flights import Flights, Owner
+from proxy.flights import Abandoned, Flights, Owner
 from proxy.readthrough import Fetched, ReadThrough
 from proxy.shield import Shield
 from proxy.upstream import Streamed, Upstream, ratelimit
@@ -103,6 +103,8 @@ class Passthrough:
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
         except (QuotaSpent, Overloaded, UpstreamPaused) as refused:  # it was not sent
             return refused
+        except Abandoned:  # nor was this
+            raise
         except BaseException as failure:
             if not told:  # nobody knows what became of it
                 await self._end(forwarding, body)

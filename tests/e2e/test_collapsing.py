@@ -168,7 +168,7 @@ async def test_the_first_caller_leaves(
 async def test_all_callers_leave(
     simulator: Simulator, token: Token, service: Serve, crowd: aiohttp.ClientSession
 ) -> None:
-    """The fetch goes on for nobody, and what it brings is there for the next one."""
+    """A fetch that was sent goes on for nobody, and what it brings is there for the next one."""
     async with simulator.hold() as gate:
         asking = [asyncio.create_task(get(crowd, service, token.value)) for _ in range(10)]
         await all_wait(service, 10)

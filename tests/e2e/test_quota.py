@@ -343,6 +343,42 @@ async def test_whoever_cannot_wait_so_long_is_told(
         assert await load.get(running[1].api, DROPLET_PATH) == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        pytest.param("GET", "/v2/snapshots/1000000001", id="read"),
+        pytest.param("DELETE", DROPLET_PATH, id="delete"),
+        pytest.param("POST", "/v2/volumes/1/snapshots", id="passed-through"),
+    ],
+)
+async def test_whoever_leaves_the_line(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, method: str, path: str
+) -> None:
+    """Nothing waits for nobody, is sent for it later, or ends what is cached."""
+    async with app(f"upstream.base_url={simulator.url}", "passthrough.enabled=true") as at:
+
+        async def ask(method: str, path: str) -> tuple[int, str]:
+            async with client.request(method, at.api + path, headers=bearer(token.value)) as response:
+                return response.status, response.headers["Cache-Status"]
+
+        async def flights(number: int) -> None:
+            async with asyncio.timeout(3):
+                while (await scrape(at.admin))["snapshot_proxy_flights"] != number:  # noqa: ASYNC110 # nothing tells
+                    await asyncio.sleep(0.01)
+
+        assert (await ask("GET", DROPLET_PATH))[0] == 200
+        simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "5"}))
+        assert (await ask("GET", "/v2/snapshots/1000000000"))[0] == 429
+        asked = simulator.count()
+        leaving = [asyncio.create_task(ask(method, path)) for _ in range(3)]
+        await flights(1 if method == "GET" else 3)
+        for each in leaving:
+            each.cancel()
+        await flights(0)
+        assert simulator.count() == asked
+        assert (await ask("GET", DROPLET_PATH))[1].startswith("snapshot-proxy; hit")
+
+
 async def test_strangers_are_limited(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
