@@ -22,13 +22,14 @@ from yarl import URL
 from proxy import __version__
 from proxy.core.errors import (
     SettingsError,
+    UpstreamBrokeOff,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamInvalid,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import Route, UpstreamCall
+from proxy.core.events import GIVEN_UP_BY_CALLER, Route, UpstreamCall
 from proxy.core.http import is_etag, parse_retry_after
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.passthrough import Forwarding
@@ -132,10 +133,11 @@ class Upstream:
     ) -> AsyncIterator["Streamed"]:
         """Send a request as it is, and give its answer while it comes; nothing of either is held.
 
-        Raises UpstreamError, also from the answer's `chunks`.
+        Raises UpstreamError, also from the answer's `chunks`, and what `body` raises.
         """
         started = time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
+        upload = None if body is None else _Upload(body)
         try:
             try:
                 response = await self._session.request(
@@ -146,13 +148,21 @@ class Upstream:
                         ("Authorization", f"Bearer {forwarding.token.reveal()}"),
                         ("X-Request-Id", forwarding.request_id),
                     ],
-                    data=body,
+                    data=upload,
                     skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
                     allow_redirects=False,
                     proxy=self._options.http_proxy or None,
                 )
             except (aiohttp.ClientError, OSError) as error:
+                if upload is not None and upload.failure is not None:
+                    status = GIVEN_UP_BY_CALLER
+                    raise upload.failure from None
                 translated = _translate(error)
+                if upload is not None and not upload.ended and isinstance(translated, UpstreamDisconnected):
+                    translated = UpstreamBrokeOff(
+                        "the upstream closed the connection before it had the request's whole body",
+                        proxy_error="connection_terminated",
+                    )
                 status = "timeout" if isinstance(translated, UpstreamTimeout) else "error"
                 raise translated from None
             status = response.status
@@ -171,6 +181,24 @@ class Streamed:
     status: int
     headers: tuple[tuple[str, str], ...]
     chunks: AsyncIterator[bytes]
+
+
+class _Upload:
+    """A body on its way up: `ended`, or with the `failure` that it met where it came from."""
+
+    def __init__(self, body: AsyncIterable[bytes]) -> None:
+        self._body = body
+        self.ended = False
+        self.failure: Exception | None = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._body:
+                yield chunk
+        except Exception as failure:
+            self.failure = failure
+            raise
+        self.ended = True
 
 
 async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

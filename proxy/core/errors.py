@@ -191,6 +191,12 @@ class UpstreamDisconnected(UpstreamUnreachable):
     """The connection ended before the first byte of an answer: a read may be asked once more."""
 
 
+class UpstreamBrokeOff(UpstreamError):
+    """The connection ended while the request's body was on its way: it may be the caller who was too slow."""
+
+    id = "upstream_unreachable"
+
+
 class UpstreamUnexplained(UpstreamError):
     """The upstream answered with an error status and nothing readable: the status is kept."""
 

@@ -33,6 +33,9 @@ class Outcome(StrEnum):
     NONE = "none"
 
 
+GIVEN_UP_BY_CALLER = 499
+"""The status, as nginx has it, of what has none because its caller left, or did not go on."""
+
 FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE})
 """Outcomes for which a stored entry answered."""
 
@@ -52,7 +55,7 @@ AVOIDED_BY: Mapping[Outcome, Avoided] = {
 
 @dataclass(frozen=True, slots=True)
 class RequestDone:
-    """One request, answered or given up. `status` 499: the caller left before there was an answer."""
+    """One request, answered or GIVEN_UP_BY_CALLER before there was an answer."""
 
     route: Route
     outcome: Outcome
@@ -71,7 +74,10 @@ class RequestDone:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamCall:
-    """One call to the upstream and how it ended: a status, or `timeout` or `error`."""
+    """One call to the upstream and how it ended: a status, or `timeout` or `error`.
+
+    GIVEN_UP_BY_CALLER where the request's body did not come to its end.
+    """
 
     route: Route
     status: int | Literal["timeout", "error"]
@@ -83,7 +89,7 @@ class UpstreamCall:
 class StoreOperation:
     """One operation on the store and how it ended."""
 
-    operation: Literal["lookup", "put", "seed", "lease", "end"]
+    operation: Literal["lookup", "put", "seed", "lease", "end", "quota"]
     outcome: Literal["ok", "timeout", "error", "corrupt"]
 
 

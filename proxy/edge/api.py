@@ -24,7 +24,15 @@ from proxy.core.errors import (
     ProxyError,
     UpstreamInvalid,
 )
-from proxy.core.events import FROM_CACHE, OTHER_CALLER, Avoided, Outcome, RequestDone, Route
+from proxy.core.events import (
+    FROM_CACHE,
+    GIVEN_UP_BY_CALLER,
+    OTHER_CALLER,
+    Avoided,
+    Outcome,
+    RequestDone,
+    Route,
+)
 from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.passthrough import Forwarding, forwarded_headers, passthrough_target
 from proxy.core.request import (
@@ -45,7 +53,6 @@ from proxy.readthrough import Failed, ReadThrough, Served
 MAX_BODY_BYTES = 16_384
 """Real clients send `{}` and `null` with requests that need no body: so much is read and ignored."""
 
-_CLIENT_LEFT = 499
 _LOG = logging.getLogger(__name__)
 
 
@@ -56,7 +63,7 @@ class _Log:
     request_id: str
     route: Route = Route.OTHER
     outcome: Outcome = Outcome.NONE
-    status: int = _CLIENT_LEFT
+    status: int = GIVEN_UP_BY_CALLER
     caller: str = OTHER_CALLER
     entry_age_s: float | None = None
     avoided: Avoided | None = None

@@ -108,8 +108,6 @@ class Passthrough:
         except BaseException as failure:
             if not told:  # nobody knows what became of it
                 await self._end(forwarding, body)
-            if body is not None and body.at_fault is not None:
-                return body.at_fault
             if isinstance(failure, ProxyError):
                 return failure
             raise
@@ -123,15 +121,16 @@ class Passthrough:
 
 
 class _Body:
-    """The request's body on its way up; its beginning is kept, for the ids that it may name."""
+    """The request's body on its way up; its beginning is kept, for the ids that it may name.
+
+    Where it does not come to its end that is its caller's fault: BadRequest.
+    """
 
     def __init__(self, request: web.BaseRequest, timeout_s: float) -> None:
         self._request = request
         self._timeout_s = timeout_s
         self._kept = bytearray()
         self._complete = False
-        self.at_fault: BadRequest | None = None
-        """Why the caller's body, and not the upstream, is what failed."""
 
     @property
     def whole(self) -> bytes | None:
@@ -140,24 +139,30 @@ class _Body:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         request = self._request
-        if request.version == HttpVersion11 and request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # the answer itself has not begun
-        while True:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    chunk = await request.content.readany()
-            except TimeoutError:
-                self.at_fault = BadRequest(f"the request's body did not go on within {self._timeout_s} s")
-                raise
-            if not chunk:
-                self._complete = True
-                assert isinstance(request.protocol, Handler)
-                request.protocol.connection.reading_ended()  # what comes now is the next request's
-                return
-            if len(self._kept) <= MOST_READ_BYTES:
-                self._kept += chunk
-            yield chunk
+        try:
+            if (
+                request.version == HttpVersion11
+                and request.headers.get("Expect", "").lower() == "100-continue"
+            ):
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0  # the answer itself has not begun
+            while chunk := await self._next():
+                if len(self._kept) <= MOST_READ_BYTES:
+                    self._kept += chunk
+                yield chunk
+        except TimeoutError:
+            raise BadRequest(f"the request's body did not go on within {self._timeout_s} s") from None
+        except web.RequestPayloadError:
+            raise BadRequest("the request's body is not well-formed") from None
+        except (ClientConnectionError, ConnectionError):
+            raise BadRequest("the request's body ended before it was complete") from None
+        self._complete = True
+        assert isinstance(request.protocol, Handler)
+        request.protocol.connection.reading_ended()  # what comes now is the next request's
+
+    async def _next(self) -> bytes:
+        async with asyncio.timeout(self._timeout_s):
+            return await self._request.content.readany()
 
 
 def _refuses(status: int) -> bool:

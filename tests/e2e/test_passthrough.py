@@ -31,6 +31,7 @@ from support import (
 )
 
 from proxy.app import Addresses
+from proxy.core.breaker import FAILURES
 from proxy.simulator import (
     DROPLET_ID,
     DROPLET_SNAPSHOT_ID,
@@ -621,6 +622,68 @@ async def test_a_caller_who_leaves_while_sending(upstream: Upstream, framing: by
         writer.transport.abort()
         await until(lambda: upstream.incomplete, "the upstream sees the end")
         await _quiet(at)
+
+
+def stop(_: asyncio.StreamWriter) -> None:
+    """Send no more."""
+
+
+def leave(writer: asyncio.StreamWriter) -> None:
+    """Hang up."""
+    writer.transport.abort()
+
+
+def blunder(writer: asyncio.StreamWriter) -> None:
+    """Go on with what is no chunk."""
+    writer.write(b"zz\r\n")
+
+
+@pytest.mark.usefixtures("troubles")
+@pytest.mark.parametrize("then", [stop, leave, blunder])
+async def test_callers_who_do_not_go_on_open_no_breaker(
+    upstream: Upstream, wire: aiohttp.ClientSession, then: Callable[[asyncio.StreamWriter], None]
+) -> None:
+    """Their fault is no failure of the upstream's, nor counted as one; everybody else is served."""
+    upstream.handler = echo
+    async with app(f"upstream.base_url={upstream.url}", ON, "server.header_timeout_s=0.3") as at:
+        for number in range(FAILURES):
+            reader, writer = await _connect(at.api)
+            writer.write(request(b"POST", b"/v2/images", b"Transfer-Encoding: chunked", body=b"2\r\nab\r\n"))
+            await until(lambda number=number: len(upstream.received) > number, "the request arrives")
+            then(writer)
+            if then is not leave:
+                assert (await reader.readuntil()).startswith(b"HTTP/1.1 400 ")
+            writer.transport.abort()
+        await _quiet(at)
+        metrics = await scrape(at.admin)
+        async with wire.get(f"{at.api}/v2/account") as response:
+            assert response.status == 200
+    assert total(metrics, "snapshot_proxy_upstream_breaker_open") == 0
+    assert total(metrics, "snapshot_proxy_upstream_requests_total", status="4xx") == FAILURES
+    assert total(metrics, "snapshot_proxy_upstream_requests_total") == FAILURES
+    assert upstream.incomplete == FAILURES
+
+
+async def test_an_upstream_that_does_not_wait_for_the_body(
+    upstream: Upstream, wire: aiohttp.ClientSession
+) -> None:
+    """It may well be the caller who is too slow: who sends nothing slowly is asked for all the same."""
+
+    async def hang_up(request: web.BaseRequest) -> web.Response:
+        if request.method == "POST":
+            assert request.transport is not None
+            request.transport.abort()
+        return web.Response()
+
+    upstream.handler = hang_up
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        for _ in range(FAILURES):
+            reader, writer = await _connect(at.api)
+            writer.write(request(b"POST", b"/v2/images", b"Content-Length: 5", body=b"ab"))
+            assert (await reader.readuntil()).startswith(b"HTTP/1.1 502 ")
+            writer.transport.abort()
+        async with wire.get(f"{at.api}/v2/account") as response:
+            assert response.status == 200
 
 
 @pytest.mark.usefixtures("troubles")
