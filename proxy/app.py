@@ -289,7 +289,7 @@ class App:
 
         def accounts(limits: QuotaLimits, call_s: float) -> Accounts:
             return Accounts(
-                RedisLedger(link, keys, limits, call_s=call_s),
+                RedisLedger(link, keys, limits, call_s=call_s, observe=metrics.observe),
                 limits,
                 call_s=call_s,
                 replicas=lambda: store.replicas,

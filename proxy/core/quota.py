@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
+from proxy.core.http import LONGEST_RETRY_AFTER_S
+
 MINUTE_BUCKETS = 60
 HOUR_BUCKETS = 120
 
@@ -253,8 +255,8 @@ class Ledger:
         self._probe_until = 0.0
 
     def stop(self, now: float, wait_s: float) -> None:
-        """Admit nothing for so long, and then one probe."""
-        self._cool_until = max(self._cool_until or 0.0, now + wait_s)
+        """Admit nothing for so long, an hour at most, and then one probe."""
+        self._cool_until = max(self._cool_until or 0.0, now + min(wait_s, LONGEST_RETRY_AFTER_S))
 
     def follow(self, now: float, remaining: tuple[int, int]) -> None:
         """Catch up with another ledger of the same token: what it has less is counted as called by others."""

@@ -4,8 +4,11 @@ The script reads the server's clock, so that replicas need not agree about the t
 ledger's: admit, give back, settle, cool. A test holds it equal to the ledger in Python, step by step.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from proxy.core.events import StoreOperation
+from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.identity import Partition
 from proxy.core.quota import PAUSES, TURN_S, Admitted, CallClass, Limits, Postponed
 from proxy.storage.keys import Keys
@@ -17,6 +20,8 @@ did not take the token lately. Tokens can be made up."""
 
 _KNOWN_S = 7 * 24 * 3600
 """That the upstream took a token is kept longer than its calls: it may be used once a day."""
+
+_CORRUPT = "CORRUPT"
 
 _SCRIPT = f"""
 local question, given, call = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -31,8 +36,26 @@ local function window(name, prefix, first)
 end
 local minute, hour = window('minute', 'm', 4), window('hour', 'h', 7)
 local key, known_key, fields = KEYS[1], KEYS[2], {{}}
-local flat = redis.call('HGETALL', key)
-for i = 1, #flat, 2 do fields[flat[i]] = tonumber(flat[i + 1]) end
+
+-- what is there: buckets of both windows, and moments; anything else is not ours
+local windows = {{m = minute, h = hour}}
+local flat = redis.pcall('HGETALL', key)
+local corrupt = flat.err
+for i = 1, #flat, 2 do
+  local name, value = flat[i], flat[i + 1]
+  local prefix, bucket = string.match(name, '^([mh])(%d+)$')
+  if prefix and string.match(value, '^%d+$') and #value < 10 then
+    windows[prefix].buckets[tonumber(bucket)] = tonumber(value)
+  elseif string.match(name, '^%u$') and string.match(value, '^%d+%.%d+$') then
+    fields[name] = tonumber(value)
+  else
+    corrupt = true
+  end
+end
+if corrupt then
+  redis.call('DEL', key)
+  return redis.error_reply('{_CORRUPT} it is deleted')
+end
 
 local function set(name, value)
   if value then
@@ -95,17 +118,23 @@ local function postpone(seconds, why)
   return {{0, string.format('%.6f', seconds), why, left(minute), left(hour)}}
 end
 
-for _, window in ipairs({{minute, hour}}) do
-  for name, calls in pairs(fields) do
-    if string.sub(name, 1, 1) == window.prefix then
-      local bucket = tonumber(string.sub(name, 2))
-      if (bucket + 1) * window.bucket + window.length <= now then
-        redis.call('HDEL', key, name)
-      else
-        window.total = window.total + calls
-        window.buckets[bucket] = calls
-      end
+-- what has left its window; and what cannot be yet, after a failover to a server whose clock is behind
+for _, window in pairs(windows) do
+  for bucket, calls in pairs(window.buckets) do
+    if (bucket + 1) * window.bucket + window.length <= now or bucket * window.bucket > now + call then
+      redis.call('HDEL', key, window.prefix .. string.format('%d', bucket))
+      window.buckets[bucket] = nil
+    else
+      window.total = window.total + calls
     end
+  end
+end
+local furthest = {{
+  A = {TURN_S}, C = {LONGEST_RETRY_AFTER_S}, P = math.max(call, minute.length / {PAUSES}), T = 0, O = 0,
+}}
+for name, seconds in pairs(furthest) do
+  if fields[name] and fields[name] > now + seconds + minute.bucket then
+    set(name, name == 'C' and now or nil)
   end
 end
 
@@ -208,15 +237,24 @@ class Admission(NamedTuple):
 class RedisLedger:
     """The ledgers of all tokens. Every question is one round trip; None where Redis does not answer it.
 
-    `call_s` is as in `core.quota.Ledger`. `now` is for tests that hold it against that one; without it, the
-    server's clock counts.
+    What is no ledger is no answer either; it is deleted. `call_s` is as in `core.quota.Ledger`. `now` is for
+    tests that hold it against that one; without it, the server's clock counts.
     """
 
-    def __init__(self, link: Link, keys: Keys, limits: Limits, *, call_s: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        keys: Keys,
+        limits: Limits,
+        *,
+        call_s: float,
+        observe: Callable[[StoreOperation], None],
+    ) -> None:
         self._link = link
         self._keys = keys
         self._limits = limits
         self._call_s = call_s
+        self._observe = observe
 
     async def admit(
         self, partition: Partition, call_class: CallClass, *, now: float | None = None
@@ -295,6 +333,14 @@ class RedisLedger:
         )
         try:
             (reply,) = await self._link.ask(command)
-        except Unavailable:
+        except Unavailable as error:
+            self._observe(StoreOperation("quota", "timeout" if error.too_slow else "error"))
             return None
-        return reply
+        match reply:
+            case Exception():
+                is_corrupt = str(reply).startswith(_CORRUPT)
+                self._observe(StoreOperation("quota", "corrupt" if is_corrupt else "error"))
+                return None
+            case _:
+                self._observe(StoreOperation("quota", "ok"))
+                return reply

@@ -8,16 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from support import Valkey, until
 
+from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
 from proxy.storage.connect import connector
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import Admission, RedisLedger
-from proxy.storage.link import Link
+from proxy.storage.link import Command, Link
 
 LIMITS = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
 CALL_S = 2.0
 SOMEBODY = Partition("0" * 32)
+QUOTA = Keys("test").quota(SOMEBODY)
 
 # Exact in binary, and in the script's six decimals; most steps follow at once.
 PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
@@ -48,9 +50,10 @@ async def links(valkey: Valkey) -> AsyncIterator[list[Link]]:
         await link.close()
 
 
-def ledger(link: Link, limits: Limits = LIMITS, call_s: float = CALL_S) -> RedisLedger:
+def ledger(link: Link, limits: Limits = LIMITS, seen: list[StoreOperation] | None = None) -> RedisLedger:
     """Make the ledger of one replica."""
-    return RedisLedger(link, Keys("test"), limits, call_s=call_s)
+    observe = ([] if seen is None else seen).append
+    return RedisLedger(link, Keys("test"), limits, call_s=CALL_S, observe=observe)
 
 
 def as_postponed(wait: Postponed | None) -> Postponed | None:
@@ -242,6 +245,63 @@ async def test_the_hash_is_bounded_and_ends_by_itself(links: list[Link]) -> None
     fields, ttl_s = await links[0].ask(("HLEN", name), ("TTL", name))
     assert 10 < fields < 60 + 120 + 8
     assert LIMITS.hour_s + CALL_S < ttl_s <= LIMITS.hour_s + CALL_S + 60
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        pytest.param(("SET", QUOTA, "foreign"), id="a-string"),
+        pytest.param(("HSET", QUOTA, "mfoo", "1"), id="no-bucket"),
+        pytest.param(("HSET", QUOTA, "m100", "many"), id="no-count"),
+        pytest.param(("HSET", QUOTA, "m100", "-100000"), id="a-negative-count"),
+        pytest.param(("HSET", QUOTA, "m100", "9" * 30), id="too-large-a-count"),
+        pytest.param(("HSET", QUOTA, "T", "nan"), id="no-moment"),
+        pytest.param(("HSET", QUOTA, "T", "-1.0"), id="a-moment-before-all"),
+    ],
+)
+async def test_what_is_no_ledger_is_deleted(links: list[Link], foreign: Command) -> None:
+    """And counted; the next question finds a new one."""
+    seen: list[StoreOperation] = []
+    mine = ledger(links[0], seen=seen)
+    if foreign[0] == "HSET":
+        await settled(mine)
+    await links[1].ask(foreign)
+    assert await mine.admit(SOMEBODY, CallClass.MISS) is None
+    assert seen[-1] == StoreOperation("quota", "corrupt")
+    assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Admission)
+    assert seen[-1] == StoreOperation("quota", "ok")
+
+
+@pytest.mark.parametrize(
+    ("ahead", "probes"),
+    [
+        pytest.param({"C": 9_999.0}, True, id="cool-down"),
+        pytest.param({"C": -1.0, "P": 9.0}, True, id="probe"),
+        pytest.param({"A": 9.0, "T": None}, False, id="turn"),
+        pytest.param({"T": 9.0, "O": 9.0}, False, id="told-and-seen"),
+        pytest.param({"m": 6.0}, False, id="calls-of-the-minute"),
+        pytest.param({"h": 20.0}, False, id="calls-of-the-hour"),
+    ],
+)
+async def test_a_clock_that_stepped_back_stops_nobody(
+    links: list[Link], ahead: dict[str, float | None], *, probes: bool
+) -> None:
+    """Moments that no ledger could have written by now are dropped; a cool-down ends with its probe."""
+    mine, now = ledger(links[0]), 1_000_000.0
+    await mine.admit(SOMEBODY, CallClass.WRITE, now=now)
+    for name, value in ahead.items():
+        match name, value:
+            case _, None:
+                await links[1].ask(("HDEL", QUOTA, name))
+            case "m" | "h", calls:
+                bucket_s = LIMITS.windows["mh".index(name)].bucket_s
+                await links[1].ask(("HSET", QUOTA, f"{name}{(now + 60) / bucket_s:.0f}", f"{calls:.0f}"))
+            case _, seconds:
+                await links[1].ask(("HSET", QUOTA, name, f"{now + seconds:.6f}"))
+    reply = await mine.admit(SOMEBODY, CallClass.WRITE, now=now + CALL_S)
+    assert isinstance(reply, Admission)
+    assert reply.admitted.probe is probes
+    assert reply.admitted.remaining == (4, 18)
 
 
 async def settled(mine: RedisLedger, *, known: bool | None = True) -> None:
