@@ -28,6 +28,7 @@ from proxy.core.entry import (
 )
 from proxy.core.errors import (
     NotCached,
+    NotSent,
     Overloaded,
     ProxyError,
     QuotaSpent,
@@ -138,7 +139,7 @@ class Upstream(Protocol):
     ) -> Answer:
         """Ask once, when the quota has room; for a 304, if `validator` still is the entity tag.
 
-        Without `patient` only if there is room now. Raises UpstreamError, QuotaSpent or Overloaded.
+        Without `patient` only if there is room now. Raises UpstreamError or NotSent.
         """
 
 
@@ -381,9 +382,7 @@ class ReadThrough:
         match result:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
                 pass  # another replica learns
-            case (
-                QuotaSpent() | Overloaded() | UpstreamPaused() | Fetched(status=HTTPStatus.TOO_MANY_REQUESTS)
-            ):
+            case NotSent() | Fetched(status=HTTPStatus.TOO_MANY_REQUESTS):
                 pass  # nobody was asked, or nobody will be for a while
             case Fetched(status=HTTPStatus.OK, seeded=on_page) if on_page:
                 self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
@@ -565,7 +564,7 @@ class ReadThrough:
                 draw=self._draw(),
                 validated=validated if validator else None,
             )
-        except (UpstreamError, QuotaSpent, Overloaded) as failure:
+        except (UpstreamError, NotSent) as failure:
             return failure
         match verdict:
             case Keep(entry, seeds):
@@ -614,11 +613,11 @@ class ReadThrough:
         try:
             answer = await self._upstream.ask(call, call_class=CallClass.WRITE)
             verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
-        except (QuotaSpent, Overloaded, UpstreamPaused) as refused:  # it was not sent
+        except NotSent as refused:
             return _Deletion(refused, ended=True)
         except UpstreamError as unknown:
             return _Deletion(unknown, await self._end_snapshot(call))
-        except Abandoned:  # nor was this
+        except Abandoned:  # it was not sent, either
             raise
         except BaseException:  # the service stops: nobody knows what became of it
             await self._end_snapshot(call)
@@ -691,7 +690,7 @@ def _is_from_elsewhere(result: Fetched | ProxyError) -> bool:
 def _record(result: Fetched | ProxyError) -> Record | None:
     """Give what those who wait elsewhere may share: not what is stored, nor what is our own doing."""
     match result:
-        case Fetched(stored=True) | QuotaSpent() | Overloaded() | UpstreamPaused() | UpstreamGivenUp():
+        case Fetched(stored=True) | NotSent() | UpstreamGivenUp():
             return None
         case Fetched():
             return Record(result.status, result.body, result.retry_after_s)

@@ -9,7 +9,7 @@ for a flight that all its callers have left.
 import asyncio
 import math
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from http import HTTPStatus
@@ -21,6 +21,7 @@ from proxy.core.breaker import Breaker
 from proxy.core.errors import (
     Overloaded,
     QuotaSpent,
+    TokenRefused,
     UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
@@ -113,7 +114,7 @@ class Shield:
     ) -> Answer:
         """Ask, when the quota has room; without `patient` only if it has now.
 
-        Raises UpstreamError, QuotaSpent or Overloaded.
+        Raises UpstreamError or NotSent.
         """
         passing = self.admitted(
             call.route, call.token, call.key.partition, call.caller, call_class, patient=patient
@@ -169,17 +170,17 @@ class Shield:
             )
 
     async def _turn(self, line: "_Line", account: Account, call_class: CallClass, *, patient: bool) -> Turn:
-        """Ask at once where nobody waits, else in order of arrival. Raises QuotaSpent or Overloaded."""
+        """Ask at once where nobody waits, else in order of arrival. Raises NotSent."""
         end_if_abandoned()
         asked_at = self._monotonic()
         if not patient and call_class is CallClass.MISS:
             call_class = CallClass.REFRESH  # it has something to serve: others have not
-        answered = line.answered
+        answered, refusals = line.answered, line.refusals
         decision = line.postponed if line.queue else await self._accounts.admit(account, call_class)
         if isinstance(decision, Postponed):
             if not patient:
                 raise QuotaSpent(decision.window, decision.wait_s)
-            asker = _Asker(account, call_class, asked_at + self._max_wait_s)
+            asker = _Asker(account, call_class, asked_at + self._max_wait_s, refusals)
             decision = await self._wait(line, asker, decision, answered)
         self._observe(QuotaWait(self._monotonic() - asked_at))
         if not decision.known:
@@ -202,15 +203,27 @@ class Shield:
                 except TimeoutError:
                     raise QuotaSpent(line.postponed.window, line.postponed.wait_s) from None
                 answered = line.answered
-                decision = await self._accounts.admit(asker.account, asker.call_class)
+                decision = await self._ask_again(line, asker)
             while isinstance(decision, Postponed):
                 line.postponed = decision
                 await self._pause(asker, decision, answered)
                 answered = line.answered
-                decision = await self._accounts.admit(asker.account, asker.call_class)
+                decision = await self._ask_again(line, asker)
             return decision
         finally:
             line.leave(place)
+
+    async def _ask_again(self, line: "_Line", asker: "_Asker") -> Turn | Postponed:
+        """Ask, unless the upstream refused the token since this call came. Raises TokenRefused."""
+        line.turn_away_if_refused(asker)
+        decision = await self._accounts.admit(asker.account, asker.call_class)
+        try:
+            line.turn_away_if_refused(asker)
+        except TokenRefused:
+            if isinstance(decision, Turn):
+                await self._accounts.give_back(asker.account, decision)
+            raise
+        return decision
 
     async def _refuse_the_hopeless(self, asker: "_Asker", need: int) -> None:
         """Refuse at once whoever stands so far behind that the window has no room in time."""
@@ -264,12 +277,19 @@ class Shield:
                 breaker.failed(self._monotonic(), probe=probe)
             elif passage.status is not None:
                 breaker.succeeded()
+            if passage.status == HTTPStatus.UNAUTHORIZED:
+                for line in self._lines_of(account):
+                    line.refuse()
             try:
                 await self._accounts.settle(account, turn, passage.settlement())
             finally:
-                for is_write in (False, True):
-                    if line := self._lines.get((account.partition, is_write)):
-                        line.wake()
+                for line in self._lines_of(account):
+                    line.wake()
+
+    def _lines_of(self, account: Account) -> "Iterator[_Line]":
+        for is_write in (False, True):
+            if line := self._lines.get((account.partition, is_write)):
+                yield line
 
     def _share_of(self, remaining: tuple[int, int]) -> float:
         """Give the smaller part of both windows that is left, 0 to 1."""
@@ -325,17 +345,18 @@ class Passage:
 
 
 class _Asker(NamedTuple):
-    """Who asks for what, and until when."""
+    """Who asks for what, and until when; `refusals` are those of its line when it came."""
 
     account: Account
     call_class: CallClass
     give_up: float
+    refusals: int
 
 
 class _Line:
     """The calls of one token on this replica: how many (`Flights` bounds them), and who waits, in order."""
 
-    __slots__ = ("answered", "calls", "postponed", "queue")
+    __slots__ = ("answered", "calls", "postponed", "queue", "refusals")
 
     def __init__(self) -> None:
         self.calls = 0
@@ -344,6 +365,8 @@ class _Line:
         """What the first of them was told last."""
         self.answered = asyncio.Event()
         """Is set, and replaced, when a call of the token was answered."""
+        self.refusals = 0
+        """So many calls of the token were answered 401."""
 
     def leave(self, place: "asyncio.Future[None]") -> None:
         """Give up a place in the queue; whoever is first then may ask."""
@@ -355,3 +378,18 @@ class _Line:
         """Tell the first who waits that a call was answered."""
         self.answered.set()
         self.answered = asyncio.Event()
+
+    def refuse(self) -> None:
+        """Tell all who wait that the upstream does not know the token: it would say so to each of them."""
+        self.refusals += 1
+        self.wake()
+        for place in self.queue:
+            if not place.done():
+                place.set_result(None)
+
+    def turn_away_if_refused(self, asker: _Asker) -> None:
+        """Raise TokenRefused where the token was refused after `asker` came."""
+        if self.refusals != asker.refusals:
+            raise TokenRefused(
+                "the API refused this token a moment ago, and was not asked again; send another"
+            )

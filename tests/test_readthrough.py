@@ -26,6 +26,7 @@ from proxy.core.errors import (
     Overloaded,
     ProxyError,
     QuotaSpent,
+    TokenRefused,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamFailedElsewhere,
@@ -87,6 +88,7 @@ LEASE = Leased(b"lease", b"owner")
 DISCONNECTED = UpstreamDisconnected("gone", proxy_error="connection_terminated")
 TIMEOUT = UpstreamTimeout("late", proxy_error="http_response_timeout")
 GIVEN_UP = UpstreamGivenUp("the end", proxy_error="http_response_timeout")
+REFUSED = TokenRefused("a 401, a moment ago")
 
 
 # -- a store, an upstream, a caller ---------------------------------------------------------------
@@ -682,6 +684,13 @@ async def test_never_stale_in_the_place_of_an_answer(status: int) -> None:
     assert (served.status, served.body, served.outcome) == (status, ERROR, Outcome.MISS)
 
 
+async def test_never_stale_for_a_token_that_is_refused() -> None:
+    """Nor where the upstream was not asked because it had just said no to the same token."""
+    path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(REFUSED))
+    assert await path.get(call()) == Failed(REFUSED, Outcome.MISS, "snapshot-proxy; fwd=stale")
+    assert path.store.changes == []
+
+
 @pytest.mark.parametrize(
     ("again", "outcome"),
     [
@@ -854,6 +863,7 @@ def test_who_waits_for_another_replica_is_no_burden() -> None:
             id="timeout",
         ),
         pytest.param(QuotaSpent("minute", 3), True, None, id="nobody-was-asked"),
+        pytest.param(REFUSED, True, None, id="nobody-was-asked-after-a-401"),
         pytest.param(PAUSED, True, None, id="paused"),
         pytest.param(GIVEN_UP, True, None, id="this-replica-stops"),
     ],
@@ -1338,8 +1348,8 @@ async def test_a_deletion_that_is_answered(
 
 @pytest.mark.parametrize(
     "refusal",
-    [QuotaSpent("minute", 3), Overloaded("too many"), PAUSED],
-    ids=["quota", "overloaded", "paused"],
+    [QuotaSpent("minute", 3), Overloaded("too many"), PAUSED, REFUSED],
+    ids=["quota", "overloaded", "paused", "token-refused"],
 )
 async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
     """It ended nothing."""

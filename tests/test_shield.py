@@ -14,6 +14,7 @@ from proxy.core.errors import (
     Overloaded,
     ProxyError,
     QuotaSpent,
+    TokenRefused,
     UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
@@ -325,6 +326,66 @@ def test_a_429_to_a_call_in_the_air_stops_those_that_come_after() -> None:
         assert await outcome(refused) == 429
         assert await outcome(late) == 200
         assert await outcome(ask(it)) == (QuotaSpent, 59.96)
+
+    run(main())
+
+
+# -- a 401 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["stranger", "revoked"])
+@pytest.mark.parametrize("refused", [CallClass.MISS, CallClass.WRITE], ids=["to-a-read", "to-a-write"])
+def test_a_401_answers_all_who_wait(refused: CallClass, *, known: bool) -> None:
+    """In both lines, at once, and without a call; who comes later is not concerned, nor is another token."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1, known=known, max_wait_s=20.0), now()
+        it.api.takes_s = 0.4
+        it.api.answer = lambda: answer(401)
+        first = ask(it, call_class=refused)
+        await settle_down()
+        waiting = [
+            ask(it, number, call_class=call_class)
+            for number in range(5)
+            for call_class in (CallClass.MISS, CallClass.WRITE)
+        ]
+        await asyncio.sleep(0.3)
+        it.ledger.known.add(OTHER)
+        other = asyncio.create_task(it.shield.ask(call(partition=OTHER)))
+        assert await outcome(first) == 401
+        later = ask(it, 100)
+        assert [await outcome(each) for each in waiting] == [(TokenRefused, 0.0)] * 10
+        assert round(now() - began, 3) == 0.4
+        assert (await outcome(other), await outcome(later)) == (401, 401)
+        assert [text for _, text in it.api.asked] == ["1", "1", "100"]
+        assert it.strangers.asked == (1 if known else 2)
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_a_401_while_the_first_in_line_asks_the_ledger() -> None:
+    """Its admission is given back."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=4, reserve=0.5), now()
+        await asyncio.gather(ask(it, 1), ask(it, 2))
+        waiting = ask(it, 3)
+        await asyncio.sleep(5.5)
+        it.api.takes_s = 1.0
+        it.api.answer = lambda: answer(401)
+        refused = ask(it, 4, call_class=CallClass.WRITE)
+        await asyncio.sleep(0.55)
+        it.ledger.held = asyncio.Event()
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        it.ledger.held.set()
+        assert await outcome(waiting) == (TokenRefused, 0.0)
+        assert await outcome(refused) == 401
+        assert round(now() - began, 3) == 6.55
+        assert (len(it.api.asked), it.ledger.given_back) == (3, 1)
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 3
+        assert it.shield._lines == {}
 
     run(main())
 

@@ -128,7 +128,11 @@ class NotCached(RequestError):
 # -- the proxy is at its limits ----------------------------------------------------------------
 
 
-class Overloaded(ProxyError):
+class NotSent(ProxyError):
+    """The upstream was not asked: nothing of it says how the upstream is, or what became of anything."""
+
+
+class Overloaded(NotSent):
     """More connections or fetches than the proxy holds at once."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -137,7 +141,15 @@ class Overloaded(ProxyError):
     retry_after_s = 1
 
 
-class QuotaSpent(ProxyError):
+class TokenRefused(NotSent):
+    """A call of the token was answered 401 while this one waited for its turn."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    id = "unauthorized"
+    proxy_error = "http_request_denied"
+
+
+class QuotaSpent(NotSent):
     """The token's calls are spent, or it is cooling down, and waiting would be too long.
 
     `window` is `minute`, `hour`, `cooldown`, or `turn`: an earlier call has to tell first where the token
@@ -183,8 +195,8 @@ class UpstreamUnreachable(UpstreamError):
     id = "upstream_unreachable"
 
 
-class UpstreamPaused(UpstreamUnreachable):
-    """The upstream failed so often that it is not asked for a moment: it was not asked now."""
+class UpstreamPaused(UpstreamUnreachable, NotSent):
+    """The upstream failed so often that it is not asked for a moment."""
 
 
 class UpstreamDisconnected(UpstreamUnreachable):

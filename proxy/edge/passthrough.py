@@ -13,14 +13,7 @@ from http import HTTPStatus
 from aiohttp import ClientConnectionError, HttpVersion11, web
 from multidict import CIMultiDict
 
-from proxy.core.errors import (
-    RETRYABLE,
-    BadRequest,
-    Overloaded,
-    ProxyError,
-    QuotaSpent,
-    UpstreamPaused,
-)
+from proxy.core.errors import RETRYABLE, BadRequest, NotSent, ProxyError
 from proxy.core.events import Route
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after, retry_after
 from proxy.core.passthrough import (
@@ -101,9 +94,9 @@ class Passthrough:
                     ended = await self._readthrough.refused(forwarding.partition)
                 told = True
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
-        except (QuotaSpent, Overloaded, UpstreamPaused) as refused:  # it was not sent
+        except NotSent as refused:
             return refused
-        except Abandoned:  # nor was this
+        except Abandoned:  # it was not sent, either
             raise
         except BaseException as failure:
             if not told:  # nobody knows what became of it

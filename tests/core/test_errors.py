@@ -64,7 +64,7 @@ KINDS = [
     for kind in vars(errors).values()
     if isinstance(kind, type)
     and issubclass(kind, ProxyError)
-    and kind not in (ProxyError, errors.RequestError, errors.UpstreamError)
+    and kind not in (ProxyError, errors.RequestError, errors.NotSent, errors.UpstreamError)
 ]
 
 

@@ -399,6 +399,36 @@ async def test_strangers_are_limited(
             assert await load.get(replica.api, f"/v2/snapshots/{id(replica) + 10**9}") == 404
 
 
+async def test_a_bad_token_costs_one_call(simulator: Simulator, client: aiohttp.ClientSession) -> None:
+    """Of many calls at once the first one's 401 answers all, and leaves the others' budget to the others."""
+    async with app(f"upstream.base_url={simulator.url}", "passthrough.enabled=true") as at:
+
+        async def ask(method: str, path: str) -> str:
+            async with client.request(method, at.api + path, headers=bearer("dop_v1_bad")) as response:
+                assert response.status == 401
+                assert response.headers["WWW-Authenticate"] == "Bearer"
+                error = await response.json()
+            assert error["id"].lower() == "unauthorized"
+            return str(error["message"])
+
+        async with simulator.hold() as gate:
+            asking = [
+                asyncio.create_task(ask("GET", f"/v2/snapshots/{10**9 + number}")) for number in range(80)
+            ]
+            asking += [
+                asyncio.create_task(ask("DELETE", f"/v2/snapshots/{number}")) for number in range(1, 6)
+            ]
+            asking += [asyncio.create_task(ask(method, "/v2/account")) for method in ("GET", "POST")]
+            await gate.arrived(1)
+            async with asyncio.timeout(5):
+                while total(await scrape(at.admin), "snapshot_proxy_flights") < 87:  # noqa: ASYNC110 # so all wait
+                    await asyncio.sleep(0.01)
+            gate.release()
+            messages = await asyncio.gather(*asking)
+    assert simulator.count() == 1
+    assert sum(message.startswith("snapshot-proxy: the API refused") for message in messages) == 86
+
+
 async def test_a_refused_token_is_refused_for_a_while(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
