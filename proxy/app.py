@@ -366,6 +366,7 @@ def upstream_options(settings: Settings) -> UpstreamOptions:
         base_url=upstream.base_url,
         connect_timeout_s=upstream.connect_timeout_s,
         read_timeout_s=upstream.read_timeout_s,
+        total_timeout_s=upstream.total_timeout_s,
         max_body_bytes=upstream.max_body_bytes,
         max_connections=upstream.max_connections,
         http_proxy=upstream.http_proxy,

@@ -10,7 +10,7 @@ import ssl
 import time
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +51,7 @@ class UpstreamOptions:
     base_url: str
     connect_timeout_s: float
     read_timeout_s: float
+    total_timeout_s: float
     max_body_bytes: int
     max_connections: int
     http_proxy: str = ""
@@ -133,26 +134,31 @@ class Upstream:
     ) -> AsyncIterator["Streamed"]:
         """Send a request as it is, and give its answer while it comes; nothing of either is held.
 
+        Its head has to come within `total_timeout_s` of the end of `body`, and each piece of that to be taken
+        within as long; how long a piece takes to come here is no affair of the upstream's.
         Raises UpstreamError, also from the answer's `chunks`, and what `body` raises.
         """
         started = time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
-        upload = None if body is None else _Upload(body)
+        within_s = self._options.total_timeout_s
+        due = asyncio.timeout(within_s)
+        upload = None if body is None else _Upload(body, due, within_s)
         try:
             try:
-                response = await self._session.request(
-                    forwarding.method,
-                    URL(self._options.base_url + forwarding.target, encoded=True),
-                    headers=[
-                        *forwarding.headers,
-                        ("Authorization", f"Bearer {forwarding.token.reveal()}"),
-                        ("X-Request-Id", forwarding.request_id),
-                    ],
-                    data=upload,
-                    skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
-                    allow_redirects=False,
-                    proxy=self._options.http_proxy or None,
-                )
+                async with due:
+                    response = await self._session.request(
+                        forwarding.method,
+                        URL(self._options.base_url + forwarding.target, encoded=True),
+                        headers=[
+                            *forwarding.headers,
+                            ("Authorization", f"Bearer {forwarding.token.reveal()}"),
+                            ("X-Request-Id", forwarding.request_id),
+                        ],
+                        data=upload,
+                        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
+                        allow_redirects=False,
+                        proxy=self._options.http_proxy or None,
+                    )
             except (aiohttp.ClientError, OSError) as error:
                 if upload is not None and upload.failure is not None:
                     status = GIVEN_UP_BY_CALLER
@@ -184,21 +190,34 @@ class Streamed:
 
 
 class _Upload:
-    """A body on its way up: `ended`, or with the `failure` that it met where it came from."""
+    """A body on its way up: `ended`, or with the `failure` that it met where it came from.
 
-    def __init__(self, body: AsyncIterable[bytes]) -> None:
+    While the caller is waited for, the upstream's time stands still; then it has all of it again.
+    """
+
+    def __init__(self, body: AsyncIterable[bytes], due: asyncio.Timeout, within_s: float) -> None:
         self._body = body
+        self._due = due
+        self._within_s = within_s
         self.ended = False
         self.failure: Exception | None = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
+            self._reschedule(None)
             async for chunk in self._body:
+                self._reschedule(self._within_s)
                 yield chunk
+                self._reschedule(None)
         except Exception as failure:
             self.failure = failure
             raise
         self.ended = True
+        self._reschedule(self._within_s)
+
+    def _reschedule(self, within_s: float | None) -> None:
+        with suppress(RuntimeError):  # there is an answer already, or its time is up
+            self._due.reschedule(None if within_s is None else asyncio.get_running_loop().time() + within_s)
 
 
 async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

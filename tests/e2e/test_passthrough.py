@@ -585,6 +585,88 @@ async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
         writer.close()
 
 
+async def test_a_body_that_takes_longer_than_a_call(upstream: Upstream) -> None:
+    """The time of the call counts from its end."""
+    arrived: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        async for chunk in request.content.iter_any():
+            arrived.put_nowait(chunk)
+        return web.Response(text="done")
+
+    upstream.handler = answer
+    loop = asyncio.get_running_loop()
+    async with app(f"upstream.base_url={upstream.url}", ON, "upstream.total_timeout_s=1") as at:
+        reader, writer = await _connect(at.api)
+        writer.write(request(b"POST", b"/v2/images", b"Transfer-Encoding: chunked"))
+        async with asyncio.timeout(DEADLINE_S):
+            began = loop.time()
+            while loop.time() - began < 1.5:
+                writer.write(b"1\r\nx\r\n")
+                assert await arrived.get() == b"x"
+            writer.write(b"0\r\n\r\n")
+            assert b"done" in await reader.read()
+        writer.close()
+
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer with a head that goes on and on."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        writer.write(b"x")
+        await asyncio.sleep(0.01)
+
+
+async def ignore(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Take the connection and nothing else."""
+    await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def talking(talk: Talk) -> AsyncIterator[str]:
+    """Run an upstream of raw bytes, and give its URL."""
+    running: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        running[task] = writer
+        with contextlib.suppress(OSError):
+            await talk(reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+    for task, writer in running.items():
+        writer.transport.abort()
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("talk", "size"),
+    [
+        pytest.param(drip, 0, id="a-head-that-drips"),
+        pytest.param(drip, 5, id="after-a-body"),
+        pytest.param(ignore, 32 * MIB, id="a-body-that-is-not-taken"),
+    ],
+)
+async def test_a_call_that_takes_too_long(talk: Talk, size: int) -> None:
+    """However it moves meanwhile, the head is there in the time of a call, or it is 504."""
+    patient = ("upstream.read_timeout_s=60", "upstream.total_timeout_s=0.5", "server.header_timeout_s=60")
+    async with talking(talk) as url, app(f"upstream.base_url={url}", ON, *patient) as at:
+        reader, writer = await _connect(at.api)
+        length = b"Content-Length: %d" % size
+        writer.write(request(b"POST", b"/v2/images", length, body=bytes(size)))
+        async with asyncio.timeout(DEADLINE_S):
+            assert (await reader.readuntil()).startswith(b"HTTP/1.1 504 ")
+        writer.transport.abort()
+
+
 @pytest.mark.parametrize(
     ("framing", "begun", "then"),
     [
