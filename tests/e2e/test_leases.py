@@ -23,6 +23,7 @@ from support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, tot
 
 from proxy.app import Addresses
 from proxy.simulator import Call, Fault, FaultKind, Limits, Simulator, Token
+from proxy.storage import store
 
 _NUMBERS = itertools.count()
 REPLICAS = 3
@@ -343,9 +344,14 @@ async def test_nobody_joins_a_fetch_from_before_an_end(
 
 
 async def test_a_holder_that_stops_leaves_its_lease(
-    settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession
+    settings: list[str],
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A replica that stops while it asks gives its lease up at once: another one asks instead."""
+    monkeypatch.setattr(store, "LEASE_MS", 60_000)  # left to itself it would stand for too long
     async with contextlib.AsyncExitStack() as first:
         one = await first.enter_async_context(app(*settings, "server.drain_s=0"))
         async with app(*settings) as two, simulator.hold(path=DROPLET_PATH) as gate:
@@ -355,7 +361,7 @@ async def test_a_holder_that_stops_leaves_its_lease(
             await ask(client, two.api, token, 1, path=OTHER_PATH)
             async with asyncio.timeout(DEADLINE_S):
                 stopping = asyncio.create_task(first.aclose())
-                calls = await gate.arrived(2, timeout_s=1.5)  # a lease that is left to itself stands for 2 s
+                calls = await gate.arrived(2, timeout_s=DEADLINE_S)
                 gate.release()
                 await stopping
                 assert (await waits).status == 200
@@ -373,7 +379,7 @@ async def test_nobody_waits_longer_for_a_replica_than_for_the_upstream(
         async with simulator.hold(path=DROPLET_PATH) as gate:
             first = asyncio.create_task(ask(client, one.api, token, 0))
             await gate.arrived(1)
-            async with asyncio.timeout(0.5 + 0.5 + 2):
+            async with asyncio.timeout(8):  # the holder has 10 s
                 answers = await asyncio.gather(*crowd(client, [two.api], token, 5))
             assert len(gate.held) == 1
         assert (await first).status == 200
@@ -409,7 +415,7 @@ async def test_a_foreign_lease_holds_nobody_up(
                 await redis.delete(name)
                 await (redis.hset(name, "a", "b") if value is None else redis.set(name, value))
                 second = asyncio.create_task(ask(client, two.api, token))
-                await gate.arrived(2, timeout_s=2)
+                await gate.arrived(2, timeout_s=DEADLINE_S / 2)
                 gate.release()
                 assert [(await first).status, (await second).status] == [200, 200]
                 metrics = await scrape(two.admin)
@@ -425,7 +431,7 @@ async def test_a_full_redis_holds_nobody_up(
         await ask(client, at[0], token)
         await redis.config_set("maxmemory", "1mb")
         await redis.config_set("maxmemory-policy", "noeviction")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S / 2):
             assert [(await ask(client, each, token)).status for each in at] == [200] * REPLICAS
     assert simulator.count() == 1 + REPLICAS
 

@@ -249,7 +249,7 @@ async def test_whoever_waits_for_the_quota_is_answered(
         assert b"detail=quota" in stale
         answers = Counter(await asyncio.gather(*asked))
         assert await service.stop(signal.SIG_DFL) == 0
-        assert monotonic() - began < 1 + 5.5 + 1
+        assert monotonic() - began < 1 + 5.5 + 4  # without an end some would wait for 10 s, and then ask
         assert answers.keys() == {404, 429}
         assert not [line for line in service.log if line["event"] == "drain-incomplete"]
         for writer in (idle_writer, begun_writer):
@@ -272,7 +272,7 @@ async def test_drain_has_an_end(
             await gate.arrived()
             began = monotonic()
             assert await service.stop() == 0
-            assert 1 <= monotonic() - began < 5
+            assert 1 <= monotonic() - began < 20  # the upstream has 60
             assert await asked == (504, "close")
         assert await reader.read() == b""
         writer.close()

@@ -145,7 +145,7 @@ async def test_an_outage(
                 began = asyncio.get_running_loop().time()
                 async with client.get(at[0].api + COLD_PATH, headers=bearer(token.value)) as response:
                     assert response.status in {502, 503, 504}
-                assert asyncio.get_running_loop().time() - began < 1
+                assert asyncio.get_running_loop().time() - began < 5  # whoever may wait does so for 10 s
             simulator.reset()
             await load.seen(is_fresh)
             calls = simulator.calls
