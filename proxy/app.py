@@ -22,6 +22,7 @@ from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
 from proxy.callers import Callers
 from proxy.closing import Closing
+from proxy.connections import Connections
 from proxy.core.errors import ProxyError, SettingsError
 from proxy.core.events import RequestDone
 from proxy.core.identity import Keyring
@@ -30,10 +31,12 @@ from proxy.core.quota import Limits as QuotaLimits
 from proxy.edge.api import Api
 from proxy.edge.connection import Limits, Listener, plain_server
 from proxy.edge.passthrough import Passthrough
+from proxy.fetching import Fetched, is_failure
 from proxy.flights import Flights
+from proxy.invalidator import Invalidator
 from proxy.logs import announce, event
 from proxy.metrics import Metrics
-from proxy.readthrough import Fetched, ReadThrough, is_failure
+from proxy.readthrough import read_through
 from proxy.settings import Settings, is_loopback, read_admin_token, read_secret
 from proxy.shield import Shield
 from proxy.storage.connect import connector
@@ -136,7 +139,8 @@ class App:
         )
         self._cleanup.push_async_callback(flights.close)
         shield = self._shield(upstream, link=link, keys=keys, store=store, metrics=metrics)
-        readthrough = ReadThrough(
+        invalidator = Invalidator(store, metrics.observe)
+        readthrough = read_through(
             store,
             shield,
             flights,
@@ -150,6 +154,7 @@ class App:
                 jitter=settings.cache.jitter,
                 public_url=settings.server.public_url,
             ),
+            invalidator,
             total_timeout_s=settings.upstream.total_timeout_s,
             max_wait_s=settings.quota.max_wait_s,
             observe=metrics.observe,
@@ -165,7 +170,7 @@ class App:
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
-                upstream, shield, readthrough, flights, read_timeout_s=settings.server.header_timeout_s
+                upstream, shield, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
         api = Api(readthrough, passthrough, keyring, name_caller=callers.name, observe=observe)
         self._listener = Listener(
@@ -187,7 +192,7 @@ class App:
             standings=shield.standings,
             quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},
         )
-        admin = await self._serve_admin(metrics, readthrough)
+        admin = await self._serve_admin(metrics, invalidator)
         self._server = await asyncio.get_running_loop().create_server(
             self._listener,
             settings.server.host,
@@ -298,9 +303,10 @@ class App:
 
         return Shield(
             upstream,
-            accounts(limits, total_timeout_s),
+            accounts(limits, quota.max_wait_s + total_timeout_s),  # it may wait for a connection first
             accounts(unknown, 0.0),
             limits,
+            Connections(self._settings.upstream.max_connections),
             max_wait_s=quota.max_wait_s,
             total_timeout_s=total_timeout_s,
             previous_partition=None if previous is None else previous.partition,
@@ -309,10 +315,10 @@ class App:
             closing=self._closing,
         )
 
-    async def _serve_admin(self, metrics: Metrics, readthrough: ReadThrough) -> str:
+    async def _serve_admin(self, metrics: Metrics, invalidator: Invalidator) -> str:
         admin = self._settings.admin
         purge = Purge(
-            readthrough.purge,
+            invalidator.purge,
             token=read_admin_token(admin.token_file),
             on_loopback=is_loopback(admin.host),
         )

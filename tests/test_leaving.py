@@ -18,14 +18,17 @@ from virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
 from proxy.closing import Closing
+from proxy.connections import Connections
 from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.fetching import Fetched, is_failure
 from proxy.flights import Flights
-from proxy.readthrough import Failed, Fetched, ReadThrough, Served, is_failure
+from proxy.invalidator import Invalidator
+from proxy.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.shield import Shield
 
 _NUMBERS = count()
@@ -140,6 +143,7 @@ class Scene:
             accounts(self.ledger, replicas=2),
             accounts(strangers, replicas=2, call_s=0.0),
             self.ledger.limits,
+            Connections(100),
             max_wait_s=60.0,
             total_timeout_s=CALL_S,
             previous_partition=None,
@@ -150,7 +154,7 @@ class Scene:
         flights: Flights[Fetched | ProxyError] = Flights(1000, is_failure, monotonic=now)
         self.shields.append(shield)
         self.flights.append(flights)
-        return ReadThrough(
+        return read_through(
             self.store,
             shield,
             flights,
@@ -163,6 +167,7 @@ class Scene:
                 max_fresh_s=self._fresh_s,
                 jitter=0.0,
             ),
+            Invalidator(self.store, self.noted.append),
             total_timeout_s=CALL_S,
             max_wait_s=60.0,
             observe=self.noted.append,

@@ -21,6 +21,7 @@ from virtual import now, run
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.accounts import Accounts
 from proxy.closing import Closing
+from proxy.connections import Connections
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
@@ -29,8 +30,10 @@ from proxy.core.policy import Answer, Policy
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.edge.answers import failed_response, served_response
+from proxy.fetching import Fetched, is_failure
 from proxy.flights import Flights
-from proxy.readthrough import Failed, Fetched, ReadThrough, is_failure
+from proxy.invalidator import Invalidator
+from proxy.readthrough import Failed, ReadThrough, read_through
 from proxy.settings import Settings
 from proxy.shield import Shield
 
@@ -192,6 +195,7 @@ class Outage:
             known,
             unknown,
             self._ledgers[0].limits,
+            Connections(Settings().upstream.max_connections),
             max_wait_s=QUOTA.max_wait_s,
             total_timeout_s=TIMEOUT_S,
             previous_partition=None,
@@ -201,7 +205,7 @@ class Outage:
         )
         flights: Flights[Fetched | ProxyError] = Flights(2000, is_failure, monotonic=now)
         self._flights.append(flights)
-        return ReadThrough(
+        return read_through(
             self._store,
             shield,
             flights,
@@ -214,6 +218,7 @@ class Outage:
                 max_fresh_s=CACHE.max_fresh_s,
                 jitter=CACHE.jitter,
             ),
+            Invalidator(self._store, lambda _: None),
             total_timeout_s=TIMEOUT_S,
             max_wait_s=QUOTA.max_wait_s,
             observe=lambda _: None,

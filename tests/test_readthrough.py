@@ -45,16 +45,10 @@ from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.fetching import LONGEST_POLL_S, STALE_PATIENCE_S, Fetched, is_failure
 from proxy.flights import LINGER_S, MOST_OF_ONE, Flights
-from proxy.readthrough import (
-    LONGEST_POLL_S,
-    STALE_PATIENCE_S,
-    Failed,
-    Fetched,
-    ReadThrough,
-    Served,
-    is_failure,
-)
+from proxy.invalidator import Invalidator
+from proxy.readthrough import Failed, Served, read_through
 
 NOW = 1_000_000.0
 TOTAL_TIMEOUT_S = 8.0
@@ -249,7 +243,8 @@ class Path:
         self.noted: list[Invalidation | Refreshed] = []
         self.closing = Closing(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
-        self._readthrough = ReadThrough(
+        invalidator = Invalidator(store, self.noted.append)
+        readthrough = read_through(
             store,
             upstream,
             self.flights,
@@ -262,6 +257,7 @@ class Path:
                 max_fresh_s=60,
                 jitter=0.1,
             ),
+            invalidator,
             total_timeout_s=TOTAL_TIMEOUT_S,
             max_wait_s=MAX_WAIT_S,
             observe=self.noted.append,
@@ -270,12 +266,12 @@ class Path:
             clock=lambda: NOW,
             draw=lambda: 0.0,
         )
-        self.get = self._readthrough.get
-        self.note_stale = lambda name: self._readthrough._hot.read(EntryKey(KEY.partition, name), STALE, NOW)
-        self.delete = self._readthrough.delete
-        self.end = self._readthrough.end
-        self.refused = self._readthrough.refused
-        self.purge = self._readthrough.purge
+        self.get = readthrough.get
+        self.delete = readthrough.delete
+        self.note_stale = lambda name: readthrough._refresher.take_note(call(name), STALE, NOW)
+        self.end = invalidator.written
+        self.refused = invalidator.refused
+        self.purge = invalidator.purge
 
 
 async def started(*waiting: Awaitable[Any]) -> list["asyncio.Task[Any]"]:

@@ -15,13 +15,16 @@ from benchmarks.day.fleet import Fleet, Read
 from benchmarks.day.redis import Books, Kept, MemoryStore
 from proxy.accounts import Accounts
 from proxy.closing import Closing
+from proxy.connections import Connections
 from proxy.core.errors import ProxyError, UpstreamUnreachable
 from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.fetching import Fetched, is_failure
 from proxy.flights import Flights
-from proxy.readthrough import Failed, Fetched, ReadThrough, Served, is_failure
+from proxy.invalidator import Invalidator
+from proxy.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.settings import Settings
 from proxy.shield import Shield
 
@@ -230,6 +233,7 @@ class Ours:
                 accounts(self._books, limits, call_s),
                 accounts(strangers, unknown, 0.0),
                 limits,
+                Connections(settings.upstream.max_connections),
                 max_wait_s=quota.max_wait_s,
                 total_timeout_s=call_s,
                 previous_partition=None,
@@ -240,11 +244,12 @@ class Ours:
             flights: Flights[Fetched | ProxyError] = Flights(
                 2 * settings.server.max_connections, is_failure, monotonic=now
             )
-            return ReadThrough(
+            return read_through(
                 self._store,
                 shield,
                 flights,
                 policy,
+                Invalidator(self._store, lambda _: None),
                 total_timeout_s=call_s,
                 max_wait_s=quota.max_wait_s,
                 observe=lambda _: None,

@@ -26,8 +26,9 @@ from proxy.core.passthrough import (
 )
 from proxy.core.quota import CallClass
 from proxy.edge.connection import Handler
+from proxy.fetching import Fetched
 from proxy.flights import Abandoned, Flights, Owner
-from proxy.readthrough import Fetched, ReadThrough
+from proxy.invalidator import Invalidator
 from proxy.shield import Shield
 from proxy.upstream import Streamed, Upstream, ratelimit
 
@@ -39,14 +40,14 @@ class Passthrough:
         self,
         upstream: Upstream,
         shield: Shield,
-        readthrough: ReadThrough,
+        invalidator: Invalidator,
         flights: Flights[Fetched | ProxyError],
         *,
         read_timeout_s: float,
     ) -> None:
         self._upstream = upstream
         self._shield = shield
-        self._readthrough = readthrough
+        self._invalidator = invalidator
         self._flights = flights
         self._read_timeout_s = read_timeout_s
 
@@ -91,7 +92,7 @@ class Passthrough:
                 if not _refuses(answer.status):
                     ended = await self._end(forwarding, body)
                 if answer.status == HTTPStatus.UNAUTHORIZED:
-                    ended = await self._readthrough.refused(forwarding.partition)
+                    ended = await self._invalidator.refused(forwarding.partition)
                 told = True
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
         except NotSent as refused:
@@ -110,7 +111,7 @@ class Passthrough:
         what = ends(forwarding.method, forwarding.target)
         if isinstance(what, EndsWhatBodyNames):
             what = ends_of_body(None if body is None else body.whole)
-        return None if what is None else await self._readthrough.end(forwarding.partition, what)
+        return None if what is None else await self._invalidator.written(forwarding.partition, what)
 
 
 class _Body:

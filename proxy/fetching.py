@@ -1,0 +1,389 @@
+"""What runs in a flight: ask the upstream, keep what it says, and end what it ended.
+
+Over all replicas one of those that want the same asks, and holds a lease meanwhile; the others wait for what
+it stores, or for the record of what it did not. The store and the upstream are what the two Protocols below
+say; how they do it is their affair. Failures come back as values.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import NamedTuple, Protocol
+
+from proxy.closing import Closing
+from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record, Superseded
+from proxy.core.errors import (
+    NotCached,
+    NotSent,
+    ProxyError,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamFailedElsewhere,
+    UpstreamGivenUp,
+    UpstreamTimeout,
+    UpstreamUnexplained,
+)
+from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, Policy, Refused, Relay
+from proxy.core.quota import CallClass
+from proxy.core.request import Call
+from proxy.flights import Abandoned, while_awaited
+from proxy.invalidator import Invalidator
+
+_LEASE_RENEWAL_S = 0.5
+_SHORTEST_POLL_S = 0.025
+LONGEST_POLL_S = 0.2
+"""Between two looks at another replica's lease: many who wait, each for its own, would be a load on Redis."""
+
+STALE_PATIENCE_S = 1.0
+"""Whoever has something stale waits no longer for another's fetch: that may be waiting for the quota."""
+
+_REPLACEABLE = frozenset(
+    {
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.BAD_GATEWAY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        HTTPStatus.GATEWAY_TIMEOUT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    }
+)
+
+
+class Store(Protocol):
+    """Where entries are kept. None of these raises: a store that fails is a miss."""
+
+    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+        """Find an entry, and what a fill would rest on."""
+
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
+        """Store an entry, if what its lookup saw is still so. Tell whether it was stored."""
+
+    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+        """Store the single entries that came with a list, if nothing ended since its lookup.
+
+        Name those that are there now, or newer ones.
+        """
+
+    async def lease(
+        self, key: EntryKey | ListKey, basis: Basis
+    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        """Try to be the replica that fetches this; None where the store cannot tell."""
+
+    async def renew(self, lease: Leased) -> None:
+        """Keep the lease."""
+
+    async def release(self, lease: Leased, record: Record | None) -> None:
+        """Give the lease up, and leave what came instead of an entry for those who wait."""
+
+
+class Upstream(Protocol):
+    """Whom to ask for what is not in the store."""
+
+    async def ask(
+        self,
+        call: Call,
+        validator: str = "",
+        *,
+        call_class: CallClass = CallClass.MISS,
+        patient: bool = True,
+    ) -> Answer:
+        """Ask once, when the quota has room; for a 304, if `validator` still is the entity tag.
+
+        Without `patient` only if there is room now. Raises UpstreamError or NotSent.
+        """
+
+
+class Manner(NamedTuple):
+    """How to ask: whom it is for, and whether to wait for the quota. Only who wants the same shares a flight.
+
+    Else the refusal of a refresh would answer a caller for whom the quota has room, or who can wait.
+    """
+
+    call_class: CallClass
+    patient: bool
+
+
+FOR_NOBODY = Manner(CallClass.REFRESH, patient=False)
+OR_STALE = Manner(CallClass.MISS, patient=False)
+NEEDED = Manner(CallClass.MISS, patient=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What one flight brought, for everybody who waits for it."""
+
+    status: int
+    body: bytes
+    entry: Entry | None = None
+    stored: bool = False
+    seeded: Collection[str] = ()
+    """The snapshots that came with a list, and were kept."""
+
+    revalidated: bool = False
+    elsewhere: bool = False
+    """Another replica fetched it."""
+
+    retry_after_s: int | None = None
+    ratelimit: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What a DELETE brought, and whether what it ended has ended everywhere by now."""
+
+    result: Fetched | ProxyError
+    ended: bool
+
+
+class Fetcher:
+    """Fetches for flights.
+
+    `total_timeout_s` bounds a fetch, `max_wait_s` its wait for the quota. `monotonic` gives the seconds that
+    deadlines count in, `draw` a number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        upstream: Upstream,
+        policy: Policy,
+        invalidator: Invalidator,
+        *,
+        total_timeout_s: float,
+        max_wait_s: float,
+        monotonic: Callable[[], float],
+        closing: Closing,
+        draw: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._upstream = upstream
+        self._policy = policy
+        self._invalidator = invalidator
+        self._total_timeout_s = total_timeout_s
+        self._deadline_s = max_wait_s + total_timeout_s
+        self._monotonic = monotonic
+        self._closing = closing
+        self._draw = draw
+
+    def name(self, call: Call, basis: Basis | None, manner: Manner) -> Hashable:
+        """Name the flight that `call` may share: nobody joins one that began before something ended.
+
+        Stamps tell that; without the store, what this replica knows of.
+        """
+        return call.key, manner, self._invalidator.ended(call.key) if basis is None else basis
+
+    def may_share(self, call: Call) -> bool:
+        """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""
+        wanted = call.directives
+        if wanted.no_cache or wanted.no_store:
+            return False
+        return wanted.max_age_s is None or wanted.max_age_s >= self._total_timeout_s
+
+    async def fetch(self, call: Call, lookup: Lookup, manner: Manner) -> Fetched | ProxyError:
+        """Fetch, whoever else does. Runs in a flight."""
+        return await self._fetch(call, lookup, manner, self._monotonic() + self._deadline_s)
+
+    async def fetch_for_all(self, call: Call, lookup: Lookup, manner: Manner) -> Fetched | ProxyError:
+        """Fetch, unless another replica does: then wait for what it brings. Runs in a flight.
+
+        Whoever waits does so for the lease of its own look-up's basis, whatever ends meanwhile: the fetch
+        that holds it is as new as this request.
+        """
+        began = self._monotonic()
+        give_up = began + self._deadline_s
+        tired = began + STALE_PATIENCE_S if manner is OR_STALE else give_up
+        found, basis, pauses_s = lookup.entry, lookup.basis, _pauses_s()
+        waited = False
+        while basis is not None and lookup.basis is not None:
+            match await self._store.lease(call.key, basis):
+                case Leased() as lease:
+                    return await self._fetch_leased(lease, call, lookup, manner, give_up)
+                case Record() as record if waited or is_replaceable(record.status):
+                    return _from_record(record)
+                case Record() | None:  # an answer, but from before this request; or the store is away
+                    break
+                case HeldElsewhere() if manner is FOR_NOBODY:
+                    return NotCached("another replica refreshes it")
+                case HeldElsewhere() | Superseded() if self._monotonic() > min(tired, self._closing.due):
+                    return UpstreamFailedElsewhere(
+                        "another replica asks, and got no answer in time",
+                        status=UpstreamTimeout.status,
+                        error_id=UpstreamTimeout.id,
+                        proxy_error="http_response_timeout",
+                        retry_after_s=None,
+                    )
+                case HeldElsewhere():
+                    waited = True
+                    with while_awaited():
+                        await asyncio.sleep(next(pauses_s))
+                    lookup = await self._store.lookup(call.key)
+                case Superseded():
+                    lookup = await self._store.lookup(call.key)
+                    basis = lookup.basis
+            entry = lookup.entry
+            if entry is not None and entry != found:
+                return Fetched(entry.status, entry.body, entry, stored=True, elsewhere=True)
+        return await self._fetch(call, lookup, manner, give_up)
+
+    async def _fetch_leased(
+        self, lease: Leased, call: Call, lookup: Lookup, manner: Manner, give_up: float
+    ) -> Fetched | ProxyError:
+        """Fetch, keep the lease meanwhile, and leave what was not stored for those who wait."""
+        renewing = asyncio.create_task(self._keep(lease), name="lease")
+        record = None
+        try:
+            result = await self._fetch(call, lookup, manner, give_up)
+            record = _record(result)
+            return result
+        finally:
+            renewing.cancel()
+            await self._store.release(lease, record)
+
+    async def _keep(self, lease: Leased) -> None:
+        while True:
+            await asyncio.sleep(_LEASE_RENEWAL_S)
+            await self._store.renew(lease)
+
+    async def _fetch(
+        self, call: Call, lookup: Lookup, manner: Manner, give_up: float
+    ) -> Fetched | ProxyError:
+        """Ask the upstream, and do what its answer means for what is kept."""
+        basis, validated = lookup.basis, lookup.entry
+        validator = "" if validated is None else validated.validator
+        try:
+            answer = await self._ask(call, validator, manner, give_up)
+            verdict = self._policy.on_answer(
+                answer,
+                call.target,
+                request_id=call.request_id,
+                draw=self._draw(),
+                validated=validated if validator else None,
+            )
+        except (UpstreamError, NotSent) as failure:
+            return failure
+        match verdict:
+            case Keep(entry, seeds):
+                stored, seeded = False, frozenset[str]()
+                if basis is not None and not call.directives.no_store:
+                    if seeds:  # before the list itself: who waits for it elsewhere finds them
+                        seeded = await self._store.seed(call.key.partition, seeds, basis)
+                    stored = await self._store.put(call.key, entry, basis)
+                if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
+                    await self._invalidator.entry(call.key)  # a no that is not kept still ends what was there
+                return Fetched(
+                    entry.status,
+                    entry.body,
+                    entry if call.target.cacheable else None,
+                    stored,
+                    seeded=seeded,
+                    revalidated=answer.status == HTTPStatus.NOT_MODIFIED,
+                    ratelimit=answer.ratelimit,
+                )
+            case Refused(_, refusal):
+                await self._invalidator.refused(call.key.partition, refusal)
+            case Denied():
+                await self._invalidator.entry(call.key)
+            case Relay():
+                pass
+        return _passed_on(answer, verdict.body)
+
+    async def _ask(self, call: Call, validator: str, manner: Manner, give_up: float) -> Answer:
+        """Ask, and once more where the connection ended before an answer began: a read may be repeated."""
+        ask = partial(
+            self._upstream.ask, call, validator, call_class=manner.call_class, patient=manner.patient
+        )
+        try:
+            async with asyncio.timeout(give_up - self._monotonic()):
+                try:
+                    return await ask()
+                except UpstreamDisconnected:
+                    return await ask()
+        except TimeoutError:
+            raise UpstreamTimeout(
+                "the upstream did not answer in time; try again", proxy_error="http_response_timeout"
+            ) from None
+
+    async def delete(self, call: Call) -> Deletion:
+        """Forward a DELETE, once, and end what it ended or may have ended. Runs in a flight."""
+        try:
+            answer = await self._upstream.ask(call, call_class=CallClass.WRITE)
+            verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
+        except NotSent as refused:
+            return Deletion(refused, ended=True)
+        except UpstreamError as unknown:
+            return Deletion(unknown, await self._invalidator.deleted(call))
+        except Abandoned:  # it was not sent, either
+            raise
+        except BaseException:  # the service stops: nobody knows what became of it
+            await self._invalidator.deleted(call)
+            raise
+        ended = True
+        match verdict:
+            case Deleted():
+                ended = await self._invalidator.deleted(call)
+            case Absent():
+                ended = await self._invalidator.absent(call.key)
+            case Refused(_, refusal):
+                ended = await self._invalidator.refused(call.key.partition, refusal)
+            case Relay():
+                pass
+        return Deletion(_passed_on(answer, verdict.body), ended)
+
+
+def _pauses_s() -> Iterator[float]:
+    pause_s = _SHORTEST_POLL_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, LONGEST_POLL_S)
+
+
+def is_failure(result: Fetched | ProxyError) -> bool:
+    """Tell whether a flight brought nothing but the news that the upstream has trouble.
+
+    What another replica left answers for a second already, from there.
+    """
+    return is_replaceable(result.status) and not is_from_elsewhere(result)
+
+
+def is_replaceable(status: int) -> bool:
+    """RFC 5861 §4 names the first four; 429 is our extension. Never 401, 403, 404: they are answers."""
+    return status in _REPLACEABLE
+
+
+def is_from_elsewhere(result: Fetched | ProxyError) -> bool:
+    """Tell whether another replica asked."""
+    return result.elsewhere if isinstance(result, Fetched) else isinstance(result, UpstreamFailedElsewhere)
+
+
+def _record(result: Fetched | ProxyError) -> Record | None:
+    """Give what those who wait elsewhere may share: not what is stored, nor what is our own doing."""
+    match result:
+        case Fetched(stored=True) | NotSent() | UpstreamGivenUp():
+            return None
+        case Fetched():
+            return Record(result.status, result.body, result.retry_after_s)
+        case ProxyError():
+            return Record(
+                result.status, str(result).encode(), result.retry_after_s, result.id, result.proxy_error
+            )
+
+
+def _from_record(record: Record) -> Fetched | ProxyError:
+    if not record.error_id:
+        return Fetched(record.status, record.body, elsewhere=True, retry_after_s=record.retry_after_s)
+    return UpstreamFailedElsewhere(
+        record.body.decode(),
+        status=record.status,
+        error_id=record.error_id,
+        proxy_error=record.proxy_error,
+        retry_after_s=record.retry_after_s,
+    )
+
+
+def _passed_on(answer: Answer, body: bytes | None) -> Fetched | ProxyError:
+    """Give the upstream's own answer, or an error of ours where it did not explain itself."""
+    if body is None:
+        return UpstreamUnexplained(answer.status, answer.retry_after_s)
+    return Fetched(answer.status, body, retry_after_s=answer.retry_after_s, ratelimit=answer.ratelimit)
