@@ -2,10 +2,12 @@
 
 Besides the common ledger this replica keeps one of its own for each token, which follows it: every answer of
 the common one tells how much is left. Where the common one cannot be asked, the own one goes on from there,
-and counts each call as many times as there are replicas: what this one does, each of them may be doing. For
-a minute after that, and where the common one has forgotten, a call needs the word of both.
+and counts each call as many times as there are replicas: what this one does, each of them may be doing. If it
+did not follow just before, one call has to tell first what it missed. For a minute after that, and where the
+common one has forgotten, a call needs the word of both.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -13,6 +15,9 @@ from typing import NamedTuple, Protocol
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+
+_FOLLOWS_S = 1.0
+"""What the common ledger said so long ago, or less, is as good as what it would say now."""
 
 MOST_ACCOUNTS = 4096
 """Tokens that this replica keeps a ledger of; the least recently used are forgotten."""
@@ -132,7 +137,7 @@ class Accounts:
                 return mine if isinstance(mine, Postponed) else Turn(mine, (), own.known, mine.remaining)
             case Postponed() as postponed:
                 if postponed.remaining is not None:
-                    own.ledger.follow(self._monotonic(), postponed.remaining)
+                    own.follow(self._monotonic(), postponed.remaining)
                 return postponed
             case common if self._doubts(own):  # it has forgotten
                 await self._give_back_in_common(account, common)
@@ -140,7 +145,7 @@ class Accounts:
             case common:
                 now, remaining = self._monotonic(), _least([each.remaining for each in common])
                 mine = own.ledger.count(now)
-                own.ledger.follow(now, remaining)
+                own.follow(now, remaining)
                 return Turn(mine, common, own.known, remaining)
 
     async def _admit_by_both(self, own: "_Own", account: Account, call_class: CallClass) -> Turn | Postponed:
@@ -211,8 +216,14 @@ class Accounts:
         return own.ledger.admit(self._monotonic(), call_class, self._replicas())
 
     def _doubt(self, own: "_Own") -> None:
-        """For as long as a call that is made now may count, the common ledger may not know of it."""
-        own.doubtful_until = self._monotonic() + self._call_s + self._limits.minute_s
+        """For as long as a call that is made now may count, the common ledger may not know of it.
+
+        Nor does the own one know of those that the common one admitted since it last followed.
+        """
+        now = self._monotonic()
+        if now >= max(own.doubtful_until, own.followed_at + _FOLLOWS_S):
+            own.ledger.doubt()
+        own.doubtful_until = now + self._call_s + self._limits.minute_s
 
     def _doubts(self, own: "_Own") -> bool:
         return self._monotonic() < own.doubtful_until
@@ -253,7 +264,7 @@ class Accounts:
 class _Own:
     """This replica's ledger of one token, and what it knows of the common one."""
 
-    __slots__ = ("born", "caller", "doubtful_until", "known", "ledger")
+    __slots__ = ("born", "caller", "doubtful_until", "followed_at", "known", "ledger")
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -262,6 +273,12 @@ class _Own:
         self.born: str | None = None
         self.doubtful_until = 0.0
         """Until then the common ledger may lack calls that were made."""
+        self.followed_at = -math.inf
+
+    def follow(self, now: float, remaining: tuple[int, int]) -> None:
+        """Catch up with the common ledger."""
+        self.ledger.follow(now, remaining)
+        self.followed_at = now
 
     def misses(self, now: float, born: str) -> bool:
         """Tell whether the common ledger is a new one, though this one still counts calls that it knew."""

@@ -18,8 +18,10 @@ ACCOUNT = Account(SOMEBODY, "other")
 class Fleet:
     """Replicas that call whenever they may; the upstream counts, and tells what is left of the hour."""
 
-    def __init__(self, replicas: int = 3, *, tells: bool = True) -> None:
+    def __init__(self, replicas: int = 3, *, tells: bool = True, refuses: bool = False) -> None:
         self.tells = tells
+        self.refuses = refuses
+        self.refused = 0
         self.ledger = FakeLedger(LIMITS)
         self.replicas = [accounts(self.ledger, replicas=replicas) for _ in range(replicas)]
         self.called: list[float] = []
@@ -41,7 +43,12 @@ class Fleet:
                 await self.call(replica, turn)
 
     async def call(self, replica: Accounts, turn: Turn) -> None:
-        """Make one call."""
+        """Make one call. An upstream that `refuses` does so beyond its limit."""
+        if self.refuses and sum(at > now() - LIMITS.minute_s for at in self.called) >= LIMITS.per_minute:
+            self.refused += 1
+            await asyncio.sleep(0.02)
+            await replica.settle(ACCOUNT, turn, Settlement(refused=True, retry_after_s=3))
+            return
         self.called.append(now())
         told = LIMITS.per_hour - len(self.called) if self.tells else None
         await asyncio.sleep(0.02)
@@ -120,6 +127,42 @@ def test_what_the_common_ledger_knew_counts_when_it_is_gone(after_s: float) -> N
         fleet.ledger.away = True
         await fleet.go(20.0)
         assert fleet.most_in_a_minute() <= LIMITS.per_minute
+
+    run(main())
+
+
+async def burst(fleet: Fleet, replica: Accounts, calls: int) -> None:
+    """Let so many callers ask at once, and again for two seconds where they have to wait."""
+
+    async def one() -> None:
+        end = now() + 2
+        while isinstance(turn := await replica.admit(ACCOUNT, CallClass.MISS), Postponed):
+            if now() > end:
+                return
+            await asyncio.sleep(0.05)
+        await fleet.call(replica, turn)
+
+    await asyncio.gather(*(one() for _ in range(calls)))
+
+
+@pytest.mark.parametrize("all_called", [False, True], ids=["the-others-are-new", "the-others-called-before"])
+@pytest.mark.parametrize("idle_s", [0.5, 1.5, 5.5])
+def test_what_a_replica_did_not_hear_of_costs_one_429(idle_s: float, *, all_called: bool) -> None:
+    """All calls are one replica's; the common ledger goes; and now the others have the callers."""
+
+    async def main() -> None:
+        fleet = Fleet(refuses=True)
+        first, *others = fleet.replicas
+        for replica in others if all_called else ():
+            await burst(fleet, replica, 1)
+        await asyncio.sleep(1)
+        await burst(fleet, first, 52)
+        await asyncio.sleep(idle_s)
+        fleet.ledger.away = True
+        for replica in others:
+            refused = fleet.refused
+            await burst(fleet, replica, 40)
+            assert fleet.refused <= refused + 1
 
     run(main())
 

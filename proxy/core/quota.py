@@ -9,7 +9,8 @@ call in the air takes nothing away.
 Three classes of calls share a window. Writes may use all of it; misses leave the operator's reserve;
 refreshes, which nobody waits for, leave a tenth more. What others do with the same token shows in
 `ratelimit-remaining`: whatever is missing there counts as called by them. Where that may be news, one call
-goes alone, and tells.
+goes alone, and tells. Where nobody looked before, all of it may have been called just now: until that is a
+minute ago, calls that might not fit beside it go one by one, so that one 429 is enough to stop them.
 
 `proxy/storage/ledger.py` keeps the same ledger in Redis for all replicas, as a script; a test holds the two
 equal. This one serves where Redis is away, and the simulated day.
@@ -131,6 +132,10 @@ class Ledger:
         self._call_s = call_s
         self._counts = tuple(_Count(window) for window in limits.windows)
         self._told_at: float | None = None
+        self._doubted = False
+        self._unknown = 0
+        self._unknown_until = 0.0
+        """Until then so many more calls may lie within the minute."""
         self._silent = False
         """The upstream took the token and told nothing of where it stands: it does not help to ask alone."""
         self._others_at: float | None = None
@@ -148,7 +153,7 @@ class Ledger:
         postponed = self.foresee(now, call_class, calls)
         if postponed is not None:
             return postponed
-        alone = self._goes_alone(now, call_class)
+        alone = self._goes_alone(now, call_class, calls)
         admitted = self.count(now, calls)
         if admitted.probe:
             self._probe_until = admitted.at
@@ -164,7 +169,7 @@ class Ledger:
                 return Postponed(self._cool_until - now, "cooldown")
             if now < self._probe_until:
                 return Postponed(self._probe_until - now, "turn")
-        elif now < self._alone_until and self._goes_alone(now, call_class):
+        elif now < self._alone_until and self._goes_alone(now, call_class, need):
             return Postponed(self._alone_until - now, "turn")
         for count in self._counts:
             wait_s = count.wait_s(now, count.window.ceiling(call_class, self.limits.reserve), need)
@@ -172,19 +177,24 @@ class Ledger:
                 return Postponed(wait_s, count.window.name)
         return None
 
-    def _goes_alone(self, now: float, call_class: CallClass) -> bool:
+    def _goes_alone(self, now: float, call_class: CallClass, need: int) -> bool:
         """Tell whether the upstream has to tell first where the token stands.
 
-        That is so where it never did, and where others were seen to use the token and may have done so since.
-        Refreshes then leave a margin, and need not ask.
+        That is so where it never did, and where others were seen to use the token and may have done so since:
+        refreshes then leave a margin, and need not ask. It is so, too, where `need` more calls may not fit
+        into the minute beside those that may lie in it.
         """
         if not self._call_s:
             return False
-        if self._told_at is None:
+        if self._told_at is None or self._doubted:
             return not self._silent
-        minute, hour = (count.window for count in self._counts)
-        shared = self._others_at is not None and now - self._others_at < hour.length_s
-        return shared and now - self._told_at > minute.bucket_s and call_class is not CallClass.REFRESH
+        minute, hour = self._counts
+        ceiling = minute.window.ceiling(call_class, self.limits.reserve)
+        if now < self._unknown_until and minute.total + self._unknown + need > ceiling:
+            return True
+        if self._others_at is None or now - self._others_at >= hour.window.length_s:
+            return False
+        return now - self._told_at > minute.window.bucket_s and call_class is not CallClass.REFRESH
 
     def _turn_ends(self, admitted: Admitted) -> float:
         """Say until when an admitted call goes alone, if it does and is not answered."""
@@ -251,6 +261,7 @@ class Ledger:
             retry_after_s = min(max(oldest_leaves_s, length_s / PAUSES), length_s)
         elif minute.total < minute.window.limit:
             minute.spread(now - length_s + retry_after_s, now, minute.window.limit - minute.total)
+            self._unknown_until = 0.0
         self.stop(now, retry_after_s)
         self._probe_until = 0.0
 
@@ -267,6 +278,11 @@ class Ledger:
                 count.add(now, missing)
                 self._others_at = now
         self._told_at = now
+        self._doubted = False
+
+    def doubt(self) -> None:
+        """Take it that others may have called in the last minute: the next call goes alone, and tells."""
+        self._doubted = True
 
     # -- how it stands ---------------------------------------------------------------------------
 
@@ -289,17 +305,22 @@ class Ledger:
 
         Calls in the air count as known to it: what they hide shows when they are back. When the others called
         nobody knows: it is taken as evenly since it last told. So much of it lies within the minute, and
-        counts there as of now.
+        counts there as of now. Where nobody looked before, the rest of it may lie there, too.
         """
         minute, hour = self._counts
-        missing = hour.window.limit - hour.total - remaining_told
-        if missing > 0:
-            since = now - hour.window.length_s if self._told_at is None else self._told_at
+        length_s = minute.window.length_s
+        missing = max(hour.window.limit - hour.total - remaining_told, 0)
+        since = now - hour.window.length_s if self._told_at is None else self._told_at
+        lately = math.floor(missing * length_s / max(now - since, length_s) + 0.5)
+        if missing:
             hour.spread(since, now, missing)
-            length_s = minute.window.length_s
-            minute.add(now, math.floor(missing * length_s / max(now - since, length_s) + 0.5))
+            minute.add(now, lately)
             self._others_at = now
+        if self._told_at is None or self._doubted:
+            self._unknown = max(min(missing, minute.window.limit) - lately, 0)
+            self._unknown_until = now + length_s
         self._told_at = now
+        self._doubted = False
 
 
 @dataclass(slots=True)

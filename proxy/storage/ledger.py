@@ -130,7 +130,8 @@ for _, window in pairs(windows) do
   end
 end
 local furthest = {{
-  A = {TURN_S}, C = {LONGEST_RETRY_AFTER_S}, P = math.max(call, minute.length / {PAUSES}), T = 0, O = 0,
+  A = {TURN_S}, C = {LONGEST_RETRY_AFTER_S}, P = math.max(call, minute.length / {PAUSES}),
+  T = 0, O = 0, V = minute.length,
 }}
 for name, seconds in pairs(furthest) do
   if fields[name] and fields[name] > now + seconds + minute.bucket then
@@ -143,7 +144,8 @@ if question == 'admit' then
   local refresh = ARGV[13] == '1'
   local alone = call > 0 and not fields.T and not fields.S
   if call > 0 and fields.T then
-    alone = fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh
+    alone = now < (fields.V or 0) and minute.total + fields.U + need > minutes
+      or fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh
   end
   if fields.C then
     if now < fields.C then return postpone(fields.C - now, 'cooldown') end
@@ -194,12 +196,17 @@ if question == 'settle' then
   elseif told == 0 then
     add(minute, now, math.max(minute.limit - minute.total, 0))
   else
-    local missing = hour.limit - hour.total - told
+    local missing = math.max(hour.limit - hour.total - told, 0)
+    local since = fields.T or now - hour.length
+    local lately = math.floor(missing * minute.length / math.max(now - since, minute.length) + 0.5)
     if missing > 0 then
-      local since = fields.T or now - hour.length
       spread(hour, since, missing)
-      add(minute, now, math.floor(missing * minute.length / math.max(now - since, minute.length) + 0.5))
+      add(minute, now, lately)
       set('O', now)
+    end
+    if not fields.T then
+      set('U', math.max(math.min(missing, minute.limit) - lately, 0))
+      set('V', now + minute.length)
     end
     set('T', now)
   end
@@ -215,6 +222,7 @@ if not seconds then
   seconds = math.min(math.max(oldest_leaves, minute.length / {PAUSES}), minute.length)
 elseif minute.total < minute.limit then
   spread(minute, now - minute.length + seconds, minute.limit - minute.total)
+  set('V', nil)
 end
 set('C', math.max(fields.C or 0, now + seconds))
 set('P', nil)

@@ -276,7 +276,7 @@ def test_calls_of_others_leave_evenly() -> None:
 def test_others_are_asked_for_before_a_burst() -> None:
     """Where others use the token, one call goes first after a pause, and the burst follows its answer."""
     ledger = told(remaining=30)
-    now = NOON + 5
+    now = NOON + 60
     first = ledger.admit(now, MISS)
     assert isinstance(first, Admitted)
     assert ledger.admit(now, MISS) == Postponed(TURN_S, "turn")
@@ -347,6 +347,74 @@ def test_an_upstream_that_never_tells_is_not_asked_one_by_one() -> None:
         assert ledger.admit(NOON, MISS) == Postponed(TURN_S, "turn")
         ledger.settle(call, NOON, None, known=known)
     assert [isinstance(ledger.admit(NOON, MISS), Admitted) for _ in range(3)] == [True] * 3
+
+
+def admitted(ledger: Ledger, now: float, call_class: CallClass = MISS) -> int:
+    """Ask for a hundred calls at once, and give how many are admitted."""
+    return sum(isinstance(ledger.admit(now, call_class), Admitted) for _ in range(100))
+
+
+@pytest.mark.parametrize(
+    ("by_others", "call_class", "beside"),
+    [
+        pytest.param(0, MISS, 100, id="nobody-else"),
+        pytest.param(100, MISS, 100, id="all-fit"),
+        pytest.param(200, WRITE, 49, id="some-writes-fit"),
+        pytest.param(200, MISS, 36, id="some-misses-fit"),
+        pytest.param(200, REFRESH, 12, id="some-refreshes-fit"),
+        pytest.param(240, MISS, 0, id="none-fits"),
+        pytest.param(4000, WRITE, 0, id="more-than-a-minute-can-hold"),
+    ],
+)
+def test_what_was_called_before_the_first_look(by_others: int, call_class: CallClass, beside: int) -> None:
+    """It may all be of the last minute: what fits beside it goes at once, the rest one by one for so long."""
+    ledger = told(Limits(250, 5000, 0.05), remaining=4999 - by_others)
+    assert ledger.remaining()[0] == 249 - round(by_others / 60)
+    alone = beside < 100
+    assert admitted(ledger, NOON, call_class) == beside + alone
+    if alone:
+        assert admitted(ledger, NOON + TURN_S, call_class) == 1
+    later = ledger.admit(NOON + 130, MISS)
+    assert isinstance(later, Admitted)
+    ledger.settle(later, NOON + 130, ledger.remaining()[1])
+    assert admitted(ledger, NOON + 130) == 100
+
+
+def test_a_429_ends_that() -> None:
+    """It says how full the minute was: that counts now, and leaves bit by bit."""
+    ledger = told(Limits(250, 5000, 0.05), remaining=4799)
+    ledger.cool(NOON + 1, 30)
+    probe = ledger.admit(NOON + 50, MISS)
+    assert isinstance(probe, Admitted)
+    ledger.settle(probe, NOON + 50, 4798)
+    assert admitted(ledger, NOON + 50) == 100
+
+
+@pytest.mark.parametrize(
+    ("told_at_s", "lately"),
+    [
+        pytest.param(600.0, 12, id="long-ago-and-evenly"),
+        pytest.param(50.0, 120, id="within-the-minute"),
+    ],
+)
+def test_doubts(told_at_s: float, lately: int) -> None:
+    """A ledger that missed something lets one call go alone; what was called since may be of this minute."""
+    ledger, now = told(Limits(250, 5000, 0.05)), NOON + told_at_s
+    left = ledger.standing(now)[0]
+    ledger.doubt()
+    assert admitted(ledger, now, REFRESH) == 1
+    ledger.settle(Admitted(now + CALL_S, (0, 0)), now, 4998 - 120)
+    assert ledger.remaining() == (left - 1 - lately, 4998 - 120)
+    assert admitted(ledger, now) == 100
+    assert admitted(ledger, now) == 237 - (250 - left) - 121 - 100 + (lately < 120)
+
+
+def test_no_doubts_after_another_ledger_has_told() -> None:
+    """What it knew counts here."""
+    ledger = told()
+    ledger.doubt()
+    ledger.follow(NOON, (9, 39))
+    assert admitted(ledger, NOON) == 7
 
 
 def test_a_call_shorter_than_a_turn_is_all_of_it() -> None:

@@ -130,7 +130,7 @@ async def test_both_let_a_refresh_pass_by_the_call_that_asks_for_others(links: l
     await pair.ask(now, ("admit", CallClass.WRITE))
     await pair.ask(now, ("settle", 17, True, True))
     for call_class in (CallClass.MISS, CallClass.REFRESH, CallClass.WRITE):
-        await pair.ask(now + 1, ("admit", call_class))
+        await pair.ask(now + LIMITS.minute_s, ("admit", call_class))
     assert len(pair.pending) == 2
 
 
