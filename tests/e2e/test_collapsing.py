@@ -172,6 +172,7 @@ async def test_all_callers_leave(
     async with simulator.hold() as gate:
         asking = [asyncio.create_task(get(crowd, service, token.value)) for _ in range(10)]
         await all_wait(service, 10)
+        await gate.arrived()  # else it may still wait for its turn, and nobody would want it any more
         for each in asking:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
