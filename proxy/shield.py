@@ -1,22 +1,23 @@
 """The gate around the upstream: no call passes beyond the token's quota, nor during a cool-down or an outage.
 
-It is an Upstream that wraps the real one. A call asks the token's account first, waits for its turn where
-that comes soon, and tells the account afterwards. Where the process ends before there is room, and time for
-the call, it is refused as where there is none; what is in the air at the end is given up. Nobody waits here
-for a flight that all its callers have left.
+It is an Upstream that wraps the real one. A call asks the token's account first, waits for its turn and then
+for a connection where these come soon, and tells the account afterwards. Where the process ends before there
+is room, and time for the call, it is refused as where there is none; what is in the air at the end is given
+up. Nobody waits here for a flight that all its callers have left.
 """
 
 import asyncio
 import math
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from http import HTTPStatus
 from typing import NamedTuple, Protocol, TypeVar
 
 from proxy.accounts import Account, Accounts, Settlement, Turn
 from proxy.closing import Closing
+from proxy.connections import Connections
 from proxy.core.breaker import Breaker
 from proxy.core.errors import (
     Overloaded,
@@ -56,7 +57,10 @@ class Upstream(Protocol):
 
 
 class Shield:
-    """Asks the upstream for calls that may be made. `total_timeout_s` bounds each, from its admission."""
+    """Asks the upstream for calls that may be made.
+
+    `max_wait_s` bounds what a call waits here, `total_timeout_s` the call itself.
+    """
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Shield:
         accounts: Accounts,
         strangers: Accounts,
         limits: Limits,
+        connections: Connections,
         *,
         max_wait_s: float,
         total_timeout_s: float,
@@ -76,6 +81,7 @@ class Shield:
         self._accounts = accounts
         self._strangers = strangers
         self._limits = limits
+        self._connections = connections
         self._max_wait_s = max_wait_s
         self._total_timeout_s = total_timeout_s
         self._previous_partition = previous_partition
@@ -141,19 +147,22 @@ class Shield:
         """
         breaker = self._breakers[route]
         self._refuse_while_paused(breaker)
+        give_up = self._monotonic() + (self._max_wait_s if patient else 0.0)
         account = Account(partition, caller, self._previous_partition and self._previous_partition(token))
         name = (partition, call_class is CallClass.WRITE)
         line = self._lines.setdefault(name, _Line())
         line.calls += 1
         try:
             turn = await self._turn(line, account, call_class, patient=patient)
-            try:
-                self._refuse_while_paused(breaker)
-            except UpstreamPaused:
-                await self._accounts.give_back(account, turn)
-                raise
-            async with self._passage(breaker, account, turn) as passage:
-                yield passage
+            async with AsyncExitStack() as held:
+                try:
+                    await self._connect(held, partition if turn.known else _STRANGERS.partition, give_up)
+                    self._refuse_while_paused(breaker)
+                except BaseException:  # also where it was given up: the turn was not used
+                    await self._accounts.give_back(account, turn)
+                    raise
+                async with self._passage(breaker, account, turn) as passage:
+                    yield passage
         finally:
             line.calls -= 1
             if not line.calls:
@@ -259,6 +268,15 @@ class Shield:
                 await self._accounts.give_back(account, turn)
         if not admitted:
             raise Overloaded("too many tokens that the API does not know; try again in a moment")
+
+    async def _connect(self, held: AsyncExitStack, owner: Partition, give_up: float) -> None:
+        """Take a connection, for as long as it is `held`. Raises Overloaded."""
+        try:
+            with while_awaited():
+                async with self._closing.timeout(give_up - self._monotonic(), spare_s=self._total_timeout_s):
+                    await held.enter_async_context(self._connections.one(owner))
+        except TimeoutError:
+            raise Overloaded("all connections to the upstream are busy; try again in a moment") from None
 
     # -- after the call -------------------------------------------------------------------------
 

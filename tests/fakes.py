@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from proxy.accounts import Accounts
 from proxy.closing import Closing
+from proxy.connections import Connections
 from proxy.core.events import QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer
@@ -153,6 +154,7 @@ class Gate(NamedTuple):
     strangers: FakeLedger
     waits: list[QuotaWait]
     closing: Closing
+    connections: Connections
 
 
 def gate(
@@ -164,6 +166,7 @@ def gate(
     unknown_per_minute: int = 5,
     replicas: int = 1,
     previous: Callable[[Token], Partition] | None = None,
+    max_connections: int = 100,
 ) -> Gate:
     """Make a shield whose minute lasts 6 s; unless told otherwise, for a token that the upstream knows."""
     limits = Limits(per_minute, 5000, reserve, minute_s=6.0, hour_s=360.0)
@@ -174,11 +177,13 @@ def gate(
         ledger.of(SOMEBODY).follow(_now(), (per_minute, 5000))
     waits: list[QuotaWait] = []
     closing = Closing(_now)
+    connections = Connections(max_connections)
     shield = Shield(
         api,
         accounts(ledger, replicas=replicas),
         accounts(strangers, replicas=replicas, call_s=0.0),
         limits,
+        connections,
         max_wait_s=max_wait_s,
         total_timeout_s=CALL_S,
         previous_partition=previous,
@@ -186,7 +191,7 @@ def gate(
         monotonic=_now,
         closing=closing,
     )
-    return Gate(shield, api, ledger, strangers, waits, closing)
+    return Gate(shield, api, ledger, strangers, waits, closing, connections)
 
 
 def _now() -> float:

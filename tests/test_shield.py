@@ -1,6 +1,7 @@
 """The gate: who may call, who waits for how long, and what those who leave leave. Time is a number here."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -186,6 +187,159 @@ def test_an_overload_starves_nobody() -> None:
         assert first.done()
         assert it.api.asked[2][1] == "99"
         await asyncio.sleep(20)
+
+    run(main())
+
+
+# -- connections -------------------------------------------------------------------------------------
+
+
+TEAMS = [Partition(f"{number:032x}") for number in range(6)]
+
+
+def ask_as(gate: Gate, partition: Partition, number: int = 1, **how: object) -> asyncio.Task[Answer]:
+    """Ask for a token that the upstream knows, in a task of its own."""
+    gate.ledger.known.add(partition)
+    gate.ledger.of(partition).follow(now(), (10, 5000))
+    return asyncio.create_task(gate.shield.ask(call(number, partition), **how))  # type: ignore[arg-type]
+
+
+def test_whoever_finds_no_connection_waits_for_one() -> None:
+    """In order of arrival; the call has its whole time from then on."""
+
+    async def main() -> None:
+        it, began = gate(max_connections=2), now()
+        it.api.takes_s = 1.5
+        asking = [ask_as(it, team, number) for number, team in enumerate(TEAMS)]
+        assert [await outcome(each) for each in asking] == [200] * 6
+        asked = [(round(at - began, 3), text) for at, text in it.api.asked]
+        assert asked == [(0, "0"), (0, "1"), (1.5, "2"), (1.5, "3"), (3, "4"), (3, "5")]
+        assert not it.connections._of_one
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("how", "refused_at_s"),
+    [
+        pytest.param({}, 1.0, id="patient"),
+        pytest.param({"call_class": CallClass.WRITE}, 1.0, id="write"),
+        pytest.param({"patient": False}, 0.0, id="with-something-to-serve"),
+        pytest.param({"patient": False, "call_class": CallClass.REFRESH}, 0.0, id="refresh"),
+    ],
+)
+def test_whoever_finds_no_connection_in_time(how: dict[str, object], refused_at_s: float) -> None:
+    """It is overload of ours: nothing counts, neither against the upstream nor against the token."""
+
+    async def main() -> None:
+        it, began = gate(max_connections=1, max_wait_s=1.0), now()
+        it.api.takes_s = 1.5
+        busy = ask(it)
+        await settle_down()
+        refused = [ask_as(it, TEAMS[0], **how) for _ in range(FAILURES)]
+        with pytest.raises(Overloaded, match="all connections to the upstream are busy"):
+            await refused[0]
+        assert [await outcome(each) for each in refused] == [(Overloaded, 0.0)] * FAILURES
+        assert round(now() - began, 3) == refused_at_s
+        assert it.ledger.of(TEAMS[0]).remaining()[0] == 10
+        assert not it.shield.breaker_open
+        assert await outcome(busy) == 200
+        assert len(it.api.asked) == 1
+        assert await outcome(ask_as(it, TEAMS[0])) == 200
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_what_was_waited_for_the_quota_is_not_waited_for_a_connection() -> None:
+    """Both together last no longer than the caller was promised."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1, max_connections=1, max_wait_s=7.0), now()
+        assert await outcome(ask(it)) == 200
+        waiting = ask(it)
+        await asyncio.sleep(6.0)
+        it.api.takes_s = 1.5
+        busy = ask_as(it, TEAMS[0])
+        assert await outcome(waiting) == (Overloaded, 0.0)
+        assert round(now() - began, 3) == 7.0
+        assert await outcome(busy) == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        pytest.param([SOMEBODY] * 6, id="one-token"),
+        pytest.param([Partition(f"f{number:031x}") for number in range(6)], id="tokens-that-are-not-known"),
+    ],
+)
+def test_nobody_has_all_connections(many: list[Partition]) -> None:
+    """One token has half of them at most, whatever it waits for; so have all together that are not known."""
+
+    async def main() -> None:
+        it, began = gate(max_connections=4, unknown_per_minute=10), now()
+        it.api.takes_s = 1.0
+        asking = [asyncio.create_task(it.shield.ask(call(0, each))) for each in many]
+        await settle_down()
+        asking += [ask_as(it, team, number) for number, team in enumerate(TEAMS[:2], 1)]
+        assert [await outcome(each) for each in asking] == [200] * 8
+        asked = sorted((round(at - began), text) for at, text in it.api.asked)
+        assert asked == [(0, "0"), (0, "0"), (0, "1"), (0, "2"), (1, "0"), (1, "0"), (2, "0"), (2, "0")]
+
+    run(main())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=lambda place: f"number-{place}-in-line")
+def test_whoever_leaves_while_waiting_for_a_connection(place: int) -> None:
+    """Gives its turn back; the others keep their order, and lose no time."""
+
+    async def main() -> None:
+        it, began = gate(max_connections=1), now()
+        it.api.takes_s = 1.0
+        busy = ask(it, 9)
+        await settle_down()
+        asking = [ask_as(it, team, number) for number, team in enumerate(TEAMS[:3])]
+        await settle_down()
+        asking[place].cancel()
+        others = [each for number, each in enumerate(asking) if number != place]
+        assert [await outcome(each) for each in (busy, *others)] == [200] * 3
+        left = [str(number) for number in range(3) if number != place]
+        assert [(round(at - began), text) for at, text in it.api.asked[1:]] == [(1, left[0]), (2, left[1])]
+        assert it.ledger.of(TEAMS[place]).remaining()[0] == 10
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_whoever_waits_for_a_connection_at_the_end() -> None:
+    """It is told while there is time for a call yet, as whoever waits for the quota."""
+
+    async def main() -> None:
+        it, began = gate(max_connections=1), now()
+        it.api.takes_s = 1.9
+        busy = ask(it)
+        await settle_down()
+        waiting = ask_as(it, TEAMS[0])
+        asyncio.get_running_loop().call_later(0.25, it.closing.announce, began + 3.0)
+        assert await outcome(waiting) == (Overloaded, 0.0)
+        assert round(now() - began, 3) == 1.0
+        assert await outcome(busy) == 200
+
+    run(main())
+
+
+def test_nobody_is_asked_who_failed_while_a_connection_was_waited_for() -> None:
+    """The breaker is looked at again."""
+
+    async def main() -> None:
+        it = gate(max_connections=1, per_minute=20)
+        it.api.answer, it.api.takes_s = unreachable, 0.1
+        asking = [ask_as(it, team, number) for team in TEAMS for number in range(2)]
+        results = Counter([await outcome(each) for each in asking])
+        assert results == {(UpstreamUnreachable, 0.0): FAILURES, (UpstreamPaused, 0.0): 12 - FAILURES}
+        assert it.ledger.given_back == 12 - FAILURES
 
     run(main())
 

@@ -20,8 +20,9 @@ from typing import Any, Self
 import aiohttp
 import pytest
 import trustme
-from support import DROPLET_PATH, Serve, app, bearer, free_port, scrape
+from support import DROPLET_PATH, Serve, app, bearer, free_port, scrape, total
 
+from proxy.core.breaker import FAILURES
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
 
 MIB = 1 << 20
@@ -282,6 +283,29 @@ async def test_more_requests_than_connections(
             await gate.arrived()
         assert await asyncio.gather(*asked) == [200] * len(asked)
     assert simulator.connections_opened == 1
+
+
+async def test_no_connection_in_time(simulator: Simulator, client: aiohttp.ClientSession) -> None:
+    """It is an overload of ours, told in the time that a miss may wait: the upstream did not fail."""
+    tokens = [simulator.world.token() for _ in range(FAILURES + 1)]
+
+    async def ask(token: Token) -> tuple[int, str, str | None]:
+        async with client.get(at.api + DROPLET_PATH, headers=bearer(token.value)) as response:
+            id_ = (await response.json()).get("id", "")
+            return response.status, id_, response.headers.get("Retry-After")
+
+    settings = ("upstream.max_connections=1", "quota.max_wait_s=0.3")
+    async with app(f"upstream.base_url={simulator.url}", *settings) as at, asyncio.timeout(PATIENCE_S):
+        async with simulator.hold() as gate:
+            first = asyncio.create_task(ask(tokens[0]))
+            await gate.arrived()
+            others = await asyncio.gather(*(ask(token) for token in tokens[1:]))
+        assert others == [(503, "overloaded", "1")] * FAILURES
+        assert (await first)[0] == 200
+        metrics = await scrape(at.admin)
+        assert (await ask(simulator.world.token()))[0] == 200
+    assert total(metrics, "snapshot_proxy_upstream_breaker_open") == 0
+    assert total(metrics, "snapshot_proxy_upstream_requests_total") == 1
 
 
 # -- what stands where the upstream should be --------------------------------------------------

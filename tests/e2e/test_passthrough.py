@@ -609,6 +609,35 @@ async def test_a_body_that_takes_longer_than_a_call(upstream: Upstream) -> None:
         writer.close()
 
 
+async def test_an_answer_that_takes_long(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """It has a connection until its end; one token's leave some to the others."""
+    go_on = asyncio.Event()
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"ratelimit-remaining": "4999"})
+        await response.prepare(request)
+        if request.path == "/v2/images":
+            await response.write(b"x")
+            await go_on.wait()
+        return response
+
+    async def account(token: str) -> int:
+        async with wire.get(f"{at.api}/v2/account", headers=bearer(token)) as response:
+            return response.status
+
+    upstream.handler = answer
+    few = ("upstream.max_connections=2", "quota.max_wait_s=0.3")
+    async with app(f"upstream.base_url={upstream.url}", ON, *few) as at:
+        assert [await account(token) for token in (TOKEN, "another")] == [200, 200]
+        async with wire.get(f"{at.api}/v2/images") as response:
+            await response.content.readexactly(1)
+            assert [await account(token) for token in (TOKEN, "another")] == [503, 200]
+            go_on.set()
+            await response.read()
+        await _quiet(at)
+        assert await account(TOKEN) == 200
+
+
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
