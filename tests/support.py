@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -64,18 +65,37 @@ def bearer(token: str) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def app(*overrides: str, clock_scale: float = 1.0) -> AsyncIterator[Addresses]:
-    """Run the service in this process, on free ports; `overrides` as after `--set`."""
+    """Run the service in this process, on free ports, and well; `overrides` as after `--set`."""
     settings = load(
         config_file=None,
         overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *PATIENT, *overrides],
         environ={},
     ).settings
     service = App(settings, clock_scale=clock_scale)
-    addresses = await service.start()
+    async with nothing_uncaught():
+        addresses = await service.start()
+        try:
+            yield addresses
+        finally:
+            await service.stop(lame_duck=False)
+
+
+@contextlib.asynccontextmanager
+async def nothing_uncaught() -> AsyncIterator[None]:
+    """Let no task fail without anybody who takes note. Where somebody listens already, that is theirs."""
+    loop = asyncio.get_running_loop()
+    if loop.get_exception_handler() is not None:
+        yield
+        return
+    uncaught: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: uncaught.append(context))
     try:
-        yield addresses
+        yield
+        gc.collect()
+        await asyncio.sleep(0)
     finally:
-        await service.stop(lame_duck=False)
+        loop.set_exception_handler(None)
+    assert not uncaught
 
 
 class Serve:
