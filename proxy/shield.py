@@ -154,9 +154,11 @@ class Shield:
         line.calls += 1
         try:
             turn = await self._turn(line, account, call_class, patient=patient)
+            # What is passed through may last, and tokens can be made up: these count as one.
+            one = turn.known or route is not Route.PASSTHROUGH
             async with AsyncExitStack() as held:
                 try:
-                    await self._connect(held, partition if turn.known else _STRANGERS.partition, give_up)
+                    await self._connect(held, partition if one else _STRANGERS.partition, give_up)
                     self._refuse_while_paused(breaker)
                 except BaseException:  # also where it was given up: the turn was not used
                     await self._accounts.give_back(account, turn)

@@ -22,7 +22,7 @@ from proxy.core.errors import (
     UpstreamUnreachable,
 )
 from proxy.core.events import Route, Standing
-from proxy.core.identity import ListKey, Partition
+from proxy.core.identity import ListKey, Partition, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
@@ -268,25 +268,43 @@ def test_what_was_waited_for_the_quota_is_not_waited_for_a_connection() -> None:
     run(main())
 
 
+STRANGERS = [Partition(f"f{number:031x}") for number in range(6)]
+
+
 @pytest.mark.parametrize(
-    "many",
+    ("route", "many", "at_s"),
     [
-        pytest.param([SOMEBODY] * 6, id="one-token"),
-        pytest.param([Partition(f"f{number:031x}") for number in range(6)], id="tokens-that-are-not-known"),
+        pytest.param(Route.SNAPSHOT, [SOMEBODY] * 6, [0, 0, 1, 1, 2, 2], id="one-token"),
+        pytest.param(Route.PASSTHROUGH, [SOMEBODY] * 6, [0, 0, 1, 1, 2, 2], id="one-token-passed-through"),
+        pytest.param(Route.PASSTHROUGH, STRANGERS, [0, 0, 1, 1, 2, 2], id="strangers-passed-through"),
+        pytest.param(Route.SNAPSHOT, STRANGERS, [0, 0, 0, 0, 1, 1], id="strangers"),
     ],
 )
-def test_nobody_has_all_connections(many: list[Partition]) -> None:
-    """One token has half of them at most, whatever it waits for; so have all together that are not known."""
+def test_nobody_has_all_connections(route: Route, many: list[Partition], at_s: list[int]) -> None:
+    """One token has half of them at most, whatever it waits for; and so have all that may be made up.
+
+    That is for what may last: other calls of these end soon, and are few.
+    """
 
     async def main() -> None:
         it, began = gate(max_connections=4, unknown_per_minute=10), now()
         it.api.takes_s = 1.0
-        asking = [asyncio.create_task(it.shield.ask(call(0, each))) for each in many]
-        await settle_down()
-        asking += [ask_as(it, team, number) for number, team in enumerate(TEAMS[:2], 1)]
-        assert [await outcome(each) for each in asking] == [200] * 8
-        asked = sorted((round(at - began), text) for at, text in it.api.asked)
-        assert asked == [(0, "0"), (0, "0"), (0, "1"), (0, "2"), (1, "0"), (1, "0"), (2, "0"), (2, "0")]
+
+        async def pass_by(partition: Partition) -> None:
+            passing = it.shield.admitted(route, Token("token"), partition, "other", CallClass.MISS)
+            async with passing as passage:
+                passage.answered((await it.api.ask(call(0, partition), passage.deadline)).status, (), None)
+
+        async with asyncio.TaskGroup() as passing:
+            for each in many:
+                passing.create_task(pass_by(each))
+            await settle_down()
+            others = [ask_as(it, team, number) for number, team in enumerate(TEAMS[:2], 1)]
+        assert [await outcome(each) for each in others] == [200] * 2
+        asked = [(round(at - began), text) for at, text in it.api.asked]
+        assert [at for at, text in asked if text == "0"] == at_s
+        free_at = 0 if at_s.count(0) == 2 else 1
+        assert [each for each in asked if each[1] != "0"] == [(free_at, "1"), (free_at, "2")]
 
     run(main())
 

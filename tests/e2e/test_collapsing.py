@@ -197,7 +197,7 @@ async def test_different_tokens_share_nothing(crowd: aiohttp.ClientSession) -> N
         Simulator(world=world) as simulator,
         Serve(
             f"upstream.base_url={simulator.url}",
-            f"upstream.max_connections={2 * CALLERS}",  # strangers have half of them
+            f"upstream.max_connections={CALLERS}",
             "redis.timeout_s=5",
             MANY_STRANGERS,
         ) as service,
