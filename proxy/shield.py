@@ -345,8 +345,8 @@ class Passage:
         """Take note of the answer's status and of what it says about the quota."""
         self.status = status
         self.retry_after_s = retry_after_s
-        # On a 429 it can mean either window: it says nothing about the hour.
-        if status != HTTPStatus.TOO_MANY_REQUESTS:
+        # On a 429 it can mean either window: it says nothing about the hour. On a 401 it is nobody's.
+        if status not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.UNAUTHORIZED):
             self.remaining_told = parse_remaining(dict(ratelimit).get("ratelimit-remaining", ""))
 
     def settlement(self) -> Settlement:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 from redis.asyncio import Redis
-from support import DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
+from support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.app import Addresses
 from proxy.simulator import Fault, FaultKind, Simulator, Token
@@ -407,6 +407,12 @@ async def test_a_bad_token_costs_one_call(simulator: Simulator, client: aiohttp.
             assert error["id"].lower() == "unauthorized"
             return str(error["message"])
 
+        async def all_wait(admin: str) -> bool:
+            """Tell whether every call is under way, and every read has its lease: then it is in line."""
+            seen = await scrape(admin)
+            leases = total(seen, "snapshot_proxy_store_operations_total", operation="lease")
+            return total(seen, "snapshot_proxy_flights") == 87 and leases >= 80
+
         async with simulator.hold() as gate:
             asking = [
                 asyncio.create_task(ask("GET", f"/v2/snapshots/{10**9 + number}")) for number in range(80)
@@ -416,8 +422,8 @@ async def test_a_bad_token_costs_one_call(simulator: Simulator, client: aiohttp.
             ]
             asking += [asyncio.create_task(ask(method, "/v2/account")) for method in ("GET", "POST")]
             await gate.arrived(1)
-            async with asyncio.timeout(5):
-                while total(await scrape(at.admin), "snapshot_proxy_flights") < 87:  # noqa: ASYNC110 # so all wait
+            async with asyncio.timeout(DEADLINE_S):
+                while not await all_wait(at.admin):  # noqa: ASYNC110 # nothing announces it
                     await asyncio.sleep(0.01)
             gate.release()
             messages = await asyncio.gather(*asking)
