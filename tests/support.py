@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import re
@@ -91,7 +90,6 @@ async def nothing_uncaught() -> AsyncIterator[None]:
     loop.set_exception_handler(lambda _, context: uncaught.append(context))
     try:
         yield
-        gc.collect()
         await asyncio.sleep(0)
     finally:
         loop.set_exception_handler(None)
