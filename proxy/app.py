@@ -144,16 +144,7 @@ class App:
             store,
             shield,
             flights,
-            Policy(
-                fresh_s=settings.cache.fresh_s,
-                list_fresh_s=settings.cache.list_fresh_s,
-                negative_s=settings.cache.negative_s,
-                stale_while_revalidate_s=settings.cache.stale_while_revalidate_s,
-                stale_if_error_s=settings.cache.stale_if_error_s,
-                max_fresh_s=settings.cache.max_fresh_s,
-                jitter=settings.cache.jitter,
-                public_url=settings.server.public_url,
-            ),
+            cache_policy(settings),
             invalidator,
             total_timeout_s=settings.upstream.total_timeout_s,
             max_wait_s=settings.quota.max_wait_s,
@@ -363,6 +354,21 @@ def raise_file_limit(settings: Settings) -> tuple[int, int]:
     if soft != resource.RLIM_INFINITY and soft < reachable:
         resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
     return reachable, wanted
+
+
+def cache_policy(settings: Settings) -> Policy:
+    """Take the lifetimes from the settings."""
+    cache = settings.cache
+    return Policy(
+        fresh_s=cache.fresh_s,
+        list_fresh_s=cache.list_fresh_s,
+        negative_s=cache.negative_s,
+        stale_while_revalidate_s=cache.stale_while_revalidate_s,
+        stale_if_error_s=cache.stale_if_error_s,
+        max_fresh_s=cache.max_fresh_s,
+        jitter=cache.jitter,
+        public_url=settings.server.public_url,
+    )
 
 
 def upstream_options(settings: Settings) -> UpstreamOptions:

@@ -20,13 +20,14 @@ from virtual import now, run
 
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.accounts import Accounts
+from proxy.app import cache_policy
 from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
 from proxy.core.identity import EntryKey, ListKey, Partition, SnapshotId, Token
-from proxy.core.policy import Answer, Policy
+from proxy.core.policy import Answer
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.edge.answers import failed_response, served_response
@@ -209,15 +210,7 @@ class Outage:
             self._store,
             shield,
             flights,
-            Policy(
-                fresh_s=CACHE.fresh_s,
-                list_fresh_s=CACHE.list_fresh_s,
-                negative_s=CACHE.negative_s,
-                stale_while_revalidate_s=CACHE.stale_while_revalidate_s,
-                stale_if_error_s=CACHE.stale_if_error_s,
-                max_fresh_s=CACHE.max_fresh_s,
-                jitter=CACHE.jitter,
-            ),
+            cache_policy(SETTINGS),
             Invalidator(self._store, lambda _: None),
             total_timeout_s=TIMEOUT_S,
             max_wait_s=QUOTA.max_wait_s,

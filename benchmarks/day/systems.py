@@ -14,11 +14,12 @@ from benchmarks.day.clock import VirtualLoop, begin
 from benchmarks.day.fleet import Fleet, Read
 from benchmarks.day.redis import Books, Kept, MemoryStore
 from proxy.accounts import Accounts
+from proxy.app import cache_policy
 from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.errors import ProxyError, UpstreamUnreachable
 from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
-from proxy.core.policy import Answer, Policy
+from proxy.core.policy import Answer
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.fetching import Fetched, is_failure
@@ -214,15 +215,7 @@ class Ours:
         unknown = Limits(quota.unknown_per_minute, quota.unknown_per_minute * 60, 0.0)
         self._books = Books(limits, self._tokens, call_s=call_s, now=now)
         strangers = Books(unknown, call_s=0.0, now=now)
-        policy = Policy(
-            fresh_s=settings.cache.fresh_s,
-            list_fresh_s=settings.cache.list_fresh_s,
-            negative_s=settings.cache.negative_s,
-            stale_while_revalidate_s=settings.cache.stale_while_revalidate_s,
-            stale_if_error_s=settings.cache.stale_if_error_s,
-            max_fresh_s=settings.cache.max_fresh_s,
-            jitter=settings.cache.jitter,
-        )
+        policy = cache_policy(settings)
 
         def accounts(books: Books, limits: Limits, call_s: float) -> Accounts:
             return Accounts(books, limits, call_s=call_s, replicas=lambda: fleet.replicas, monotonic=now)
