@@ -54,16 +54,48 @@ class Abandoned(Exception):
     """Nobody waits any more for the flight that this runs in, and nothing was sent for it: it ends."""
 
 
+class _Aboard:
+    """Who waits for a flight, as it knows of them itself: nothing of what it brings hangs on this."""
+
+    __slots__ = ("abandoned", "callers", "idle")
+
+    def __init__(self) -> None:
+        self.callers = 0
+        self.abandoned = False
+        self.idle = False
+
+    @contextmanager
+    def idling(self) -> Iterator[None]:
+        """End the flight here when the last caller leaves, or has left."""
+        if not self.callers:
+            self.abandoned = True
+            raise Abandoned
+        self.idle = True
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if self.abandoned and not task.uncancel():  # else somebody else cancelled it, too
+                raise Abandoned from None
+            raise
+        finally:
+            self.idle = False
+
+
 class _Flight(Generic[T]):
-    __slots__ = ("_idle", "abandoned", "callers", "failed", "landed_at", "task")
+    __slots__ = ("aboard", "failed", "landed_at", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[T]
-        self.callers = 0
-        self.abandoned = False
+        self.aboard = _Aboard()
         self.landed_at: float | None = None
         self.failed = False
-        self._idle = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Tell whether it ended for want of callers."""
+        return self.aboard.abandoned
 
     def answers(self, since: float) -> bool:
         """Tell whether it is for a caller who began to look then."""
@@ -73,39 +105,25 @@ class _Flight(Generic[T]):
 
     async def landing(self) -> T:
         """Wait for its end, as one of its callers."""
-        self.callers += 1
+        aboard = self.aboard
+        aboard.callers += 1
         try:
             return await asyncio.shield(self.task)
         finally:
-            self.callers -= 1
-            if not self.callers and self._idle:
-                self.abandoned = True
+            aboard.callers -= 1
+            if not aboard.callers and aboard.idle:
+                aboard.abandoned = True
                 self.task.cancel()
 
-    @contextmanager
-    def idling(self) -> Iterator[None]:
-        """End here when the last caller leaves, or has left."""
-        if not self.callers:
-            self.abandoned = True
-            raise Abandoned
-        self._idle = True
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self.abandoned and not self.task.uncancel():  # else somebody else cancelled it, too
-                raise Abandoned from None
-            raise
-        finally:
-            self._idle = False
 
-
-_CURRENT: ContextVar[_Flight[Any] | None] = ContextVar("flight", default=None)
+_CURRENT: ContextVar[_Aboard | None] = ContextVar("aboard", default=None)
+"""Of the flight that runs here. Not the flight: each task, timer and connection made in it keeps this."""
 
 
 def while_awaited() -> AbstractContextManager[None]:
     """Make a context for idle waits: Abandoned is raised in it as soon as the flight has no callers left."""
-    flight = _CURRENT.get()
-    return nullcontext() if flight is None else flight.idling()
+    aboard = _CURRENT.get()
+    return nullcontext() if aboard is None else aboard.idling()
 
 
 def end_if_abandoned() -> None:
@@ -157,7 +175,7 @@ class Flights(Generic[T]):
         if flight is None or flight.abandoned:
             with suppress(Overloaded):
                 flight = self._take_off(owner, key, fetch)
-                flight.callers += 1  # one who never leaves
+                flight.aboard.callers += 1  # one who never leaves
                 flight.task.add_done_callback(_tell)
 
     async def alone(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> U:
@@ -177,9 +195,10 @@ class Flights(Generic[T]):
             raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
 
         flight: _Flight[U] = _Flight()
+        aboard = flight.aboard
 
         async def fly() -> U:
-            _CURRENT.set(flight)
+            _CURRENT.set(aboard)
             try:
                 return await fetch()
             except Abandoned:

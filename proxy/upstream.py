@@ -12,6 +12,7 @@ import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Literal
 
 import aiohttp
@@ -39,6 +40,9 @@ from proxy.core.request import Call
 USER_AGENT = f"snapshot-proxy/{__version__}"
 
 _CHUNK_BYTES = 65_536
+_TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
+"""They tell of the token, and end or stop something: what they say in words is the least of it."""
+
 _LONGEST_VALIDATOR = 255
 _GZIP = 16 + zlib.MAX_WBITS
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
@@ -111,7 +115,7 @@ class Upstream:
                     proxy=self._options.http_proxy or None,
                 )
                 async with response:
-                    body = await _read(response, self._options.max_body_bytes)
+                    body = await self._body(response)
             status = response.status
         except (aiohttp.ClientError, OSError, zlib.error) as error:  # TimeoutError is an OSError
             translated = _translate(error)
@@ -127,6 +131,15 @@ class Upstream:
             retry_after_s=parse_retry_after(response.headers.get("Retry-After", "")),
             ratelimit=ratelimit(response.headers),
         )
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        """Read an answer's body. What some statuses say counts even where that cannot be read."""
+        try:
+            return await _read(response, self._options.max_body_bytes)
+        except (UpstreamInvalid, aiohttp.ClientError, OSError, zlib.error):
+            if response.status in _TELLING:
+                return b""
+            raise
 
     @asynccontextmanager
     async def stream(

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import weakref
 from collections.abc import Awaitable
 from contextlib import nullcontext
 from random import Random
@@ -297,6 +298,25 @@ async def test_what_is_abandoned_tidies_up_undisturbed(flights: Flights[object],
     gc.collect()
     assert seen == [Abandoned, 0] * 2
     assert (len(flights), reported) == (0, [])
+
+
+async def test_what_was_brought_is_not_held(flights: Flights[object]) -> None:
+    """Without the garbage collector it is gone when its callers are: an answer may be large."""
+
+    class Answer:
+        """What can be watched."""
+
+    async def fetch() -> object:
+        asyncio.get_running_loop().call_later(60, list)  # like a connection, it keeps the flight's context
+        return Answer()
+
+    gc.disable()
+    try:
+        watched = weakref.ref(await flights.alone(OWNER, fetch))
+        await started()
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("first", ["its-caller", "the-service"])

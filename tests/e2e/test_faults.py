@@ -502,6 +502,50 @@ async def test_odd_answer_that_is_right(client: aiohttp.ClientSession, words: by
 
 
 @pytest.mark.parametrize(
+    ("no", "asked"),
+    [
+        pytest.param(b"401 Unauthorized", [2, 3, 4], id="401"),
+        pytest.param(b"403 Forbidden", [2, 3, 4], id="403"),
+        pytest.param(b"429 Too Many Requests", [2, 2, 2], id="429"),
+    ],
+)
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param(b"Content-Length: 9\r\n\r\n{", id="truncated"),
+        pytest.param(b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}", id="in-a-coding-unasked"),
+        pytest.param(b"Content-Length: 9000000\r\n\r\n" + b"a" * 4096, id="too-long"),
+    ],
+)
+async def test_a_no_counts_without_its_words(
+    client: aiohttp.ClientSession, no: bytes, rest: bytes, asked: list[int]
+) -> None:
+    """It ends what is cached, or stops the token's calls, as it would with them."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.read_request(reader)
+        head = b"HTTP/1.1 " + no + b"\r\nRetry-After: 30\r\nConnection: close\r\n"
+        writer.write(answer(TRUE) if upstream.requests == 1 else head + rest)
+        writer.write_eof()
+        await reader.read()
+
+    upstream, counts = Upstream(talk), []
+    async with upstream, app(f"upstream.base_url={upstream.url}", *SETTINGS) as at:
+
+        async def ask(path: str, **directives: str) -> int:
+            async with client.get(at.api + path, headers=bearer("one") | directives) as response:
+                counts.append(upstream.requests)
+                return response.status
+
+        status = int(no[:3])
+        assert await ask(DROPLET_PATH) == 200
+        assert await ask(DROPLET_PATH, **{"Cache-Control": "no-cache"}) == status
+        assert await ask(DROPLET_PATH) == (200 if status == 429 else status)
+        assert await ask("/v2/snapshots/1") == status
+    assert counts == [1, *asked]
+
+
+@pytest.mark.parametrize(
     "apart", [pytest.param(False, id="at-once"), pytest.param(True, id="a-moment-later")]
 )
 async def test_answer_that_nobody_asked_for(client: aiohttp.ClientSession, *, apart: bool) -> None:
