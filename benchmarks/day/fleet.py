@@ -152,7 +152,7 @@ class Day:
     def draw(self, token: int, size: int, readers: Readers) -> None:
         """Add one token's readers."""
         fleet = self._fleet
-        rng = random.Random(f"{fleet.seed}/{token}/{fleet.times}")  # noqa: S311
+        rng = random.Random(f"{fleet.seed}/{token}/{fleet.times}")  # noqa: S311 # no secret
         ends = fleet.hours * HOUR_S
         popular = [*accumulate(_zipf(size))]
         numbers = range(size)
@@ -190,7 +190,7 @@ class Day:
 
     def hour(self, hour: int) -> list[Read]:
         """Give the requests of one hour, in order."""
-        draw = random.Random(f"{self._fleet.seed}/{hour}").random  # noqa: S311
+        draw = random.Random(f"{self._fleet.seed}/{hour}").random  # noqa: S311 # no secret
         replicas = self._fleet.replicas
         reads = [*self._once[hour]]
         for poller in self._pollers:

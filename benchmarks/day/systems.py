@@ -202,7 +202,7 @@ class Ours:
         self.tally = Tally()
         self._repeat_s = repeat_s
         self._loop: VirtualLoop[Read] = VirtualLoop(self._arrive)
-        self._random = Random(fleet.seed)  # noqa: S311
+        self._random = Random(fleet.seed)  # noqa: S311 # no secret
         self._store = MemoryStore(self._loop.time)
         self._calls = [_calls(token, known) for token, known in enumerate(names)]
         self._tokens = {calls[0].key.partition: token for token, calls in enumerate(self._calls)}

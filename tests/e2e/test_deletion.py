@@ -940,7 +940,7 @@ async def pair() -> AsyncIterator[Pair]:
 @pytest.mark.parametrize(("kind", "ending", "order"), interleavings())
 async def test_every_order_of_commands(pair: Pair, kind: Kind, ending: str, order: tuple[str, ...]) -> None:
     """What a fill from before writes never counts, wherever an ending's commands fall between its own."""
-    partition, name = Partition(secrets.token_hex(16)), str(random.randrange(1, 10**9))  # noqa: S311
+    partition, name = Partition(secrets.token_hex(16)), str(random.randrange(1, 10**9))  # noqa: S311 # no secret
     single, listed = EntryKey(partition, name), ListKey(partition, "page=1&per_page=20")
     key = single if kind == "single" else listed
     basis = (await pair.filling.lookup(key)).basis
