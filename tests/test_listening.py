@@ -1,0 +1,135 @@
+"""The timeout that measures another party: exact where the loop is idle, and patient where it is busy."""
+
+import asyncio
+import socket
+import time
+
+import pytest
+from virtual import now, run
+
+from proxy.listening import ListeningTimeout
+
+BUSY_S = 0.15
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 8.0])
+def test_an_idle_loop_waits_as_long_as_was_asked(seconds: float) -> None:
+    """Nobody answers: TimeoutError comes at the time that was asked for."""
+
+    async def main() -> None:
+        began = now()
+        with pytest.raises(TimeoutError):
+            async with ListeningTimeout(seconds):
+                await asyncio.get_running_loop().create_future()
+        assert now() == pytest.approx(began + seconds)
+
+    run(main())
+
+
+def test_what_ends_in_time_is_left_alone() -> None:
+    """An answer in time is given, and no timer is left that would hit anything later."""
+
+    async def main() -> None:
+        async with ListeningTimeout(1.0) as timeout:
+            await asyncio.sleep(0.9)
+        assert timeout._handle is None
+        await asyncio.sleep(5)
+
+    run(main())
+
+
+def test_without_a_limit() -> None:
+    """None waits for ever."""
+
+    async def main() -> None:
+        async with ListeningTimeout(None):
+            await asyncio.sleep(1e6)
+
+    run(main())
+
+
+def test_a_restart_moves_the_limit() -> None:
+    """From each restart on the time counts anew; None takes the limit away."""
+
+    async def main() -> None:
+        timeout = ListeningTimeout(1.0)
+
+        async def wait() -> None:
+            async with timeout:
+                await asyncio.sleep(0.9)
+                timeout.restart(None)
+                await asyncio.sleep(10)
+                timeout.restart(2.0)
+                await asyncio.get_running_loop().create_future()
+
+        began = now()
+        with pytest.raises(TimeoutError):
+            await wait()
+        assert now() == pytest.approx(began + 12.9)
+        timeout.restart(1.0)  # its time is up: nothing happens
+
+    run(main())
+
+
+def test_another_cancellation_is_not_taken_for_the_timeout() -> None:
+    """Who cancels the task gets CancelledError, not TimeoutError."""
+
+    async def main() -> None:
+        async def wait() -> None:
+            async with ListeningTimeout(5.0):
+                await asyncio.get_running_loop().create_future()
+
+        task = asyncio.create_task(wait())
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(main())
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+async def test_an_answer_that_has_arrived_counts(blocks: int) -> None:
+    """The loop is busy for longer than the timeout while the answer arrives: it is read, not judged late.
+
+    The answer passes through as many tasks as a driver has between the socket and the one that waits.
+    """
+    here, there = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=here)
+
+    async def through(tasks: int) -> bytes:
+        if tasks == 0:
+            return await reader.readline()
+        return await asyncio.create_task(through(tasks - 1))
+
+    with there:
+        async with ListeningTimeout(BUSY_S / 3):
+            waiting = asyncio.create_task(through(5))
+            await asyncio.sleep(0)
+            for _ in range(blocks):
+                time.sleep(BUSY_S)  # noqa: ASYNC251 # the fault: nothing is read meanwhile
+                await asyncio.sleep(0)
+            there.sendall(b"an answer\n")
+            time.sleep(BUSY_S)  # noqa: ASYNC251 # the same
+            assert await waiting == b"an answer\n"
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_silence_is_judged_on_a_busy_loop_too() -> None:
+    """A loop that is busy in each turn still comes to its judgement, after a bounded number of turns."""
+    turns = 0
+    loop = asyncio.get_running_loop()
+
+    def busy() -> None:
+        nonlocal turns, handle
+        turns += 1
+        time.sleep(0.01)
+        handle = loop.call_soon(busy)
+
+    handle = loop.call_soon(busy)
+    with pytest.raises(TimeoutError):
+        async with ListeningTimeout(0.02):
+            await loop.create_future()
+    handle.cancel()
+    assert 10 <= turns <= 40
