@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from aiohttp import http_parser, web
@@ -39,11 +40,12 @@ from proxy.metrics import Metrics
 from proxy.readthrough import read_through
 from proxy.settings import Settings, is_loopback, read_admin_token, read_secret
 from proxy.shield import Shield
-from proxy.storage.connect import connector
+from proxy.storage.connect import address_of, connector
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.link import Link
+from proxy.storage.readiness import trial
 from proxy.storage.store import Store
 from proxy.upstream import Upstream, UpstreamOptions
 
@@ -236,6 +238,8 @@ class App:
             redis_connector(self._settings, url),
             timeout_s=redis.timeout_s,
             connect_timeout_s=redis.connect_timeout_s,
+            address=address_of(url),
+            trial=partial(trial, redis.key_prefix),
         )
 
     async def _store(self, link: Link, keys: Keys, keyring: Keyring, metrics: Metrics) -> Store:
@@ -256,13 +260,6 @@ class App:
         )
         self._cleanup.push_async_callback(store.close)
         await store.start()
-        if not store.up:
-            event(
-                _LOG,
-                logging.WARNING,
-                "redis-away",
-                consequence="every request goes upstream until it is back",
-            )
         return store
 
     def _shield(

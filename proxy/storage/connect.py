@@ -2,10 +2,16 @@
 
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
+
+_PORT = 6379
+_BACKSTOP_S = 60.0
+"""For a read of redis-py's that ignored its cancellation. `Link` has the deadlines."""
 
 
 def connector(
@@ -28,9 +34,20 @@ def connector(
             protocol=3,
             retry=Retry(NoBackoff(), 0),  # redis-py's own: ten attempts, a minute for one command
             socket_connect_timeout=connect_timeout_s,
-            socket_timeout=connect_timeout_s,  # `Link` has the shorter deadlines
+            socket_timeout=_BACKSTOP_S,
+            # Valkey, and Redis before version 8, answer its command with an error, once a connection.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
         client.connection_pool.connection_kwargs.update(options)  # as arguments they would lose to the URL's
         return client
 
     return connect
+
+
+def address_of(url: str) -> str:
+    """Name the server at `url` for logs, without user and password: `host:port`, or the path of a socket."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return unquote(parts.path)
+    host = parts.hostname or "localhost"
+    return f"{f'[{host}]' if ':' in host else host}:{parts.port or _PORT}"

@@ -12,7 +12,8 @@ from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.identity import Partition
 from proxy.core.quota import PAUSES, TURN_S, Admitted, CallClass, Limits, Postponed
 from proxy.storage.keys import Keys
-from proxy.storage.link import Command, Link, Unavailable
+from proxy.storage.link import Link, Unavailable
+from proxy.storage.readiness import Command
 
 _MARGIN_S = 60
 """A ledger is kept for so much longer than it counts: the hour, but for the minute only where the upstream

@@ -1,43 +1,61 @@
-"""The conversation with Redis: lanes, batches, deadlines.
+"""The conversation with Redis: pipelines, and whether it is usable.
 
-The law of this file: whoever waits for Redis waits `timeout_s` at most, and cannot break anybody else's
-conversation by leaving. A *lane* is a task with one connection. It opens the connection in its own time,
-then sends whatever was asked for since its last round trip as one pipeline. While no lane is connected,
-asking fails at once.
+The law of this file: a deadline measures Redis, never this process. A *lane* is a task with one connection.
+It opens the connection in its own time, tries on it every command that the program uses, and then sends
+all that was asked for since its last round trip as one pipeline. An asker has no deadline of its own: it
+waits for a lane, and then for Redis. The lanes answer every asker:
+
+    ===============================================  ==============================================
+    what happens                                     what becomes of the askers
+    ===============================================  ==============================================
+    the replies arrive, however late they are read   each gets its own
+    one lane has no reply for `timeout_s`, others    those of that pipeline fail; the lane connects
+    have had replies since it sent                   anew
+    no lane has had a reply for `timeout_s`          those of that pipeline and those in the queue
+                                                     fail, and asking fails at once until a lane has
+                                                     had a reply again
+    a reply says that the server cannot be used      each gets its own; the lane connects anew
+    the connection ends                              those of that pipeline fail
+    the last lane has lost its connection            those in the queue fail, asking fails at once
+    ===============================================  ==============================================
+
+`timeout_s` counts only the time in which the event loop was listening.
 """
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-    ReadOnlyError,
-    TimeoutError as RedisTimeoutError,
-)
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from proxy.listening import ListeningTimeout
 from proxy.logs import event
+from proxy.storage.readiness import Command, Refusal, is_of_no_use, lost, refusal, refused
 
 T = TypeVar("T")
-Command = tuple[str | bytes | int, ...]
 
 LANES = 2
-"""While one batch is on its way, the next gathers for the other lane."""
+"""While one pipeline is on its way, the next gathers for the other lane."""
 
 MOST_WAITING = 10_000
-"""Askers in the queue, at most; more means that Redis does not keep up, and asking fails."""
+"""Askers in the queue, at most; by default there are fewer callers and fetches. Beyond it asking fails."""
+
+QUIET_S = 10.0
+"""A Redis that comes and goes is logged once in so long."""
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+_STABLE_S = 1.0
+"""After a connection that was usable for so long the back-off begins anew."""
+
 _PATIENCE_AT_START_S = 0.5
 _LOG = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
-    """Redis gave no usable reply: `too_slow` tells whether it was late, or gone or refusing."""
+    """Redis gave no usable reply: `too_slow` tells whether it was silent, or gone or refusing."""
 
     def __init__(self, *, too_slow: bool) -> None:
         super().__init__("too slow" if too_slow else "gone")
@@ -45,180 +63,213 @@ class Unavailable(Exception):
 
 
 class _Ask:
-    """One asker's commands, when they are too late, and where the replies go."""
+    """One asker's commands, and where the replies go."""
 
-    __slots__ = ("commands", "deadline", "replies")
+    __slots__ = ("commands", "replies")
 
-    def __init__(
-        self, commands: Sequence[Command], deadline: float, replies: "asyncio.Future[list[Any]]"
-    ) -> None:
+    def __init__(self, commands: Sequence[Command], replies: "asyncio.Future[list[Any]]") -> None:
         self.commands = commands
-        self.deadline = deadline
         self.replies = replies
 
 
 class Link:
     """Runs commands on one Redis server for many askers at a time.
 
-    `connect` makes a client with a pool of its own (one a lane). `timeout_s` bounds every wait for replies,
-    `connect_timeout_s` every attempt to connect, which no asker waits for.
+    `connect` makes a client with a pool of its own (one a lane), `address` is what logs call the server, and
+    `trial` lists what a connection has to take before it is used (`readiness.trial`). `timeout_s` bounds the
+    silence of Redis in one round trip, `connect_timeout_s` an attempt to connect, which no asker waits for.
     """
 
-    def __init__(self, connect: Callable[[], Redis], *, timeout_s: float, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Redis],
+        *,
+        timeout_s: float,
+        connect_timeout_s: float,
+        address: str = "",
+        trial: Callable[[], Sequence[Command]] = tuple,
+    ) -> None:
         self._connect = connect
+        self._trial = trial
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._queue: deque[_Ask] = deque()
         self._asked = asyncio.Event()
         self._first_attempt = asyncio.Event()
+        self._usable = asyncio.Event()
+        self._closing = False
         self._connected = 0
-        self.generation = 0
-        """How often the connection broke: each time Redis may have been restarted, and empty."""
+        self._silent = False
+        self._round_trips = 0
+        self._outage = _Outage(address)
         self._lanes: list[asyncio.Task[None]] = []
         self._tasks: dict[asyncio.Task[Any], Redis] = {}
 
     @property
     def up(self) -> bool:
-        """Tell whether any lane is connected."""
-        return self._connected > 0
+        """Tell whether Redis is usable: a lane is connected, and the last pipeline had its replies."""
+        return self._connected > 0 and not self._silent
 
     async def start(self) -> None:
         """Begin to connect, and wait a moment for the first attempt: `up` then tells how it went."""
         self._lanes = [
-            asyncio.create_task(self._lane(), name=f"redis-lane-{number}") for number in range(LANES)
+            asyncio.create_task(self._lane(is_first=number == 0), name=f"redis-lane-{number}")
+            for number in range(LANES)
         ]
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(_PATIENCE_AT_START_S):
                 await self._first_attempt.wait()
+        except TimeoutError:
+            self._note(Refusal("silent", "it has not answered yet"))
 
     async def close(self) -> None:
         """Hang up. Askers that still wait get Unavailable."""
+        self._closing = True
         for lane in self._lanes:
             lane.cancel()
         await asyncio.gather(*self._lanes, return_exceptions=True)
         if self._tasks:
             await asyncio.wait([*self._tasks], timeout=self._connect_timeout_s)
 
-    def deadline(self) -> float:
-        """Give the loop time until which an operation that begins now may wait."""
-        return asyncio.get_running_loop().time() + self._timeout_s
-
-    async def ask(self, *commands: Command, deadline: float | None = None) -> list[Any]:
+    async def ask(self, *commands: Command) -> list[Any]:
         """Run `commands` in one round trip and give their replies, errors of Redis as exception objects.
 
-        Raises Unavailable at `deadline` (loop time; by default `timeout_s` from now) or before.
+        Raises Unavailable, at the latest when a pipeline before and its own have waited for `timeout_s` each.
         """
         if not self.up or len(self._queue) >= MOST_WAITING:
-            raise Unavailable(too_slow=self.up)
-        replies = asyncio.get_running_loop().create_future()
-        ask = _Ask(commands, self.deadline() if deadline is None else deadline, replies)
+            raise Unavailable(too_slow=self._connected > 0)
+        ask = _Ask(commands, asyncio.get_running_loop().create_future())
         self._queue.append(ask)
         self._asked.set()
-        try:
-            async with asyncio.timeout_at(ask.deadline):
-                return await ask.replies
-        except TimeoutError:
-            raise Unavailable(too_slow=True) from None
+        return await ask.replies
 
     # -- a lane --------------------------------------------------------------------------------
 
-    async def _lane(self) -> None:
+    async def _lane(self, *, is_first: bool) -> None:
+        """Connect, converse, connect again. While Redis is not usable only the first lane tries."""
+        loop = asyncio.get_running_loop()
         failures = 0
         while True:
+            if not is_first:
+                await self._usable.wait()
             client = self._connect()
             try:
-                connected = await self._open(client)
-                self._first_attempt.set()
-                if connected:
-                    failures = 0
+                trouble = await self._open(client)
+                if trouble is None:
+                    began = loop.time()
                     await self._converse(client)
+                    failures = 0 if loop.time() - began >= _STABLE_S else failures
+                elif is_first:
+                    self._note(trouble)
             finally:
                 self._hang_up(client)
-            if not connected:
-                await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
-                failures += 1
+                self._first_attempt.set()
+            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            failures += 1
 
-    async def _open(self, client: Redis) -> bool:
+    async def _open(self, client: Redis) -> Refusal | None:
+        """Connect, and try what the server takes. None: it is usable."""
         try:
             await self._within(self._connect_timeout_s, client, client.ping())
-        except Exception as error:  # noqa: BLE001 # a server that raves makes redis-py raise ValueError and more
-            event(_LOG, logging.DEBUG, "redis-connect-failed", cause=type(error).__name__)
-            return False
-        return True
+            commands = self._trial()
+            if commands:
+                return refusal(commands, await self._run(client, commands))
+        except Exception as error:  # noqa: BLE001 # a server that is no Redis makes redis-py raise ValueError and more
+            return refused(error)
+        return None
 
     async def _converse(self, client: Redis) -> None:
-        """Take batches until the connection breaks."""
-        if not self.up:
-            event(_LOG, logging.INFO, "redis-connected")
+        """Take pipelines until the connection is of no more use."""
         self._connected += 1
+        self._replied()
+        self._first_attempt.set()
+        trouble: Refusal | None = None
         try:
-            while await self._take(client):
-                pass
-            self.generation += 1
-            if self._connected == 1:
-                event(_LOG, logging.WARNING, "redis-lost", consequence="every request goes upstream")
+            while trouble is None:
+                trouble = await self._take(client)
         finally:
             self._connected -= 1
             if not self.up:
-                _fail(self._queue, Unavailable(too_slow=False))
-                self._queue.clear()
+                self._note(trouble)
 
-    async def _take(self, client: Redis) -> bool:
-        """Wait for something to do, and do it. False: the connection is not to be used again."""
+    def _replied(self) -> None:
+        """Take note that Redis answers."""
+        self._round_trips += 1
+        self._silent = False
+        if not self._usable.is_set():
+            self._usable.set()
+            self._outage.ends(asyncio.get_running_loop().time())
+
+    def _note(self, trouble: Refusal | None) -> None:
+        """Take note that Redis is not usable: those in the queue fail, and one line says why."""
+        self._usable.clear()
+        _fail(self._queue, Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
+        self._queue.clear()
+        if trouble is not None and not self._closing:
+            self._outage.goes_on(trouble, asyncio.get_running_loop().time())
+
+    async def _take(self, client: Redis) -> Refusal | None:
+        """Wait for something to do, and do it. A Refusal: the connection is not to be used again."""
         await self._asked.wait()
         self._asked.clear()
-        batch = self._in_time()
-        return not batch or await self._exchange(client, batch)
-
-    def _in_time(self) -> Sequence[_Ask]:
-        """Empty the queue. Whoever waited too long in it breaks nobody else's conversation."""
-        now = asyncio.get_running_loop().time()
-        late = [ask for ask in self._queue if ask.deadline <= now]
-        batch = [ask for ask in self._queue if ask.deadline > now]
+        batch = tuple(self._queue)
         self._queue.clear()
-        _fail(late, Unavailable(too_slow=True))
-        return batch
+        # Another lane found Redis silent: whether it is so on this connection, too, only a round trip tells.
+        return await self._exchange(client, batch) if batch or self._silent else None
 
-    async def _exchange(self, client: Redis, batch: Sequence[_Ask]) -> bool:
-        """Run one pipeline and hand out the replies. False: the connection is not to be used again."""
-        pipeline = client.pipeline(transaction=False)
-        for ask in batch:
-            for command in ask.commands:
-                pipeline.execute_command(*command)
+    async def _exchange(self, client: Redis, batch: Sequence[_Ask]) -> Refusal | None:
+        """Run one pipeline and hand out the replies. A Refusal: the connection is not to be used again."""
+        before = self._round_trips
+        commands = [command for ask in batch for command in ask.commands]
         try:
-            # Not what is left to whoever is in the greatest hurry: that one leaves alone, and breaks nothing.
-            replies = await self._within(self._timeout_s, client, pipeline.execute(raise_on_error=False))
+            replies = await self._run(client, commands or [("PING",)])
+        except (TimeoutError, RedisTimeoutError):
+            _fail(batch, Unavailable(too_slow=True))
+            trouble = Refusal("silent", f"no reply within {self._timeout_s:g} s")
+            if self._round_trips == before:
+                self._silent = True
+                self._note(trouble)
+                self._asked.set()  # for the lanes that are idle
+            return trouble
         except Exception as error:  # noqa: BLE001 # the same
-            _fail(batch, Unavailable(too_slow=isinstance(error, (TimeoutError, RedisTimeoutError))))
-            return False
+            _fail(batch, Unavailable(too_slow=False))
+            return lost(error)
         except BaseException:
             _fail(batch, Unavailable(too_slow=False))
             raise
+        self._replied()
         start = 0
         for ask in batch:
             end = start + len(ask.commands)
             if not ask.replies.done():
                 ask.replies.set_result(replies[start:end])
             start = end
-        # A server that was demoted, or that still loads its data, is no use: look for another.
-        return not any(isinstance(reply, (ReadOnlyError, RedisConnectionError)) for reply in replies)
+        # A server that was demoted, is full or loads its data: what the next connection is refused says more.
+        unfit = any(isinstance(reply, Exception) and is_of_no_use(reply) for reply in replies)
+        return Refusal("refused", "") if unfit else None
+
+    async def _run(self, client: Redis, commands: Sequence[Command]) -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return await self._within(self._timeout_s, client, pipeline.execute(raise_on_error=False))
 
     async def _within(self, seconds: float, client: Redis, work: Awaitable[T]) -> T:
-        """Wait for redis-py, and not a moment longer: it swallows cancellations while it connects.
+        """Wait for redis-py for `seconds` of listening. Raises TimeoutError.
 
-        So what `client` does runs in a task of its own, which is left behind where it is late.
+        What `client` does runs in a task of its own, which is left behind where Redis was silent: redis-py
+        swallows cancellations while it connects.
         """
         task = self._spawn(client, work)
         try:
-            done, _ = await asyncio.wait({task}, timeout=max(seconds, 0))
+            async with ListeningTimeout(seconds):
+                await asyncio.wait({task})
         finally:
             task.cancel()  # nothing, where it is done
-        if not done:
-            raise TimeoutError
         return task.result()
 
     def _hang_up(self, client: Redis) -> None:
-        """Close `client` once it is done with what is late: the connection that it may still open, too."""
+        """Close `client` once its tasks have ended: the connection that one may still open, too."""
         late = [task for task, whose in self._tasks.items() if whose is client]
 
         async def close() -> None:
@@ -240,7 +291,60 @@ class Link:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         del self._tasks[task]
         if not task.cancelled():
-            task.exception()  # whoever waited for it has seen it; nobody waits for what was late
+            task.exception()  # who waited for it has seen it; nothing waits for a task that was left behind
+
+
+class _Outage:
+    """One line when Redis becomes unusable, one when it is usable again, at most once in QUIET_S."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._began: float | None = None
+        self._attempts = 0
+        self._logged: Refusal | None = None
+        self._logged_at = -QUIET_S
+
+    def goes_on(self, trouble: Refusal, now: float) -> None:
+        """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
+        if self._began is None:
+            self._began = now
+            self._attempts = 0
+            self._logged = None
+        self._attempts += 1
+        if not trouble.reason:
+            return
+        known = self._logged is not None and (self._logged.cause, self._logged.command) == (
+            trouble.cause,
+            trouble.command,
+        )
+        if known or now - self._logged_at < QUIET_S:
+            return
+        self._logged, self._logged_at = trouble, now
+        event(
+            _LOG,
+            logging.WARNING,
+            "redis-unusable",
+            cause=trouble.cause,
+            address=self._address,
+            command=trouble.command,
+            reason=trouble.reason,
+            mend=trouble.mend,
+            consequence="every request goes upstream, within this replica's share of the quota",
+        )
+
+    def ends(self, now: float) -> None:
+        """Take note that Redis is usable."""
+        began, self._began = self._began, None
+        if began is None or self._logged is not None:
+            event(
+                _LOG,
+                logging.INFO,
+                "redis-usable",
+                address=self._address,
+                seconds=0.0 if began is None else round(now - began, 3),
+                attempts=self._attempts,
+            )
+        self._logged = None
 
 
 def _fail(asks: Sequence[_Ask], error: Unavailable) -> None:

@@ -38,7 +38,8 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.logs import event
 from proxy.storage.keys import EntryKeys, Keys
-from proxy.storage.link import Command, Link, Unavailable
+from proxy.storage.link import Link, Unavailable
+from proxy.storage.readiness import Command
 
 HEARTBEAT_S = 1.0
 LEASE_MS = 2000
@@ -50,6 +51,7 @@ RECORD_MS = 1000
 MOST_OWED = 1024
 """Stamps that wait for Redis to come back, at most; what is beyond is owed as the stamp of everything."""
 
+_FOR_EVER = -1  # what PTTL says of a key that does not expire
 _NOTHING = 0  # the status of what stands where an entry ended
 _SECRET_TTL_S = 60
 _REPLICA_TTL_S = 10.0
@@ -143,11 +145,10 @@ class Store:
         keys = self._keys.of(key)
         if self._is_owed(keys):
             return UNAVAILABLE
-        deadline = self._link.deadline()
         corrupt: list[bytes] = []
         try:
             value, *stamps = await self._link.ask(
-                ("GET", keys.entry), *(("GET", name) for name in keys.stamps), deadline=deadline
+                ("GET", keys.entry), *(("GET", name) for name in keys.stamps)
             )
             seen = b""
             try:
@@ -164,7 +165,7 @@ class Store:
                 self._saw("lookup", "ok")
                 return Lookup(refusal, None)
             # Whatever stands in the entry's place does not count. What will a fill rest on?
-            current = await self._stamps(keys.stamps, stamps, corrupt, deadline)
+            current = await self._stamps(keys.stamps, stamps, corrupt)
         except Unavailable as error:
             self._failed("lookup", error)
             return UNAVAILABLE
@@ -213,14 +214,12 @@ class Store:
         if not keys:
             return nothing
         caller, lists, *_ = basis.stamps
-        deadline = self._link.deadline()
         try:
             ids = [self._keys.snapshot(name) for name in keys]
             again = await self._link.ask(
                 *(("SET", name, self._new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in ids),
                 *(("GET", name) for name in ids),
                 *(("GET", name) for name in list_keys.stamps),
-                deadline=deadline,
             )
             made, stamps, now = again[: len(ids)], again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
             if self._is_owed(list_keys) or now != [*basis.stamps]:
@@ -244,7 +243,6 @@ class Store:
                 ),
                 *self._prolong([name for name, is_new in zip(ids, made, strict=True) if not is_new]),
                 *self._prolong(list_keys.stamps),
-                deadline=deadline,
             )
             _refuse_error(reply)
         except CorruptValue:
@@ -272,22 +270,18 @@ class Store:
         name = self._keys.lease(key, digest)
         owner = self._new_stamp(name)
         try:
-            taken, holder, _, seen = await self._link.ask(
+            taken, holder, ttl_ms, _, seen = await self._link.ask(
                 ("SET", name, owner, "NX", "PX", LEASE_MS),
                 ("GET", name),
+                ("PTTL", name),
                 ("EXPIRE", entry, self._guard_s, "GT"),
                 ("GETRANGE", entry, 0, SEEN_BYTES - 1),
             )
             _refuse_error(taken)
             if holder != owner:
-                held = self._held(_bytes(holder), name)
-                self._saw("lease", "ok")
+                held = await self._held(holder, ttl_ms, name)
+                self._saw("lease", "corrupt" if held is None else "ok")
                 return held
-        except CorruptValue:
-            self._saw("lease", "corrupt")
-            with suppress(Unavailable):
-                await self._link.ask(("DEL", name))
-            return None
         except Unavailable as error:
             self._failed("lease", error)
             return None
@@ -310,12 +304,24 @@ class Store:
             value = seal(_as_entry(record, self._clock()), (), lease.name, self._keyring)
             await self._if_owner(lease, "SET", value, "PX", RECORD_MS)
 
-    def _held(self, value: bytes, name: bytes) -> HeldElsewhere | Record:
-        """Read what stands in a lease's place: its owner, or a record. Raises CorruptValue."""
-        if is_stamp(value, name):
-            return HeldElsewhere()
-        entry, _ = unseal(value, name, self._keyring)
-        return _as_record(entry)
+    async def _held(self, value: Any, ttl_ms: Any, name: bytes) -> HeldElsewhere | Record | None:
+        """Read what stands in a lease's place: its owner, or a record. What is neither is deleted: None.
+
+        Nor can it be ours where it expires later than any lease: each read would wait for it. Raises
+        Unavailable.
+        """
+        with suppress(CorruptValue):
+            held = _bytes(value)
+            if ttl_ms != _FOR_EVER and not (isinstance(ttl_ms, int) and ttl_ms > LEASE_MS):
+                if is_stamp(held, name):
+                    return HeldElsewhere()
+                entry, _ = unseal(held, name, self._keyring)
+                return _as_record(entry)
+        if isinstance(value, bytes):  # unless another replica has deleted it, and holds its own lease there
+            await self._link.ask(("EVAL", _IF_OWNER, 1, name, value, "DEL"))
+        else:
+            await self._link.ask(("DEL", name))
+        return None
 
     async def _if_owner(self, lease: Leased, *command: str | bytes | int) -> None:
         with suppress(Unavailable):
@@ -365,9 +371,7 @@ class Store:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    async def _stamps(
-        self, names: Sequence[bytes], replies: Sequence[Any], corrupt: list[bytes], deadline: float
-    ) -> Stamps:
+    async def _stamps(self, names: Sequence[bytes], replies: Sequence[Any], corrupt: list[bytes]) -> Stamps:
         """Check the stamps that were read; delete what is `corrupt`, make what is missing, if it still is."""
         stamps: dict[bytes, bytes] = {}
         for name, value in zip(names, replies, strict=True):
@@ -381,7 +385,7 @@ class Store:
         commands += [("SET", name, self._new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in missing]
         commands += [("GET", name) for name in missing]
         if commands:
-            made = await self._link.ask(*commands, deadline=deadline)
+            made = await self._link.ask(*commands)
             for name, value in zip(missing, made[len(commands) - len(missing) :], strict=True):
                 try:
                     stamps[name] = self._stamp(value, name)

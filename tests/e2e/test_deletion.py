@@ -820,11 +820,11 @@ class HeldLink(Link):
         self.replies = asyncio.Event()
         self.replies.set()
 
-    async def ask(self, *commands: Command, deadline: float | None = None) -> list[Any]:
+    async def ask(self, *commands: Command) -> list[Any]:
         """Ask, and give the replies when they may be seen."""
         if self.away:
             raise Unavailable(too_slow=False)
-        replies = await super().ask(*commands, deadline=deadline)
+        replies = await super().ask(*commands)
         if deleted := [command[1] for command in commands if command[0] == "DEL"]:
             self.deleted = deleted
             await self.replies.wait()
@@ -884,15 +884,15 @@ class SteppedLink(Link):
         self._stepping = False
         self._may.release()
 
-    async def ask(self, *commands: Command, deadline: float | None = None) -> list[Any]:
+    async def ask(self, *commands: Command) -> list[Any]:
         """Ask, as a server that serves others between any two commands would answer."""
         replies: list[Any] = []
         for command in commands:
             if not self._stepping:
-                replies += await super().ask(command, deadline=deadline)
+                replies += await super().ask(command)
                 continue
             await self._may.acquire()
-            replies += await super().ask(command, deadline=deadline)
+            replies += await super().ask(command)
             self._did.release()
         return replies
 

@@ -382,7 +382,7 @@ async def test_no_trace(
         "redis dumps": b"",
         "redis traffic": b"snapshot-proxy:1:ver:6372321",
         "metrics": b"snapshot_proxy_requests_total{",
-        "log": b'"event":"redis-lost"',
+        "log": b'"event":"redis-unusable"',
     }.items():
         assert known in heard.places[place]
     if "process" in heard.places:

@@ -101,6 +101,28 @@ async def test_how_long_it_lasts(replicas: tuple[Replica, Replica], redis: Redis
     assert RECORD_MS - 500 < await redis.pttl(lease.name) <= RECORD_MS == 1000
 
 
+@pytest.mark.parametrize(
+    ("lasts_ms", "is_ours"),
+    [
+        pytest.param(None, False, id="for-ever"),
+        pytest.param(LEASE_MS + 60_000, False, id="longer-than-a-lease"),
+        pytest.param(LEASE_MS, True, id="as-long-as-a-lease"),
+    ],
+)
+async def test_a_lease_that_cannot_be_ours_is_deleted(
+    replicas: tuple[Replica, Replica], redis: Redis, lasts_ms: int | None, is_ours: bool
+) -> None:
+    """A foreign or damaged value whose holder never releases it would hold up each read of the snapshot."""
+    one, two = replicas
+    basis = await one.basis()
+    lease = await one.hold(basis)
+    await (redis.persist(lease.name) if lasts_ms is None else redis.pexpire(lease.name, lasts_ms))
+    assert await two.lease(KEY, basis) == (HeldElsewhere() if is_ours else None)
+    assert bool(await redis.exists(lease.name)) is is_ours
+    if not is_ours:
+        assert isinstance(await two.lease(KEY, basis), Leased)
+
+
 async def test_who_looked_before_it_was_stored_does_not_fetch_again(
     replicas: tuple[Replica, Replica], redis: Redis
 ) -> None:

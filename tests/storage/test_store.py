@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 from support import Valkey, until
 
-from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes, make_stamp
+from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
 from proxy.storage import store as store_module
@@ -547,9 +547,9 @@ async def test_seeds_that_an_ending_overtakes(one: Replica, two: Replica, ending
     ask = one.link.ask
     asked = 0
 
-    async def ask_and_end(*commands: Command, deadline: float | None = None) -> list[Any]:
+    async def ask_and_end(*commands: Command) -> list[Any]:
         nonlocal asked
-        replies = await ask(*commands, deadline=deadline)
+        replies = await ask(*commands)
         asked += 1
         if asked == after:
             await ending.end(two.store)
@@ -676,8 +676,8 @@ async def test_a_stamp_that_somebody_else_makes_meanwhile(one: Replica, redis: R
     """Between our look and our making it: if it does not verify, nothing can be stored this time."""
     ask = one.link.ask
 
-    async def ask_and_lose_the_race(*commands: Command, deadline: float | None = None) -> list[object]:
-        replies = await ask(*commands, deadline=deadline)
+    async def ask_and_lose_the_race(*commands: Command) -> list[object]:
+        replies = await ask(*commands)
         await redis.set(KEYS.everything, "somebody else's")
         return replies
 
@@ -711,34 +711,6 @@ async def test_redis_away_is_a_miss_with_a_reason(
         assert await act() == expected
         assert hasty.told == [StoreOperation(operation, outcome)]
         await (valkey.start() if how == "killed" else asyncio.to_thread(valkey.resume))
-
-
-async def test_an_operation_has_one_deadline(valkey: Valkey, hasty: Replica) -> None:
-    """A lookup of two round trips is given the time of one, and so is seeding."""
-    basis = await hasty.basis(MY_LIST)
-    valkey.pause()
-    asked: list[float | None] = []
-    ask = hasty.link.ask
-
-    async def watched(*commands: object, deadline: float | None = None) -> list[object]:
-        asked.append(deadline)
-        return first if len(asked) == 1 else await ask(*commands, deadline=deadline)
-
-    hasty.link.ask = watched
-    first: list[object] = [None, None, None, None]
-    assert await hasty.store.lookup(MINE) == UNAVAILABLE
-    assert len(asked) == 2
-    assert asked[0] is not None
-    assert asked[0] == asked[1]
-
-    asked.clear()
-    name = KEYS.snapshot(MINE.snapshot_id)
-    first = [True, make_stamp(name, b"n" * 16), *basis.stamps]
-    await hasty.store.seed(MINE.partition, {MINE.snapshot_id: ENTRY}, basis)
-    assert hasty.told[-1].operation == "seed"
-    assert len(asked) == 2
-    assert asked[0] is not None
-    assert asked[0] == asked[1]
 
 
 @each_ending
@@ -948,6 +920,7 @@ async def test_an_ending_that_redis_refuses_is_owed(
     assert not await hits(one) & ending.ends
     if refuse is full:
         assert not await hits(two) & ending.ends
+    await one.connected()
     paying = one.store._pulse()
     if refuse is full:
         await paying

@@ -1,0 +1,273 @@
+"""Which Redis is usable: real servers that answer PING and are of no use, and what is said of each."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError as RedisConnectionError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError as RedisTimeoutError,
+)
+from support import Valkey, free_port, until
+
+from proxy.storage import link as link_module
+from proxy.storage.connect import address_of, connector
+from proxy.storage.link import Link, Unavailable
+from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
+
+PREFIX = "snapshot-proxy"
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
+COMMANDS = sorted({str(command[0]).lower() for command in trial(PREFIX)})
+
+Said = Callable[[str], list[dict[str, Any]]]
+
+
+@asynccontextmanager
+async def linked(url: str, **options: Any) -> AsyncIterator[Link]:
+    """Run a link as the service does, on a server that may be of no use."""
+    link = Link(
+        connector(url, connect_timeout_s=1, **options),
+        timeout_s=2,
+        connect_timeout_s=2,
+        address=address_of(url),
+        trial=partial(trial, PREFIX),
+    )
+    await link.start()
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """Give the fields of each line of one name that the link logged."""
+    caplog.set_level(logging.INFO, logger="proxy")
+    monkeypatch.setattr(link_module, "QUIET_S", 0.0)
+    return lambda name: [record.fields for record in caplog.records if record.getMessage() == name]
+
+
+async def attempts(url: str, many: int) -> None:
+    """Return when the server has been connected to so often in all."""
+    async with Redis.from_url(url) as admin:
+        while (await admin.info("stats"))["total_connections_received"] < many:  # noqa: ASYNC110 # it announces nothing
+            await asyncio.sleep(0.01)
+
+
+# -- what the words of a server mean ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        pytest.param(
+            ReadOnlyError("You can't write against a read only replica.", status_code="READONLY"),
+            ("refused", "READONLY You can't", "primary"),
+            id="replica",
+        ),
+        pytest.param(
+            OutOfMemoryError("command not allowed when used memory > 'maxmemory'.", status_code="OOM"),
+            ("refused", "OOM command", "allkeys-lru"),
+            id="full",
+        ),
+        pytest.param(
+            NoPermissionError("User app has no permissions to run the 'ttl' command", status_code="NOPERM"),
+            ("refused", "NOPERM User app", "ACL SETUSER"),
+            id="no-right",
+        ),
+        pytest.param(
+            ResponseError("ERR ACL failure in script: User app has no permissions to run the 'ttl' command"),
+            ("refused", "ERR ACL failure", "ACL SETUSER"),
+            id="no-right-in-a-script",
+        ),
+        pytest.param(
+            ResponseError("MISCONF Valkey is configured to save RDB snapshots, but cannot persist on disk"),
+            ("refused", "MISCONF", "its own log"),
+            id="cannot-persist",
+        ),
+        pytest.param(
+            BusyLoadingError("Redis is loading the dataset in memory", status_code="LOADING"),
+            ("refused", "LOADING", "wait"),
+            id="loading",
+        ),
+        pytest.param(
+            ResponseError("ERR unknown command 'GETRANGE'"), ("refused", "ERR unknown", "Redis 7"), id="old"
+        ),
+    ],
+)
+def test_a_refusal_has_its_mend(error: Exception, expected: tuple[str, str, str]) -> None:
+    """The cause is one of a closed set, the reason is the server's own words, the mend says what to do."""
+    found = refused(error, "SET")
+    assert (found.cause, found.command) == (expected[0], "SET")
+    assert found.reason.startswith(expected[1])
+    assert expected[2] in found.mend
+    assert is_of_no_use(error) is (expected[1] != "ERR unknown")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        pytest.param(TimeoutError(), "silent", id="our-deadline"),
+        pytest.param(RedisTimeoutError("Timeout reading from server"), "silent", id="the-driver's-deadline"),
+        pytest.param(RedisConnectionError("Connection closed by server."), "unreachable", id="closed"),
+        pytest.param(ConnectionRefusedError(111, "Connection refused"), "unreachable", id="nothing-there"),
+        pytest.param(ValueError("invalid literal"), "not-redis", id="another-protocol"),
+        pytest.param(
+            AuthenticationError("invalid username-password pair", status_code="WRONGPASS"),
+            "refused",
+            id="password",
+        ),
+    ],
+)
+def test_the_cause_of_no_connection(error: Exception, expected: str) -> None:
+    """Without a command that was refused, the kind of the error is the cause."""
+    assert refused(error).cause == expected
+
+
+def test_words_of_a_server_are_bounded_and_printable() -> None:
+    """What stands in the log is one line, whatever the server says."""
+    found = refused(ResponseError("MISCONF " + "\n\x1b[31m" * 1000))
+    assert found.reason.isprintable()
+    assert len(found.reason) <= 160
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://user:p%40ss@redis.example:6380/0", "redis.example:6380"),
+        ("rediss://redis.example", "redis.example:6379"),
+        ("redis://[::1]:7000", "[::1]:7000"),
+        ("unix://user:pass@/run/a%20b.sock?db=3", "/run/a b.sock"),
+    ],
+)
+def test_the_address_in_logs(url: str, address: str) -> None:
+    """Host and port, or the socket; never user or password."""
+    assert address_of(url) == address
+
+
+# -- servers ----------------------------------------------------------------------------------------
+
+
+async def test_a_usable_server(valkey: Valkey, said: Said) -> None:
+    """It is taken at once, with one line; the server has counted no error, and no key is left for long."""
+    async with linked(valkey.url) as link, connector(valkey.url, connect_timeout_s=1)() as admin:
+        assert link.up
+        assert [line["address"] for line in said("redis-usable")] == [f"127.0.0.1:{valkey.port}"]
+        assert said("redis-unusable") == []
+        assert await admin.info("errorstats") == {}
+        assert await admin.keys("*") == []
+
+
+async def test_a_replica(valkey: Valkey, said: Said) -> None:
+    """It may lag behind an invalidation: not usable, tried again with a back-off, usable once promoted."""
+    async with Valkey("--replicaof", "127.0.0.1", str(valkey.port)) as replica:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with linked(replica.url) as link:
+            await attempts(replica.url, 8)
+            assert loop.time() - began > sum(link_module._BACKOFF_S[:5])
+            assert not link.up
+            with pytest.raises(Unavailable):
+                await link.ask(("GET", "x"))
+            (line,) = said("redis-unusable")
+            assert (line["cause"], line["command"]) == ("refused", "SET")
+            assert line["reason"].startswith("READONLY")
+            assert "primary" in line["mend"]
+            async with Redis.from_url(replica.url) as admin:
+                await admin.execute_command("REPLICAOF", "NO", "ONE")
+            await until(lambda: link.up, "promoted")
+            (line,) = said("redis-usable")
+            assert line["seconds"] > 0
+            assert line["attempts"] >= 5
+
+
+async def test_a_primary_that_is_demoted(valkey: Valkey, said: Said) -> None:
+    """The first command that it refuses ends its use; the line says what the new connection was refused."""
+    async with Valkey() as other, linked(valkey.url) as link:
+        async with Redis.from_url(valkey.url) as admin:
+            await admin.execute_command("REPLICAOF", "127.0.0.1", other.port)
+            (reply,) = await link.ask(("SET", "x", "1"))
+            assert isinstance(reply, ReadOnlyError)
+            await until(lambda: said("redis-unusable"), "said")
+            assert not link.up
+            assert said("redis-unusable")[0]["reason"].startswith("READONLY")
+            await admin.execute_command("REPLICAOF", "NO", "ONE")
+        await until(lambda: link.up, "usable again")
+
+
+async def test_full_without_eviction(said: Said) -> None:
+    """What it refuses to store it cannot hold: not usable until there is room."""
+    async with (
+        Valkey("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as full,
+        linked(full.url) as link,
+        Redis.from_url(full.url) as admin,
+    ):
+        await until(lambda: said("redis-unusable"), "said")
+        assert not link.up
+        assert said("redis-unusable")[0]["reason"].startswith("OOM")
+        await admin.config_set("maxmemory", "64mb")
+        await until(lambda: link.up, "there is room")
+
+
+async def test_a_database_that_it_does_not_have(valkey: Valkey, said: Said) -> None:
+    """`redis://…/99`: not usable, and the line says why."""
+    async with linked(valkey.url.removesuffix("/0") + "/99") as link:
+        assert not link.up
+        assert said("redis-unusable")[0]["reason"] == "ERR DB index is out of range"
+
+
+async def test_no_server(said: Said) -> None:
+    """Nothing listens: one line, however often it is tried."""
+    async with linked(f"redis://127.0.0.1:{free_port()}/0") as link:
+        await until(lambda: link._outage._attempts >= 4, "tried again")
+        assert [(line["cause"], line["reason"]) for line in said("redis-unusable")] == [
+            ("unreachable", "Connection refused")
+        ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_a_user_without_a_right(valkey: Valkey, said: Said, command: str) -> None:
+    """Each command that the program sends is tried; the one that is refused is named, with the mend."""
+    async with Redis.from_url(valkey.url) as admin:
+        await admin.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", f"-{command}")
+        async with linked(valkey.url, username="app", password="secret") as link:
+            await until(lambda: said("redis-unusable"), "said")
+            assert not link.up
+            line = said("redis-unusable")[0]
+            assert line["command"].lower() == command
+            assert f"'{command}'" in line["reason"]
+            assert "ACL SETUSER" in line["mend"]
+            await admin.execute_command("ACL", "SETUSER", "app", f"+{command}")
+            await until(lambda: link.up, "the right is there")
+
+
+async def test_the_documented_user(valkey: Valkey) -> None:
+    """The line of docs/operating.md gives a user all that is needed, and nothing on other keys."""
+    (line,) = re.findall(r"^ACL SETUSER .*$", OPERATING.read_text(encoding="utf-8"), re.MULTILINE)
+    async with Redis.from_url(valkey.url) as admin:
+        await admin.execute_command(*line.replace(">PASSWORD", ">secret").split())
+    async with linked(valkey.url, username="snapshot-proxy", password="secret") as link:
+        assert link.up
+        (reply,) = await link.ask(("SET", "elsewhere", "x"))
+        assert isinstance(reply, NoPermissionError)
+
+
+def test_a_server_that_gives_back_something_else() -> None:
+    """Replies without an error, but not those of a Redis."""
+    commands = trial(PREFIX)
+    assert refusal(commands, [b"OK"] * len(commands)) == Refusal(
+        "not-redis", "GET did not give what was SET", "GET", "let redis.url lead to a Redis"
+    )
