@@ -41,6 +41,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.bursts
 	$(BIN)/python -m benchmarks.day
 
 clean:

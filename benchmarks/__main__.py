@@ -51,7 +51,7 @@ For the proxy with Redis, and for all misses, another core does a part of the wo
 async def _starts(upstream_port: int) -> None:
     print("\n## Idle\n")
     print("| `serve` | ready after (median of 5) | memory (RSS) |\n| --- | ---: | ---: |")
-    async with valkey() as redis_port:
+    async with valkey() as (redis_port, _):
         for name, port in (("with Redis", redis_port), ("with its embedded store", None)):
             seconds, sizes = [], []
             for _ in range(STARTS):

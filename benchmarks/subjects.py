@@ -40,7 +40,7 @@ class Subject:
 async def subjects(upstream_port: int) -> AsyncIterator[list[Subject]]:
     """Start all of them, in front of one upstream."""
     async with AsyncExitStack() as running:
-        redis_port = await running.enter_async_context(valkey())
+        redis_port, _ = await running.enter_async_context(valkey())
         found = [
             await running.enter_async_context(bare()),
             await running.enter_async_context(serve("snapshot-proxy, embedded", upstream_port)),
@@ -69,13 +69,14 @@ async def serve(name: str, upstream_port: int, redis_port: int | None = None) ->
             *("-m", "proxy", "serve"), *(f"--set={each}" for each in settings), core=SERVER_CORE
         )
         try:
-            port = int((await _ready(process))["api"].rpartition(":")[2])
+            port = int((await ready(process))["api"].rpartition(":")[2])
             yield Subject(name, port, process.pid, time.perf_counter() - started)
         finally:
-            await _end(process)
+            await end(process)
 
 
-async def _ready(process: asyncio.subprocess.Process) -> dict[str, str]:
+async def ready(process: asyncio.subprocess.Process) -> dict[str, str]:
+    """Wait until `serve` says that it is ready; give that line."""
     assert process.stdout is not None
     async with asyncio.timeout(_PATIENCE_S):
         async for line in process.stdout:
@@ -108,17 +109,17 @@ async def _printing_its_port(module: str, *, core: int) -> AsyncIterator[tuple[i
             port = int(await process.stdout.readline())
         yield port, process.pid
     finally:
-        await _end(process)
+        await end(process)
 
 
 @asynccontextmanager
-async def valkey() -> AsyncIterator[int]:
-    """Run a store beside the load; give its port."""
+async def valkey() -> AsyncIterator[tuple[int, int]]:
+    """Run a store beside the load; give its port and its process."""
     port = _free_port()
     options = ("--port", str(port), "--save", "", "--appendonly", "no", "--maxmemory", "256mb")
     command = (str(get_binary_path()), *options, "--maxmemory-policy", "allkeys-lru")
-    async with _listening(command, port, core=LOAD_CORE):
-        yield port
+    async with _listening(command, port, core=LOAD_CORE) as pid:
+        yield port, pid
 
 
 @asynccontextmanager
@@ -196,7 +197,7 @@ async def _listening(command: tuple[str, ...], port: int, *, core: int) -> Async
                 await asyncio.sleep(0.02)
         yield process.pid
     finally:
-        await _end(process)
+        await end(process)
 
 
 async def _takes_connections(port: int) -> bool:
@@ -208,7 +209,8 @@ async def _takes_connections(port: int) -> bool:
     return True
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def end(process: asyncio.subprocess.Process) -> None:
+    """End a process that was started here: SIGTERM, and after a while SIGKILL."""
     if process.returncode is None:
         process.terminate()
     try:

@@ -33,7 +33,7 @@ from proxy.edge.api import Api
 from proxy.edge.connection import Limits, Listener, plain_server
 from proxy.edge.passthrough import Passthrough
 from proxy.fetching import Fetched, is_failure
-from proxy.flights import Flights
+from proxy.flights import MOST_OF_ONE, Flights
 from proxy.invalidator import Invalidator
 from proxy.logs import announce, event
 from proxy.metrics import Metrics
@@ -137,7 +137,10 @@ class App:
         keys = Keys(settings.redis.key_prefix)
         store = await self._store(link, keys, keyring, metrics)
         flights: Flights[Fetched | ProxyError] = Flights(
-            settings.server.max_connections * _FETCHES_PER_CONNECTION, is_failure, monotonic=time.monotonic
+            settings.server.max_connections * _FETCHES_PER_CONNECTION,
+            is_failure,
+            monotonic=time.monotonic,
+            most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
         )
         self._cleanup.push_async_callback(flights.close)
         shield = self._shield(upstream, link=link, keys=keys, store=store, metrics=metrics)

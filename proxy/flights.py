@@ -28,7 +28,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 MOST_OF_ONE = 250
-"""Flights of one owner at once: as many calls of a token are admitted in a minute; more wait in vain."""
+"""Flights of one owner at once, at least: DigitalOcean admits as many calls of a token in a minute."""
 
 LINGER_S = 1.0
 """Longer than a look-up takes: for so long a landed flight is remembered."""
@@ -135,7 +135,7 @@ def end_if_abandoned() -> None:
 class Flights(Generic[T]):
     """The fetches of this process: at most `most` in the air at once, and as many landed ones remembered.
 
-    Of one owner there are at most `MOST_OF_ONE`. `fetch` returns its failures as values: an exception is a
+    Of one owner there are at most `most_of_one`. `fetch` returns its failures as values: an exception is a
     bug, and everybody who waits gets it. `monotonic` gives the seconds that a caller's `since` counts in.
     """
 
@@ -145,8 +145,10 @@ class Flights(Generic[T]):
         is_failure: Callable[[T], bool] = lambda _: False,
         *,
         monotonic: Callable[[], float],
+        most_of_one: int = MOST_OF_ONE,
     ) -> None:
         self._most = most
+        self._most_of_one = most_of_one
         self._is_failure = is_failure
         self._monotonic = monotonic
         self._by_key: dict[Hashable, _Flight[T]] = {}
@@ -191,7 +193,7 @@ class Flights(Generic[T]):
     def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> _Flight[U]:
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; try again in a moment")
-        if self._owned[owner] >= MOST_OF_ONE:
+        if self._owned[owner] >= self._most_of_one:
             raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
 
         flight: _Flight[U] = _Flight()

@@ -3,8 +3,9 @@
 While the event loop is busy, this process does not listen: an answer may have arrived long ago and not be
 read yet. `asyncio.timeout` counts that time, too, and then blames Redis or the upstream for the load here.
 `ListeningTimeout` counts in `STEPS` steps, each set when the one before has run. A step counts once, however
-late it runs. After the last one the loop turns `LAST_LOOKS` times more, without waiting, and reads whatever
-has arrived by then. Where the loop is quick, all of that takes as long as was asked for.
+late it runs; a step that ran late shortens the next one, by half of it at most. After the last one the loop
+turns `LAST_LOOKS` times more, without waiting, and reads whatever has arrived by then. Where the loop is
+quick, all of that takes as long as was asked for.
 """
 
 import asyncio
@@ -22,17 +23,18 @@ class ListeningTimeout:
     `None` sets no limit. A block is entered once; `restart` may move its limit at any time.
     """
 
-    __slots__ = ("_handle", "_left", "_step_s", "_timeout")
+    __slots__ = ("_due", "_handle", "_left", "_step_s", "_timeout")
 
     def __init__(self, seconds: float | None) -> None:
         self._timeout = asyncio.timeout(None)
         self._handle: asyncio.Handle | None = None
+        self._due = 0.0
         self._left = STEPS
         self._step_s = _step_s(seconds)
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
-        self._arm()
+        self._begin()
         return self
 
     async def __aexit__(
@@ -54,11 +56,17 @@ class ListeningTimeout:
         self._disarm()
         self._left = STEPS
         self._step_s = _step_s(seconds)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._due = asyncio.get_running_loop().time()
         self._arm()
 
     def _arm(self) -> None:
         if self._step_s is not None:
-            self._handle = asyncio.get_running_loop().call_later(self._step_s, self._step)
+            loop = asyncio.get_running_loop()
+            self._due = max(self._due + self._step_s, loop.time() + self._step_s / 2)
+            self._handle = loop.call_at(self._due, self._step)
 
     def _disarm(self) -> None:
         if self._handle is not None:

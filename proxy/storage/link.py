@@ -47,6 +47,8 @@ QUIET_S = 10.0
 """A Redis that comes and goes is logged once in so long."""
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+_LONGEST_PROBATION_S = 0.5
+_PING_S = 0.05
 _STABLE_S = 1.0
 """After a connection that was usable for so long the back-off begins anew."""
 
@@ -153,8 +155,9 @@ class Link:
             if not is_first:
                 await self._usable.wait()
             client = self._connect()
+            backoff_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
             try:
-                trouble = await self._open(client)
+                trouble = await self._open(client, min(backoff_s, _LONGEST_PROBATION_S) if failures else 0.0)
                 if trouble is None:
                     began = loop.time()
                     await self._converse(client)
@@ -164,16 +167,25 @@ class Link:
             finally:
                 self._hang_up(client)
                 self._first_attempt.set()
-            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            await asyncio.sleep(backoff_s)
             failures += 1
 
-    async def _open(self, client: Redis) -> Refusal | None:
-        """Connect, and try what the server takes. None: it is usable."""
+    async def _open(self, client: Redis, probation_s: float) -> Refusal | None:
+        """Connect, and try what the server takes. None: it is usable.
+
+        After a failure it has to answer PINGs for `probation_s`, too: each return to a Redis that is slow, or
+        that cuts connections, costs those who ask then another `timeout_s`.
+        """
+        loop = asyncio.get_running_loop()
         try:
             await self._within(self._connect_timeout_s, client, client.ping())
             commands = self._trial()
-            if commands:
-                return refusal(commands, await self._run(client, commands))
+            if commands and (found := refusal(commands, await self._run(client, commands))) is not None:
+                return found
+            until = loop.time() + probation_s
+            while (left_s := until - loop.time()) > 0:
+                await asyncio.sleep(min(left_s, _PING_S))
+                await self._within(self._timeout_s, client, client.ping())
         except Exception as error:  # noqa: BLE001 # a server that is no Redis makes redis-py raise ValueError and more
             return refused(error)
         return None

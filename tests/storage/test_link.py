@@ -259,8 +259,8 @@ async def test_a_blocked_loop_loses_nothing(valkey: Valkey) -> None:
 
 async def test_a_queue_is_no_outage(relay: Relay) -> None:
     """Askers who wait for a lane, longer than Redis may be silent in one round trip, are answered."""
-    async with linked(relay.url, timeout_s=4 * SHORT_S) as link:
-        relay.delay_s = 2 * SHORT_S  # of each round trip
+    async with linked(relay.url, timeout_s=SHORT_S) as link:
+        relay.delay_s = 0.8 * SHORT_S  # of each round trip
         asking = []
         for number in range(4 * LANES):
             asking.append(asyncio.create_task(link.ask(("ECHO", str(number)))))
