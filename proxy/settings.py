@@ -315,9 +315,7 @@ class Redis:
     username: str = _key("", _text("printable text"), "user of the store")
     password_file: str = _key("", _FILE, "password of the store")
     ca_file: str = _key("", _FILE, "authorities to trust for rediss://, PEM")
-    timeout_s: float = _key(
-        0.1, _TIMEOUT, "how long the store may be silent in a round trip; then it counts as away"
-    )
+    timeout_s: float = _key(0.1, _TIMEOUT, "longest silence of the store in a round trip; then it is away")
     connect_timeout_s: float = _key(2.0, _TIMEOUT, "for a connection, opened in the background")
     key_prefix: str = _key(
         "snapshot-proxy",

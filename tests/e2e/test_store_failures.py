@@ -237,6 +237,33 @@ async def test_full(simulator: Simulator, client: aiohttp.ClientSession, tmp_pat
         assert metrics["snapshot_proxy_store_up"] == 0
 
 
+async def test_a_replica_of_redis(
+    simulator: Simulator, valkey: Valkey, token: Token, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """It may lag behind an invalidation: nothing is served from it, and it is used once it is promoted."""
+    async with (
+        app(*shared(simulator, valkey.url, tmp_path)) as primary,
+        Valkey("--replicaof", "127.0.0.1", str(valkey.port)) as replica,
+        app(*shared(simulator, replica.url, tmp_path)) as at,
+        Redis.from_url(replica.url) as admin,
+    ):
+        assert (await cache_status(client, primary.api, token)).endswith("; stored")
+        await until_replicated(admin)
+        for _ in range(20):
+            assert await cache_status(client, at.api, token) == BYPASS
+            assert (await scrape(at.admin))["snapshot_proxy_store_up"] == 0
+        await admin.replicaof("NO", "ONE")
+        await until_up(at.admin)
+        assert (await cache_status(client, at.api, token)).startswith("snapshot-proxy; hit")
+
+
+async def until_replicated(replica: Redis) -> None:
+    """Return when the replica has what its primary has."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not await replica.dbsize():  # noqa: ASYNC110 # it announces nothing
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("policy", ["volatile-lru", "allkeys-lru"])
 async def test_filling_up(
     simulator: Simulator, client: aiohttp.ClientSession, tmp_path: Path, policy: str

@@ -15,6 +15,7 @@ from support import DEADLINE_S, Valkey, free_port, until
 from proxy.storage import link as link_module
 from proxy.storage.connect import connector
 from proxy.storage.link import LANES, Link, Unavailable
+from proxy.storage.readiness import Refusal
 
 PATIENT_S = 10.0
 """A timeout that no test reaches."""
@@ -507,3 +508,62 @@ async def test_a_bad_greeting_is_survived(relay: Relay, canned: bytes) -> None:
         assert await link.ask(("ECHO", "x")) == [b"x"]
     finally:
         await link.close()
+
+
+# -- what is logged ------------------------------------------------------------------------------
+
+DOWN = Refusal("unreachable", "Connection refused", mend="start it")
+REPLICA = Refusal("refused", "READONLY", "SET")
+UNEXPLAINED = Refusal("refused", "")
+
+
+@pytest.mark.parametrize(
+    ("history", "lines"),
+    [
+        pytest.param([(0, None)], ["usable 0.0 0"], id="usable-from-the-start"),
+        pytest.param(
+            [(0, DOWN), *((second, DOWN) for second in range(1, 100)), (100, None)],
+            ["unusable unreachable", "usable 100 100"],
+            id="one-long-outage",
+        ),
+        pytest.param(
+            [(0, DOWN), (11, REPLICA), (12, None)],
+            ["unusable unreachable", "unusable refused", "usable 12 2"],
+            id="another-cause",
+        ),
+        pytest.param(
+            [(0, UNEXPLAINED), (0.02, REPLICA), (5, None)],
+            ["unusable refused", "usable 5 2"],
+            id="the-reason-comes-with-the-next-connection",
+        ),
+        pytest.param(
+            [each for second in range(20) for each in ((second, DOWN), (second + 0.5, None))],
+            ["unusable unreachable", "usable 0.5 1"] * 2,
+            id="comes-and-goes",
+        ),
+        pytest.param(
+            [(0, DOWN), (1, None), (2, DOWN), (13, DOWN), (14, None)],
+            ["unusable unreachable", "usable 1 1", "unusable unreachable", "usable 12 2"],
+            id="a-second-outage-that-lasts",
+        ),
+    ],
+)
+def test_an_outage_is_told_once(
+    history: list[tuple[float, Refusal | None]], lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line where Redis becomes unusable or the cause changes, one where it is usable; no flood."""
+    caplog.set_level("INFO")
+    outage = link_module._Outage("there:6379")
+    for now, trouble in history:
+        if trouble is None:
+            outage.ends(now)
+        else:
+            outage.goes_on(trouble, now)
+    told = [(record.getMessage().removeprefix("redis-"), record.fields) for record in caplog.records]
+    assert all(fields["address"] == "there:6379" for _, fields in told)
+    assert [
+        f"{name} {fields['cause']}"
+        if name == "unusable"
+        else f"{name} {fields['seconds']} {fields['attempts']}"
+        for name, fields in told
+    ] == lines
