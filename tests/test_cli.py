@@ -392,7 +392,7 @@ def test_the_event_loop(uvloop: str | None, module: str, monkeypatch: pytest.Mon
     """That of the extra `fast` where it is installed, else Python's own."""
     loops: list[str] = []
 
-    async def look(_: object) -> int:
+    async def look(*_: object) -> int:
         loops.append(type(asyncio.get_running_loop()).__module__)
         return 0
 

@@ -18,7 +18,7 @@ import pytest
 import trustme
 from support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
 
-from proxy import app as app_module
+from proxy import tls as tls_module
 from proxy.app import Addresses
 from proxy.simulator import Simulator, Token
 
@@ -501,7 +501,7 @@ async def test_certificate_that_changes(
     simulator: Simulator, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New connections get the new one; while only half of the pair is new, or is none, the old one serves."""
-    monkeypatch.setattr(app_module, "_TLS_RELOAD_S", 0.05)
+    monkeypatch.setattr(tls_module, "RELOAD_S", 0.05)
     async with app(f"upstream.base_url={simulator.url}", *certificate.settings) as at:
         await certificate.until_served(at)
         certificate.issue()
