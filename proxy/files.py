@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from proxy.edge.connection import MOST_REFUSED, Limits
 from proxy.settings import Settings
 
-ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=32, max_refused=8)
+ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8)
 
 _BACKLOG = 1024
 _REDIS = 16
