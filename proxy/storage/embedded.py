@@ -35,6 +35,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from proxy.core.errors import SettingsError
+from proxy.process import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,14 @@ _SOCKET_PATH_MAX_BYTES = 103
 
 # "$1" is the directory, the rest the server's command. The shell becomes the server (`exec`), so that our
 # child is the server itself; the one that waits stays behind. It ignores what an init system sends to all
-# of a service's processes when it asks us to stop: we still drain then, and need the server.
-_SHELL = """
+# of a service's processes when it asks us to stop: we still drain then, and need the server. What this
+# process ignores is ignored by both, too; uvloop would undo that in its children.
+_SHELL = f"""
+trap '' {" ".join(str(int(number)) for number in IGNORED)}
 directory=$1
 shift
 exec 3<&0 </dev/null >"$directory/valkey.log" 2>&1
-(trap '' HUP INT TERM USR1 USR2; read -r line <&3 || rm -rf "$directory"; kill -KILL 0) &
+(trap '' INT TERM; read -r line <&3 || rm -rf "$directory"; kill -KILL 0) &
 exec "$@" 3<&-
 """
 
