@@ -82,7 +82,7 @@ def _listen(addresses: list[_Address], port: int, *, reuse_port: bool, backlog: 
             else:
                 bound.sockets.append(each)
                 port = each.getsockname()[1]
-        if not bound.sockets and is_any_ipv6(addresses[0][1]):
+        if bound.lacking and is_any_ipv6(bound.lacking[0]):
             bound.sockets.append(
                 _socket(socket.AF_INET, "0.0.0.0", port, reuse_port=reuse_port, backlog=backlog)  # noqa: S104 # what `::` promises
             )
