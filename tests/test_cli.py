@@ -348,6 +348,24 @@ sys.exit(cli.main(["healthcheck"]))
     assert TOKEN[:12] not in err
 
 
+@pytest.mark.parametrize("command", ["serve", "check", "demo"])
+async def test_no_temporary_directory(command: str) -> None:
+    """One line that names TMPDIR and redis.url; no bug of ours, and status 1."""
+    arguments = [command] if command == "demo" else [command, "--set=server.port=0", "--set=admin.port=0"]
+    code = (
+        "import sys, tempfile\n"
+        "tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"
+        "from proxy import cli\n"
+        f"sys.exit(cli.main({arguments!r}))\n"
+    )
+    environ = {"SNAPSHOT_PROXY_UPSTREAM__BASE_URL": "http://127.0.0.1:1"}
+    status, out, err = await end(await start("-c", code, **environ))
+    assert status == 1
+    (line,) = [line for line in (out + err).splitlines() if "TMPDIR" in line]
+    assert "set redis.url to a server of yours" in line
+    assert not [word for word in TROUBLE if word in out + err]
+
+
 @pytest.mark.parametrize(("command", "status"), [("serve", 0), ("config", 1)])
 def test_interrupted_before_it_began(
     command: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
