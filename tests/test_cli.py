@@ -167,6 +167,20 @@ async def test_healthcheck() -> None:
     assert err == "snapshot-proxy: no answer from the admin listener: ConnectionRefusedError\n"
 
 
+async def test_healthcheck_of_a_busy_replica() -> None:
+    """One that answers after 3 s lives: restarted, it would send its load to the others."""
+
+    async def answer_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(3)  # this is the busy replica
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer_late, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await run("healthcheck", f"--set=admin.port={port}") == (0, "", "")
+
+
 async def test_healthcheck_of_something_else() -> None:
     """Whoever does not answer 200 is not well."""
 
