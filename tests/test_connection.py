@@ -11,6 +11,7 @@ import pytest
 import uvloop
 from aiohttp import web
 
+from proxy.edge import connection
 from proxy.edge.connection import Handler, Limits, Listener, plain_server
 
 DEADLINE_S = 0.05
@@ -32,16 +33,30 @@ def run(loop: Loop, work: Coroutine[Any, Any, None]) -> None:
         runner.run(work)
 
 
-@asynccontextmanager
-async def listening(limits: Limits) -> AsyncIterator[tuple[Listener, tuple[str, int]]]:
-    """Listen on a free port, and answer `ok`."""
+class Watched(Listener):
+    """A listener whose handler answers `ok` when it may, and tells what becomes of it."""
 
-    async def respond(request: web.BaseRequest) -> web.StreamResponse:
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(plain_server(self._respond), limits, lambda _error, _request_id: None)
+        self.asked, self.answer, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.answer.set()
+
+    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         assert isinstance(request.protocol, Handler)
         request.protocol.connection.reading_ended()
+        self.asked.set()
+        try:
+            await self.answer.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
         return web.Response(text="ok")
 
-    listener = Listener(plain_server(respond), limits, lambda _error, _request_id: None)
+
+@asynccontextmanager
+async def listening(limits: Limits) -> AsyncIterator[tuple[Watched, tuple[str, int]]]:
+    """Listen on a free port, and answer `ok`."""
+    listener = Watched(limits)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield listener, server.sockets[0].getsockname()
@@ -102,6 +117,42 @@ def test_who_is_late_is_closed(loop: Loop, before: bytes) -> None:
                 time.sleep(DEADLINE_S * 3)  # noqa: ASYNC251 # this is the load
                 assert await received(there) == b""
                 assert not listener.connections
+
+    run(loop, work())
+
+
+# -- who half-closes, and who has left -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("busy", "answered"),
+    [pytest.param(True, True, id="busy-for-longer"), pytest.param(False, False, id="waits-for-longer")],
+)
+def test_a_late_end_is_that_of_who_has_left(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, *, busy: bool, answered: bool
+) -> None:
+    """Late by what the caller waited, not by what the loop took to look: its handling is cancelled then."""
+    monkeypatch.setattr(connection, "TICK_S", 0.01)
+
+    async def work() -> None:
+        async with listening(Limits(5.0, 5.0, 10)) as (listener, at):
+            there = await connected(listener, at)
+            with there:
+                listener.answer.clear()
+                there.sendall(REQUEST)
+                await listener.asked.wait()
+                if busy:
+                    there.shutdown(socket.SHUT_WR)
+                    time.sleep(0.01 * connection.PROMPT_TICKS * 3)  # noqa: ASYNC251 # this is the load
+                    await asyncio.sleep(0)
+                else:
+                    began = listener.ticks
+                    while listener.ticks <= began + connection.PROMPT_TICKS:  # noqa: ASYNC110 # nothing tells
+                        await asyncio.sleep(0.001)
+                    there.shutdown(socket.SHUT_WR)
+                    await listener.cancelled.wait()
+                listener.answer.set()
+                assert (await received(there)).startswith(b"HTTP/1.1 200 ") is answered
 
     run(loop, work())
 

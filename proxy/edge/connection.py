@@ -13,10 +13,11 @@ number. A deadline judges the caller: where the event loop was busy, bytes of th
 and wait to be read. So a connection whose time is over is closed only after the loop has turned `LAST_LOOKS`
 times more without anything new.
 
-A caller that closes its sending side (TCP FIN) is answered as far as its requests have come whole, then the
-connection is closed. The same FIN comes from a caller that has left: the two cannot be told apart until
-something is written. So where `max_connections` is reached, the connection that was half-closed first is
-dropped for a new one. Over TLS asyncio closes the connection at the end of either kind.
+A caller that closes its sending side (TCP FIN) with its request, or within a second of it, is answered as
+far as its requests have come whole; then the connection is closed. The same FIN comes from a caller that has
+left: the two cannot be told apart until something is written, and a later one is taken for that. The second
+is counted in ticks of the event loop, so that a busy one does not count. Where `max_connections` is reached,
+the connection that was half-closed first is dropped for a new one. Over TLS asyncio closes at every end.
 """
 
 import asyncio
@@ -48,6 +49,10 @@ MAX_HEADERS = 64
 MOST_REFUSED = 100
 """Connections over the limit that are held until they have asked and are told 503. One more takes the place
 of the oldest, which is dropped: it has not asked yet."""
+
+TICK_S = 0.25
+PROMPT_TICKS = 4
+"""A FIN that comes later after the last bytes is that of a caller who gave up waiting, and has left."""
 
 MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
 """A header's name and value, without the `: ` between them."""
@@ -92,7 +97,10 @@ class Listener:
         self.half_closed: dict[Connection, None] = {}  # the first to half-close comes first
         self.refused: dict[Connection, None] = {}  # the oldest comes first
         self.draining = False
+        self.ticks = 0
+        """Grows by one each `TICK_S` in which the event loop was not busy throughout."""
         self._loop = asyncio.get_running_loop()
+        self._ticking: asyncio.Handle = self._loop.call_later(TICK_S, self._tick)
         self._quiet = asyncio.Event()
         self._make_request: Callable[..., web.BaseRequest] = server.request_factory
         server.request_factory = self._begin_request
@@ -112,6 +120,10 @@ class Listener:
         )
         handler.connection = Connection(self, handler, self._loop)
         return handler.connection
+
+    def _tick(self) -> None:
+        self.ticks += 1
+        self._ticking = self._loop.call_later(TICK_S, self._tick)
 
     def _begin_request(
         self, message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, *rest: Any
@@ -161,6 +173,7 @@ class Listener:
             event(_LOG, logging.WARNING, "drain-incomplete", connections=len(self.connections))
         for connection in [*self.connections, *self.refused]:
             connection.abort()
+        self._ticking.cancel()
         await self._server.shutdown(0)
 
 
@@ -262,6 +275,7 @@ class Connection(asyncio.Protocol):
         "_deadline",
         "_eof",
         "_handler",
+        "_heard_at",
         "_loop",
         "_more",
         "_phase",
@@ -282,6 +296,7 @@ class Connection(asyncio.Protocol):
         self._unread = 0
         self._more = False
         self._eof = False
+        self._heard_at = listener.ticks
         self._body: StreamReader | None = None  # of the request that is handled now
         self._timer: asyncio.Handle | None = None
         self._after_eof: asyncio.Handle | None = None
@@ -306,6 +321,7 @@ class Connection(asyncio.Protocol):
         if self._handler is None:
             self._refuse()
             return
+        self._heard_at = self.listener.ticks
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.READING)
         elif self._phase is _Phase.BUSY:
@@ -319,6 +335,8 @@ class Connection(asyncio.Protocol):
         self._handler.eof_received()
         if self._body is not None and not self._body.is_eof():
             return False  # the rest of the request will not come
+        if self.listener.ticks - self._heard_at > PROMPT_TICKS:
+            return False  # who had waited for so long gave up waiting
         self._eof = True
         self.listener.half_closed[self] = None
         if self._body is None:
