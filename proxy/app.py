@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import resource
 import secrets
 import ssl
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from aiohttp import http_parser, web
 from redis.asyncio import Redis
@@ -33,13 +32,15 @@ from proxy.edge.api import Api
 from proxy.edge.connection import Limits, Listener, plain_server
 from proxy.edge.passthrough import Passthrough
 from proxy.fetching import Fetched, is_failure
+from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit
 from proxy.flights import MOST_OF_ONE, Flights
 from proxy.invalidator import Invalidator
-from proxy.logs import announce, event
+from proxy.logs import announce, configure, event
 from proxy.metrics import Metrics
 from proxy.readthrough import read_through
-from proxy.settings import Settings, is_loopback, read_admin_token, read_secret
+from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_secret
 from proxy.shield import Shield
+from proxy.sockets import Bound, listen
 from proxy.storage.connect import address_of, connector
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
@@ -47,16 +48,16 @@ from proxy.storage.ledger import RedisLedger
 from proxy.storage.link import Link
 from proxy.storage.readiness import trial
 from proxy.storage.store import Store
+from proxy.tls import Certificate, certificate
 from proxy.upstream import Upstream, UpstreamOptions
 
-_BACKLOG = 1024
 _FETCHES_PER_CONNECTION = 2  # a caller may leave while its fetch goes on
-_TLS_RELOAD_S = 2.0
 _HANDSHAKE_S = 5.0  # what is no connection of ours yet holds a descriptor for so long at most
-_ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64)
 _MARGIN_S = 60
 _LAST_WORDS_S = 2.0  # of a drain, for all but waiting, as of any request: Redis is told, answers are written
-_SPARE_FILES = 256
+_IN_FLIGHT = ("log.level", "log.format", "log.access")
+"""The settings that `App.reload` follows; the others are for the next start."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -86,8 +87,11 @@ class App:
         self._background: list[asyncio.Task[None]] = []
         self._ready = False
         self._closing = Closing(time.monotonic)
-        self._server: asyncio.Server
+        self._servers: list[asyncio.Server] = []
         self._listener: Listener
+        self._callers: Callers
+        self._certificate: Certificate | None
+        self._log_access = access_log(settings.log.access)
 
     async def start(self) -> Addresses:
         """Start everything; return when both listeners accept connections. Redis need not be there."""
@@ -109,7 +113,8 @@ class App:
         announce(_LOG, "stopping")
         if lame_duck:
             await asyncio.sleep(settings.lame_duck_s)
-        self._server.close()
+        for server in self._servers:
+            server.close()
         drain_s = settings.drain_s
         self._closing.announce(time.monotonic() + drain_s - min(_LAST_WORDS_S, drain_s / 2))
         await self._listener.drain(drain_s)
@@ -121,15 +126,41 @@ class App:
         await self._listener.drain(0)
         await self._close()
 
+    def reload(self, settings: Settings) -> None:
+        """Read aliases and certificate again, and follow `settings` as far as that can be while it runs.
+
+        Logs one line with what was read and what has to wait for a restart. Raises SettingsError where
+        something cannot be used; then nothing has changed.
+        """
+        aliases = self._callers.read()
+        if self._certificate is not None:
+            self._certificate.load()
+        self._callers.use(aliases)
+        differ = [name for name, key in KEYS.items() if key.of(settings) != key.of(self._settings)]
+        followed = [name for name in differ if name in _IN_FLIGHT]
+        if followed:
+            configure(settings.log.level, settings.log.format)
+            self._log_access = access_log(settings.log.access)
+            self._settings = replace(self._settings, log=settings.log)
+        waiting = [name for name in differ if name not in _IN_FLIGHT]
+        facts: dict[str, Any] = {
+            "aliases": len(aliases),
+            "certificate": self._certificate is not None,
+            "changed": followed,
+            "needs_restart": waiting,
+        }
+        if waiting:
+            event(_LOG, logging.WARNING, "reloaded", **facts)
+        else:
+            announce(_LOG, "reloaded", **facts)
+
     async def _start(self) -> Addresses:
         settings = self._settings
-        reached, wanted = raise_file_limit(settings)
-        if reached < wanted:
-            event(_LOG, logging.WARNING, "file-limit", limit=reached, wanted=wanted)
+        files = open_files(settings)
         metrics = Metrics(__version__)
         keyring = Keyring(self._secret())
-        callers = Callers(settings.callers.aliases_file)
-        tls = tls_context(settings)
+        self._callers = Callers(settings.callers.aliases_file)
+        self._certificate = certificate(settings.server)
         upstream = Upstream(upstream_options(settings), metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
 
@@ -137,7 +168,7 @@ class App:
         keys = Keys(settings.redis.key_prefix)
         store = await self._store(link, keys, keyring, metrics)
         flights: Flights[Fetched | ProxyError] = Flights(
-            settings.server.max_connections * _FETCHES_PER_CONNECTION,
+            files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
             monotonic=time.monotonic,
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
@@ -157,24 +188,24 @@ class App:
             monotonic=time.monotonic,
             closing=self._closing,
         )
-        log = access_log(settings.log.access)
 
         def observe(done: RequestDone) -> None:
             metrics.observe(done)
-            log(done)
+            self._log_access(done)
 
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
                 upstream, shield, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
-        api = Api(readthrough, passthrough, keyring, name_caller=callers.name, observe=observe)
+        api = Api(readthrough, passthrough, keyring, name_caller=self._callers.name, observe=observe)
         self._listener = Listener(
             plain_server(api.respond),
             Limits(
                 header_timeout_s=settings.server.header_timeout_s,
                 idle_timeout_s=settings.server.idle_timeout_s,
-                max_connections=settings.server.max_connections,
+                max_connections=files.connections,
+                max_refused=files.refused,
             ),
             api.malformed,
         )
@@ -189,26 +220,12 @@ class App:
             quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},
         )
         admin = await self._serve_admin(metrics, invalidator)
-        self._server = await asyncio.get_running_loop().create_server(
-            self._listener,
-            settings.server.host,
-            settings.server.port,
-            ssl=tls,
-            backlog=_BACKLOG,
-            reuse_port=settings.server.reuse_port or None,
-            ssl_handshake_timeout=None
-            if tls is None
-            else min(settings.server.header_timeout_s, _HANDSHAKE_S),
-            ssl_shutdown_timeout=None if tls is None else 1.0,
-        )
-        self._cleanup.callback(self._server.close)
-        self._go_on(callers.follow())
-        if tls is not None:
-            self._go_on(_follow_tls(tls, settings.server.tls_cert_file, settings.server.tls_key_file))
+        api_url = await self._serve_api(files)
+        self._go_on(self._callers.follow())
+        if self._certificate is not None:
+            self._go_on(self._certificate.follow())
         self._ready = True
-        addresses = Addresses(
-            _url("http" if tls is None else "https", self._server.sockets[0].getsockname()), admin
-        )
+        addresses = Addresses(api_url, admin)
         announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
         return addresses
 
@@ -306,6 +323,27 @@ class App:
             closing=self._closing,
         )
 
+    async def _serve_api(self, files: OpenFiles) -> str:
+        server = self._settings.server
+        tls = self._certificate
+        bound = await _listen(
+            "server", server.host, server.port, reuse_port=server.reuse_port, backlog=files.backlog
+        )
+        self._cleanup.callback(bound.close)
+        for each in bound.sockets:
+            self._servers.append(
+                await asyncio.get_running_loop().create_server(
+                    self._listener,
+                    sock=each,
+                    ssl=None if tls is None else tls.context,
+                    backlog=files.backlog,
+                    ssl_handshake_timeout=None if tls is None else min(server.header_timeout_s, _HANDSHAKE_S),
+                    ssl_shutdown_timeout=None if tls is None else 1.0,
+                )
+            )
+            self._cleanup.callback(self._servers[-1].close)
+        return bound.url("http" if tls is None else "https", server.host)
+
     async def _serve_admin(self, metrics: Metrics, invalidator: Invalidator) -> str:
         admin = self._settings.admin
         purge = Purge(
@@ -321,11 +359,18 @@ class App:
         self._cleanup.push_async_callback(runner.cleanup)
         assert runner.server is not None
         # The same connections as the API's: deadlines, a limit, and no echo of what the parser refuses.
-        listener = Listener(runner.server, _ADMIN_LIMITS, lambda _error, _request_id: None)
-        server = await asyncio.get_running_loop().create_server(listener, admin.host, admin.port)
+        listener = Listener(runner.server, ADMIN_LIMITS, lambda _error, _request_id: None)
+        bound = await _listen(
+            "admin", admin.host, admin.port, reuse_port=False, backlog=ADMIN_LIMITS.max_connections
+        )
+        self._cleanup.callback(bound.close)
         self._cleanup.push_async_callback(listener.drain, 1.0)
-        self._cleanup.callback(server.close)
-        return _url("http", server.sockets[0].getsockname())
+        for each in bound.sockets:
+            server = await asyncio.get_running_loop().create_server(
+                listener, sock=each, backlog=ADMIN_LIMITS.max_connections
+            )
+            self._cleanup.callback(server.close)
+        return bound.url("http", admin.host)
 
     def _go_on(self, work: Coroutine[None, None, None]) -> None:
         self._background.append(asyncio.create_task(work))
@@ -345,15 +390,39 @@ def refuse_slow_parser() -> None:
         )
 
 
-def raise_file_limit(settings: Settings) -> tuple[int, int]:
-    """Raise the limit of open files to what `settings` need, where we may. Gives the limit, and the need."""
-    callers = settings.server.max_connections * (2 if settings.server.tls_cert_file else 1)  # handshakes too
-    wanted = callers + settings.upstream.max_connections + _SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < reachable:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
-    return reachable, wanted
+def open_files(settings: Settings) -> OpenFiles:
+    """Raise the limit of open files; warn where it is too low for all callers. Raises StartError."""
+    try:
+        files = raise_limit(settings)
+    except TooFewFiles as error:
+        raise StartError(str(error)) from None
+    if files.connections < settings.server.max_connections:
+        event(
+            _LOG,
+            logging.WARNING,
+            "file-limit",
+            limit=files.limit,
+            wanted=files.wanted,
+            connections=files.connections,
+            max_connections=settings.server.max_connections,
+            mend=f"raise the hard limit to {files.wanted} (ulimit -Hn; systemd: LimitNOFILE), or lower"
+            f" server.max_connections",
+        )
+    return files
+
+
+async def _listen(section: str, host: str, port: int, *, reuse_port: bool, backlog: int) -> Bound:
+    bound = await listen(host, port, reuse_port=reuse_port, backlog=backlog)
+    for address in bound.lacking:
+        event(
+            _LOG,
+            logging.WARNING,
+            "address-left-out",
+            setting=f"{section}.host",
+            address=address,
+            cause="this machine lacks it",
+        )
+    return bound
 
 
 def cache_policy(settings: Settings) -> Policy:
@@ -406,50 +475,3 @@ def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
         password=password.decode(errors="replace"),
         ca_file=redis.ca_file,
     )
-
-
-def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """Load the API listener's certificate and key; None for plain HTTP. May raise SettingsError."""
-    server = settings.server
-    if not server.tls_cert_file:
-        return None
-    context = _server_context()
-    try:
-        # A passphrase of nothing: OpenSSL would ask the terminal for one.
-        context.load_cert_chain(server.tls_cert_file, server.tls_key_file, password="")
-    except (OSError, ssl.SSLError):
-        raise SettingsError(
-            f"server.tls_cert_file = {server.tls_cert_file!r}: must be a PEM certificate chain that"
-            f" server.tls_key_file is the key of"
-        ) from None
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-def _server_context() -> ssl.SSLContext:
-    return ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-
-
-async def _follow_tls(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    """Load certificate and key again when they change; new connections then get the new ones."""
-
-    def changed_at() -> tuple[int, int]:
-        return Path(cert_file).stat().st_mtime_ns, Path(key_file).stat().st_mtime_ns
-
-    loaded = changed_at()
-    while True:
-        await asyncio.sleep(_TLS_RELOAD_S)
-        try:
-            if (now := changed_at()) != loaded:
-                # Elsewhere first: what it does not take would still replace half of the pair in use.
-                _server_context().load_cert_chain(cert_file, key_file, password="")
-                context.load_cert_chain(cert_file, key_file, password="")
-                loaded = now
-                event(_LOG, logging.INFO, "tls-reloaded")
-        except (OSError, ssl.SSLError) as error:  # half of the pair is new: the other half will follow
-            event(_LOG, logging.WARNING, "tls-not-reloaded", cause=type(error).__name__)
-
-
-def _url(scheme: str, address: tuple[str, int]) -> str:
-    host, port = address[:2]
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -31,15 +31,26 @@ class Callers:
         self._path = Path(aliases_file) if aliases_file else None
         self._changed_at: int | None = None
         self._aliases: dict[str, str] = {}
-        if self._path is not None:
-            self._changed_at = self._path.stat().st_mtime_ns
-            self._aliases = read_aliases(self._path)
+        self.use(self.read())
 
     def name(self, token: Token) -> str:
         """Give the token's alias, or `other`."""
         if not self._aliases:
             return OTHER_CALLER
         return self._aliases.get(hashlib.sha256(token.reveal().encode()).hexdigest(), OTHER_CALLER)
+
+    def read(self) -> dict[str, str]:
+        """Read the file, also where it did not change: a map from hash to alias. Raises SettingsError."""
+        if self._path is None:
+            return {}
+        changed_at = self._path.stat().st_mtime_ns if self._path.exists() else None
+        aliases = read_aliases(self._path)
+        self._changed_at = changed_at
+        return aliases
+
+    def use(self, aliases: dict[str, str]) -> None:
+        """Name callers by these from now on."""
+        self._aliases = aliases
 
     async def follow(self) -> None:
         """Read the file again whenever it changes, until cancelled."""
@@ -56,7 +67,7 @@ class Callers:
             if changed_at == self._changed_at:
                 return
             self._changed_at = changed_at
-            self._aliases = read_aliases(self._path)
+            self.use(read_aliases(self._path))
         except (OSError, SettingsError) as error:
             event(_LOG, logging.WARNING, "aliases-not-read", cause=type(error).__name__)
         else:

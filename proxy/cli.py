@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
-from proxy import __version__
+from proxy import __version__, process
 from proxy.core.errors import BadRequest, SettingsError
 from proxy.core.identity import SnapshotId
-from proxy.settings import Loaded, check_files, load, to_toml
+from proxy.settings import Loaded, Settings, check_files, load, to_toml
 
 FINE, FAILED, MISUSED = 0, 1, 2
 
@@ -20,6 +22,7 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit status."""
+    process.open_missing()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(simulating=arguments[:1] == ["simulate"])
     if not arguments:
@@ -34,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
     except KeyboardInterrupt:
         return FINE if command in UNTIL_INTERRUPTED else FAILED
+    except BrokenPipeError:  # who read what it prints has left: `snapshot-proxy config | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        return FAILED
     except Exception as error:  # noqa: BLE001 # the last line of defence: Python's own traceback shows messages
         _report(error)
         return FAILED
@@ -105,6 +111,13 @@ def _load(args: argparse.Namespace) -> Loaded:
     return loaded
 
 
+def _load_again(args: argparse.Namespace) -> Settings:
+    """Load what `_load` loaded; files with secrets are read once only, at the start."""
+    if args.config is not None and Path(args.config).exists() and not Path(args.config).is_file():
+        raise SettingsError(f"file {args.config}: is no regular file, and cannot be read a second time")
+    return load(config_file=args.config, overrides=args.overrides, environ=os.environ).settings
+
+
 def _run(work: Coroutine[Any, Any, int]) -> int:
     """Run on uvloop where the extra `fast` is installed, else on asyncio's own loop."""
     try:
@@ -128,9 +141,10 @@ def _report(error: Exception) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    process.ignore_signals()
     from proxy import serve
 
-    return _run(serve.serve(_load(args).settings))
+    return _run(serve.serve(_load(args).settings, partial(_load_again, args)))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -159,12 +173,14 @@ def _purge(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    process.ignore_signals()
     from proxy import demo
 
     return _run(demo.demo(once=args.once))
 
 
 def _simulate(args: argparse.Namespace) -> int:
+    process.ignore_signals()
     from proxy.simulator import command
 
     return _run(command.run(args))

@@ -54,7 +54,7 @@ async def demo(*, once: bool) -> int:
     """Show it, then stay up until Ctrl-C, or end at `once`. Gives the exit status."""
     showing = asyncio.ensure_future(_show(once=once))
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal is closed
         loop.add_signal_handler(number, showing.cancel)
     try:
         return await showing

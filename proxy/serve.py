@@ -3,18 +3,21 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 
 from proxy import logs
 from proxy.app import App, StartError
+from proxy.core.errors import SettingsError
 from proxy.settings import Settings
 from proxy.storage.embedded import EmbeddedServerError
 
 _LOG = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
     """Run until SIGTERM (lame duck, then drain) or SIGINT (drain at once); a second signal ends it now.
 
+    At SIGHUP the settings that `load_again` gives are followed, as far as they can be while it runs.
     Gives the exit status: 0 after a signal, 1 where it could not start.
     """
     logs.configure(settings.log.level, settings.log.format)
@@ -23,6 +26,8 @@ async def serve(settings: Settings) -> int:
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    hangups: asyncio.Queue[None] = asyncio.Queue()
+    loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)
 
     app = App(settings)
     try:
@@ -34,7 +39,9 @@ async def serve(settings: Settings) -> int:
         logs.announce(_LOG, "cannot-start", cause=error.strerror or type(error).__name__)
         return 1
 
+    following = asyncio.create_task(_follow(hangups, app, load_again))
     first = await signals.get()
+    following.cancel()  # what it reads again is for requests that no longer come
     stopping = asyncio.create_task(app.stop(lame_duck=first is signal.SIGTERM))
     second = asyncio.create_task(signals.get())
     await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)
@@ -42,5 +49,15 @@ async def serve(settings: Settings) -> int:
         stopping.cancel()  # it may be in the lame duck, with nobody to wait for
         await app.kill()
     second.cancel()
-    await asyncio.gather(stopping, second, return_exceptions=True)
+    await asyncio.gather(following, stopping, second, return_exceptions=True)
     return 0
+
+
+async def _follow(hangups: "asyncio.Queue[None]", app: App, load_again: Callable[[], Settings]) -> None:
+    """Read again at each SIGHUP what can be read again; what cannot be read or used changes nothing."""
+    while True:
+        await hangups.get()
+        try:
+            app.reload(load_again())
+        except SettingsError as error:
+            logs.event(_LOG, logging.WARNING, "not-reloaded", cause=str(error), consequence="nothing changed")

@@ -127,7 +127,15 @@ async def test_too_few_open_files(look: Look, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
     status, printed = await look("server.max_connections=2000")
     assert status == 0
-    assert has(printed, Level.WARNING, "1024 are allowed, 2356 may be needed", "LimitNOFILE")
+    assert has(printed, Level.WARNING, "1024 are allowed", "= 2000 serve takes 503,", "LimitNOFILE=3344")
+
+
+async def test_far_too_few_open_files(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serve would not start with is a problem, and names what else would help."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 200))
+    status, printed = await look()
+    assert status == 1
+    assert has(printed, Level.PROBLEM, "only 200 open files are allowed", "LimitNOFILE", "upstream.max_conn")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,20 @@ async def test_healthcheck() -> None:
     assert err == "snapshot-proxy: no answer from the admin listener: ConnectionRefusedError\n"
 
 
+async def test_healthcheck_of_a_busy_replica() -> None:
+    """One that answers after 3 s lives: restarted, it would send its load to the others."""
+
+    async def answer_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(3)  # this is the busy replica
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer_late, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert await run("healthcheck", f"--set=admin.port={port}") == (0, "", "")
+
+
 async def test_healthcheck_of_something_else() -> None:
     """Whoever does not answer 200 is not well."""
 
@@ -348,6 +362,24 @@ sys.exit(cli.main(["healthcheck"]))
     assert TOKEN[:12] not in err
 
 
+@pytest.mark.parametrize("command", ["serve", "check", "demo"])
+async def test_no_temporary_directory(command: str) -> None:
+    """One line that names TMPDIR and redis.url; no bug of ours, and status 1."""
+    arguments = [command] if command == "demo" else [command, "--set=server.port=0", "--set=admin.port=0"]
+    code = (
+        "import sys, tempfile\n"
+        "tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"
+        "from proxy import cli\n"
+        f"sys.exit(cli.main({arguments!r}))\n"
+    )
+    environ = {"SNAPSHOT_PROXY_UPSTREAM__BASE_URL": "http://127.0.0.1:1"}
+    status, out, err = await end(await start("-c", code, **environ))
+    assert status == 1
+    (line,) = [line for line in (out + err).splitlines() if "TMPDIR" in line]
+    assert "set redis.url to a server of yours" in line
+    assert not [word for word in TROUBLE if word in out + err]
+
+
 @pytest.mark.parametrize(("command", "status"), [("serve", 0), ("config", 1)])
 def test_interrupted_before_it_began(
     command: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -392,7 +424,7 @@ def test_the_event_loop(uvloop: str | None, module: str, monkeypatch: pytest.Mon
     """That of the extra `fast` where it is installed, else Python's own."""
     loops: list[str] = []
 
-    async def look(_: object) -> int:
+    async def look(*_: object) -> int:
         loops.append(type(asyncio.get_running_loop()).__module__)
         return 0
 

@@ -1,6 +1,5 @@
 """What this machine has to offer: parser, open files, files with secrets, certificate, addresses."""
 
-import asyncio
 import errno
 import os
 import socket
@@ -12,10 +11,13 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from proxy.app import StartError, raise_file_limit, refuse_slow_parser, tls_context
+from proxy.app import StartError, refuse_slow_parser
 from proxy.callers import read_aliases
 from proxy.check.finding import Finding, ok, problem, warning
+from proxy.files import TooFewFiles, raise_limit
 from proxy.settings import Settings, read_admin_token
+from proxy.sockets import Bound, is_any_ipv6, listen
+from proxy.tls import certificate as load_certificate
 
 _DAY_S = 86_400
 _EXPIRES_SOON_DAYS = 14
@@ -29,14 +31,24 @@ def machine(settings: Settings) -> Iterator[Finding]:
         yield problem("HTTP parser: not aiohttp's own in C", str(error))
     else:
         yield ok("HTTP parser: aiohttp's, in C")
-    limit, need = raise_file_limit(settings)
-    if limit < need:
-        yield warning(
-            f"open files: {limit} are allowed, {need} may be needed",
-            f"raise the hard limit (ulimit -Hn; systemd: LimitNOFILE={need}), or lower max_connections",
+    yield _open_files(settings)
+
+
+def _open_files(settings: Settings) -> Finding:
+    try:
+        files = raise_limit(settings)
+    except TooFewFiles as error:
+        return problem(f"open files: {error}", "serve does not start below that")
+    if files.connections < settings.server.max_connections:
+        return warning(
+            f"open files: {files.limit} are allowed; of server.max_connections ="
+            f" {settings.server.max_connections} serve takes {files.connections}, and refuses more with 503",
+            f"raise the hard limit (ulimit -Hn; systemd: LimitNOFILE={files.wanted}), or lower"
+            f" server.max_connections",
         )
-    else:
-        yield ok(f"open files: {need} may be needed, and are allowed")
+    return ok(
+        f"open files: {files.limit} are allowed, enough for server.max_connections = {files.connections}"
+    )
 
 
 def privacy(settings: Settings, secret: bytes | None) -> Iterator[Finding]:
@@ -76,12 +88,12 @@ def aliases(settings: Settings) -> Iterator[Finding]:
 
 def certificate(settings: Settings) -> Iterator[Finding]:
     """Load the certificate, and tell how long it is good. Raises SettingsError as `serve` does."""
-    context = tls_context(settings)
-    if context is None:
+    loaded = load_certificate(settings.server)
+    if loaded is None:
         yield ok("TLS: off; pydo and others that refuse plain http need server.tls_cert_file")
         return
     try:
-        days = (_expires_at(context, settings.server.tls_cert_file) - time()) / _DAY_S
+        days = (_expires_at(loaded.context, settings.server.tls_cert_file) - time()) / _DAY_S
     except ssl.SSLCertVerificationError as error:
         yield problem(f"TLS: clients will refuse the certificate: {error.verify_message}", "renew it")
         return
@@ -126,15 +138,25 @@ async def listeners(settings: Settings) -> list[Finding]:
 
 
 async def _listen(section: str, host: str, port: int, listening: ExitStack, *, reuse_port: bool) -> Finding:
-    loop = asyncio.get_running_loop()
     try:
-        server = await loop.create_server(asyncio.Protocol, host, port, reuse_port=reuse_port or None)
+        bound = await listen(host, port, reuse_port=reuse_port)
     except socket.gaierror:
         return problem(f"{section}.host: there is no address {host}", f"set {section}.host")
     except OSError as error:
         return _cannot_listen(section, host, port, error.errno)
-    listening.callback(server.close)
-    return ok(f"{section}: can listen on {host}, port {port or 'of its choice'}")
+    listening.callback(bound.close)
+    return _can_listen(section, host, port, bound)
+
+
+def _can_listen(section: str, host: str, port: int, bound: Bound) -> Finding:
+    if bound.lacking:
+        found = ", ".join(each.getsockname()[0] for each in bound.sockets)
+        return warning(
+            f"{section}: can listen on {found}; this machine lacks {', '.join(bound.lacking)} of {host}",
+            f"give this machine that address, or set {section}.host = {found!r}",
+        )
+    both = ", IPv4 and IPv6" if is_any_ipv6(host) else ""
+    return ok(f"{section}: can listen on {host}{both}, port {port or 'of its choice'}")
 
 
 def _cannot_listen(section: str, host: str, port: int, number: int | None) -> Finding:

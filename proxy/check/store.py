@@ -41,8 +41,8 @@ async def store(settings: Settings, secret: bytes | None) -> AsyncIterator[Findi
 
 
 async def _embedded(settings: Settings) -> AsyncIterator[Finding]:
-    server = EmbeddedServer(settings.redis.embedded_max_bytes)
     try:
+        server = EmbeddedServer(settings.redis.embedded_max_bytes)
         await server.start()
     except EmbeddedServerError as error:
         yield problem(f"Redis: {error}", "set redis.url to a server of yours")

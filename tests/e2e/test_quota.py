@@ -348,9 +348,16 @@ async def test_whoever_cannot_wait_so_long_is_told(
     ],
 )
 async def test_whoever_leaves_the_line(
-    simulator: Simulator, token: Token, client: aiohttp.ClientSession, method: str, path: str
+    *,
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    path: str,
 ) -> None:
     """Nothing waits for nobody, is sent for it later, or ends what is cached."""
+    monkeypatch.setattr("proxy.edge.connection.PROMPT_TICKS", -1)  # they had waited for more than a second
     async with app(f"upstream.base_url={simulator.url}", "passthrough.enabled=true") as at:
 
         async def ask(method: str, path: str) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import stat
@@ -420,6 +421,125 @@ async def test_cancelled_stop_ends_the_server_all_the_same(server: EmbeddedServe
     await asyncio.wait([stopping])
     await until(lambda: not processes(group) and not socket_path(server).parent.exists(), "all is gone")
     await process.wait()  # a loop that ends before it heard of the end leaves an open transport behind
+
+
+# -- as process 1 -----------------------------------------------------------------------------
+
+ADOPTER = """
+import asyncio, contextlib, ctypes, os, signal, sys
+from pathlib import Path
+from proxy.storage import embedded
+
+if sys.argv[1] == "subreaper":  # adopts the orphans among its descendants, as process 1 does
+    assert ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0) == 0
+else:
+    assert os.getpid() == 1
+if sys.argv[2] == "uvloop":
+    import uvloop
+    run = uvloop.run
+else:
+    run = asyncio.run
+embedded.RESTART_MIN_S = embedded.RESTART_MAX_S = 0.01
+
+def zombies():
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            found += [path.parent.name] * (state == "Z" and int(parent) == os.getpid())
+    return found
+
+async def main():
+    server = embedded.EmbeddedServer(8 << 20)
+    await server.start()
+    shell = "/bin/sh", "-c", "read line; exit 5"
+    own = await asyncio.create_subprocess_exec(*shell, stdin=asyncio.subprocess.PIPE)
+    for death in range(5):
+        life = server._life
+        os.kill(life.process.pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while server._life is life or not await embedded._ping(server._socket):
+                await asyncio.sleep(0.01)
+    await server.stop()
+    async with asyncio.timeout(10):
+        while zombies():
+            await asyncio.sleep(0.01)
+    assert zombies() == []
+    own.stdin.write(b"\\n")
+    print("status", await own.wait())
+
+run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has subreapers and PID namespaces")
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("adopts", ["subreaper", "process-1"])
+async def test_no_zombie_is_left(adopts: str, loop: str) -> None:
+    """Of each death of the server, where its shell is handed to us; our other children are not touched."""
+    command = [sys.executable, "-c", ADOPTER, adopts, loop]
+    if adopts == "process-1":
+        unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        try:
+            probe = subprocess.run([*unshare, "true"], check=False, capture_output=True)
+        except FileNotFoundError:
+            pytest.skip("there is no unshare here")
+        if probe.returncode:
+            pytest.skip(f"no PID namespace: {probe.stderr.decode().strip()}")
+        command = [*unshare, *command]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(4 * DEADLINE_S):
+        out, errors = await process.communicate()
+    assert (process.returncode, out) == (0, b"status 5\n"), errors
+
+
+# -- no place for its socket -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        pytest.param(["/proc/nowhere"], id="none-is-there"),
+        pytest.param(["/proc"], id="none-takes-files"),
+        pytest.param(["/dev/full/x", "/dev/null"], id="no-directories"),
+    ],
+)
+async def test_no_temporary_directory(candidates: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names what to set."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: candidates)
+    with pytest.raises(EmbeddedServerError, match=r"neither TMPDIR nor /tmp .* set TMPDIR .* set redis\.url"):
+        EmbeddedServer(MAX_BYTES)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=lambda n: errno.errorcode[n]
+)
+async def test_temporary_directory_that_fails_later(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there when we looked, and takes no directory now: the system's reason, and what to set."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    server = EmbeddedServer(MAX_BYTES)
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(EmbeddedServerError, match=rf"{os.strerror(number)}\): set TMPDIR .* redis\.url"):
+        await server.start()
+
+
+async def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start that is the end, with nothing left behind."""
+
+    async def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    server = EmbeddedServer(MAX_BYTES)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+    with pytest.raises(EmbeddedServerError, match=r"Resource temporarily unavailable; set redis\.url"):
+        await server.start()
+    assert not socket_path(server).parent.exists()
 
 
 # -- what can be wrong -------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""Open files: how many the system allows, and for how many callers they suffice.
+
+A connection that cannot be accepted is a health check that fails and a container that is restarted. So the
+callers get what is left of the limit after the upstream, Redis, the admin listener and some to spare.
+"""
+
+import resource
+from dataclasses import dataclass
+
+from proxy.edge.connection import MOST_REFUSED, Limits
+from proxy.settings import Settings
+
+ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8)
+
+_BACKLOG = 1024
+_REDIS = 16
+_SPARE = 32  # standard streams, the event loop's own, listeners, name lookups, the embedded server, files
+_LEAST_CALLERS = 8
+
+
+class TooFewFiles(Exception):
+    """The limit of open files does not even suffice for a few callers; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFiles:
+    """What the limit of open files, now `limit`, is used for; `wanted` would be enough for all settings.
+
+    `connections` is how many callers there may be at once, `refused` how many more are held until they are
+    told 503, `backlog` how many more the system may hand over before any of them can be refused.
+    """
+
+    limit: int
+    wanted: int
+    connections: int
+    refused: int
+    backlog: int
+
+
+def share_out(limit: int, settings: Settings) -> OpenFiles:
+    """Share out `limit` descriptors. Raises TooFewFiles below the least that it works with."""
+    wished = settings.server.max_connections
+    each = 2 if settings.server.tls_cert_file else 1  # TLS: as many handshakes may be under way
+    fixed = (
+        settings.upstream.max_connections
+        + _REDIS
+        + ADMIN_LIMITS.max_connections
+        + ADMIN_LIMITS.max_refused
+        + _SPARE
+    )
+    wanted = fixed + wished * each + MOST_REFUSED + _BACKLOG
+    least = fixed + 2 * _LEAST_CALLERS * each
+    if limit < least:
+        raise TooFewFiles(
+            f"only {limit} open files are allowed, and at least {least} are needed:"
+            f" {settings.upstream.max_connections} for upstream.max_connections and {least - fixed} for"
+            f" callers among them; raise the hard limit (ulimit -Hn; systemd: LimitNOFILE), or lower"
+            f" upstream.max_connections"
+        )
+    room = min(limit, wanted) - fixed
+    refused = min(MOST_REFUSED, room // 8)
+    backlog = min(_BACKLOG, max(room // 4, room - refused - wished * each))
+    connections = min(wished, (room - refused - backlog) // each)
+    return OpenFiles(limit, wanted, connections, refused, backlog)
+
+
+def raise_limit(settings: Settings) -> OpenFiles:
+    """Raise the limit of open files as far as `settings` need it and we may; share out what it is then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        soft = hard = 1 << 30
+    wanted = share_out(1 << 30, settings).wanted
+    reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < reachable:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))
+            soft = reachable
+        except (OSError, ValueError):  # macOS has a limit of its own below an unlimited hard one
+            pass
+    return share_out(soft, settings)

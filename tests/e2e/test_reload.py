@@ -1,0 +1,234 @@
+"""SIGHUP: what is read again, what can change while the service runs, and what a bad file does: nothing."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+from support import DROPLET_PATH, Serve, bearer, until
+
+from proxy.simulator import Simulator, Token
+
+RECENT_NS = 2_000_000_000_000_000_000
+
+
+class Reloaded(Serve):
+    """A service that is told to read again."""
+
+    def __init__(self, directory: Path, *overrides: str) -> None:
+        super().__init__(*overrides)
+        self.file = directory / "proxy.toml"
+        self.file.write_text("")
+        self.command = ("-m", "proxy", "serve", "--config", str(self.file))
+
+    def said(self, name: str) -> list[dict[str, Any]]:
+        """Give the log lines of that name."""
+        return [line for line in self.log if line.get("event") == name]
+
+    async def hang_up(self) -> dict[str, Any]:
+        """Send SIGHUP, and give the line that comes of it."""
+        names = ("reloaded", "not-reloaded")
+        before = sum(len(self.said(name)) for name in names)
+        self.process.send_signal(signal.SIGHUP)
+        await until(lambda: sum(len(self.said(name)) for name in names) > before, "it was read again")
+        return next(line for line in reversed(self.log) if line.get("event") in names)
+
+
+def digest(token: Token) -> str:
+    """Give the hash that an alias is of."""
+    return hashlib.sha256(token.value.encode()).hexdigest()
+
+
+async def ask(service: Serve, client: aiohttp.ClientSession, token: Token) -> None:
+    """Ask for a snapshot, unconditionally."""
+    headers = bearer(token.value) | {"Cache-Control": "no-cache"}
+    async with client.get(service.api + DROPLET_PATH, headers=headers) as response:
+        assert response.status == 200
+
+
+@pytest.fixture
+def upstream(simulator: Simulator) -> str:
+    """Point a service to the simulator."""
+    return f"upstream.base_url={simulator.url}"
+
+
+async def test_nothing_new(upstream: str, tmp_path: Path) -> None:
+    """One line, of which nothing is to be done."""
+    async with Reloaded(tmp_path, upstream) as service:
+        for _ in range(3):
+            line = await service.hang_up()
+            assert (line["event"], line["level"]) == ("reloaded", "info")
+            assert (line["changed"], line["needs_restart"]) == ([], [])
+            assert (line["aliases"], line["certificate"]) == (0, False)
+        assert len(service.said("reloaded")) == 3
+
+
+async def test_log_settings_change(
+    upstream: str, tmp_path: Path, client: aiohttp.ClientSession, token: Token
+) -> None:
+    """From the next line on; the connections stay."""
+    async with Reloaded(tmp_path, upstream) as service:
+        await ask(service, client, token)
+        await service.event("request")
+        service.file.write_text('[log]\naccess = "off"\n')
+        assert (await service.hang_up())["changed"] == ["log.access"]
+        await ask(service, client, token)
+        service.file.write_text('[log]\naccess = "all"\n')
+        assert (await service.hang_up())["changed"] == ["log.access"]
+        assert len(service.said("request")) == 1
+        await ask(service, client, token)
+        await until(lambda: len(service.said("request")) == 2, "it is logged again")
+        service.file.write_text('[log]\naccess = "all"\nlevel = "error"\nformat = "text"\n')
+        service.process.send_signal(signal.SIGHUP)
+        await until(lambda: b"reloaded" in service.raw.splitlines()[-1], "it was read again")
+        assert b'changed=["log.level", "log.format"]' in service.raw.splitlines()[-1]
+        await ask(service, client, token)
+        assert b"event=request" not in service.raw
+
+
+async def test_what_needs_a_restart_is_named(upstream: str, tmp_path: Path) -> None:
+    """With the strength of the sources as at the start: --set wins over the file."""
+    async with Reloaded(tmp_path, upstream, "cache.negative_s=3") as service:
+        service.file.write_text("[cache]\nfresh_s = 5\nnegative_s = 4\n[server]\nmax_connections = 7\n")
+        for _ in range(2):
+            line = await service.hang_up()
+            assert line["level"] == "warning"
+            assert line["needs_restart"] == ["server.max_connections", "cache.fresh_s"]
+        service.file.write_text("")
+        assert (await service.hang_up())["needs_restart"] == []
+
+
+async def test_aliases_are_read_though_the_time_stands_still(
+    upstream: str, tmp_path: Path, client: aiohttp.ClientSession, token: Token
+) -> None:
+    """A file that was restored with its old time is not found to have changed."""
+    aliases = tmp_path / "aliases.toml"
+    aliases.write_text("")
+    os.utime(aliases, ns=(RECENT_NS, RECENT_NS))
+    async with Reloaded(tmp_path, upstream, f"callers.aliases_file={aliases}") as service:
+        await ask(service, client, token)
+        await until(lambda: service.said("request"), "it is logged")
+        aliases.write_text(f'team-a = "{digest(token)}"\n')
+        os.utime(aliases, ns=(RECENT_NS, RECENT_NS))
+        assert (await service.hang_up())["aliases"] == 1
+        await ask(service, client, token)
+        await until(lambda: len(service.said("request")) == 2, "it is logged")
+        assert [line["caller"] for line in service.said("request")] == ["other", "team-a"]
+
+
+async def test_certificate_is_read(upstream: str, tmp_path: Path) -> None:
+    """New connections get it."""
+    authority = trustme.CA()
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+
+    def issue() -> bytes:
+        issued = authority.issue_cert("127.0.0.1")
+        cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        key.write_bytes(issued.private_key_pem.bytes())
+        for path in (cert, key):
+            os.utime(path, ns=(RECENT_NS, RECENT_NS))
+        return issued.cert_chain_pems[0].bytes()
+
+    issue()
+    settings = (upstream, f"server.tls_cert_file={cert}", f"server.tls_key_file={key}")
+    async with Reloaded(tmp_path, *settings) as service:
+        wanted = issue()
+        assert (await service.hang_up())["certificate"] is True
+        host, _, port = service.api.removeprefix("https://").partition(":")
+        _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+        there = writer.get_extra_info("ssl_object")
+        served = ssl.DER_cert_to_PEM_cert(there.getpeercert(binary_form=True))
+        writer.transport.abort()
+        assert served.strip() == wanted.decode().strip()
+
+
+def write(name: str, content: str) -> Callable[[Path], object]:
+    """Spoil one file."""
+    return lambda directory: (directory / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        pytest.param(write("proxy.toml", "[log\n"), "proxy.toml: must be TOML", id="not-toml"),
+        pytest.param(write("proxy.toml", "[cache]\nfresh_s = 'x'\n"), "cache.fresh_s", id="bad-value"),
+        pytest.param(write("proxy.toml", "[cache]\nfrehs_s = 1\n"), "cache.fresh_s", id="unknown-name"),
+        pytest.param(lambda at: (at / "proxy.toml").unlink(), "proxy.toml: cannot be read", id="gone"),
+        pytest.param(write("aliases.toml", "team = 5"), "callers.aliases_file", id="bad-aliases"),
+        pytest.param(lambda at: (at / "aliases.toml").unlink(), "callers.aliases_file", id="no-aliases"),
+        pytest.param(write("cert.pem", "nothing\n"), "server.tls_cert_file", id="bad-certificate"),
+        pytest.param(lambda at: (at / "key.pem").unlink(), "server.tls_key_file", id="no-key"),
+    ],
+)
+async def test_a_bad_file_changes_nothing(
+    *, upstream: str, tmp_path: Path, token: Token, spoil: Callable[[Path], object], said: str
+) -> None:
+    """Also what else is new and good is left as it was; one line says what was wrong, and where."""
+    authority = trustme.CA()
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    issued = authority.issue_cert("127.0.0.1")
+    (tmp_path / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    (tmp_path / "key.pem").write_bytes(issued.private_key_pem.bytes())
+    (tmp_path / "aliases.toml").write_text(f'team-a = "{digest(token)}"\n')
+    settings = (
+        upstream,
+        f"server.tls_cert_file={tmp_path / 'cert.pem'}",
+        f"server.tls_key_file={tmp_path / 'key.pem'}",
+        f"callers.aliases_file={tmp_path / 'aliases.toml'}",
+    )
+    async with Reloaded(tmp_path, *settings) as service:
+        service.file.write_text('[log]\naccess = "off"\n')
+        if "aliases" not in said:
+            (tmp_path / "aliases.toml").write_text(f'team-b = "{digest(token)}"\n')
+        spoil(tmp_path)
+        line = await service.hang_up()
+        assert (line["event"], line["level"]) == ("not-reloaded", "warning")
+        assert said in line["cause"]
+        assert len(service.said("not-reloaded")) == 1
+        async with (
+            aiohttp.TCPConnector(ssl=context) as connector,
+            aiohttp.ClientSession(connector=connector) as session,
+        ):
+            await ask(service, session, token)
+        assert (await service.event("request"))["status"] == 200
+
+
+async def test_a_configuration_that_was_a_pipe(upstream: str, tmp_path: Path) -> None:
+    """It can be read once; empty, it would mean the defaults."""
+    pipe = tmp_path / "pipe.toml"
+    os.mkfifo(pipe)
+    service = Reloaded(tmp_path, upstream)
+    service.command = ("-m", "proxy", "serve", "--config", str(pipe))
+    writing = asyncio.create_task(asyncio.to_thread(pipe.write_text, "[cache]\nfresh_s = 7\n"))
+    async with service:
+        await writing
+        line = await service.hang_up()
+        assert line["event"] == "not-reloaded"
+        assert "is no regular file" in line["cause"]
+
+
+async def test_hang_up_while_it_stops(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, upstream: str, tmp_path: Path
+) -> None:
+    """It does not count as a second signal to stop."""
+    service = Reloaded(tmp_path, upstream, "server.lame_duck_s=0", "server.drain_s=10")
+    async with service, simulator.hold() as gate:
+        asked = asyncio.create_task(ask(service, client, token))
+        await gate.arrived()
+        service.process.send_signal(signal.SIGTERM)
+        await service.event("stopping")
+        for _ in range(3):
+            service.process.send_signal(signal.SIGHUP)
+        gate.release()
+        await asked
+        assert await service.stop(signal.SIG_DFL) == 0
