@@ -345,7 +345,17 @@ def image(resource_id: Any, resource_type: str = "image") -> dict[str, Any]:
         pytest.param(
             named(image("1"), image("9", "droplet"), image("2")), EndsForCaller(("1", "2")), id="among-others"
         ),
-        pytest.param(named(image("9", "droplet"), image("8", "volume")), None, id="no-snapshot"),
+        pytest.param(
+            named(*(image("9", kind) for kind in ("droplet", "volume", "database", "kubernetes"))),
+            None,
+            id="no-snapshot",
+        ),
+        pytest.param(named(image(UUID, "nfs_snapshot")), EndsForCaller((UUID,)), id="a-new-kind"),
+        pytest.param(named(image("name", "bucket")), WHOLE, id="a-new-kind-without-an-id-of-a-snapshot"),
+        pytest.param(named({"resource_id": "1"}), EndsForCaller(("1",)), id="no-kind"),
+        pytest.param(
+            named({"resource_id": "1", "resource_type": ["image"]}), EndsForCaller(("1",)), id="list"
+        ),
         pytest.param(named(), None, id="nothing"),
         pytest.param(named(image("1"), image("odd")), WHOLE, id="odd-id"),
         pytest.param(named(image("1"), image("a/b")), WHOLE, id="no-id-at-all"),
