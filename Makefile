@@ -43,6 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.bursts
 	$(BIN)/python -m benchmarks.day
+	$(BIN)/python -m benchmarks.documents
 
 clean:
 	rm -rf $(VENV) .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

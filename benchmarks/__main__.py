@@ -1,4 +1,4 @@
-"""The figures, as a Markdown page; with `benchmarks.day`: `make --silent bench > benchmarks/RESULTS.md`.
+"""The figures, as a Markdown page: `make --silent bench > benchmarks/RESULTS.md`, with those of two others.
 
 Each server has one core, the load has another, together with what stands behind the server. The rounds go
 around: every server once, then again, so that a slow minute hits all. Takes about three minutes.

@@ -38,7 +38,7 @@ from proxy.invalidator import Invalidator
 from proxy.logs import announce, configure, event
 from proxy.metrics import Metrics
 from proxy.readthrough import read_through
-from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_secret
+from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_password, read_secret
 from proxy.shield import Shield
 from proxy.sockets import Bound, listen
 from proxy.storage.connect import address_of, connector
@@ -460,7 +460,7 @@ def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
     redis = settings.redis
     password = b""
     if redis.password_file:
-        password = read_secret(redis.password_file, setting="redis.password_file", least_bytes=1)
+        password = read_password(redis.password_file, setting="redis.password_file")
     if redis.ca_file:
         try:
             ssl.create_default_context(cafile=redis.ca_file)

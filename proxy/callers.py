@@ -8,13 +8,13 @@ import asyncio
 import hashlib
 import logging
 import re
-import tomllib
 from pathlib import Path
 
 from proxy.core.errors import SettingsError
 from proxy.core.events import OTHER_CALLER
 from proxy.core.identity import Token
 from proxy.logs import event
+from proxy.settings import read_toml
 
 MOST_ALIASES = 64
 
@@ -77,12 +77,7 @@ class Callers:
 def read_aliases(path: Path) -> dict[str, str]:
     """Read `alias = "SHA-256 of the token, hex"` lines: a map from hash to alias. Raises SettingsError."""
     where = f"callers.aliases_file = {str(path)!r}"
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{where}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):  # nested too deeply
-        raise SettingsError(f"{where}: must be TOML") from None
+    document = read_toml(str(path), where)
     if len(document) > MOST_ALIASES:
         raise SettingsError(f"{where}: must hold at most {MOST_ALIASES} aliases")
     aliases: dict[str, str] = {}

@@ -7,7 +7,7 @@ say; how they do it is their affair. Failures come back as values.
 
 import asyncio
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple, Protocol
@@ -25,7 +25,9 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnexplained,
 )
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.events import UnknownValue
+from proxy.core.http import GZIP_FROM_BYTES, gzipped
+from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition
 from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, Policy, Refused, Relay
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
@@ -141,7 +143,7 @@ class Fetcher:
     """Fetches for flights.
 
     `total_timeout_s` bounds a fetch, `max_wait_s` its wait for the quota. `monotonic` gives the seconds that
-    deadlines count in, `draw` a number in [0, 1).
+    deadlines count in, `draw` a number in [0, 1). `observe` is told of values that the API does not document.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Fetcher:
         *,
         total_timeout_s: float,
         max_wait_s: float,
+        observe: Callable[[UnknownValue], None],
         monotonic: Callable[[], float],
         closing: Closing,
         draw: Callable[[], float],
@@ -163,6 +166,7 @@ class Fetcher:
         self._invalidator = invalidator
         self._total_timeout_s = total_timeout_s
         self._deadline_s = max_wait_s + total_timeout_s
+        self._observe = observe
         self._monotonic = monotonic
         self._closing = closing
         self._draw = draw
@@ -264,23 +268,8 @@ class Fetcher:
         except (UpstreamError, NotSent) as failure:
             return failure
         match verdict:
-            case Keep(entry, seeds):
-                stored, seeded = False, frozenset[str]()
-                if basis is not None and not call.directives.no_store:
-                    if seeds:  # before the list itself: who waits for it elsewhere finds them
-                        seeded = await self._store.seed(call.key.partition, seeds, basis)
-                    stored = await self._store.put(call.key, entry, basis)
-                if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
-                    await self._invalidator.entry(call.key)  # a no that is not kept still ends what was there
-                return Fetched(
-                    entry.status,
-                    entry.body,
-                    entry if call.target.cacheable else None,
-                    stored,
-                    seeded=seeded,
-                    revalidated=answer.status == HTTPStatus.NOT_MODIFIED,
-                    ratelimit=answer.ratelimit,
-                )
+            case Keep():
+                return await self._fill(call, basis, answer, verdict)
             case Refused(_, refusal):
                 await self._invalidator.refused(call.key.partition, refusal)
             case Denied():
@@ -288,6 +277,32 @@ class Fetcher:
             case Relay():
                 pass
         return _passed_on(answer, verdict.body)
+
+    async def _fill(self, call: Call, basis: Basis | None, answer: Answer, keep: Keep) -> Fetched:
+        """Store what is to be kept of `answer`, where it may be stored, and compress a list."""
+        for name in keep.unknown:
+            self._observe(UnknownValue(name))
+        entry, stored, seeded = keep.entry, False, frozenset[str]()
+        storable = None if call.directives.no_store else basis
+        if (
+            storable is not None and keep.seeds
+        ):  # before the list itself: who waits for it elsewhere finds them
+            seeded = await self._store.seed(call.key.partition, keep.seeds, storable)
+        if isinstance(call.target, ListQuery) and call.target.cacheable and not entry.gzip:
+            entry = await _compressed(entry)
+        if storable is not None:
+            stored = await self._store.put(call.key, entry, storable)
+        if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
+            await self._invalidator.entry(call.key)  # a no that is not kept still ends what was there
+        return Fetched(
+            entry.status,
+            entry.body,
+            entry if call.target.cacheable else None,
+            stored,
+            seeded=seeded,
+            revalidated=answer.status == HTTPStatus.NOT_MODIFIED,
+            ratelimit=answer.ratelimit,
+        )
 
     async def _ask(self, call: Call, validator: str, manner: Manner, give_up: float) -> Answer:
         """Ask, and once more where the connection ended before an answer began: a read may be repeated."""
@@ -330,6 +345,17 @@ class Fetcher:
             case Relay():
                 pass
         return Deletion(_passed_on(answer, verdict.body), ended)
+
+
+async def _compressed(entry: Entry) -> Entry:
+    """Compress a list's body, where it is worth it. The event loop serves others between two steps."""
+    if len(entry.body) < GZIP_FROM_BYTES:
+        return entry
+    parts: list[bytes] = []
+    for part in gzipped(entry.body):
+        parts.append(part)
+        await asyncio.sleep(0)
+    return replace(entry, gzip=b"".join(parts))
 
 
 def _pauses_s() -> Iterator[float]:

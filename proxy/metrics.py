@@ -24,12 +24,14 @@ from proxy.core.events import (
     Avoided,
     By,
     Cause,
+    EnumField,
     Invalidation,
     QuotaWait,
     Refreshed,
     RequestDone,
     Standing,
     StoreOperation,
+    UnknownValue,
     UpstreamCall,
 )
 
@@ -92,6 +94,9 @@ class Metrics:
             "refreshes", "Calls that refreshed snapshots before anybody had to wait for them.", "by"
         )
         self._refreshed = self._counter("refreshed_snapshots", "Snapshots that these calls refreshed.", "by")
+        self._unknown_values = self._counter(
+            "unknown_values", "Values beyond an enum that the API documents, passed on as they are.", "field"
+        )
         self._quota_wait = self._histogram(
             "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
         )
@@ -104,6 +109,8 @@ class Metrics:
             self._avoided.labels(reason)
         for cause in get_args(Cause):
             self._invalidations.labels(cause)
+        for field in get_args(EnumField):
+            self._unknown_values.labels(field)
         for by in get_args(By):
             self._refreshes.labels(by)
             self._refreshed.labels(by)
@@ -135,7 +142,14 @@ class Metrics:
         self._quotas.watch(standings, quota_limits)
 
     def observe(
-        self, event: RequestDone | UpstreamCall | StoreOperation | Invalidation | QuotaWait | Refreshed
+        self,
+        event: RequestDone
+        | UpstreamCall
+        | StoreOperation
+        | Invalidation
+        | QuotaWait
+        | Refreshed
+        | UnknownValue,
     ) -> None:
         """Count what happened."""
         match event:
@@ -159,6 +173,8 @@ class Metrics:
             case Refreshed():
                 self._refreshes.labels(event.by).inc()
                 self._refreshed.labels(event.by).inc(event.snapshots)
+            case UnknownValue():
+                self._unknown_values.labels(event.field).inc()
             case QuotaWait():
                 self._quota_wait.observe(event.seconds)
             case _:

@@ -14,7 +14,7 @@ from random import random
 from proxy.closing import Closing
 from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
 from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamUnexplained
-from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed
+from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
 from proxy.core.http import Detail, Forwarded, Why, hit
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
 from proxy.core.request import Call
@@ -244,7 +244,7 @@ def read_through(
     *,
     total_timeout_s: float,
     max_wait_s: float,
-    observe: Callable[[Refreshed], None],
+    observe: Callable[[Refreshed | UnknownValue], None],
     monotonic: Callable[[], float],
     closing: Closing,
     clock: Callable[[], float] = time.time,
@@ -258,6 +258,7 @@ def read_through(
         invalidator,
         total_timeout_s=total_timeout_s,
         max_wait_s=max_wait_s,
+        observe=observe,
         monotonic=monotonic,
         closing=closing,
         draw=draw,

@@ -5,6 +5,7 @@ from there. A bad value is a `SettingsError` of one line: setting, value, source
 No text made here holds a password. Nothing here knows what a setting is for.
 """
 
+import codecs
 import difflib
 import json
 import re
@@ -461,7 +462,7 @@ _Given = tuple[Key, object, str]
 
 def _from_file(path: str) -> Iterator[_Given]:
     origin = f"file {_name(path)}"
-    for section, table in _document(path, origin).items():
+    for section, table in read_toml(path, origin).items():
         if section not in SECTIONS:
             known = SECTIONS if isinstance(table, dict) else KEYS
             raise _unknown(section, known, origin)
@@ -472,16 +473,26 @@ def _from_file(path: str) -> Iterator[_Given]:
             yield _known(f"{section}.{name}", origin), value, origin
 
 
-def _document(path: str, origin: str) -> dict[str, Any]:
+def read_toml(path: str, where: str) -> dict[str, Any]:
+    """Read a file of TOML in UTF-8, with or without a byte order mark.
+
+    Raises `SettingsError`, which begins with `where`.
+    """
     try:
-        with Path(path).open("rb") as file:
-            return tomllib.load(file)
+        content = Path(path).read_bytes()
     except OSError as error:
-        raise SettingsError(f"{origin}: cannot be read: {error.strerror}") from None
+        raise SettingsError(f"{where}: cannot be read: {error.strerror}") from None
+    if b"\0" in content or content.startswith(_UTF16_MARKS):
+        raise SettingsError(f"{where}: must be UTF-8, and looks like UTF-16: save it as UTF-8")
+    try:
+        return tomllib.loads(content.decode().removeprefix("\N{BOM}"))
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{origin}: must be UTF-8, and is not at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{origin}: must be TOML: {error}") from None
+        raise SettingsError(f"{where}: must be UTF-8, and is not at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:  # nested too deeply
+        raise SettingsError(f"{where}: must be TOML: {error}") from None
+
+
+_UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[_Given]:
@@ -633,11 +644,11 @@ def check_files(loaded: Loaded) -> None:
 def read_admin_token(path: str) -> bytes:
     """Read the bearer token for purge; empty where there is no file for it.
 
-    Raises `SettingsError` as `read_secret` does, and for what no header can carry.
+    Raises `SettingsError` as `read_password` does, and for what no header can carry.
     """
     if not path:
         return b""
-    token = read_secret(path, setting="admin.token_file", least_bytes=1)
+    token = read_password(path, setting="admin.token_file")
     if not _HEADER_TOKEN.fullmatch(token):
         raise SettingsError(
             f"admin.token_file = {_shown(path)}: must hold one line of printable ASCII, no spaces around it"
@@ -645,8 +656,21 @@ def read_admin_token(path: str) -> bytes:
     return token
 
 
+def read_password(path: str, *, setting: str) -> bytes:
+    """Read a secret that people type: as `read_secret` does, of one byte or more.
+
+    Also raises `SettingsError` for a byte order mark: an editor wrote it, and no other side knows of it.
+    """
+    password = read_secret(path, setting=setting, least_bytes=1)
+    if password.startswith((codecs.BOM_UTF8, *_UTF16_MARKS)):
+        raise SettingsError(
+            f"{setting} = {_shown(path)}: begins with a byte order mark: save it as plain text without one"
+        )
+    return password
+
+
 def read_secret(path: str, *, setting: str = "security.secret_file", least_bytes: int = 32) -> bytes:
-    """Read the secret in the file `path`, without one trailing newline.
+    """Read the secret in the file `path`, without one trailing newline. Its bytes may be any.
 
     `setting` is named in the `SettingsError` for a file that cannot be read, or holds fewer than
     `least_bytes` or more than 65,536 bytes. What the file holds is never shown.

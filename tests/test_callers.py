@@ -78,6 +78,8 @@ def test_a_token_is_named_by_its_hash(file: AliasesFile, written: str) -> None:
         pytest.param("# nobody yet\n", {}, id="comment"),
         pytest.param(f"\"a.b_c-9\" = '{A}'", {A: "a.b_c-9"}, id="every-kind-of-character"),
         pytest.param(f'{"x" * 63} = "{A}"', {A: "x" * 63}, id="63-characters"),
+        pytest.param(f'\ufeffteam = "{A}"\n', {A: "team"}, id="byte-order-mark"),
+        pytest.param(f'team = "{A}"\r\nb = "{B}"\r\n', {A: "team", B: "b"}, id="windows-lines"),
         pytest.param(
             "".join(f'a{n} = "{digest(str(n))}"\n' for n in range(MOST_ALIASES)),
             {digest(str(n)): f"a{n}" for n in range(MOST_ALIASES)},
@@ -93,7 +95,8 @@ def test_a_good_file(file: AliasesFile, content: str, aliases: dict[str, str]) -
 
 BAD = [
     pytest.param(b"team-a", "must be TOML", id="not-toml"),
-    pytest.param(b"\xff\xfe", "must be TOML", id="not-utf-8"),
+    pytest.param(b"# \xff", "must be UTF-8, and is not at byte 2", id="not-utf-8"),
+    pytest.param(f'team = "{A}"'.encode("utf-16"), "looks like UTF-16: save it as UTF-8", id="utf-16"),
     pytest.param(b"a = " + b"[" * 10_000, "must be TOML", id="too-deep"),
     pytest.param(f'a = "{A}"\na = "{B}"'.encode(), "must be TOML", id="one-alias-twice"),
     pytest.param(

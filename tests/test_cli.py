@@ -152,6 +152,20 @@ async def test_config_prints_what_counts(tmp_path: Path) -> None:
     assert load(config_file=str(effective), overrides=[], environ={}).settings.cache.fresh_s == 61
 
 
+async def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Editors of Windows write one; the file counts as it does without it, and its aliases too."""
+    aliases, config = tmp_path / "aliases.toml", tmp_path / "proxy.toml"
+    aliases.write_text(f'team = "{"0" * 64}"\r\n', encoding="utf-8-sig")
+    config.write_text(
+        f"[cache]\r\nfresh_s = 61\r\n[callers]\r\naliases_file = '{aliases}'\r\n", encoding="utf-8-sig"
+    )
+    status, out, err = await run("config", f"--config={config}")
+    assert (status, err) == (0, "")
+    assert f"fresh_s = 61  # file {config}\n" in out
+    async with Serve(f"callers.aliases_file={aliases}"):
+        pass
+
+
 # -- healthcheck -------------------------------------------------------------------------------
 
 

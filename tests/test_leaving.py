@@ -20,7 +20,7 @@ from benchmarks.day.redis import MemoryStore
 from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.errors import ProxyError
-from proxy.core.events import Invalidation, Refreshed
+from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass, Limits, Postponed
@@ -99,7 +99,7 @@ class Scene:
         self._fresh_s = fresh_s
         self.sent: list[Sent] = []
         self.sending: Callable[[int, Call], None] = lambda _, __: None
-        self.noted: list[Invalidation | Refreshed] = []
+        self.noted: list[Invalidation | Refreshed | UnknownValue] = []
         self.store = MemoryStore(now, takes_s=STORE_S)
         limits = Limits(PER_MINUTE, 5000, 0.0, minute_s=MINUTE_S, hour_s=360.0)
         self.ledger = Ledger(limits)

@@ -17,6 +17,7 @@ from proxy.core.events import (
     Route,
     Standing,
     StoreOperation,
+    UnknownValue,
     UpstreamCall,
 )
 from proxy.metrics import Metrics, status_label
@@ -51,6 +52,7 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
         {"operation": {*OPERATIONS}, "outcome": {"ok", "timeout", "error", "corrupt"}},
     ),
     "invalidations": ("counter", {"cause": {*CAUSES}}),
+    "unknown_values": ("counter", {"field": {"resource_type"}}),
     "quota_remaining": ("gauge", {"caller": ALIASES, "window": WINDOWS}),
     "quota_limit": ("gauge", {"caller": ALIASES, "window": WINDOWS}),
     "quota_cooldown_seconds": ("gauge", {"caller": ALIASES}),
@@ -138,6 +140,7 @@ def everything(metrics: Metrics) -> None:
     metrics.observe(QuotaWait(0.5))
     for by in BY:
         metrics.observe(Refreshed(by, 2))
+    metrics.observe(UnknownValue("resource_type"))
 
 
 # -- the contract ------------------------------------------------------------------------------
@@ -260,6 +263,14 @@ def test_a_refresh(metrics: Metrics) -> None:
         metrics.observe(event)
     assert values(metrics, "refreshes") == {("_total", "single"): 1, ("_total", "list"): 2}
     assert values(metrics, "refreshed_snapshots") == {("_total", "single"): 1, ("_total", "list"): 42}
+
+
+def test_an_unknown_value(metrics: Metrics) -> None:
+    """It is there at 0 before the first one, so that a rate sees that."""
+    series = 'snapshot_proxy_unknown_values_total{field="resource_type"}'
+    assert f"\n{series} 0.0\n" in metrics.scrape("")[0].decode()
+    metrics.observe(UnknownValue("resource_type"))
+    assert f"\n{series} 1.0\n" in metrics.scrape("")[0].decode()
 
 
 def test_a_wait_for_the_quota(metrics: Metrics) -> None:

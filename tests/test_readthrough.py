@@ -1,6 +1,7 @@
 """The main path with a store and an upstream in memory, and a clock that stands still."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,8 +38,8 @@ from proxy.core.errors import (
     UpstreamUnexplained,
     UpstreamUnreachable,
 )
-from proxy.core.events import Avoided, Invalidation, Outcome, Refreshed
-from proxy.core.http import etag_of
+from proxy.core.events import Avoided, Invalidation, Outcome, Refreshed, UnknownValue
+from proxy.core.http import GZIP_FROM_BYTES, etag_of
 from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.policy import Answer, Policy
@@ -240,7 +241,7 @@ class Path:
     def __init__(self, store: Store, upstream: Upstream, most: int = 10) -> None:
         self.store = store
         self.upstream = upstream
-        self.noted: list[Invalidation | Refreshed] = []
+        self.noted: list[Invalidation | Refreshed | UnknownValue] = []
         self.closing = Closing(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
         invalidator = Invalidator(store, self.noted.append)
@@ -1284,6 +1285,60 @@ async def test_a_list_that_is_not_kept_leaves_nothing(lookup: Lookup, asked: Cal
     assert served.body == LIST_BODY
     assert [one[0] for one in path.store.told] == ([] if told is None else [told])
     assert (served.entry is None) is (told is None)
+
+
+@pytest.mark.parametrize(
+    ("more", "zipped"),
+    [pytest.param(-1, False, id="one-byte-less"), pytest.param(0, True, id="from-1-KiB-on")],
+)
+async def test_a_list_is_compressed_once(more: int, zipped: bool) -> None:
+    """A list of 1 KiB is compressed at fill, also where it is not stored; what comes along with it is not."""
+    name = "x" * (GZIP_FROM_BYTES - len(LIST_BODY) + len("db") + more)
+    body = LIST_BODY.replace(b'"db"', f'"{name}"'.encode())
+    for directives in (NO_DIRECTIVES, Directives(no_store=True)):
+        path = Path(Store(missing()), Upstream(said(200, body)))
+        served = await path.get(listing(directives=directives))
+        assert isinstance(served, Served)
+        assert served.entry is not None
+        assert len(served.body) == GZIP_FROM_BYTES + more
+        assert (gzip.decompress(served.entry.gzip) if zipped else served.entry.gzip) == body * zipped
+        puts = [told[2] for told in path.store.changes if told[0] == "put"]
+        assert puts == ([served.entry] if directives is NO_DIRECTIVES else [])
+        seeds = [seed for told in path.store.changes if told[0] == "seed" for seed in told[2].values()]
+        assert not any(seed.gzip for seed in seeds)
+
+
+async def test_others_are_served_while_a_list_is_compressed() -> None:
+    """The event loop turns between two steps: what is asked for meanwhile does not wait for the last."""
+    body = LIST_BODY.replace(b'"db"', f'"{"x" * 1_000_000}"'.encode())
+    path = Path(Store(missing()), Upstream(said(200, body)))
+    waiting = asyncio.ensure_future(path.get(listing()))
+    turns = 0
+    while not waiting.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 1_000_000 / 65_536
+    assert gzip.decompress(waiting.result().entry.gzip) == body
+
+
+@pytest.mark.parametrize(
+    ("asked", "body", "times"),
+    [
+        pytest.param(call(), BODY, 0, id="documented"),
+        pytest.param(call(), BODY.replace(b'"droplet"', b'"nfs"'), 1, id="single"),
+        pytest.param(listing(), LIST_BODY, 0, id="documented-list"),
+        pytest.param(listing(), LIST_BODY.replace(b'"droplet"', b'"nfs"'), 2, id="each-in-a-list"),
+        pytest.param(
+            listing("tag_name=x"), LIST_BODY.replace(b'"droplet"', b'"nfs"'), 2, id="list-that-is-not-cached"
+        ),
+    ],
+)
+async def test_values_beyond_an_enum_are_told(asked: Call, body: bytes, times: int) -> None:
+    """Each snapshot that the API sent counts once, when it is read; the answer is the API's."""
+    path = Path(Store(missing()), Upstream(said(200, body)))
+    served = await path.get(asked)
+    assert (served.status, served.body) == (200, body)
+    assert path.noted == [UnknownValue("resource_type")] * times
 
 
 async def test_a_list_that_is_forbidden() -> None:

@@ -1,8 +1,9 @@
 """The configuration: precedence, every kind of bad value, and what is printed of it."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from proxy.settings import (
     load,
     mask,
     read_admin_token,
+    read_password,
     read_secret,
     to_toml,
 )
@@ -343,6 +345,17 @@ def test_bad_variable() -> None:
             b"[cache]\nfresh_s = = 1", "FILE: must be TOML: Invalid value (at line 2, column 11)", id="syntax"
         ),
         pytest.param(b"[cache]\n# \xff", "FILE: must be UTF-8, and is not at byte 10", id="not-utf-8"),
+        pytest.param(
+            b"\xef\xbb\xbf[cache]\n# \xff", "FILE: must be UTF-8, and is not at byte 13", id="behind-a-mark"
+        ),
+        *(
+            pytest.param(
+                "[cache]\nfresh_s = 60\n".encode(coding),
+                "FILE: must be UTF-8, and looks like UTF-16: save it as UTF-8",
+                id=coding,
+            )
+            for coding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be")
+        ),
         pytest.param(b"a = " + b"[" * 5000, "FILE: must be TOML: ", id="nesting"),
     ],
 )
@@ -351,6 +364,22 @@ def test_bad_file(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "proxy.toml"
     file.write_bytes(content)
     assert refusal(config_file=str(file)).startswith(expected.replace("FILE", f"file {file}"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\xef\xbb\xbf[cache]\nfresh_s = 61\n", id="byte-order-mark"),
+        pytest.param(b"[cache]\r\nfresh_s = 61\r\n", id="windows-lines"),
+        pytest.param(b"\xef\xbb\xbf# \xc3\xbc\r\n[cache]\r\nfresh_s = 61", id="both"),
+    ],
+)
+def test_a_file_of_another_editor(tmp_path: Path, content: bytes) -> None:
+    """A byte order mark and the line ends of Windows change nothing."""
+    file = tmp_path / "proxy.toml"
+    file.write_bytes(content)
+    settings = load(config_file=str(file), overrides=[], environ={}).settings
+    assert settings == replace(Settings(), cache=replace(Settings().cache, fresh_s=61))
 
 
 @pytest.mark.parametrize(
@@ -581,6 +610,7 @@ def test_check_files_names_the_first_unreadable(tmp_path: Path) -> None:
         pytest.param(b"x" * 32 + b"\r\n", b"x" * 32, id="windows-newline"),
         pytest.param(b"x" * 32 + b"\n\n", b"x" * 32 + b"\n", id="one-newline-only"),
         pytest.param(b"\xff" * 65_536 + b"\r\n", b"\xff" * 65_536, id="largest"),
+        pytest.param(b"\xef\xbb\xbf" + b"x" * 32, b"\xef\xbb\xbf" + b"x" * 32, id="bytes-like-a-mark"),
     ],
 )
 def test_read_secret(tmp_path: Path, content: bytes, expected: bytes) -> None:
@@ -607,13 +637,41 @@ def test_read_secret_refuses(tmp_path: Path, content: bytes, problem: str) -> No
     assert str(raised.value) == (f'security.secret_file = "{file}": {problem}: must hold 32 to 65536 bytes')
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [
+        pytest.param(b"\xef\xbb\xbf", id="utf-8"),
+        pytest.param(b"\xff\xfe", id="utf-16-le"),
+        pytest.param(b"\xfe\xff", id="utf-16-be"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("setting", "read"),
+    [
+        ("redis.password_file", partial(read_password, setting="redis.password_file")),
+        ("admin.token_file", read_admin_token),
+    ],
+)
+def test_a_password_with_a_byte_order_mark(
+    tmp_path: Path, setting: str, read: Callable[[str], bytes], mark: bytes
+) -> None:
+    """The other side does not know of it: it is refused by its name, and the rest is not shown."""
+    file = tmp_path / "password"
+    file.write_bytes(mark + b"hunter2\n")
+    with pytest.raises(SettingsError) as raised:
+        read(str(file))
+    assert str(raised.value) == (
+        f'{setting} = "{file}": begins with a byte order mark: save it as plain text without one'
+    )
+
+
 def test_read_secret_of_another_setting(tmp_path: Path) -> None:
     """Passwords are read the same way, and named by their own setting."""
     file = tmp_path / "password"
     file.write_bytes(b"p\n")
-    assert read_secret(str(file), setting="redis.password_file", least_bytes=1) == b"p"
+    assert read_password(str(file), setting="redis.password_file") == b"p"
     with pytest.raises(SettingsError, match=r"^redis\.password_file = .*: cannot be read: Is a directory$"):
-        read_secret(str(tmp_path), setting="redis.password_file")
+        read_password(str(tmp_path), setting="redis.password_file")
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,6 @@ class Unauthorized(RequestError):
     id = "unauthorized"
 
 
-class NotFound(RequestError):
-    """A path that is not part of this proxy."""
-
-    status = HTTPStatus.NOT_FOUND
-    id = "not_found"
-
-
 class MethodNotAllowed(RequestError):
     """A known path, another method."""
 
@@ -97,7 +90,10 @@ class UriTooLong(RequestError):
 
 
 class NotProxied(RequestError):
-    """A path of the API that this proxy does not serve. Never a 404: see the README on Terraform."""
+    """A path that this proxy does not serve.
+
+    Never a 404: to Terraform that means that a resource is gone, and it plans to create it again.
+    """
 
     status = HTTPStatus.MISDIRECTED_REQUEST
     id = "not_proxied"

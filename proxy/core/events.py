@@ -115,6 +115,17 @@ class Refreshed:
     snapshots: int
 
 
+EnumField = Literal["resource_type"]
+"""A field of a snapshot for which the API documents a closed set of values."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownValue:
+    """A snapshot that the API sent has a value beyond the documented ones in this field."""
+
+    field: EnumField
+
+
 class Standing(NamedTuple):
     """What a caller may still call in the minute and in the hour, and for how long not at all."""
 

@@ -20,6 +20,9 @@ MOST_READ_BYTES = 65_536
 MOST_NAMED = 100
 """So many ids of a body end one by one; with more of them all of the caller's end, which is one step."""
 
+_NO_SNAPSHOTS = frozenset({"droplet", "volume", "database", "kubernetes"})
+"""What can be tagged and is no snapshot. A kind beyond these may be one: kinds grow, too."""
+
 _SEGMENT = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._~:@!$&'()*+,=-]+")
 _QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%\[\]|{}^`\"<>\\-]*")
 _OF_SNAPSHOTS = re.compile(r"snapshots(?![A-Za-z0-9_-])", re.IGNORECASE)  # snapshots.json too
@@ -157,7 +160,7 @@ def ends(method: str, target: str) -> Ends | EndsWhatBodyNames | None:
 def ends_of_body(body: bytes | None) -> EndsForCaller | None:
     """Read the body of a write to a tag's resources, None where it was not read to its end.
 
-    Gives None where it names no snapshot.
+    Gives None where it surely names no snapshot.
     """
     try:
         named: Any = None if body is None else orjson.loads(body)
@@ -165,15 +168,18 @@ def ends_of_body(body: bytes | None) -> EndsForCaller | None:
         return EndsForCaller()
     match named:
         case {"resources": list(resources)} if all(isinstance(one, dict) for one in resources):
-            kinds = {"image", "volume_snapshot"}
-            ids = [str(one.get("resource_id")) for one in resources if one.get("resource_type") in kinds]
+            named_ids = [
+                str(one.get("resource_id"))
+                for one in resources
+                if str(one.get("resource_type")) not in _NO_SNAPSHOTS  # a list there is no key of a set
+            ]
         case _:
             return EndsForCaller()
-    if not ids:
+    if not named_ids:
         return None
-    if len(ids) > MOST_NAMED or not all(map(_is_id, ids)):
+    if len(named_ids) > MOST_NAMED or not all(map(_is_id, named_ids)):
         return EndsForCaller()
-    return EndsForCaller(tuple(SnapshotId.parse(one).text for one in ids))
+    return EndsForCaller(tuple(SnapshotId.parse(one).text for one in named_ids))
 
 
 def _is_id(text: str) -> bool:

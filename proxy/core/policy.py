@@ -4,23 +4,19 @@
 upstream's answer mean, may it be kept, and for how long? Neither reads a clock or draws a number.
 """
 
-import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from proxy.core.entry import Entry, Freshness, Lifetimes
 from proxy.core.errors import UpstreamInvalid
+from proxy.core.events import EnumField
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.quota import stretched
 from proxy.core.request import Directives
 from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot
 
-GZIP_FROM_BYTES = 1024
-"""Smaller lists fit into a packet or two as they are."""
-
-_GZIP_LEVEL = 6
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
 
 # -- the first question ------------------------------------------------------------------------
@@ -111,13 +107,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Serve `entry`, and store it for as long as its lifetimes say.
+    """Serve `entry`, and store it for as long as its lifetimes say. A list's has yet to be compressed.
 
-    `seeds` are single entries, by id, that came along.
+    `seeds` are single entries, by id, that came along. `unknown` names a field once for each value of it that
+    is beyond the documented ones.
     """
 
     entry: Entry
     seeds: Mapping[str, Entry] = field(default_factory=dict)
+    unknown: tuple[EnumField, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +202,9 @@ class Policy:
         if answer.status == HTTPStatus.OK:
             if isinstance(target, ListQuery):
                 return self._keep_list(answer, draw)
-            body = normalize_snapshot(answer.body, target.text if target.cacheable else None)
-            return Keep(_entry(answer, body, self._positive(answer, draw)))
+            normalized = normalize_snapshot(answer.body, target.text if target.cacheable else None)
+            entry = _entry(answer, normalized.body, self._positive(answer, draw))
+            return Keep(entry, unknown=normalized.unknown)
         if not HTTPStatus.BAD_REQUEST <= answer.status < _END_OF_STATUSES:
             raise UpstreamInvalid(f"status {answer.status} to a plain GET")
         envelope = error_envelope(answer.body, request_id)
@@ -259,12 +258,7 @@ class Policy:
     def _keep_list(self, answer: Answer, draw: float) -> Keep:
         """Keep a list, and each snapshot in it as a single read would have left it."""
         normalized = normalize_list(answer.body, self.public_url)
-        entry = replace(
-            _entry(answer, normalized.body, self._of_list(draw)),
-            gzip=gzip.compress(normalized.body, _GZIP_LEVEL, mtime=0)
-            if len(normalized.body) >= GZIP_FROM_BYTES
-            else b"",
-        )
+        entry = _entry(answer, normalized.body, self._of_list(draw))
         seeds = {
             snapshot_id: replace(
                 _entry(answer, body, self._positive(answer, (draw + place * _GOLDEN) % 1)),
@@ -273,7 +267,7 @@ class Policy:
             )
             for place, (snapshot_id, body) in enumerate(normalized.snapshots.items())
         }
-        return Keep(entry, seeds)
+        return Keep(entry, seeds, normalized.unknown)
 
     def _positive(self, answer: Answer, draw: float) -> Lifetimes:
         """Give a snapshot its lifetimes: longer ones as the token's calls run low."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from proxy.core.errors import BadRequest, NotFound, Unauthorized
+from proxy.core.errors import BadRequest, NotProxied, Unauthorized
 from proxy.core.events import Route
 from proxy.core.identity import EntryKey, ListKey, ListQuery, SnapshotId, Token
 
@@ -20,6 +20,8 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ZERO_WEIGHT = re.compile(r"q\s*=\s*0(\.0{0,3})?")
 _SNAPSHOTS = "/v2/snapshots"
+# Behind one `/v2/` the API has neither an empty segment nor another version: the base URL has one too many.
+_API_PATH = re.compile(r"/v2/(?!/|v[0-9]+(?:/|\Z))", re.IGNORECASE | re.ASCII)
 _LONGEST_AGE_S = 2**31
 
 
@@ -68,8 +70,8 @@ def parse_target(target: str) -> SnapshotId | ListQuery | ApiPath:
     """Tell which snapshot, or which list, the raw `target` of a request line names.
 
     The query of a single snapshot is ignored: real clients send `?per_page=200` with everything.
-    Raises BadRequest or NotFound. The authority of an
-    absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was meant).
+    The authority of an absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was
+    meant). Raises BadRequest for what is malformed, and NotProxied for what no correct base URL leads to.
     """
     if not target.startswith("/"):
         authority = _ABSOLUTE_FORM.match(target)
@@ -81,9 +83,12 @@ def parse_target(target: str) -> SnapshotId | ListQuery | ApiPath:
         return ListQuery.parse(query)
     if path.startswith(_SNAPSHOTS + "/"):
         return SnapshotId.parse(path[len(_SNAPSHOTS) + 1 :].removesuffix("/"))
-    if path.startswith("/v2/"):
+    if path.startswith("/v2/") and _API_PATH.match(path):
         return ApiPath(path, query)
-    raise NotFound("nothing is here; snapshots are under /v2/snapshots/{id}")
+    raise NotProxied(
+        "the API has no such path; set the client's base URL so that its requests are for /v2/snapshots/{id}:"
+        " no slash or prefix more, and in lower case"
+    )
 
 
 def parse_authorization(values: Sequence[str]) -> Token:

@@ -180,7 +180,10 @@ class Api:
 
     async def _pass_through(self, request: web.BaseRequest, target: ApiPath, log: _Log) -> web.StreamResponse:
         if self._passthrough is None:
-            raise NotProxied("this proxy serves /v2/snapshots only; send this request to the API itself")
+            raise NotProxied(
+                "this proxy serves /v2/snapshots only, since passthrough.enabled is off;"
+                " send this request to the API itself"
+            )
         log.route, log.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)
         token, partition = self._caller(request, log)

@@ -16,7 +16,6 @@ from proxy.core.errors import (
 TABLE = {
     "bad_request": 400,
     "unauthorized": 401,
-    "not_found": 404,
     "method_not_allowed": 405,
     "payload_too_large": 413,
     "uri_too_long": 414,

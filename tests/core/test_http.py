@@ -226,9 +226,9 @@ def test_remaining(value: str, remaining: int | None) -> None:
 
 def test_an_error_body() -> None:
     """DigitalOcean's shape, our message in front."""
-    body = error_body(errors.NotFound("nothing is here"), "request-1")
+    body = error_body(errors.BadRequest("nothing is here"), "request-1")
     assert json.loads(body) == {
-        "id": "not_found",
+        "id": "bad_request",
         "message": "snapshot-proxy: nothing is here",
         "request_id": "request-1",
     }
@@ -237,7 +237,7 @@ def test_an_error_body() -> None:
 @pytest.mark.parametrize(
     ("error", "written"),
     [
-        pytest.param(errors.NotFound("x"), "http_request_error", id="request"),
+        pytest.param(errors.BadRequest("x"), "http_request_error", id="request"),
         pytest.param(errors.NotProxied("x"), "http_request_denied", id="not-proxied"),
         pytest.param(errors.Overloaded("x"), "connection_limit_reached", id="overloaded"),
         pytest.param(errors.ProxyError("x"), "proxy_internal_error", id="bug"),

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from hypothesis import example, given, strategies as st
 
-from proxy.core.errors import BadRequest, NotFound, ProxyError, Unauthorized
+from proxy.core.errors import BadRequest, NotProxied, ProxyError, Unauthorized
 from proxy.core.events import Route
 from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.request import (
@@ -81,7 +81,8 @@ def test_a_list_is_named(target: str, expected: ListQuery) -> None:
                 ("/v2/Snapshots/42", "capital"),
                 ("/v2/%73napshots/42", "encoded-collection"),
                 ("/v2/./snapshots/42", "dot-before"),
-                ("/v2//snapshots/42", "empty-segment-in-front"),
+                ("/v2/tags/v2", "a-segment-like-a-version"),
+                ("/v2/v2x/snapshots/42", "a-segment-that-begins-like-a-version"),
                 ("/v2/snapshots#x", "fragment-on-the-list"),
                 ("/v2/", "root-of-the-api"),
             )
@@ -122,26 +123,46 @@ def test_the_rest_of_the_api_is_told_apart(target: str, expected: ApiPath) -> No
         # a list, and a query that no target may hold
         pytest.param("/v2/snapshots?page=2#x", BadRequest, id="fragment-in-the-query-of-a-list"),
         pytest.param("/v2/snapshots/?\xa7", BadRequest, id="non-ascii-in-the-query-of-a-list"),
-        # nobody's
-        pytest.param("/", NotFound, id="root"),
-        pytest.param("//v2/snapshots/42", NotFound, id="two-slashes-in-front"),
-        pytest.param("/v2", NotFound, id="no-slash"),
-        pytest.param("/V2/snapshots/42", NotFound, id="capital-version"),
-        pytest.param("/v1/snapshots/42", NotFound, id="another-version"),
-        pytest.param("/x/../v2/snapshots/42", NotFound, id="dots-in-front"),
         pytest.param("?/v2/snapshots/42", BadRequest, id="query-only"),
-        pytest.param("/?/v2/snapshots/42", NotFound, id="path-in-the-query"),
-        pytest.param("http://api.example", NotFound, id="absolute-form-without-path"),
-        pytest.param("http://api.example?/v2/snapshots/42", NotFound, id="absolute-form-with-query-only"),
-        pytest.param("http://api.example#/v2/snapshots/42", NotFound, id="absolute-form-with-fragment"),
-        pytest.param("http://h/http://h/v2/snapshots/42", NotFound, id="absolute-form-twice"),
+        # what no correct base URL leads to
+        pytest.param("/", NotProxied, id="root"),
+        pytest.param("//v2/snapshots/42", NotProxied, id="two-slashes-in-front"),
+        pytest.param("///v2/snapshots/42", NotProxied, id="three-slashes-in-front"),
+        pytest.param("/v2//snapshots/42", NotProxied, id="two-slashes-behind-the-version"),
+        pytest.param("/v2//", NotProxied, id="nothing-but-slashes-behind-the-version"),
+        pytest.param("/v2", NotProxied, id="no-slash"),
+        pytest.param("/v2?page=1", NotProxied, id="no-slash-and-a-query"),
+        pytest.param("/snapshots/42", NotProxied, id="no-version"),
+        pytest.param("/snapshots", NotProxied, id="no-version-before-the-list"),
+        pytest.param("/v2/v2/snapshots/42", NotProxied, id="the-version-twice"),
+        pytest.param("/v2/V2/snapshots", NotProxied, id="the-version-twice-once-capital"),
+        pytest.param("/v2/v2", NotProxied, id="the-version-twice-and-nothing"),
+        pytest.param("/api/v2/snapshots/42", NotProxied, id="a-prefix"),
+        pytest.param("/api.digitalocean.com/v2/snapshots/42", NotProxied, id="the-apis-name-as-a-prefix"),
+        pytest.param("/V2/snapshots/42", NotProxied, id="capital-version"),
+        pytest.param("/v1/snapshots/42", NotProxied, id="another-version"),
+        pytest.param("/v2snapshots/42", NotProxied, id="a-slash-too-few"),
+        pytest.param("/v2%2fsnapshots/42", NotProxied, id="encoded-slash"),
+        pytest.param("/x/../v2/snapshots/42", NotProxied, id="dots-in-front"),
+        pytest.param("/./v2/snapshots/42", NotProxied, id="dot-in-front"),
+        pytest.param("/%2e%2e/v2/snapshots/42", NotProxied, id="encoded-dots-in-front"),
+        pytest.param("/metrics", NotProxied, id="what-the-admin-listener-has"),
+        pytest.param("http://h//v2/snapshots/42", NotProxied, id="absolute-form-with-two-slashes"),
+        pytest.param("http://h/api/v2/snapshots/42", NotProxied, id="absolute-form-with-a-prefix"),
+        pytest.param("/?/v2/snapshots/42", NotProxied, id="path-in-the-query"),
+        pytest.param("http://api.example", NotProxied, id="absolute-form-without-path"),
+        pytest.param("http://api.example?/v2/snapshots/42", NotProxied, id="absolute-form-with-query-only"),
+        pytest.param("http://api.example#/v2/snapshots/42", NotProxied, id="absolute-form-with-fragment"),
+        pytest.param("http://h/http://h/v2/snapshots/42", NotProxied, id="absolute-form-twice"),
     ],
 )
 def test_a_target_is_refused(target: str, error: type[ProxyError]) -> None:
-    """What names nothing is the caller's mistake; what is not below `/v2/` is not here."""
+    """What names nothing is malformed; what no base URL should lead to is told where it should. Never 404."""
     with pytest.raises(error) as raised:
         parse_target(target)
     assert type(raised.value) is error
+    assert raised.value.status != 404
+    assert ("/v2/snapshots/{id}" in str(raised.value)) is (error is NotProxied)
 
 
 def _refusal(target: str) -> str:
@@ -166,7 +187,7 @@ def test_no_target_is_a_surprise(target: str) -> None:
     """Any text is an id, a list, another path of the API, or one of four refusals that do not repeat it."""
     try:
         parsed = parse_target(target)
-    except (BadRequest, NotFound) as error:
+    except (BadRequest, NotProxied) as error:
         refusal = str(error)
         assert refusal in REFUSALS
         return

@@ -341,7 +341,7 @@ async def test_metrics_add_up(
         send(10, "404", **mine, path="/v2/snapshots/some-name"),
         send(7, "401", token="somebody"),
         send(5, "421", **mine, path="/v2/account"),
-        send(4, "404", **mine, path="/elsewhere"),
+        send(4, "421", **mine, path="/elsewhere"),
         send(3, "400", **mine, path="/v2/snapshots/a.b"),
     )
     await send(8, "200", **mine, Cache_Control="no-cache")

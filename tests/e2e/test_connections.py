@@ -219,7 +219,7 @@ async def test_pipelined_requests(at: Addresses, token: Token) -> None:
         for path in paths:
             writer.write(request(token).replace(DROPLET_PATH.encode(), path.encode(), 1))
         answers = [await read_answer(reader) for _ in paths]
-    assert [head.split(b" ")[1] for head, _ in answers] == [b"200", b"404", b"404"] * 20
+    assert [head.split(b" ")[1] for head, _ in answers] == [b"200", b"404", b"421"] * 20
 
 
 async def test_reader_that_never_reads(

@@ -181,6 +181,36 @@ def test_no_fault_is_missing() -> None:
     assert {row.values[0].kind for row in FAULTS} == set(FaultKind)
 
 
+@pytest.mark.parametrize("path", [DROPLET_PATH, "/v2/snapshots"], ids=["single", "list"])
+@pytest.mark.parametrize(
+    ("unknown", "bound"),
+    [
+        pytest.param({str(number): 1 for number in range(49_000)}, "20,000 values", id="fields"),
+        pytest.param({"x": [0] * 20_000}, "20,000 values", id="numbers"),
+        pytest.param({"x": [0.10080000013113022] * 1_001}, "1,000 numbers", id="long-numbers"),
+    ],
+)
+async def test_a_document_that_would_stop_the_event_loop(
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+    *,
+    path: str,
+    unknown: dict[str, Any],
+    bound: str,
+) -> None:
+    """It is refused, with the bound that it breaks, and not kept."""
+    documented = simulator.world.find(DROPLET_PATH.rpartition("/")[2], team=token.team)
+    assert documented is not None
+    simulator.world.put({**documented.document, **unknown})
+    async with (
+        app(f"upstream.base_url={simulator.url}", *SETTINGS, f"upstream.max_body_bytes={2 * MIB}") as at,
+        client.get(at.api + path, headers=bearer(token.value)) as response,
+    ):
+        await assert_error(response, invalid())
+        assert f": it holds more than {bound}" in (await response.json())["message"]
+
+
 async def test_redirect_is_not_followed(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
@@ -898,7 +928,7 @@ async def served(simulator: Simulator) -> AsyncIterator[Serve]:
         pytest.param(Fault(FaultKind.HUGE), {}, 502, id="body-of-64-MiB"),
         pytest.param(None, {"name": "a" * (2 * MIB - 1000)}, 200, id="largest-that-is-taken"),
         pytest.param(None, {"unknown": [{}] * 600_000}, 502, id="in-too-many-pieces"),
-        pytest.param(None, {"unknown": [{}] * 24_000}, 200, id="in-many-pieces"),
+        pytest.param(None, {"unknown": [{}] * 9_900}, 200, id="in-many-pieces"),
     ],
 )
 async def test_memory(
@@ -949,7 +979,7 @@ async def test_memory_behind_the_end_of_gzip(client: aiohttp.ClientSession) -> N
     upstream = Upstream(talk)
     async with upstream, Serve(f"upstream.base_url={upstream.url}") as service:
         async with client.get(service.api + "/nothing") as warm:
-            assert warm.status == 404
+            assert warm.status == 421
         before = memory_bytes(service.process.pid, "VmRSS")
         async with client.get(service.api + DROPLET_PATH, headers=bearer("one")) as response:
             await assert_error(response, invalid("http_response_content_coding"))

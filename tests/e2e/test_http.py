@@ -224,11 +224,18 @@ TARGETS = [
     pytest.param("/v2/snapshots?tag[]=web", 400, "bad_request", id="list-with-brackets"),
     pytest.param("/v2/snapshots?name=caf\xe9", 400, "bad_request", id="list-with-a-query-not-ascii"),
     pytest.param("/v2/account", 421, "not_proxied", id="another-path-of-the-api"),
-    pytest.param("/V2/snapshots/6372321", 404, "not_found", id="upper-case"),
-    pytest.param("//v2/snapshots/6372321", 404, "not_found", id="empty-segment-in-front"),
-    pytest.param("/", 404, "not_found", id="root"),
-    pytest.param("/metrics", 404, "not_found", id="what-the-admin-listener-has"),
-    pytest.param("http://elsewhere.example", 404, "not_found", id="absolute-without-path"),
+    pytest.param("/V2/snapshots/6372321", 421, "not_proxied", id="upper-case"),
+    pytest.param("//v2/snapshots/6372321", 421, "not_proxied", id="empty-segment-in-front"),
+    pytest.param("/v2//snapshots/6372321", 421, "not_proxied", id="empty-segment-behind-the-version"),
+    pytest.param("/", 421, "not_proxied", id="root"),
+    pytest.param("/v2", 421, "not_proxied", id="version-alone"),
+    pytest.param("/snapshots/6372321", 421, "not_proxied", id="no-version"),
+    pytest.param("/api/v2/snapshots/6372321", 421, "not_proxied", id="prefix"),
+    pytest.param("/metrics", 421, "not_proxied", id="what-the-admin-listener-has"),
+    pytest.param("http://elsewhere.example", 421, "not_proxied", id="absolute-without-path"),
+    pytest.param(
+        "http://elsewhere.example//v2/snapshots/1", 421, "not_proxied", id="absolute-with-2-slashes"
+    ),
     pytest.param("http://elsewhere.example/v2/account", 421, "not_proxied", id="absolute-other-path"),
     pytest.param("ftp://elsewhere.example/v2/snapshots/1", 400, "bad_request", id="absolute-other-scheme"),
     pytest.param("elsewhere.example:443", 400, "bad_request", id="authority"),
@@ -442,7 +449,7 @@ async def test_closes(service: Serve, request_: bytes) -> None:
         pytest.param(ask(), id="get"),
         pytest.param(ask(method="HEAD"), id="head"),
         pytest.param(ask(UNKNOWN_PATH), id="404-of-the-upstream"),
-        pytest.param(ask("/nothing"), id="404-of-ours"),
+        pytest.param(ask("/nothing"), id="421-of-ours"),
         pytest.param(ask(auth=""), id="401"),
         pytest.param(ask("/v2/snapshots"), id="list"),
         pytest.param(ask(UNKNOWN_PATH, method="DELETE"), id="delete"),
@@ -507,7 +514,7 @@ async def test_nobody_holds_a_connection(simulator: Simulator, sent: list[bytes]
             connection.send(part)
             await asyncio.sleep(0)
         if sent and sent[0].startswith(b"GET /nothing"):
-            assert (await connection.reply()).status == 404
+            assert (await connection.reply()).status == 421
         assert await connection.ended()
     assert simulator.calls == ()
 
@@ -521,9 +528,9 @@ async def test_an_idle_connection_is_not_a_slow_request(simulator: Simulator, to
             await gate.arrived()
             connection.send(ask("/nothing"))
             gate.release()
-            assert [(await connection.reply()).status for _ in range(2)] == [200, 404]
+            assert [(await connection.reply()).status for _ in range(2)] == [200, 421]
         connection.send(ask("/nothing"))
-        assert (await connection.reply()).status == 404
+        assert (await connection.reply()).status == 421
         for _ in range(2):  # longer than the deadline, and than the timer's step
             async with wire(at.api) as slow:
                 slow.send(b"GET ")
@@ -734,7 +741,7 @@ async def test_pipelining(simulator: Simulator, service: Serve, token: Token) ->
         gate.release()
         replies = [await connection.reply() for _ in targets]
     assert [reply.headers["X-Request-Id"] for reply in replies] == list("012345")
-    assert [reply.status for reply in replies] == [200, 200, 404, 421, 404, 200]
+    assert [reply.status for reply in replies] == [200, 200, 421, 421, 404, 200]
     assert json.loads(replies[0].body)["snapshot"]["id"] == VOLUME_SNAPSHOT_ID
     assert json.loads(replies[1].body)["snapshot"]["id"] == "6372321"
     assert replies[5].body == replies[0].body
@@ -846,7 +853,7 @@ async def test_stale(simulator: Simulator, token: Token) -> None:
         pytest.param(DROPLET_PATH, (), AUTH, id="200"),
         pytest.param(DROPLET_PATH, ("If-None-Match: *",), AUTH, id="304"),
         pytest.param(UNKNOWN_PATH, (), AUTH, id="404-of-the-upstream"),
-        pytest.param("/nothing", (), AUTH, id="404-of-ours"),
+        pytest.param("/nothing", (), AUTH, id="421-of-ours"),
         pytest.param("/v2/account", (), AUTH, id="421"),
         pytest.param(DROPLET_PATH, (), "", id="401"),
         pytest.param(DROPLET_PATH, ("X: " + "x" * 8188,), AUTH, id="431"),

@@ -157,7 +157,7 @@ async def test_lame_duck(
                 assert response.status == 200
                 assert response.headers["Connection"] == "close"
         async with client.get(f"{service.api}/nothing") as response:
-            assert response.status == 404
+            assert response.status == 421
             assert response.headers["Connection"] == "close"
         assert await service.stop(signal.SIG_DFL) == 0
         assert monotonic() - began > LAME_DUCK_S * 0.9

@@ -467,3 +467,30 @@ async def test_not_a_list(
         )
     assert (seen.status, json.loads(seen.body)["id"]) == (502, "upstream_invalid")
     assert single.status == 504
+
+
+# -- what the API does not document yet ----------------------------------------------------------
+
+
+async def test_a_new_resource_type(simulator: Simulator, token: Token, wire: aiohttp.ClientSession) -> None:
+    """It is passed on and cached as it is, by itself and in a list, and counted once for each fill."""
+    single, beside = f"{LIST}/7000001", f"{LIST}/7000002"
+    for number in (7000001, 7000002):
+        simulator.world.put({**_document(simulator), "id": str(number), "resource_type": "nfs"})
+    async with app(f"upstream.base_url={simulator.url}", *SETTINGS) as at:
+        counted = [
+            total(await scrape(at.admin), "snapshot_proxy_unknown_values_total", field="resource_type")
+        ]
+        seen = [await ask(wire, at.api + single, token) for _ in range(2)]
+        seen += [await ask(wire, f"{at.api}{LIST}?per_page=200", token) for _ in range(2)]
+        seen += [await ask(wire, at.api + beside, token)]
+        counted += [
+            total(await scrape(at.admin), "snapshot_proxy_unknown_values_total", field="resource_type")
+        ]
+    assert [one.status for one in seen] == [200] * 5
+    assert [one.cache for one in seen] == [
+        *("fwd=uri-miss; fwd-status=200; stored", "hit") * 2,
+        "hit",
+    ]
+    assert all(b'"resource_type":"nfs"' in one.body for one in seen)
+    assert counted == [0, 3]

@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -44,7 +45,7 @@ from proxy.simulator import (
 )
 
 LIST = "/v2/snapshots"
-ON = "passthrough.enabled=true"
+ON, OFF = "passthrough.enabled=true", "passthrough.enabled=false"
 MIB = 1 << 20
 TOKEN = "dop_v1_of_this_module"
 
@@ -130,6 +131,27 @@ async def test_off_by_default(upstream: Upstream, wire: aiohttp.ClientSession, m
             told = await response.json()
             assert told["id"] == "not_proxied"
             assert told["message"].startswith("snapshot-proxy: ")
+    assert upstream.received == []
+
+
+@pytest.mark.parametrize("setting", [OFF, ON], ids=["off", "on"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+async def test_a_base_url_that_leads_elsewhere(upstream: Upstream, method: str, setting: str) -> None:
+    """A slash or a prefix too many gets our 421, which names the right path, and never the API's 404."""
+    async with app(f"upstream.base_url={upstream.url}", setting) as at:
+        for path in (
+            *("/", "/v2", "/snapshots/1", "/V2/snapshots/1", "/api/v2/snapshots/1", "/v1/droplets/1"),
+            *("//v2/snapshots/1", "/v2//snapshots/1", "/v2//droplets/1", "/v2/v2/snapshots/1"),
+            *("/v2/v2/droplets/1", "http://api.test//v2/snapshots/1", "http://api.test/x/v2/droplets/1"),
+        ):
+            head = f"{method} {path} HTTP/1.1\r\nHost: api.test\r\nAuthorization: Bearer {TOKEN}\r\n"
+            answer = await raw_exchange(at.api, f"{head}Connection: close\r\n\r\n".encode())
+            status, _, body = answer.partition(b"\r\n\r\n")
+            assert status.startswith(b"HTTP/1.1 421 "), path
+            if method != "HEAD":
+                told = json.loads(body)
+                assert told["id"] == "not_proxied"
+                assert "/v2/snapshots/{id}" in told["message"]
     assert upstream.received == []
 
 
@@ -972,7 +994,7 @@ async def test_spellings_of_snapshots(upstream: Upstream, running: Addresses, ta
     upstream.handler = echo
     for method in (b"GET", b"HEAD", b"DELETE", b"POST"):
         answered = await raw_exchange(running.api, request(method, target))
-        assert answered.split(b" ", 2)[1] in {b"400", b"404", b"405"}
+        assert answered.split(b" ", 2)[1] in {b"400", b"405", b"421"}
     assert upstream.received == []
 
 

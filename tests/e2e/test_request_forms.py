@@ -227,7 +227,7 @@ async def test_other_methods(proxy: Proxy, method: str, path: str, allow: str) -
         pytest.param(LIST_PATH, 200, id="list"),
         pytest.param("/v2/snapshots/999999999", 404, id="unknown"),
         pytest.param(f"{LIST_PATH}?tag_name=web", 200, id="uncached-list"),
-        pytest.param("/nothing", 404, id="elsewhere"),
+        pytest.param("/nothing", 421, id="elsewhere"),
     ],
 )
 async def test_head(proxy: Proxy, path: str, status: int) -> None:

@@ -25,7 +25,7 @@ from libcloud.common.exceptions import BaseHTTPError
 from libcloud.compute.base import StorageVolume
 from support import Serve, free_port, scrape, total
 
-from proxy.simulator import VOLUME_ID, VOLUME_SNAPSHOT_ID, Simulator, World
+from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_ID, VOLUME_SNAPSHOT_ID, Simulator, World
 
 TOKEN = "dop_v1_" + "c0ffee11" * 8
 
@@ -73,6 +73,29 @@ def tls_settings(directory: Path) -> tuple[list[str], str]:
     certificate.private_key_pem.write_to_path(key)
     authority.cert_pem.write_to_path(trusted)
     return [f"server.tls_cert_file={chain}", f"server.tls_key_file={key}"], trusted
+
+
+@pytest.mark.parametrize(
+    ("connect", "working"),
+    [
+        pytest.param(gradient_client.connect, {"", "/"}, id="gradient"),
+        pytest.param(pydo_client.connect, {"", "/", "//"}, id="pydo"),
+        pytest.param(pydo_client.connect_async, {"", "/", "//"}, id="pydo-asyncio"),
+        pytest.param(python_digitalocean_client.connect, {"", "/", "//"}, id="python-digitalocean"),
+    ],
+)
+async def test_base_urls(simulator: Simulator, connect: Connect, working: set[str]) -> None:
+    """A slash or a prefix too many is told as such, also with the passthrough on: never as a 404."""
+    async with Serve(f"upstream.base_url={simulator.url}", PATIENT, "passthrough.enabled=true") as service:
+        for suffix in ("/v2", "/v2/", "/api", "//", "/", ""):
+            async with connect(Target(service.api + suffix, TOKEN)) as client:
+                if suffix in working:
+                    assert DROPLET_NAME in str(await client.get(DROPLET_SNAPSHOT_ID))
+                    continue
+                with pytest.raises(Exception, match=r"base URL .* /v2/snapshots/\{id\}") as refused:
+                    await client.get(DROPLET_SNAPSHOT_ID)
+            assert "NotFound" not in type(refused.value).__name__
+            assert simulator.calls == ()
 
 
 async def compare(connect: Connect, simulator: Simulator, tmp_path: Path, scheme: str = "http") -> None:
