@@ -23,8 +23,9 @@ from proxy.admin.purge import Purge
 from proxy.callers import Callers
 from proxy.closing import Closing
 from proxy.connections import Connections
+from proxy.core.address import address_of
 from proxy.core.errors import ProxyError, SettingsError
-from proxy.core.events import RequestDone
+from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import Limits as QuotaLimits
@@ -33,6 +34,7 @@ from proxy.edge.connection import Limits, Listener, plain_server
 from proxy.edge.passthrough import Passthrough
 from proxy.fetching import Fetched, is_failure
 from proxy.flights import Flights
+from proxy.incidents import Incidents
 from proxy.invalidator import Invalidator
 from proxy.logs import announce, event
 from proxy.metrics import Metrics
@@ -138,7 +140,10 @@ class App:
             settings.server.max_connections * _FETCHES_PER_CONNECTION, is_failure, monotonic=time.monotonic
         )
         self._cleanup.push_async_callback(flights.close)
-        shield = self._shield(upstream, link=link, keys=keys, store=store, metrics=metrics)
+        incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
+        shield = self._shield(
+            upstream, link=link, keys=keys, store=store, metrics=metrics, incidents=incidents
+        )
         invalidator = Invalidator(store, metrics.observe)
         readthrough = read_through(
             store,
@@ -198,6 +203,7 @@ class App:
         )
         self._cleanup.callback(self._server.close)
         self._go_on(callers.follow())
+        self._go_on(incidents.follow())
         if tls is not None:
             self._go_on(_follow_tls(tls, settings.server.tls_cert_file, settings.server.tls_key_file))
         self._ready = True
@@ -266,7 +272,14 @@ class App:
         return store
 
     def _shield(
-        self, upstream: Upstream, *, link: Link, keys: Keys, store: Store, metrics: Metrics
+        self,
+        upstream: Upstream,
+        *,
+        link: Link,
+        keys: Keys,
+        store: Store,
+        metrics: Metrics,
+        incidents: Incidents,
     ) -> Shield:
         quota = self._settings.quota
         previous = self._previous_keyring()
@@ -292,6 +305,13 @@ class App:
                 monotonic=monotonic,
             )
 
+        def observe(told: QuotaWait | CallSettled) -> None:
+            match told:
+                case QuotaWait():
+                    metrics.observe(told)
+                case CallSettled():
+                    incidents.settled(told)
+
         return Shield(
             upstream,
             accounts(limits, quota.max_wait_s + total_timeout_s),  # it may wait for a connection first
@@ -301,7 +321,7 @@ class App:
             max_wait_s=quota.max_wait_s,
             total_timeout_s=total_timeout_s,
             previous_partition=None if previous is None else previous.partition,
-            observe=metrics.observe,
+            observe=observe,
             monotonic=monotonic,
             closing=self._closing,
         )

@@ -128,3 +128,34 @@ class QuotaWait:
     """A call waited for its turn."""
 
     seconds: float
+
+
+GIVEN_UP = "given_up"
+"""Why no answer came where that is not the upstream's fault: this replica stops, or the caller broke off."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettled:
+    """A call to the upstream has ended, and this is how the gate stands after it."""
+
+    route: Route
+    caller: str
+    status: int | None
+    """None where no answer came."""
+
+    error: str = ""
+    """Why no answer came: the error type of RFC 9209, or GIVEN_UP."""
+
+    outcome_unknown: bool = False
+    """It was a write, and nobody knows whether the upstream carried it out."""
+
+    breaker_open: bool = False
+    """The breaker of this route is open."""
+
+    cooldown_s: float = 0.0
+    """For so long the token's calls stop."""
+
+    @property
+    def cause(self) -> str:
+        """Say what was wrong with it: the status, or why there is none."""
+        return self.error if self.status is None else f"status {int(self.status)}"
