@@ -30,6 +30,7 @@ class Callers:
     def __init__(self, aliases_file: str) -> None:
         self._path = Path(aliases_file) if aliases_file else None
         self._changed_at: int | None = None
+        self._away = False
         self._aliases: dict[str, str] = {}
         if self._path is not None:
             self._changed_at = self._path.stat().st_mtime_ns
@@ -58,9 +59,19 @@ class Callers:
             self._changed_at = changed_at
             self._aliases = read_aliases(self._path)
         except (OSError, SettingsError) as error:
+            if self._is_away(error):
+                return
             event(_LOG, logging.WARNING, "aliases-not-read", cause=type(error).__name__)
         else:
+            self._away = False
             event(_LOG, logging.INFO, "aliases-read", aliases=len(self._aliases))
+
+    def _is_away(self, error: Exception) -> bool:
+        """Tell whether the file was away at the last look, too: that is told once."""
+        was_away, self._away = self._away, isinstance(error, OSError)
+        if self._away:
+            self._changed_at = None  # whatever comes back is read
+        return was_away and self._away
 
 
 def read_aliases(path: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The log of troubles with the upstream: one WARNING where one begins, one INFO line where it has ended.
 
-The gate tells `settled` of every call that ended. However many calls a trouble concerns, it is two lines: what
-happens in between is counted. At once there are at most three troubles for each route and one for each alias.
+The gate tells `settled` of every call that ended. However many calls a trouble concerns, it is two lines:
+what happens in between is counted. At once there are at most three troubles for each route and one for each
+alias.
 """
 
 import asyncio

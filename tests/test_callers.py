@@ -187,11 +187,13 @@ def test_a_bad_change_leaves_the_last_good_one(
     assert names(callers, "token-a", "token-b") == ["other", "team-b"]
 
 
-def test_a_file_that_is_away_for_a_while(file: AliasesFile) -> None:
-    """The last good aliases stay while it is gone; when it is back, it is read."""
+def test_a_file_that_is_away_for_a_while(file: AliasesFile, caplog: pytest.LogCaptureFixture) -> None:
+    """The last good aliases stay while it is gone, which is told once; when it is back, it is read."""
     callers = Callers(str(file.path))
     file.path.unlink()
-    callers.reload()
+    for _ in range(3):
+        callers.reload()
+    assert [record.message for record in caplog.records] == ["aliases-not-read"]
     assert names(callers, "token-a") == ["team-a"]
     file.write(f'team-b = "{B}"\n')
     callers.reload()

@@ -32,8 +32,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from proxy.core.errors import SettingsError
+from proxy.logs import event
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 5.0
 """How long a server may take until it answers PING; 0.1 s is usual."""
@@ -129,18 +130,21 @@ class EmbeddedServer:
             status = await life.process.wait()
             if clock() - began_s > RESTART_MAX_S:
                 pause_s = RESTART_MIN_S
-            logger.warning(
-                "the embedded Valkey ended with status %d, and is started again in %g s: %s",
-                status,
-                pause_s,
-                self._last_words(),
+            event(
+                _LOG,
+                logging.WARNING,
+                "embedded-ended",
+                status=status,
+                cause=self._last_words(),
+                again_in_s=pause_s,
             )
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_MAX_S)
             try:
                 successor = await _begin(self._directory, self._command)
             except OSError as error:  # no process or descriptor to be had just now
-                logger.warning("the embedded Valkey could not be started: %s", error)
+                cause = error.strerror or type(error).__name__
+                event(_LOG, logging.WARNING, "embedded-not-started", cause=cause)
                 continue
             life.release()
             self._life = life = successor
