@@ -259,6 +259,8 @@ class App:
             stamp_ttl_s=longest_s + fetch_s,
             guard_s=fetch_s,
             observe=metrics.observe,
+            previous=self._previous_keyring(),
+            address=address_of(self._settings.redis.url),
         )
         self._cleanup.push_async_callback(store.close)
         await store.start()

@@ -85,12 +85,19 @@ class UpstreamCall:
     seconds: float
 
 
+Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "quota"]
+"""What the store is asked for. `end` invalidates for a DELETE, a purge, a 401 or a write that was passed
+through; `drop` takes an entry away because a read was answered 403, or 404 that is not kept."""
+
+StoreOutcome = Literal["ok", "timeout", "error", "corrupt"]
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOperation:
     """One operation on the store and how it ended."""
 
-    operation: Literal["lookup", "put", "seed", "lease", "end", "quota"]
-    outcome: Literal["ok", "timeout", "error", "corrupt"]
+    operation: Operation
+    outcome: StoreOutcome
 
 
 By = Literal["single", "list"]
