@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import time
 
 import pytest
 import trustme
@@ -341,22 +342,56 @@ def test_quickness(seconds: list[float], level: Level) -> None:
     assert _quickness(seconds, 0.1).level is level
 
 
+MINE = Keyring(b"0123456789abcdef" * 2).fingerprint
+BEFORE = Keyring(b"the secret before, of thirty-two b").fingerprint
+NEXT = Keyring(b"the next secret, of thirty-two byt").fingerprint
+
+
 @pytest.mark.parametrize(
-    ("theirs", "status", "level", "words"),
+    ("members", "mark", "status", "level", "words"),
     [
-        pytest.param(b"0123456789abcdef" * 2, 0, Level.OK, "have the same secret", id="same"),
-        pytest.param(b"another secret of 32 bytes, or more", 1, Level.PROBLEM, "another one", id="another"),
+        pytest.param([], MINE, 0, Level.OK, "no other replica", id="nobody-there"),
+        pytest.param([], NEXT, 0, Level.OK, "no other replica", id="a-mark-of-nobody-who-is-there"),
+        pytest.param([f"a:{MINE}"], NEXT, 0, Level.OK, "have the same secret", id="same"),
+        pytest.param([f"a:{MINE}", f"b:{BEFORE}"], None, 0, Level.OK, "rotation is under way", id="before"),
+        pytest.param([f"a:{NEXT}:{MINE}"], None, 0, Level.OK, "rotation is under way", id="next"),
+        pytest.param(
+            [f"a:{MINE}", f"b:{BEFORE}", f"c:{NEXT}"], MINE, 1, Level.PROBLEM, "another one", id="another"
+        ),
+        pytest.param(["a"], MINE, 0, Level.OK, "have the same secret", id="earlier-version-same"),
+        pytest.param(["a"], BEFORE, 0, Level.OK, "rotation is under way", id="earlier-version-before"),
+        pytest.param(["a"], NEXT, 1, Level.PROBLEM, "previous_secret_file", id="earlier-version-another"),
+        pytest.param(["a"], None, 0, Level.OK, "have the same secret", id="earlier-version-not-yet"),
     ],
 )
 async def test_secrets_of_other_replicas(
-    theirs: bytes, status: int, level: Level, words: str, *, lru: Valkey, secret: Path, look: Look
+    members: list[str],
+    mark: str | None,
+    status: int,
+    level: Level,
+    words: str,
+    *,
+    lru: Valkey,
+    secret: Path,
+    look: Look,
 ) -> None:
-    """Each leaves a mark of its secret, which tells whether it is the same and nothing else."""
+    """Those that are there tell fingerprints, which tell whether secrets are the same and nothing else."""
+    before = secret.with_name("before")
+    before.write_bytes(b"the secret before, of thirty-two b")
+    before.chmod(0o600)
     async with Redis.from_url(lru.url) as client:
-        await client.set("snapshot-proxy:1:secret", Keyring(theirs).fingerprint)
-    found, printed = await look(f"redis.url={lru.url}", f"security.secret_file={secret}")
-    assert found == status
-    assert has(printed, level, "other replicas", words)
+        if mark is not None:
+            await client.set("snapshot-proxy:1:secret", mark)
+        for member in members:
+            await client.zadd("snapshot-proxy:1:replicas", {member: time()})
+        await client.zadd("snapshot-proxy:1:replicas", {f"z:{'0' * 16}": time() - 11})
+    found, printed = await look(
+        f"redis.url={lru.url}",
+        f"security.secret_file={secret}",
+        f"security.previous_secret_file={before}",
+    )
+    assert found == status, printed
+    assert has(printed, level, words)
 
 
 # -- the upstream ------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ async def _findings(settings: Settings) -> AsyncIterator[Finding]:
     """Look at everything: what needs no network, then the listeners, the store, the upstream."""
     path = settings.security.secret_file
     secret = read_secret(path) if path else None  # once: it may be a pipe
-    if settings.security.previous_secret_file:
-        read_secret(settings.security.previous_secret_file, setting="security.previous_secret_file")
+    path = settings.security.previous_secret_file
+    previous = read_secret(path, setting="security.previous_secret_file") if path else None
     for findings in (
         machine(settings),
         privacy(settings, secret),
@@ -41,6 +41,6 @@ async def _findings(settings: Settings) -> AsyncIterator[Finding]:
     ):
         for finding in findings:
             yield finding
-    async for finding in store(settings, secret):
+    async for finding in store(settings, secret, previous):
         yield finding
     yield await upstream(settings)

@@ -3,7 +3,7 @@
 import secrets
 import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 from redis.asyncio import Redis
@@ -15,6 +15,7 @@ from proxy.core.identity import Keyring
 from proxy.settings import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
+from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
 _PINGS = 20
@@ -23,8 +24,11 @@ _SUITABLE = (
 )
 
 
-async def store(settings: Settings, secret: bytes | None) -> AsyncIterator[Finding]:
-    """Look at the store. Raises SettingsError as `serve` does."""
+async def store(settings: Settings, secret: bytes | None, previous: bytes | None) -> AsyncIterator[Finding]:
+    """Look at the store; `previous` is the secret before, during a rotation.
+
+    Raises SettingsError as `serve` does.
+    """
     if settings.redis.url == "embedded":
         async for finding in _embedded(settings):
             yield finding
@@ -32,7 +36,7 @@ async def store(settings: Settings, secret: bytes | None) -> AsyncIterator[Findi
     assert secret is not None  # the settings are refused without one
     client = redis_connector(settings, settings.redis.url)()
     try:
-        async for finding in _redis(client, settings, secret):
+        async for finding in _redis(client, settings, secret, previous):
             yield finding
     except (RedisError, OSError) as error:
         yield _no_answer(error, settings.redis.url)
@@ -52,7 +56,9 @@ async def _embedded(settings: Settings) -> AsyncIterator[Finding]:
     yield warning("Redis: an embedded server is for one replica", "set redis.url where there are several")
 
 
-async def _redis(client: Redis, settings: Settings, secret: bytes) -> AsyncIterator[Finding]:
+async def _redis(
+    client: Redis, settings: Settings, secret: bytes, previous: bytes | None
+) -> AsyncIterator[Finding]:
     """Look at one server. Raises RedisError or OSError where it does not answer."""
     await client.ping()
     yield ok("Redis: reachable")
@@ -62,7 +68,10 @@ async def _redis(client: Redis, settings: Settings, secret: bytes) -> AsyncItera
             yield finding
     except ResponseError:
         yield warning("Redis: refuses INFO", "see to version, maxmemory and eviction by other means")
-    yield _secret(await client.get(Keys(settings.redis.key_prefix).secret), secret)
+    keys = Keys(settings.redis.key_prefix)
+    members: list[Any] = await client.zrangebyscore(keys.replicas, time() - PRESENT_S, "+inf")
+    others = [Member.parse(member) for member in members]
+    yield _secret(others, await client.get(keys.secret), secret, previous)
     yield _quickness(await _latency(client), settings.redis.timeout_s)
 
 
@@ -112,16 +121,26 @@ def _limits(info: dict[str, Any]) -> Iterator[Finding]:
         yield ok(f"Redis: maxmemory {most_bytes}, {policy}")
 
 
-def _secret(theirs: Any, secret: bytes) -> Finding:
-    """Compare with the mark that a replica left in the last minute."""
-    if theirs is None:
-        return ok("Redis: no other replica uses it with this key prefix")
-    if theirs == Keyring(secret).fingerprint.encode():
-        return ok("Redis: the other replicas have the same secret")
-    return problem(
-        "security.secret_file: other replicas on this Redis have another one, and share nothing with this",
-        "give all the same, or set another redis.key_prefix",
-    )
+def _secret(others: list[Member], mark: object, secret: bytes, previous: bytes | None) -> Finding:
+    """Compare with the fingerprints of the replicas that are there."""
+    mine = Member("", Keyring(secret).fingerprint, "" if previous is None else Keyring(previous).fingerprint)
+    match agreement(mine, others, mark):
+        case Agreement.ALONE:
+            return ok("Redis: no other replica uses it with this key prefix")
+        case Agreement.SAME:
+            return ok("Redis: the other replicas have the same secret")
+        case Agreement.ROTATING:
+            return ok(
+                "security.secret_file: a rotation is under way: some replicas have the previous secret,"
+                " others the next; they share limits and cool-downs"
+            )
+        case Agreement.DIFFERENT:
+            return problem(
+                "security.secret_file: other replicas on this Redis have another one, and share nothing with"
+                " this",
+                "give all the same, or set another redis.key_prefix; to change the secret, name the one"
+                " before in security.previous_secret_file (docs/security.md)",
+            )
 
 
 async def _latency(client: Redis) -> list[float]:
