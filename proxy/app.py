@@ -128,7 +128,7 @@ class App:
             event(_LOG, logging.WARNING, "file-limit", limit=reached, wanted=wanted)
         metrics = Metrics(__version__)
         keyring = Keyring(self._secret())
-        callers = Callers(settings.callers.aliases_file)
+        callers = Callers(settings.callers.aliases_file, metrics.expect)
         tls = tls_context(settings)
         upstream = Upstream(upstream_options(settings), metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
@@ -184,6 +184,7 @@ class App:
             store_up=lambda: store.up,
             store_shared=lambda: settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
+            pending_invalidations=lambda: store.pending_invalidations,
             breaker_open=lambda: shield.breaker_open,
             standings=shield.standings,
             quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import re
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from proxy.core.errors import SettingsError
@@ -25,16 +26,22 @@ _LOG = logging.getLogger(__name__)
 
 
 class Callers:
-    """The aliases of `callers.aliases_file`; without a file every caller is `other`."""
+    """The aliases of `callers.aliases_file`; without a file every caller is `other`.
 
-    def __init__(self, aliases_file: str) -> None:
+    `expect` is told the aliases whenever they were read.
+    """
+
+    def __init__(
+        self, aliases_file: str, expect: Callable[[Iterable[str]], None] = lambda _aliases: None
+    ) -> None:
+        self._expect = expect
         self._path = Path(aliases_file) if aliases_file else None
         self._changed_at: int | None = None
         self._away = False
         self._aliases: dict[str, str] = {}
         if self._path is not None:
             self._changed_at = self._path.stat().st_mtime_ns
-            self._aliases = read_aliases(self._path)
+            self._take(read_aliases(self._path))
 
     def name(self, token: Token) -> str:
         """Give the token's alias, or `other`."""
@@ -57,7 +64,7 @@ class Callers:
             if changed_at == self._changed_at:
                 return
             self._changed_at = changed_at
-            self._aliases = read_aliases(self._path)
+            self._take(read_aliases(self._path))
         except (OSError, SettingsError) as error:
             if self._is_away(error):
                 return
@@ -65,6 +72,10 @@ class Callers:
         else:
             self._away = False
             event(_LOG, logging.INFO, "aliases-read", aliases=len(self._aliases))
+
+    def _take(self, aliases: dict[str, str]) -> None:
+        self._aliases = aliases
+        self._expect(aliases.values())
 
     def _is_away(self, error: Exception) -> bool:
         """Tell whether the file was away at the last look, too: that is told once."""

@@ -217,3 +217,15 @@ async def test_it_is_followed(file: AliasesFile, monkeypatch: pytest.MonkeyPatch
 async def test_without_a_file_there_is_nothing_to_follow() -> None:
     """It returns at once."""
     await Callers("").follow()
+
+
+def test_aliases_are_told_as_they_are_read(file: AliasesFile) -> None:
+    """At the start and after a change, so that their metrics begin at 0; a bad change tells nothing."""
+    told: list[list[str]] = []
+    callers = Callers(str(file.path), lambda aliases: told.append(sorted(aliases)))
+    callers.reload()
+    file.write("bad")
+    callers.reload()
+    file.write(f'team-b = "{B}"\n')
+    callers.reload()
+    assert told == [["team-a"], ["team-b"]]
