@@ -161,6 +161,7 @@ class App:
 
         def observe(done: RequestDone) -> None:
             metrics.observe(done)
+            incidents.request(done)
             log(done)
 
         passthrough = None
@@ -270,6 +271,7 @@ class App:
                 _LOG,
                 logging.WARNING,
                 "redis-away",
+                address=address_of(self._settings.redis.url),
                 consequence="every request goes upstream until it is back",
             )
         return store

@@ -1,8 +1,8 @@
-"""The log of troubles with the upstream: one WARNING where one begins, one INFO line where it has ended.
+"""The log of troubles: one WARNING where one begins, one INFO line where it has ended.
 
 The gate tells `settled` of every call that ended. However many calls a trouble concerns, it is two lines:
-what happens in between is counted. At once there are at most three troubles for each route and one for each
-alias.
+what happens in between is counted. At once there are at most three troubles for each route, one for each
+alias, and one for each limit of this process.
 """
 
 import asyncio
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 from proxy.core.breaker import FAILURES
-from proxy.core.events import GIVEN_UP, CallSettled, Route
+from proxy.core.errors import Overloaded
+from proxy.core.events import GIVEN_UP, CallSettled, RequestDone, Route
 from proxy.core.incident import Incident, Over
 from proxy.logs import event
 
@@ -32,6 +33,8 @@ class Incidents:
         self._failing = {route: Incident(threshold=FAILURES) for route in Route}
         self._unknown = {route: Incident() for route in Route}
         self._cooldowns: dict[str, _Cooldown] = {}
+        self._overloads: dict[str, Incident] = {}
+        """By what the error says, which is one of a few constants."""
 
     def settled(self, call: CallSettled) -> None:
         """Take note of a call that ended."""
@@ -48,6 +51,20 @@ class Incidents:
                 cause=call.cause,
                 address=self._address,
                 consequence="it may have been carried out; what is cached of it was invalidated",
+            )
+
+    def request(self, done: RequestDone) -> None:
+        """Take note of a request: being turned away for a limit of this process is a trouble, too."""
+        if done.error_id != Overloaded.id:
+            return
+        limit = done.fact or Overloaded.id
+        if self._overloads.setdefault(limit, Incident()).sign(self._monotonic()):
+            event(
+                _LOG,
+                logging.WARNING,
+                "overloaded",
+                cause=limit,
+                consequence="503 for what comes beyond it; Retry-After says when to come again",
             )
 
     async def follow(self) -> None:
@@ -67,6 +84,16 @@ class Incidents:
                     "write-outcome-unknown-ended",
                     route=route,
                     address=self._address,
+                    seconds=round(over.seconds, 1),
+                    count=over.count,
+                )
+        for limit, overload in self._overloads.items():
+            if over := overload.end_if_quiet(now, QUIET_S):
+                event(
+                    _LOG,
+                    logging.INFO,
+                    "overloaded-ended",
+                    cause=limit,
                     seconds=round(over.seconds, 1),
                     count=over.count,
                 )

@@ -9,7 +9,7 @@ import pytest
 
 from proxy import incidents as incidents_module
 from proxy.core.breaker import FAILURES
-from proxy.core.events import GIVEN_UP, CallSettled, Route
+from proxy.core.events import GIVEN_UP, CallSettled, Outcome, RequestDone, Route
 from proxy.incidents import QUIET_S, Incidents
 
 WHERE = "api.example.net:443"
@@ -180,6 +180,30 @@ def test_writes_whose_outcome_is_unknown(watched: Watched) -> None:
         2.0,
         3,
     )
+
+
+def test_limits_of_this_process(watched: Watched) -> None:
+    """Each is one trouble, however many are turned away; other errors are none."""
+
+    def turned_away(fact: str, error_id: str = "overloaded") -> RequestDone:
+        return RequestDone(
+            Route.SNAPSHOT, Outcome.NONE, 503, "other", 0.0, "id", error_id=error_id, fact=fact
+        )
+
+    for done in (*[turned_away("too many connections")] * 500, turned_away("x", "upstream_invalid")):
+        watched.incidents.request(done)
+    ((level, name, fields),) = watched.lines()
+    assert (level, name, fields["cause"]) == ("WARNING", "overloaded", "too many connections")
+    watched.incidents.request(turned_away("all connections to the upstream are busy"))
+    assert [fields["cause"] for _, _, fields in watched.lines()] == [
+        "all connections to the upstream are busy"
+    ]
+    watched.now += QUIET_S
+    watched.incidents.sweep()
+    assert [(level, name, fields["count"]) for level, name, fields in watched.lines()] == [
+        ("INFO", "overloaded-ended", 500),
+        ("INFO", "overloaded-ended", 1),
+    ]
 
 
 async def test_what_no_call_ends_ends_by_itself(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

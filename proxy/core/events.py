@@ -69,7 +69,8 @@ class RequestDone:
     """What made a call to the upstream unnecessary, where none was made for this request."""
 
     fact: str | None = None
-    """What about the upstream's answer was wrong: a field's name, never its value."""
+    """What about the upstream's answer was wrong (a field's name, never its value), or which limit of ours
+    was reached."""
 
 
 @dataclass(frozen=True, slots=True)
