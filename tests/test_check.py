@@ -24,6 +24,7 @@ from redis.asyncio import Redis
 from support import Valkey, free_port, write_secret
 
 from proxy.check import check
+from proxy.check.bounds import admin, deadlines
 from proxy.check.finding import Level
 from proxy.check.machine import _cannot_listen
 from proxy.check.store import _limits, _quickness
@@ -126,6 +127,64 @@ async def test_as_a_command(simulator: Simulator) -> None:
     assert has(printed.decode(), Level.PROBLEM, "HTTP parser", "unset AIOHTTP_NO_EXTENSIONS")
     assert printed.decode().endswith("serve would not work well: 1 to mend\n")
     assert process.returncode == 1
+
+
+# -- settings together -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "level", "words"),
+    [
+        pytest.param([], Level.OK, ["admin.host", "this machine only"], id="loopback"),
+        pytest.param(
+            ["admin.host=0.0.0.0"],
+            Level.WARNING,
+            ["listens on every interface without admin.token_file", "set admin.token_file"],
+            id="every-ipv4-interface",
+        ),
+        pytest.param(["admin.host=::"], Level.WARNING, ["on every interface without"], id="every-interface"),
+        pytest.param(["admin.host=10.0.0.7"], Level.WARNING, ["on 10.0.0.7 without"], id="one-address"),
+        pytest.param(
+            ["admin.host=::", "admin.token_file=token"], Level.OK, ["purge asks for the token"], id="token"
+        ),
+    ],
+)
+def test_who_reaches_the_admin_listener(overrides: list[str], level: Level, words: list[str]) -> None:
+    """Whoever does reads the metrics, and a purge without a token is refused there."""
+    (finding,) = admin(load(config_file=None, overrides=overrides, environ={}).settings)
+    assert finding.level is level
+    assert all(word in str(finding) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        pytest.param([], [], id="defaults"),
+        pytest.param(["upstream.connect_timeout_s=8"], ["upstream.connect_timeout_s = 8"], id="connect"),
+        pytest.param(["upstream.read_timeout_s=8"], [], id="read-as-long-as-all"),
+        pytest.param(["upstream.read_timeout_s=8.5"], ["upstream.read_timeout_s = 8.5"], id="read"),
+        pytest.param(["upstream.read_timeout_s=60", "passthrough.enabled=true"], [], id="a-stream-may-last"),
+        pytest.param(["redis.timeout_s=8"], ["redis.timeout_s = 8"], id="redis"),
+        pytest.param(["server.drain_s=9"], ["server.drain_s = 9"], id="drain"),
+        pytest.param(
+            ["upstream.total_timeout_s=1.5"],
+            ["upstream.connect_timeout_s = 2", "upstream.read_timeout_s = 5"],
+            id="a-short-total",
+        ),
+        pytest.param(["upstream.total_timeout_s=30"], ["server.drain_s = 13"], id="a-long-total"),
+    ],
+)
+def test_deadlines_beyond_the_time_of_a_request(overrides: list[str], named: list[str]) -> None:
+    """One warning for each, which names it with its value, the bound, and what to set."""
+    found = [*deadlines(load(config_file=None, overrides=overrides, environ={}).settings)]
+    if not named:
+        assert [finding.level for finding in found] == [Level.OK]
+        return
+    assert [finding.level for finding in found] == [Level.WARNING] * len(named)
+    for finding, words in zip(found, named, strict=True):
+        assert finding.fact.startswith(words)
+        assert "upstream.total_timeout_s = " in finding.fact
+        assert finding.mend
 
 
 # -- this machine ------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from http.client import BadStatusLine, HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,15 @@ from support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
 from proxy import __version__, cli, serve
 from proxy.healthcheck import no_answer
 from proxy.settings import Admin, load
-from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, Token
+from proxy.simulator import (
+    DROPLET_SNAPSHOT_ID,
+    VOLUME_SNAPSHOT_ID,
+    Fault,
+    FaultKind,
+    Simulator,
+    Token,
+    control,
+)
 
 TOKEN = "dop_v1_0123456789abcdef"
 LOOK = "see that serve runs, and that admin.host and admin.port are the ones that it was given"
@@ -158,6 +168,19 @@ async def test_config_prints_what_counts(tmp_path: Path) -> None:
     effective = tmp_path / "effective.toml"
     effective.write_text(out.replace("***@", ""))
     assert load(config_file=str(effective), overrides=[], environ={}).settings.cache.fresh_s == 61
+
+
+async def test_the_help_of_the_simulator_tells_how_it_is_controlled() -> None:
+    """Every resource, kind of fault and field of one; the list of commands does not load it."""
+    status, out, err = await run("simulate", "--help")
+    assert (status, err) == (0, "")
+    assert "/_simulator/" in out
+    assert "curl" in out
+    words = set(re.findall(r"\w+", out))
+    assert words >= {resource for resource, _ in control._ACTIONS}
+    assert words >= {field.name for field in fields(Fault)}
+    assert words >= {*FaultKind}
+    assert "--per-minute" in out
 
 
 # -- healthcheck -------------------------------------------------------------------------------

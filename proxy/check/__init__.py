@@ -6,6 +6,7 @@ needs no token. Configuration that `serve` would refuse is refused in the same w
 
 from collections.abc import AsyncIterator
 
+from proxy.check.bounds import admin, deadlines
 from proxy.check.finding import Finding, Level
 from proxy.check.machine import aliases, certificate, listeners, machine, privacy
 from proxy.check.store import store
@@ -36,6 +37,8 @@ async def _findings(settings: Settings) -> AsyncIterator[Finding]:
         machine(settings),
         privacy(settings, secret),
         aliases(settings),
+        admin(settings),
+        deadlines(settings),
         certificate(settings),
         await listeners(settings),
     ):

