@@ -212,6 +212,10 @@ class Accounts:
         for own in self._owns.values():
             yield own.caller, Standing(*own.ledger.standing(now))
 
+    def cooldown_s(self, account: Account) -> float:
+        """Give for how long the account's calls stop, as far as this replica knows."""
+        return self._own(account).ledger.standing(self._monotonic())[2]
+
     def _admit_here(self, own: "_Own", call_class: CallClass) -> Admitted | Postponed:
         return own.ledger.admit(self._monotonic(), call_class, self._replicas())
 

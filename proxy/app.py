@@ -23,8 +23,9 @@ from proxy.admin.purge import Purge
 from proxy.callers import Callers
 from proxy.closing import Closing
 from proxy.connections import Connections
+from proxy.core.address import address_of
 from proxy.core.errors import ProxyError, SettingsError
-from proxy.core.events import RequestDone
+from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import Limits as QuotaLimits
@@ -34,6 +35,7 @@ from proxy.edge.passthrough import Passthrough
 from proxy.fetching import Fetched, is_failure
 from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit
 from proxy.flights import MOST_OF_ONE, Flights
+from proxy.incidents import Incidents
 from proxy.invalidator import Invalidator
 from proxy.logs import announce, configure, event
 from proxy.metrics import Metrics
@@ -41,7 +43,7 @@ from proxy.readthrough import read_through
 from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_password, read_secret
 from proxy.shield import Shield
 from proxy.sockets import Bound, listen
-from proxy.storage.connect import address_of, connector
+from proxy.storage.connect import connector
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
@@ -159,7 +161,7 @@ class App:
         files = open_files(settings)
         metrics = Metrics(__version__)
         keyring = Keyring(self._secret())
-        self._callers = Callers(settings.callers.aliases_file)
+        self._callers = Callers(settings.callers.aliases_file, metrics.expect)
         self._certificate = certificate(settings.server)
         upstream = Upstream(upstream_options(settings), metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
@@ -174,7 +176,10 @@ class App:
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
         )
         self._cleanup.push_async_callback(flights.close)
-        shield = self._shield(upstream, link=link, keys=keys, store=store, metrics=metrics)
+        incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
+        shield = self._shield(
+            upstream, link=link, keys=keys, store=store, metrics=metrics, incidents=incidents
+        )
         invalidator = Invalidator(store, metrics.observe)
         readthrough = read_through(
             store,
@@ -191,6 +196,7 @@ class App:
 
         def observe(done: RequestDone) -> None:
             metrics.observe(done)
+            incidents.request(done)
             self._log_access(done)
 
         passthrough = None
@@ -215,6 +221,7 @@ class App:
             store_up=lambda: store.up,
             store_shared=lambda: settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
+            pending_invalidations=lambda: store.pending_invalidations,
             breaker_open=lambda: shield.breaker_open,
             standings=shield.standings,
             quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},
@@ -224,6 +231,7 @@ class App:
         self._go_on(self._callers.follow())
         if self._certificate is not None:
             self._go_on(self._certificate.follow())
+        self._go_on(incidents.follow())
         self._ready = True
         addresses = Addresses(api_url, admin)
         announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
@@ -277,13 +285,22 @@ class App:
             stamp_ttl_s=longest_s + fetch_s,
             guard_s=fetch_s,
             observe=metrics.observe,
+            previous=self._previous_keyring(),
+            address=address_of(self._settings.redis.url),
         )
         self._cleanup.push_async_callback(store.close)
         await store.start()
         return store
 
     def _shield(
-        self, upstream: Upstream, *, link: Link, keys: Keys, store: Store, metrics: Metrics
+        self,
+        upstream: Upstream,
+        *,
+        link: Link,
+        keys: Keys,
+        store: Store,
+        metrics: Metrics,
+        incidents: Incidents,
     ) -> Shield:
         quota = self._settings.quota
         previous = self._previous_keyring()
@@ -309,6 +326,13 @@ class App:
                 monotonic=monotonic,
             )
 
+        def observe(told: QuotaWait | CallSettled) -> None:
+            match told:
+                case QuotaWait():
+                    metrics.observe(told)
+                case CallSettled():
+                    incidents.settled(told)
+
         return Shield(
             upstream,
             accounts(limits, quota.max_wait_s + total_timeout_s),  # it may wait for a connection first
@@ -318,7 +342,7 @@ class App:
             max_wait_s=quota.max_wait_s,
             total_timeout_s=total_timeout_s,
             previous_partition=None if previous is None else previous.partition,
-            observe=metrics.observe,
+            observe=observe,
             monotonic=monotonic,
             closing=self._closing,
         )

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import logging
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from proxy.core.errors import SettingsError
@@ -25,11 +26,18 @@ _LOG = logging.getLogger(__name__)
 
 
 class Callers:
-    """The aliases of `callers.aliases_file`; without a file every caller is `other`."""
+    """The aliases of `callers.aliases_file`; without a file every caller is `other`.
 
-    def __init__(self, aliases_file: str) -> None:
+    `expect` is told the aliases whenever they were read.
+    """
+
+    def __init__(
+        self, aliases_file: str, expect: Callable[[Iterable[str]], None] = lambda _aliases: None
+    ) -> None:
+        self._expect = expect
         self._path = Path(aliases_file) if aliases_file else None
         self._changed_at: int | None = None
+        self._away = False
         self._aliases: dict[str, str] = {}
         self.use(self.read())
 
@@ -51,6 +59,7 @@ class Callers:
     def use(self, aliases: dict[str, str]) -> None:
         """Name callers by these from now on."""
         self._aliases = aliases
+        self._expect(aliases.values())
 
     async def follow(self) -> None:
         """Read the file again whenever it changes, until cancelled."""
@@ -69,9 +78,19 @@ class Callers:
             self._changed_at = changed_at
             self.use(read_aliases(self._path))
         except (OSError, SettingsError) as error:
+            if self._is_away(error):
+                return
             event(_LOG, logging.WARNING, "aliases-not-read", cause=type(error).__name__)
         else:
+            self._away = False
             event(_LOG, logging.INFO, "aliases-read", aliases=len(self._aliases))
+
+    def _is_away(self, error: Exception) -> bool:
+        """Tell whether the file was away at the last look, too: that is told once."""
+        was_away, self._away = self._away, isinstance(error, OSError)
+        if self._away:
+            self._changed_at = None  # whatever comes back is read
+        return was_away and self._away
 
 
 def read_aliases(path: Path) -> dict[str, str]:

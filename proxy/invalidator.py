@@ -18,8 +18,11 @@ from proxy.core.request import Call
 class Store(Protocol):
     """Where entries are ended. None of these raises."""
 
-    async def end_entry(self, key: EntryKey | ListKey) -> bool:
-        """End one caller's entry and lists, those that are being fetched included."""
+    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
+        """End one caller's entry and lists, those that are being fetched included.
+
+        `by_read`: only because a read was answered with a no; nobody asked for it.
+        """
 
     async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
         """End all entries of one caller; a `refusal` answers the caller's lookups while it lasts."""
@@ -46,7 +49,7 @@ class Invalidator:
     async def entry(self, key: EntryKey | ListKey) -> bool:
         """End one caller's entry and lists: the upstream said no to a read."""
         self._endings.entry(key)
-        return await self._store.end_entry(key)
+        return await self._store.end_entry(key, by_read=True)
 
     async def refused(self, partition: Partition, refusal: Entry | None = None) -> bool:
         """End all entries of a caller whose token the upstream does not know any more.
@@ -68,7 +71,7 @@ class Invalidator:
     async def absent(self, key: EntryKey | ListKey) -> bool:
         """End the caller's own entry and lists: a DELETE found no such snapshot."""
         self._observe(Invalidation("delete"))
-        return await self.entry(key)
+        return await self._entry(key)
 
     async def written(self, partition: Partition, ends: Ends) -> bool:
         """End what a write to another path of the API ended, or may have."""
@@ -81,7 +84,7 @@ class Invalidator:
             case EndsForCaller(snapshot_ids):
                 done = True
                 for snapshot_id in snapshot_ids:
-                    done = await self.entry(EntryKey(partition, snapshot_id)) and done
+                    done = await self._entry(EntryKey(partition, snapshot_id)) and done
                 return done
 
     async def purge(self, snapshot_ids: Sequence[str] | None) -> bool:
@@ -91,6 +94,10 @@ class Invalidator:
             self._endings.everything()
             return await self._store.end_everything()
         return await self._snapshots(snapshot_ids)
+
+    async def _entry(self, key: EntryKey | ListKey) -> bool:
+        self._endings.entry(key)
+        return await self._store.end_entry(key)
 
     async def _caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
         self._endings.caller(partition)

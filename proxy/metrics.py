@@ -3,8 +3,10 @@
 Labels are closed sets, aliases included; nothing that a caller sends becomes one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
+from itertools import chain, product
 from typing import assert_never, get_args
 
 from prometheus_client import (
@@ -17,23 +19,28 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from proxy.core.events import (
+    OTHER_CALLER,
     Avoided,
     By,
     Cause,
     EnumField,
     Invalidation,
+    Operation,
+    Outcome,
     QuotaWait,
     Refreshed,
     RequestDone,
     Standing,
     StoreOperation,
+    StoreOutcome,
     UnknownValue,
     UpstreamCall,
 )
+from proxy.core.series import CALLED, CALLS, requests_of
 
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
@@ -43,7 +50,8 @@ _WATCHED = {
     "flights": "Fetches on their way.",
     "store_up": "1 while Redis answers.",
     "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
-    "secret_mismatch": "1 where another replica uses another secret.",
+    "secret_mismatch": "1 where a replica is there that uses another secret, and no rotation explains it.",
+    "pending_invalidations": "Invalidations that were asked for and that Redis has not taken yet.",
     "upstream_breaker_open": "1 while the upstream fails for some kind of call and is only probed with it.",
 }
 _OWN_STATUSES = frozenset(
@@ -64,6 +72,9 @@ class Metrics:
     def __init__(self, version: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every first one
         self._registry = CollectorRegistry()
+        """What any thread may read."""
+        self._live = CollectorRegistry()
+        """What shows the state of the service, which only the event loop's thread may look at."""
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._requests = self._counter(
@@ -100,11 +111,23 @@ class Metrics:
         self._quota_wait = self._histogram(
             "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
         )
-        self._watched = {name: self._gauge(name, help_text) for name, help_text in _WATCHED.items()}
+        self._watched = {
+            name: Gauge(_PREFIX + name, help_text, registry=self._live)
+            for name, help_text in _WATCHED.items()
+        }
         self._quotas = _Quotas()
-        self._registry.register(self._quotas)
-        self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
-        # From the start, so that a rate sees the first event.
+        self._live.register(self._quotas)
+        build = Gauge(f"{_PREFIX}build_info", "The version that runs.", ("version",), registry=self._registry)
+        build.labels(version).set(1)
+        self._begin_at_zero()
+        self.expect((OTHER_CALLER,))
+
+    def _begin_at_zero(self) -> None:
+        """Make every series whose labels are known from the start: a rate then sees the first event."""
+        for outcome in Outcome:
+            self._request_seconds.labels(outcome)
+        for route in CALLED:
+            self._upstream_seconds.labels(route)
         for reason in get_args(Avoided):
             self._avoided.labels(reason)
         for cause in get_args(Cause):
@@ -114,8 +137,17 @@ class Metrics:
         for by in get_args(By):
             self._refreshes.labels(by)
             self._refreshed.labels(by)
-        for outcome in ("ok", "timeout", "error"):
-            self._store_operations.labels("end", outcome)
+        for operation, result in product(get_args(Operation), get_args(StoreOutcome)):
+            self._store_operations.labels(operation, result)
+
+    def expect(self, callers: Iterable[str]) -> None:
+        """Make every series of these callers, at 0 where there is none yet."""
+        for caller in callers:
+            for route, outcome, status in requests_of(caller):
+                self._requests.labels(route, outcome, status, caller)
+            for route, status in product(CALLED, CALLS):
+                self._upstream_requests.labels(route, status, caller)
+            self._quotas.expect(caller)
 
     def watch(
         self,
@@ -125,6 +157,7 @@ class Metrics:
         store_up: Callable[[], float],
         store_shared: Callable[[], float],
         secret_mismatch: Callable[[], float],
+        pending_invalidations: Callable[[], float],
         breaker_open: Callable[[], float],
         standings: Callable[[], Mapping[str, Standing]],
         quota_limits: Mapping[str, int],
@@ -136,6 +169,7 @@ class Metrics:
             ("store_up", store_up),
             ("store_shared", store_shared),
             ("secret_mismatch", secret_mismatch),
+            ("pending_invalidations", pending_invalidations),
             ("upstream_breaker_open", breaker_open),
         ):
             self._watched[name].set_function(read)
@@ -184,14 +218,23 @@ class Metrics:
         """Give the type of each of our metrics, by the name that queries use."""
         return {
             f"{family.name}_total" if family.type == "counter" else family.name: family.type
-            for family in self._registry.collect()
+            for family in chain(self._live.collect(), self._registry.collect())
             if family.name.startswith(_PREFIX)
         }
 
-    def scrape(self, accept: str) -> tuple[bytes, str]:
-        """Write all of it in the format that the header `Accept` asks for; give it and its content type."""
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
+        """Write all of it in the format that the header `Accept` asks for; give it and its content type.
+
+        With 64 aliases that takes 0.1 s, so it is done in a thread; the state is read before that.
+        """
+        state = [*self._live.collect()]
+        return await asyncio.to_thread(self._write, accept, state)
+
+    def _write(self, accept: str, state: Sequence[Metric]) -> tuple[bytes, str]:
+        everything = CollectorRegistry()
+        everything.register(_Families([*state, *self._registry.collect()]))
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        return encode(everything), content_type
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, help_text, labels, registry=self._registry)
@@ -199,8 +242,20 @@ class Metrics:
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(_PREFIX + name, help_text, labels, buckets=buckets, registry=self._registry)
 
-    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
-        return Gauge(_PREFIX + name, help_text, labels, registry=self._registry)
+
+class _Families(Collector):
+    """Families that were collected already."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Sequence[Metric]:
+        """Give them."""
+        return self._families
+
+    def describe(self) -> Sequence[Metric]:
+        """Name nothing: their names were checked where they were declared."""
+        return ()
 
 
 class _Quotas(Collector):
@@ -209,6 +264,11 @@ class _Quotas(Collector):
     def __init__(self) -> None:
         self._standings: Callable[[], Mapping[str, Standing]] = dict
         self._limits: Mapping[str, int] = {}
+        self._callers: dict[str, None] = {}
+
+    def expect(self, caller: str) -> None:
+        """Show from now on that a caller does not cool down, before it has made a call, too."""
+        self._callers[caller] = None
 
     def watch(self, standings: Callable[[], Mapping[str, Standing]], limits: Mapping[str, int]) -> None:
         """Tell where they are read."""
@@ -216,7 +276,10 @@ class _Quotas(Collector):
         self._limits = limits
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Give the three families; `other` stands as the worst of all callers without an alias."""
+        """Give the three families; `other` stands as the worst of all callers without an alias.
+
+        What a caller has left is not known before its first call: a 0 would say that it has nothing.
+        """
         limit = GaugeMetricFamily(
             f"{_PREFIX}quota_limit", "Calls that the API allows a caller.", labels=("caller", "window")
         )
@@ -226,7 +289,11 @@ class _Quotas(Collector):
         cooldown = GaugeMetricFamily(
             f"{_PREFIX}quota_cooldown_seconds", "For how long a caller is not to call.", labels=("caller",)
         )
-        for caller, standing in self._standings().items():
+        standings = self._standings()
+        for caller in self._callers:
+            if caller not in standings:
+                cooldown.add_metric((caller,), 0)
+        for caller, standing in standings.items():
             for window, left in (("minute", standing.minute), ("hour", standing.hour)):
                 limit.add_metric((caller, window), self._limits[window])
                 remaining.add_metric((caller, window), left)

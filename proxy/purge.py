@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from proxy.core.errors import SettingsError
-from proxy.healthcheck import reachable
+from proxy.healthcheck import listener, no_answer, reachable
 from proxy.settings import Admin, read_admin_token
 
 _TIMEOUT_S = 10.0
@@ -29,7 +29,7 @@ def purge(admin: Admin, ids: Sequence[str]) -> int:
         answer = connection.getresponse()
         body = answer.read()
     except (OSError, HTTPException) as error:
-        return _refused(f"snapshot-proxy: no answer from the admin listener: {type(error).__name__}")
+        return _refused(f"snapshot-proxy: {no_answer(admin, error)}")
     finally:
         connection.close()
     match answer.status, _parsed(body):
@@ -39,7 +39,10 @@ def purge(admin: Admin, ids: Sequence[str]) -> int:
         case _, {"message": str(message)}:
             return _refused(message)
         case status, _:  # something else listens there, or another version
-            return _refused(f"snapshot-proxy: the admin listener answers {status}")
+            return _refused(
+                f"snapshot-proxy: {listener(admin)} answers {status} and nothing that a purge answers: see"
+                f" that admin.host and admin.port lead to serve, in the same version"
+            )
 
 
 def _parsed(body: bytes) -> Any:

@@ -11,6 +11,7 @@ from proxy.core.errors import SettingsError
 from proxy.settings import Settings
 from proxy.storage.embedded import EmbeddedServerError
 
+_MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,10 +34,11 @@ async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
     try:
         await app.start()
     except (StartError, EmbeddedServerError) as error:
-        logs.announce(_LOG, "cannot-start", cause=str(error))
+        logs.event(_LOG, logging.ERROR, "cannot-start", cause=str(error), mend=_MEND)
         return 1
     except OSError as error:
-        logs.announce(_LOG, "cannot-start", cause=error.strerror or type(error).__name__)
+        cause = error.strerror or type(error).__name__
+        logs.event(_LOG, logging.ERROR, "cannot-start", cause=cause, mend=_MEND)
         return 1
 
     following = asyncio.create_task(_follow(hangups, app, load_again))

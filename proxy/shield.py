@@ -23,12 +23,13 @@ from proxy.core.errors import (
     Overloaded,
     QuotaSpent,
     TokenRefused,
+    UpstreamError,
     UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import QuotaWait, Route, Standing
+from proxy.core.events import GIVEN_UP, CallSettled, QuotaWait, Route, Standing
 from proxy.core.http import parse_remaining
 from proxy.core.identity import Partition, Token
 from proxy.core.policy import Answer
@@ -47,6 +48,18 @@ _LONGEST_PAUSE_S = 1.0
 """Whoever waits asks again after so long at the latest: another replica may have given a slot back."""
 
 _TROUBLE = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
+
+_NOT_SENT = frozenset(
+    {
+        "dns_error",
+        "connection_refused",
+        "connection_timeout",
+        "destination_unavailable",
+        "tls_certificate_error",
+        "tls_protocol_error",
+    }
+)
+"""Error types of RFC 9209 that say that there was no connection to send anything over."""
 
 
 class Upstream(Protocol):
@@ -73,7 +86,7 @@ class Shield:
         max_wait_s: float,
         total_timeout_s: float,
         previous_partition: Callable[[Token], Partition] | None,
-        observe: Callable[[QuotaWait], None],
+        observe: Callable[[QuotaWait | CallSettled], None],
         monotonic: Callable[[], float],
         closing: Closing,
     ) -> None:
@@ -163,7 +176,8 @@ class Shield:
                 except BaseException:  # also where it was given up: the turn was not used
                     await self._accounts.give_back(account, turn)
                     raise
-                async with self._passage(breaker, account, turn) as passage:
+                is_write = call_class is CallClass.WRITE
+                async with self._passage(route, account, turn, is_write=is_write) as passage:
                     yield passage
         finally:
             line.calls -= 1
@@ -283,14 +297,20 @@ class Shield:
     # -- after the call -------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _passage(self, breaker: Breaker, account: Account, turn: Turn) -> AsyncIterator["Passage"]:
+    async def _passage(
+        self, route: Route, account: Account, turn: Turn, *, is_write: bool
+    ) -> AsyncIterator["Passage"]:
+        breaker = self._breakers[route]
         probe = breaker.begin(self._monotonic())
         deadline = self._monotonic() + self._total_timeout_s
         passage = Passage(deadline, self._share_of(turn.remaining), self._closing)
+        failure: BaseException | None = None
         try:
             yield passage
-        except (UpstreamTimeout, UpstreamUnreachable):
-            breaker.failed(self._monotonic(), probe=probe)
+        except BaseException as error:
+            failure = error
+            if isinstance(error, (UpstreamTimeout, UpstreamUnreachable)):
+                breaker.failed(self._monotonic(), probe=probe)
             raise
         finally:
             if passage.status in _TROUBLE:
@@ -305,6 +325,17 @@ class Shield:
             finally:
                 for line in self._lines_of(account):
                     line.wake()
+                self._observe(
+                    CallSettled(
+                        route,
+                        account.caller,
+                        passage.status,
+                        error=_error_type(failure),
+                        outcome_unknown=is_write and _outcome_unknown(passage.status, failure),
+                        breaker_open=breaker.is_open,
+                        cooldown_s=self._accounts.cooldown_s(account),
+                    )
+                )
 
     def _lines_of(self, account: Account) -> "Iterator[_Line]":
         for is_write in (False, True):
@@ -362,6 +393,29 @@ class Passage:
             refused=refused,
             retry_after_s=self.retry_after_s,
         )
+
+
+def _error_type(failure: BaseException | None) -> str:
+    match failure:
+        case None:
+            return ""
+        case UpstreamError() if not isinstance(failure, UpstreamGivenUp):
+            return failure.proxy_error
+        case _:
+            return GIVEN_UP
+
+
+def _outcome_unknown(status: int | None, failure: BaseException | None) -> bool:
+    """Tell whether a write may or may not have been carried out: 5xx, or sent without an answer."""
+    match failure:
+        case _ if status is not None:
+            return status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        case UpstreamError():
+            return failure.proxy_error not in _NOT_SENT
+        case asyncio.CancelledError():
+            return True
+        case _:  # its body did not come to its end: that is its caller's fault
+            return False
 
 
 class _Asker(NamedTuple):

@@ -36,6 +36,7 @@ from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.passthrough import Forwarding
 from proxy.core.policy import Answer
 from proxy.core.request import Call
+from proxy.openssl import openssl_words
 
 USER_AGENT = f"snapshot-proxy/{__version__}"
 
@@ -342,7 +343,8 @@ def _translate(error: Exception) -> UpstreamError:
     """Name what went wrong, in our words and RFC 9209's."""
     for kinds, why, proxy_error in _UNREACHABLE:
         if isinstance(error, kinds):
-            return _unreachable(why, proxy_error)
+            words = openssl_words(error)
+            return _unreachable(f"{why}: {words}" if words else why, proxy_error)
     match error:
         case _Disconnected():
             return UpstreamDisconnected(
@@ -375,7 +377,7 @@ _UNREACHABLE: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
     ((aiohttp.ClientConnectorDNSError,), "its name does not resolve", "dns_error"),
     (
         (aiohttp.ClientConnectorCertificateError,),
-        "its certificate is not to be trusted (upstream.ca_file)",
+        "its certificate is not to be trusted",
         "tls_certificate_error",
     ),
     ((aiohttp.ClientSSLError,), "TLS with it failed", "tls_protocol_error"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from proxy.accounts import Accounts
 from proxy.closing import Closing
 from proxy.connections import Connections
-from proxy.core.events import QuotaWait
+from proxy.core.events import CallSettled, QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
@@ -155,6 +155,7 @@ class Gate(NamedTuple):
     waits: list[QuotaWait]
     closing: Closing
     connections: Connections
+    settled: list[CallSettled]
 
 
 def gate(
@@ -176,6 +177,14 @@ def gate(
         ledger.known.add(SOMEBODY)
         ledger.of(SOMEBODY).follow(_now(), (per_minute, 5000))
     waits: list[QuotaWait] = []
+    settled: list[CallSettled] = []
+
+    def observe(told: QuotaWait | CallSettled) -> None:
+        if isinstance(told, QuotaWait):
+            waits.append(told)
+        else:
+            settled.append(told)
+
     closing = Closing(_now)
     connections = Connections(max_connections)
     shield = Shield(
@@ -187,11 +196,11 @@ def gate(
         max_wait_s=max_wait_s,
         total_timeout_s=CALL_S,
         previous_partition=previous,
-        observe=waits.append,
+        observe=observe,
         monotonic=_now,
         closing=closing,
     )
-    return Gate(shield, api, ledger, strangers, waits, closing, connections)
+    return Gate(shield, api, ledger, strangers, waits, closing, connections, settled)
 
 
 def _now() -> float:

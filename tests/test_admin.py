@@ -162,8 +162,12 @@ async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
         return True
 
     purge = Purge(end, token=b"", on_loopback=True)
+
+    async def scrape_nothing(_accept: str) -> tuple[bytes, str]:
+        return b"", "text/plain"
+
     runner = web.AppRunner(
-        admin_application(scrape=lambda _: (b"", "text/plain"), ready=lambda: False, purge=purge),
+        admin_application(scrape=scrape_nothing, ready=lambda: False, purge=purge),
         access_log=None,
     )
     await runner.setup()

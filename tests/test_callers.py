@@ -190,11 +190,13 @@ def test_a_bad_change_leaves_the_last_good_one(
     assert names(callers, "token-a", "token-b") == ["other", "team-b"]
 
 
-def test_a_file_that_is_away_for_a_while(file: AliasesFile) -> None:
-    """The last good aliases stay while it is gone; when it is back, it is read."""
+def test_a_file_that_is_away_for_a_while(file: AliasesFile, caplog: pytest.LogCaptureFixture) -> None:
+    """The last good aliases stay while it is gone, which is told once; when it is back, it is read."""
     callers = Callers(str(file.path))
     file.path.unlink()
-    callers.reload()
+    for _ in range(3):
+        callers.reload()
+    assert [record.message for record in caplog.records] == ["aliases-not-read"]
     assert names(callers, "token-a") == ["team-a"]
     file.write(f'team-b = "{B}"\n')
     callers.reload()
@@ -218,3 +220,15 @@ async def test_it_is_followed(file: AliasesFile, monkeypatch: pytest.MonkeyPatch
 async def test_without_a_file_there_is_nothing_to_follow() -> None:
     """It returns at once."""
     await Callers("").follow()
+
+
+def test_aliases_are_told_as_they_are_read(file: AliasesFile) -> None:
+    """At the start and after a change, so that their metrics begin at 0; a bad change tells nothing."""
+    told: list[list[str]] = []
+    callers = Callers(str(file.path), lambda aliases: told.append(sorted(aliases)))
+    callers.reload()
+    file.write("bad")
+    callers.reload()
+    file.write(f'team-b = "{B}"\n')
+    callers.reload()
+    assert told == [["team-a"], ["team-b"]]

@@ -10,18 +10,27 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import time
+from typing import Any
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from redis.asyncio import Redis
 from support import Valkey, free_port, write_secret
 
 from proxy.check import check
+from proxy.check.bounds import admin, deadlines
 from proxy.check.finding import Level
 from proxy.check.machine import _cannot_listen
 from proxy.check.store import _limits, _quickness
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
+from proxy.openssl import mended_by, openssl_words
 from proxy.settings import load
 from proxy.simulator import Fault, FaultKind, Simulator
 
@@ -93,6 +102,7 @@ async def test_all_is_well(lru: Valkey, secret: Path, look: Look) -> None:
     assert Level.WARNING not in printed
     assert has(printed, Level.OK, "security.secret_file: 32 bytes")
     assert has(printed, Level.OK, "upstream", "answers as the API does")
+    assert has(printed, Level.OK, "Redis: Valkey 9.")
     assert printed.endswith("\nserve would work well\n")
     async with Redis.from_url(lru.url) as client:
         assert await client.keys() == []
@@ -117,6 +127,64 @@ async def test_as_a_command(simulator: Simulator) -> None:
     assert has(printed.decode(), Level.PROBLEM, "HTTP parser", "unset AIOHTTP_NO_EXTENSIONS")
     assert printed.decode().endswith("serve would not work well: 1 to mend\n")
     assert process.returncode == 1
+
+
+# -- settings together -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "level", "words"),
+    [
+        pytest.param([], Level.OK, ["admin.host", "this machine only"], id="loopback"),
+        pytest.param(
+            ["admin.host=0.0.0.0"],
+            Level.WARNING,
+            ["listens on every interface without admin.token_file", "set admin.token_file"],
+            id="every-ipv4-interface",
+        ),
+        pytest.param(["admin.host=::"], Level.WARNING, ["on every interface without"], id="every-interface"),
+        pytest.param(["admin.host=10.0.0.7"], Level.WARNING, ["on 10.0.0.7 without"], id="one-address"),
+        pytest.param(
+            ["admin.host=::", "admin.token_file=token"], Level.OK, ["purge asks for the token"], id="token"
+        ),
+    ],
+)
+def test_who_reaches_the_admin_listener(overrides: list[str], level: Level, words: list[str]) -> None:
+    """Whoever does reads the metrics, and a purge without a token is refused there."""
+    (finding,) = admin(load(config_file=None, overrides=overrides, environ={}).settings)
+    assert finding.level is level
+    assert all(word in str(finding) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        pytest.param([], [], id="defaults"),
+        pytest.param(["upstream.connect_timeout_s=8"], ["upstream.connect_timeout_s = 8"], id="connect"),
+        pytest.param(["upstream.read_timeout_s=8"], [], id="read-as-long-as-all"),
+        pytest.param(["upstream.read_timeout_s=8.5"], ["upstream.read_timeout_s = 8.5"], id="read"),
+        pytest.param(["upstream.read_timeout_s=60", "passthrough.enabled=true"], [], id="a-stream-may-last"),
+        pytest.param(["redis.timeout_s=8"], ["redis.timeout_s = 8"], id="redis"),
+        pytest.param(["server.drain_s=9"], ["server.drain_s = 9"], id="drain"),
+        pytest.param(
+            ["upstream.total_timeout_s=1.5"],
+            ["upstream.connect_timeout_s = 2", "upstream.read_timeout_s = 5"],
+            id="a-short-total",
+        ),
+        pytest.param(["upstream.total_timeout_s=30"], ["server.drain_s = 13"], id="a-long-total"),
+    ],
+)
+def test_deadlines_beyond_the_time_of_a_request(overrides: list[str], named: list[str]) -> None:
+    """One warning for each, which names it with its value, the bound, and what to set."""
+    found = [*deadlines(load(config_file=None, overrides=overrides, environ={}).settings)]
+    if not named:
+        assert [finding.level for finding in found] == [Level.OK]
+        return
+    assert [finding.level for finding in found] == [Level.WARNING] * len(named)
+    for finding, words in zip(found, named, strict=True):
+        assert finding.fact.startswith(words)
+        assert "upstream.total_timeout_s = " in finding.fact
+        assert finding.mend
 
 
 # -- this machine ------------------------------------------------------------------------------
@@ -245,7 +313,8 @@ async def test_no_redis(secret: Path, look: Look) -> None:
     url = f"redis.url=redis://:{PASSWORD}@127.0.0.1:{free_port()}"
     status, printed = await look(url, f"security.secret_file={secret}")
     assert status == 1
-    assert has(printed, Level.PROBLEM, "Redis: no answer", "start it, or set redis.url")
+    assert has(printed, Level.PROBLEM, "Redis: no answer from 127.0.0.1:", "start it, or set redis.url")
+    assert has(printed, Level.PROBLEM, "Connect call failed")
 
 
 async def test_no_embedded_server(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +330,66 @@ async def test_tls_where_there_is_none(lru: Valkey, secret: Path, look: Look) ->
     url = lru.url.replace("redis://", "rediss://")
     status, printed = await look(f"redis.url={url}", f"security.secret_file={secret}")
     assert status == 1
-    assert has(printed, Level.PROBLEM, "Redis: no answer", "redis.ca_file")
+    assert has(printed, Level.PROBLEM, "Redis: no answer from", "use redis:// where it speaks no TLS")
+
+
+async def test_tls_where_something_else_answers(secret: Path, look: Look) -> None:
+    """OpenSSL says that it is no TLS."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"-ERR Protocol error: unauthenticated\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"rediss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        status, printed = await look(f"redis.url={url}", f"security.secret_file={secret}")
+    assert status == 1
+    assert has(printed, Level.PROBLEM, "Redis: no answer", "wrong version number", "use redis://")
+
+
+@pytest.mark.parametrize(
+    ("reply", "words", "mend"),
+    [
+        pytest.param(
+            b"-LOADING Redis is loading the dataset in memory\r\n",
+            "loading the dataset in memory",
+            "wait until it has loaded",
+            id="loading",
+        ),
+        pytest.param(b"-ERR max number of clients reached\r\n", "max number of clients", "", id="full"),
+        pytest.param(
+            b"-ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `default`, `%b`, \r\n"
+            % PASSWORD.encode(),
+            "unknown command `HELLO`",
+            "",
+            id="a-server-that-repeats-arguments",
+        ),
+        pytest.param(b"-ERR no \x1b[31m%b\x07\r\n" % PASSWORD.encode(), "no [31m***", "", id="hostile"),
+        pytest.param(b"-ERR " + b"x" * 10_000 + b"\r\n", f"{'x' * 100}", "", id="endless"),
+        pytest.param(b"HTTP/1.1 400 %b\r\n" % PASSWORD.encode(), "Protocol Error", "", id="no-redis"),
+    ],
+)
+async def test_a_refusal_is_told_in_the_servers_words(
+    reply: bytes, words: str, mend: str, *, secret: Path, look: Look
+) -> None:
+    """And never with the password, whatever the server sends back (the fixture looks for that)."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(reply)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        status, printed = await look(
+            f"redis.url=redis://:{PASSWORD}@127.0.0.1:{port}", f"security.secret_file={secret}"
+        )
+    assert status == 1
+    assert has(printed, Level.PROBLEM, f"Redis: no answer from 127.0.0.1:{port}: ", words, mend)
+    assert all(len(line) < 500 for line in printed.splitlines())
 
 
 @pytest.mark.parametrize("given", ["", "another password"])
@@ -277,14 +405,15 @@ async def test_wrong_password(given: str, secret: Path, look: Look) -> None:
         )
     assert status == 1
     assert has(printed, Level.PROBLEM, "Redis: no answer", "redis.password_file")
+    assert has(printed, Level.PROBLEM, "invalid username-password pair" if given else "HELLO must be called")
 
 
 @pytest.mark.parametrize(
     ("rights", "status", "level", "words"),
     [
         pytest.param("-info", 0, Level.WARNING, "refuses INFO", id="no-info"),
-        pytest.param("-eval", 1, Level.PROBLEM, "refuses EVAL", id="no-scripts"),
-        pytest.param("resetkeys ~other:*", 1, Level.PROBLEM, "refuses SET", id="no-keys"),
+        pytest.param("-eval", 1, Level.PROBLEM, "refuses EVAL: User proxy has no perm", id="no-scripts"),
+        pytest.param("resetkeys ~other:*", 1, Level.PROBLEM, "refuses SET: No permissions", id="no-keys"),
     ],
 )
 async def test_rights(
@@ -319,6 +448,10 @@ async def test_rights(
         pytest.param({"redis_version": "6.2.14"}, Level.PROBLEM, "version 6.2.14", id="too-old"),
         pytest.param({"redis_version": "10.0.0"}, Level.OK, "version 10.0.0", id="version-of-two-digits"),
         pytest.param({}, Level.PROBLEM, "version 0", id="no-version"),
+        pytest.param({"redis_version": "unstable"}, Level.WARNING, "version unstable", id="odd-version"),
+        pytest.param(
+            {"redis_version": "7.2.4", "valkey_version": "9.1.0"}, Level.OK, "Valkey 9.1.0", id="valkey"
+        ),
         pytest.param({"maxmemory": 0}, Level.WARNING, "maxmemory is not set", id="no-limit"),
         pytest.param(
             {"maxmemory": 1, "maxmemory_policy": "volatile-lru"},
@@ -349,22 +482,56 @@ def test_quickness(seconds: list[float], level: Level) -> None:
     assert _quickness(seconds, 0.1).level is level
 
 
+MINE = Keyring(b"0123456789abcdef" * 2).fingerprint
+BEFORE = Keyring(b"the secret before, of thirty-two b").fingerprint
+NEXT = Keyring(b"the next secret, of thirty-two byt").fingerprint
+
+
 @pytest.mark.parametrize(
-    ("theirs", "status", "level", "words"),
+    ("members", "mark", "status", "level", "words"),
     [
-        pytest.param(b"0123456789abcdef" * 2, 0, Level.OK, "have the same secret", id="same"),
-        pytest.param(b"another secret of 32 bytes, or more", 1, Level.PROBLEM, "another one", id="another"),
+        pytest.param([], MINE, 0, Level.OK, "no other replica", id="nobody-there"),
+        pytest.param([], NEXT, 0, Level.OK, "no other replica", id="a-mark-of-nobody-who-is-there"),
+        pytest.param([f"a:{MINE}"], NEXT, 0, Level.OK, "have the same secret", id="same"),
+        pytest.param([f"a:{MINE}", f"b:{BEFORE}"], None, 0, Level.OK, "rotation is under way", id="before"),
+        pytest.param([f"a:{NEXT}:{MINE}"], None, 0, Level.OK, "rotation is under way", id="next"),
+        pytest.param(
+            [f"a:{MINE}", f"b:{BEFORE}", f"c:{NEXT}"], MINE, 1, Level.PROBLEM, "another one", id="another"
+        ),
+        pytest.param(["a"], MINE, 0, Level.OK, "have the same secret", id="earlier-version-same"),
+        pytest.param(["a"], BEFORE, 0, Level.OK, "rotation is under way", id="earlier-version-before"),
+        pytest.param(["a"], NEXT, 1, Level.PROBLEM, "previous_secret_file", id="earlier-version-another"),
+        pytest.param(["a"], None, 0, Level.OK, "have the same secret", id="earlier-version-not-yet"),
     ],
 )
 async def test_secrets_of_other_replicas(
-    theirs: bytes, status: int, level: Level, words: str, *, lru: Valkey, secret: Path, look: Look
+    members: list[str],
+    mark: str | None,
+    status: int,
+    level: Level,
+    words: str,
+    *,
+    lru: Valkey,
+    secret: Path,
+    look: Look,
 ) -> None:
-    """Each leaves a mark of its secret, which tells whether it is the same and nothing else."""
+    """Those that are there tell fingerprints, which tell whether secrets are the same and nothing else."""
+    before = secret.with_name("before")
+    before.write_bytes(b"the secret before, of thirty-two b")
+    before.chmod(0o600)
     async with Redis.from_url(lru.url) as client:
-        await client.set("snapshot-proxy:1:secret", Keyring(theirs).fingerprint)
-    found, printed = await look(f"redis.url={lru.url}", f"security.secret_file={secret}")
-    assert found == status
-    assert has(printed, level, "other replicas", words)
+        if mark is not None:
+            await client.set("snapshot-proxy:1:secret", mark)
+        for member in members:
+            await client.zadd("snapshot-proxy:1:replicas", {member: time()})
+        await client.zadd("snapshot-proxy:1:replicas", {f"z:{'0' * 16}": time() - 11})
+    found, printed = await look(
+        f"redis.url={lru.url}",
+        f"security.secret_file={secret}",
+        f"security.previous_secret_file={before}",
+    )
+    assert found == status, printed
+    assert has(printed, level, words)
 
 
 # -- the upstream ------------------------------------------------------------------------------
@@ -418,7 +585,125 @@ async def test_upstream_over_tls(tmp_path: Path, look: Look) -> None:
         assert (await look(upstream, f"upstream.ca_file={tmp_path / 'ca.pem'}"))[0] == 0
         status, printed = await look(upstream)
     assert status == 1
-    assert has(printed, Level.PROBLEM, "certificate is not to be trusted", "upstream.ca_file")
+    assert has(
+        printed,
+        Level.PROBLEM,
+        "certificate is not to be trusted: unable to get local issuer certificate",
+        "put its authority into upstream.ca_file",
+    )
+
+
+async def test_tls_towards_what_speaks_none(simulator: Simulator, look: Look) -> None:
+    """OpenSSL says what it met."""
+    status, printed = await look(f"upstream.base_url={simulator.url.replace('http:', 'https:')}")
+    assert status == 1
+    assert has(printed, Level.PROBLEM, "TLS with it failed: ", "upstream.base_url", "speaks TLS")
+
+
+def authority_without_key_usage(directory: Path, name: str) -> ssl.SSLContext:
+    """Issue a certificate as `openssl req -x509` of OpenSSL 3.0 does; give what a server needs of it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.now(UTC)
+
+    def issue(subject: str, public_key: ec.EllipticCurvePublicKey, *, ca: bool) -> x509.Certificate:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")]))
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False
+            )
+            .sign(key, hashes.SHA256())
+        )
+
+    its_key = ec.generate_private_key(ec.SECP256R1())
+    (directory / "ca.pem").write_bytes(
+        issue("authority", key.public_key(), ca=True).public_bytes(Encoding.PEM)
+    )
+    (directory / "pair.pem").write_bytes(
+        issue(name, its_key.public_key(), ca=False).public_bytes(Encoding.PEM)
+        + its_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(directory / "pair.pem")
+    return context
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at certificates as Python 3.13 does."""
+    create = ssl.create_default_context
+
+    def create_strictly(*args: Any, **kwargs: Any) -> ssl.SSLContext:
+        context = create(*args, **kwargs)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", create_strictly)
+
+
+@pytest.mark.usefixtures("strict")
+async def test_an_authority_without_key_usage(tmp_path: Path, secret: Path, look: Look) -> None:
+    """Trusting it does not help, and nobody is told to: upstream and Redis alike."""
+    context = authority_without_key_usage(tmp_path, "localhost")
+    trusted = tmp_path / "ca.pem"
+    reason = "CA cert does not include key usage extension"
+    async with Simulator(ssl_context=context, host="localhost") as secure:
+        status, printed = await look(f"upstream.base_url={secure.url}", f"upstream.ca_file={trusted}")
+    assert status == 1
+    assert has(printed, Level.PROBLEM, "upstream", reason, "by another authority")
+
+    async def never(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        raise AssertionError
+
+    async with await asyncio.start_server(never, "localhost", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        status, printed = await look(
+            f"redis.url=rediss://:{PASSWORD}@localhost:{port}",
+            f"redis.ca_file={trusted}",
+            f"security.secret_file={secret}",
+        )
+    assert status == 1
+    assert has(printed, Level.PROBLEM, f"Redis: no answer from localhost:{port}", reason, "another authority")
+
+
+@pytest.mark.parametrize(
+    ("words", "mend"),
+    [
+        ("self-signed certificate in certificate chain", "put its authority into redis.ca_file"),
+        ("unable to get local issuer certificate", "put its authority into redis.ca_file"),
+        ("Hostname mismatch, certificate is not valid for 'redis'", "set redis.url to a name"),
+        ("IP address mismatch, certificate is not valid for '10.0.0.1'", "set redis.url to a name"),
+        ("certificate has expired", "renew the certificate"),
+        ("certificate is not yet valid", "the clock of this machine"),
+        ("Missing Authority Key Identifier", "by another authority"),
+        ("Basic Constraints of CA cert not marked critical", "by another authority"),
+        ("certificate revoked", "see to the certificate there"),
+    ],
+)
+def test_what_mends_a_certificate(words: str, mend: str) -> None:
+    """By OpenSSL's words; what no setting of ours mends does not name one."""
+    assert mend in mended_by(words, authorities="redis.ca_file", address="redis.url")
+
+
+def test_openssl_has_a_part_in_it_or_not() -> None:
+    """However deep it stands, and where errors go round in a circle."""
+    circle = ValueError()
+    circle.__context__ = circle
+    assert openssl_words(circle) == ""
+    assert openssl_words(OSError(111, "refused")) == ""
+    failure = ssl.SSLError(1, "x")
+    failure.reason = "TLSV1_ALERT_PROTOCOL_VERSION"
+    outer = ValueError()
+    outer.__cause__ = failure
+    assert openssl_words(outer) == "tlsv1 alert protocol version"
 
 
 async def test_a_file_of_no_authorities(tmp_path: Path, look: Look) -> None:

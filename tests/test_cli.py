@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from http.client import BadStatusLine, HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +18,20 @@ import pytest
 from support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
 
 from proxy import __version__, cli, serve
-from proxy.settings import load
-from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, Token
+from proxy.healthcheck import no_answer
+from proxy.settings import Admin, load
+from proxy.simulator import (
+    DROPLET_SNAPSHOT_ID,
+    VOLUME_SNAPSHOT_ID,
+    Fault,
+    FaultKind,
+    Simulator,
+    Token,
+    control,
+)
 
 TOKEN = "dop_v1_0123456789abcdef"
+LOOK = "see that serve runs, and that admin.host and admin.port are the ones that it was given"
 
 
 class Ended(NamedTuple):
@@ -52,6 +65,11 @@ async def end(process: asyncio.subprocess.Process) -> Ended:
 async def run(*arguments: str, **environ: str) -> Ended:
     """Run `snapshot-proxy` with `arguments` to its end."""
     return await end(await start("-m", "proxy", *arguments, **environ))
+
+
+def listener(port: int | str) -> str:
+    """Name the admin listener on a port of loopback as errors do."""
+    return f"the admin listener at 127.0.0.1:{port}"
 
 
 @contextmanager
@@ -166,6 +184,19 @@ async def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
         pass
 
 
+async def test_the_help_of_the_simulator_tells_how_it_is_controlled() -> None:
+    """Every resource, kind of fault and field of one; the list of commands does not load it."""
+    status, out, err = await run("simulate", "--help")
+    assert (status, err) == (0, "")
+    assert "/_simulator/" in out
+    assert "curl" in out
+    words = set(re.findall(r"\w+", out))
+    assert words >= {resource for resource, _ in control._ACTIONS}
+    assert words >= {field.name for field in fields(Fault)}
+    assert words >= {*FaultKind}
+    assert "--per-minute" in out
+
+
 # -- healthcheck -------------------------------------------------------------------------------
 
 
@@ -178,7 +209,7 @@ async def test_healthcheck() -> None:
     with unheard_port() as port:
         status, _, err = await run("healthcheck", f"--set=admin.port={port}")
     assert status == 1
-    assert err == "snapshot-proxy: no answer from the admin listener: ConnectionRefusedError\n"
+    assert err == f"snapshot-proxy: no answer from {listener(port)} (connection refused): {LOOK}\n"
 
 
 async def test_healthcheck_of_a_busy_replica() -> None:
@@ -206,7 +237,7 @@ async def test_healthcheck_of_something_else() -> None:
         port = server.sockets[0].getsockname()[1]
         status, _, err = await run("healthcheck", f"--set=admin.port={port}")
     assert status == 1
-    assert err == "snapshot-proxy: the admin listener answers 503\n"
+    assert err == f"snapshot-proxy: {listener(port)} answers 503, not 200: {LOOK}\n"
 
 
 async def test_healthcheck_loads_no_server() -> None:
@@ -297,7 +328,7 @@ async def test_purge_of_a_service_that_is_absent() -> None:
     with unheard_port() as port:
         status, out, err = await run("purge", "42", f"--set=admin.port={port}")
     assert (status, out) == (1, "")
-    assert err == "snapshot-proxy: no answer from the admin listener: ConnectionRefusedError\n"
+    assert err == f"snapshot-proxy: no answer from {listener(port)} (connection refused): {LOOK}\n"
 
 
 async def test_purge_while_redis_is_away(tmp_path: Path) -> None:
@@ -324,10 +355,10 @@ async def test_purge_of_more_than_is_taken_at_once() -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        pytest.param(b"HTTP/1.1 404 Not Found\r\n", "the admin listener answers 404", id="404"),
-        pytest.param(b"HTTP/1.1 200 OK\r\n", "the admin listener answers 200", id="200"),
-        pytest.param(b"x", "no answer from the admin listener: BadStatusLine", id="no-http"),
-        pytest.param(b"", "no answer from the admin listener: RemoteDisconnected", id="nothing"),
+        pytest.param(b"HTTP/1.1 404 Not Found\r\n", "{} answers 404 and nothing that a purge", id="404"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n", "{} answers 200 and nothing that a purge", id="200"),
+        pytest.param(b"x", "no answer from {} (BadStatusLine): see that serve runs", id="no-http"),
+        pytest.param(b"", "no answer from {} (RemoteDisconnected): see that serve runs", id="nothing"),
     ],
 )
 @pytest.mark.parametrize("body", [b"404: Not Found", b"[]", b'{"purge":1}', b'{"message":1}', b"\xff"])
@@ -344,7 +375,10 @@ async def test_purge_of_something_else(answer: bytes, said: str, body: bytes) ->
     async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         status, out, err = await run("purge", "--all", f"--set=admin.port={port}")
-    assert (status, out, err) == (1, "", f"snapshot-proxy: {said}\n")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"snapshot-proxy: {said.format(listener(port))}")
+    assert "admin.port" in err
+    assert err.count("\n") == 1
 
 
 # -- how it ends -------------------------------------------------------------------------------
@@ -447,3 +481,21 @@ def test_the_event_loop(uvloop: str | None, module: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(serve, "serve", look)
     assert cli.main(["serve"]) == 0
     assert loops == [module]
+
+
+@pytest.mark.parametrize(
+    ("host", "error", "said"),
+    [
+        pytest.param("::", TimeoutError("timed out"), "at [::1]:8081 (it did not answer in time)", id="late"),
+        pytest.param("127.0.0.1", OSError(113, "No route"), "at 127.0.0.1:8081 (no route)", id="system"),
+        pytest.param("10.1.2.3", BadStatusLine("x-secret"), "at 10.1.2.3:8081 (BadStatusLine)", id="no-http"),
+    ],
+)
+def test_no_answer_names_the_address_and_what_to_do(
+    host: str, error: OSError | HTTPException, said: str
+) -> None:
+    """The address is the one that was asked, and nothing that came from there is shown."""
+    text = no_answer(Admin(host=host), error)
+    assert said in text
+    assert text.endswith(LOOK)
+    assert "x-secret" not in text

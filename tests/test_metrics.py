@@ -1,5 +1,7 @@
 """What Prometheus sees: the names, types and labels of the contract, and nothing else."""
 
+import asyncio
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -7,6 +9,7 @@ from typing import Any, get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.callers import MOST_ALIASES
 from proxy.core.events import (
     Avoided,
     Invalidation,
@@ -29,7 +32,8 @@ ALIASES = {"other", "team-a"}
 WINDOWS = {"minute", "hour"}
 BY = ("single", "list")
 CAUSES = ("delete", "purge", "unauthorized", "passthrough")
-OPERATIONS = ("lookup", "put", "seed", "lease", "end")
+OPERATIONS = ("lookup", "put", "seed", "lease", "end", "drop", "quota")
+RESULTS = ("ok", "timeout", "error", "corrupt")
 LIMITS = {"minute": 250, "hour": 5000}
 CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "requests": (
@@ -49,7 +53,7 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "entry_age_seconds": ("histogram", {}),
     "store_operations": (
         "counter",
-        {"operation": {*OPERATIONS}, "outcome": {"ok", "timeout", "error", "corrupt"}},
+        {"operation": {*OPERATIONS}, "outcome": {*RESULTS}},
     ),
     "invalidations": ("counter", {"cause": {*CAUSES}}),
     "unknown_values": ("counter", {"field": {"resource_type"}}),
@@ -60,6 +64,7 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "store_up": ("gauge", {}),
     "store_shared": ("gauge", {}),
     "secret_mismatch": ("gauge", {}),
+    "pending_invalidations": ("gauge", {}),
     "upstream_breaker_open": ("gauge", {}),
     "flights": ("gauge", {}),
     "connections": ("gauge", {}),
@@ -90,6 +95,7 @@ def metrics() -> Metrics:
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 5,
+        pending_invalidations=lambda: 7,
         breaker_open=lambda: False,
         standings=lambda: {"team-a": Standing(200, 4000, 0.0), "other": Standing(0, 4999, 7.5)},
         quota_limits=LIMITS,
@@ -97,9 +103,14 @@ def metrics() -> Metrics:
     return declared
 
 
+def written(metrics: Metrics, accept: str) -> tuple[bytes, str]:
+    """Scrape once."""
+    return asyncio.run(metrics.scrape(accept))
+
+
 def scraped(metrics: Metrics) -> dict[str, Any]:
     """Read a scrape as Prometheus does: our families by their names without the prefix."""
-    text = metrics.scrape("text/plain")[0].decode()
+    text = written(metrics, "text/plain")[0].decode()
     return {
         family.name.removeprefix("snapshot_proxy_"): family
         for family in text_string_to_metric_families(text)
@@ -133,7 +144,7 @@ def everything(metrics: Metrics) -> None:
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "timeout", "other", 8))
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "error", "other", 0))
     for operation in OPERATIONS:
-        for result in ("ok", "timeout", "error", "corrupt"):
+        for result in RESULTS:
             metrics.observe(StoreOperation(operation, result))
     for cause in CAUSES:
         metrics.observe(Invalidation(cause))
@@ -176,7 +187,7 @@ def test_types_are_told_as_queries_name_them() -> None:
 
 def test_the_process_is_shown_too(metrics: Metrics) -> None:
     """Memory, files and CPU of this process, where the system tells, and the version of Python."""
-    text = metrics.scrape("")[0].decode()
+    text = written(metrics, "")[0].decode()
     assert "python_info{" in text
     assert ("process_open_fds" in text) is Path("/proc/self/stat").exists()
 
@@ -201,7 +212,7 @@ def test_two_registries_do_not_meet() -> None:
 )
 def test_the_format_is_what_is_asked_for(metrics: Metrics, accept: str, content_type: str) -> None:
     """Both of Prometheus's formats, without series of creation times."""
-    body, said = metrics.scrape(accept)
+    body, said = written(metrics, accept)
     assert said.startswith(content_type)
     assert body.endswith(b"# EOF\n") is content_type.startswith("application")
     assert b"_created" not in body
@@ -293,18 +304,88 @@ def test_how_callers_stand(metrics: Metrics) -> None:
     assert values(metrics, "quota_cooldown_seconds") == {("", "other"): 7.5}
 
 
-@pytest.mark.parametrize(
-    ("name", "labels"),
-    [
-        pytest.param("upstream_avoided", CONTRACT["upstream_avoided"][1]["reason"], id="avoided"),
-        pytest.param("invalidations", {*CAUSES}, id="invalidations"),
-    ],
-)
-def test_counters_that_are_there_from_the_start(name: str, labels: set[str]) -> None:
+# -- from the start ------------------------------------------------------------------------------
+
+
+FROM_THE_START: dict[str, tuple[set[str], int]] = {
+    "requests": ({"caller", "route", "cache", "status"}, 89),
+    "upstream_requests": ({"caller", "route", "status"}, 4 * 10),
+    "request_duration_seconds": ({"cache"}, 9),
+    "upstream_request_duration_seconds": ({"route"}, 4),
+    "upstream_avoided": ({"reason"}, 6),
+    "entry_age_seconds": (set(), 1),
+    "quota_wait_seconds": (set(), 1),
+    "store_operations": ({"operation", "outcome"}, 7 * 4),
+    "invalidations": ({"cause"}, 4),
+    "refreshes": ({"by"}, 2),
+    "refreshed_snapshots": ({"by"}, 2),
+    "quota_cooldown_seconds": ({"caller"}, 1),
+    "pending_invalidations": (set(), 1),
+}
+"""Labels, and how many series there are without an alias."""
+
+UNKNOWN_BEFORE_A_CALL = {"quota_remaining", "quota_limit"}
+
+
+@pytest.mark.parametrize("name", FROM_THE_START)
+def test_series_that_are_there_from_the_start(name: str) -> None:
     """A rate sees the first event only where there was a zero before it."""
+    labels, number = FROM_THE_START[name]
     samples = scraped(Metrics("1.2.3"))[name].samples
-    assert {value for sample in samples for value in sample.labels.values()} == labels
     assert {sample.value for sample in samples} == {0}
+    series = {tuple(sorted((k, v) for k, v in sample.labels.items() if k != "le")) for sample in samples}
+    assert len(series) == number
+    assert {label for each in series for label, _ in each} == labels
+
+
+def test_no_counter_or_histogram_begins_later() -> None:
+    """Whatever is declared is in the table above, or is a gauge that shows a state."""
+    kinds = {name: kind for name, (kind, _) in DECLARED.items()}
+    states = {"store_up", "store_shared", "secret_mismatch", "upstream_breaker_open", "flights"}
+    states |= {"connections", "build_info"}
+    assert kinds.keys() - FROM_THE_START.keys() == states | UNKNOWN_BEFORE_A_CALL
+
+
+@pytest.mark.parametrize("name", UNKNOWN_BEFORE_A_CALL)
+def test_what_a_caller_has_left_is_not_guessed(name: str) -> None:
+    """Zero calls left would be an alarm."""
+    metrics = Metrics("1.2.3")
+    metrics.expect(["team-a"])
+    assert scraped(metrics)[name].samples == []
+
+
+def test_aliases_have_their_series_as_they_are_read(metrics: Metrics) -> None:
+    """Those that are there stay, with what they counted."""
+    metrics.observe(DONE)
+    metrics.observe(RequestDone(Route.LIST, Outcome.MISS, 429, "team-a", 0.5, "request-1"))
+    for _ in range(2):
+        metrics.expect(["team-a", "team-b"])
+    requests = scraped(metrics)["requests"].samples
+    of_callers = Counter(sample.labels["caller"] for sample in requests)
+    assert of_callers == {"other": 89, "team-a": 87, "team-b": 87}
+    assert sum(sample.value for sample in requests) == 2
+    calls = Counter(sample.labels["caller"] for sample in scraped(metrics)["upstream_requests"].samples)
+    assert calls == {"other": 40, "team-a": 40, "team-b": 40}
+    cooldowns = scraped(metrics)["quota_cooldown_seconds"].samples
+    assert {sample.labels["caller"]: sample.value for sample in cooldowns} == {
+        "other": 7.5,
+        "team-a": 0,
+        "team-b": 0,
+    }
+
+
+async def test_a_scrape_of_many_series_does_not_hold_up_the_service() -> None:
+    """It is written in a thread: the event loop goes on meanwhile."""
+    metrics = Metrics("1.2.3")
+    metrics.expect(f"team-{number}" for number in range(MOST_ALIASES))
+    scraping = asyncio.create_task(metrics.scrape(""))
+    turns = 0
+    while not scraping.done():
+        await asyncio.sleep(0)
+        turns += 1
+    body, _ = await scraping
+    assert body.count(b"\nsnapshot_proxy_requests_total{") == 89 + MOST_ALIASES * 87
+    assert turns > 10
 
 
 def test_gauges_are_read_when_they_are_scraped() -> None:
@@ -318,6 +399,7 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 0,
+        pending_invalidations=lambda: len(open_connections),
         breaker_open=lambda: bool(open_connections),
         standings=lambda: standings,
         quota_limits=LIMITS,
@@ -330,6 +412,7 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
     assert values(metrics, "connections") == {("",): 3}
     assert values(metrics, "upstream_breaker_open") == {("",): 1}
     assert values(metrics, "quota_cooldown_seconds") == {("", "other"): 3}
+    assert values(metrics, "pending_invalidations") == {("",): 3}
     assert values(metrics, "store_up") == {("",): 1}
     assert values(metrics, "flights") == {("",): 2}
     assert values(metrics, "build_info") == {("", "1.2.3"): 1}

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import re
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -66,3 +67,23 @@ def test_paths(page: Path) -> None:
     """Every file that is named is there."""
     named = re.findall(r"`((?:proxy|tests|deploy|docs|config|benchmarks)/[\w./-]*)`", page.read_text())
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_extras() -> None:
+    """Those that users can install are in the table, with what they bring."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\w+)", README.partition("## Install")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    brought = {name: re.split("[>=]", extras[name][0])[0] for name in extras.keys() - {"dev"}}
+    assert dict(rows) == brought
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("proxy/**/*.py")],
+    ids=lambda path: path.name,
+)
+def test_nobody_is_told_to_install_us_by_name(path: Path) -> None:
+    """A package index may serve something else under it."""
+    assert not re.search(r"pip install [^\n]*\bsnapshot-proxy\b", path.read_text())

@@ -144,9 +144,9 @@ class Store:
         assert lease == LEASE
         self.released.append(record)
 
-    async def end_entry(self, key: EntryKey | ListKey) -> bool:
-        """Be told that an entry ends."""
-        return await self._end("end_entry", key)
+    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
+        """Be told that an entry ends, and whether only because a read was answered with a no."""
+        return await self._end("drop_entry" if by_read else "end_entry", key)
 
     async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
         """Be told that a caller's entries end, and what answers instead."""
@@ -494,8 +494,8 @@ async def test_a_negative_answer_is_kept_for_its_own_time() -> None:
 @pytest.mark.parametrize(
     ("directives", "takes", "changes"),
     [
-        pytest.param(Directives(no_store=True), True, ["end_entry"], id="no-store"),
-        pytest.param(NO_DIRECTIVES, False, ["put", "end_entry"], id="not-taken"),
+        pytest.param(Directives(no_store=True), True, ["drop_entry"], id="no-store"),
+        pytest.param(NO_DIRECTIVES, False, ["put", "drop_entry"], id="not-taken"),
     ],
 )
 async def test_a_no_that_is_not_kept_ends_what_was_there(
@@ -505,7 +505,7 @@ async def test_a_no_that_is_not_kept_ends_what_was_there(
     path = Path(Store(Lookup(EXPIRED, BASIS), takes=takes), Upstream(said(404, ERROR)))
     assert (await path.get(call(directives=directives))).status == 404
     assert [told[0] for told in path.store.changes] == changes
-    assert path.store.changes[-1] == ("end_entry", KEY)
+    assert path.store.changes[-1] == ("drop_entry", KEY)
 
 
 async def test_a_validator_goes_up_and_a_304_comes_down() -> None:
@@ -908,7 +908,7 @@ async def test_a_service_that_stops_gives_its_lease_up() -> None:
     ("status", "retry_after_s", "changes"),
     [
         pytest.param(401, None, [("end_caller", KEY.partition, REFUSAL)], id="401"),
-        pytest.param(403, None, [("end_entry", KEY)], id="403"),
+        pytest.param(403, None, [("drop_entry", KEY)], id="403"),
         pytest.param(400, None, [], id="400"),
         pytest.param(429, 30, [], id="429"),
         pytest.param(500, None, [], id="500"),
@@ -1196,7 +1196,7 @@ async def test_a_caller_that_leaves_during_its_lookup() -> None:
     [
         pytest.param(said(), "put", id="200"),
         pytest.param(said(401, ERROR), "end_caller", id="401"),
-        pytest.param(said(403, ERROR), "end_entry", id="403"),
+        pytest.param(said(403, ERROR), "drop_entry", id="403"),
     ],
 )
 async def test_a_caller_that_leaves_during_its_fetch(
@@ -1345,7 +1345,7 @@ async def test_a_list_that_is_forbidden() -> None:
     """A 403 on a read ends what was read: here the list."""
     path = Path(Store(missing()), Upstream(said(403, ERROR)))
     await path.get(listing())
-    assert path.store.changes == [("end_entry", LIST_KEY)]
+    assert path.store.changes == [("drop_entry", LIST_KEY)]
 
 
 # -- deletions -------------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ from proxy.core.errors import (
     ProxyError,
     QuotaSpent,
     TokenRefused,
+    UpstreamError,
     UpstreamGivenUp,
+    UpstreamInvalid,
     UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import Route, Standing
+from proxy.core.events import CallSettled, Route, Standing
 from proxy.core.identity import ListKey, Partition, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
@@ -938,5 +940,92 @@ def test_nothing_of_this_keeps_a_ledger_of_everybody() -> None:
         assert len(names) == 4096
         assert "4199" in names
         assert "0" not in names
+
+    run(main())
+
+
+# -- what is told of each call -------------------------------------------------------------------------
+
+
+def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> Callable[[], Answer]:
+    """Make an upstream that gives no answer."""
+
+    def fail() -> Answer:
+        raise kind("no answer", proxy_error=proxy_error)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("api", "status", "error", "unknown"),
+    [
+        pytest.param(lambda: answer(204), 204, "", False, id="done"),
+        pytest.param(lambda: answer(404), 404, "", False, id="refused"),
+        pytest.param(lambda: answer(500), 500, "", True, id="500"),
+        pytest.param(lambda: answer(503), 503, "", True, id="503"),
+        pytest.param(fails("connection_refused"), None, "connection_refused", False, id="nothing-there"),
+        pytest.param(fails("dns_error"), None, "dns_error", False, id="no-name"),
+        pytest.param(fails("tls_certificate_error"), None, "tls_certificate_error", False, id="untrusted"),
+        pytest.param(fails("connection_timeout"), None, "connection_timeout", False, id="no-connection"),
+        pytest.param(fails("connection_terminated"), None, "connection_terminated", True, id="reset"),
+        pytest.param(timed_out, None, "http_response_timeout", True, id="timeout"),
+        pytest.param(
+            fails("http_protocol_error", UpstreamInvalid), None, "http_protocol_error", True, id="invalid"
+        ),
+        pytest.param(
+            fails("http_response_timeout", UpstreamGivenUp), None, "given_up", True, id="this-replica-stops"
+        ),
+    ],
+)
+def test_a_call_is_told_with_its_cause(
+    api: Callable[[], Answer], status: int | None, error: str, *, unknown: bool
+) -> None:
+    """Only a write that was sent can have an unknown outcome; a read's never matters."""
+
+    async def main() -> None:
+        it = gate()
+        it.api.answer = api
+        for read_or_write in (call(), replace(call(), method="DELETE")):
+            is_write = read_or_write.method == "DELETE"
+            with suppress(ProxyError):
+                await it.shield.ask(read_or_write, call_class=CallClass.WRITE if is_write else CallClass.MISS)
+        read, write = it.settled
+        route = Route.DELETE
+        assert read == CallSettled(Route.SNAPSHOT, "other", status, error)
+        assert write == CallSettled(route, "other", status, error, outcome_unknown=unknown)
+
+    run(main())
+
+
+def test_a_write_that_is_cancelled_is_unknown() -> None:
+    """It may have reached the upstream."""
+
+    async def main() -> None:
+        it = gate()
+        it.api.takes_s = 1.0
+        asking = ask(it, call_class=CallClass.WRITE)
+        await settle_down()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert it.settled == [CallSettled(Route.SNAPSHOT, "other", None, "given_up", outcome_unknown=True)]
+
+    run(main())
+
+
+def test_a_call_is_told_with_the_breaker_and_the_cooldown_after_it() -> None:
+    """Both as they stand when the call has been taken note of."""
+
+    async def main() -> None:
+        it = gate(per_minute=1000)
+        it.api.answer = unreachable
+        for _ in range(FAILURES):
+            await outcome(ask(it))
+        await asyncio.sleep(1.0)
+        it.api.answer = None
+        await outcome(ask(it))
+        it.api.answer = lambda: answer(429, retry_after_s=7)
+        await outcome(ask(it))
+        assert [told.breaker_open for told in it.settled] == [False] * (FAILURES - 1) + [True, False, False]
+        assert [told.cooldown_s for told in it.settled] == [0.0] * (FAILURES + 1) + [7.0]
 
     run(main())

@@ -155,8 +155,9 @@ class MemoryStore:
                 self._leases[lease.name] = _Lease(b"", self._now() + RECORD_MS / 1000, record)
 
     @_question
-    def end_entry(self, key: Key) -> bool:
+    def end_entry(self, key: Key, *, by_read: bool = False) -> bool:
         """End one caller's entry and lists; what stands in its place keeps earlier fetches out."""
+        del by_read  # it counts nothing
         nothing = Entry(_NOTHING, b"", "", self._now(), Lifetimes(0))
         self.kept[key] = Kept(nothing, (), next(self._nonces), self._now() + _GUARD_S)
         return self._end(self._keys.lists_of(key.partition))

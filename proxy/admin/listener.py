@@ -1,6 +1,6 @@
 """The admin listener: metrics, probes, purge. It sees no token and no snapshot."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -9,12 +9,12 @@ from proxy.core.http import CACHE_NAME
 
 
 def admin_application(
-    *, scrape: Callable[[str], tuple[bytes, str]], ready: Callable[[], bool], purge: Purge
+    *, scrape: Callable[[str], Awaitable[tuple[bytes, str]]], ready: Callable[[], bool], purge: Purge
 ) -> web.Application:
     """Make it: `scrape` writes the metrics for an `Accept`, `ready` says whether to send traffic."""
 
     async def metrics(request: web.Request) -> web.Response:
-        body, content_type = scrape(request.headers.get("Accept", ""))
+        body, content_type = await scrape(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def healthz(_: web.Request) -> web.Response:

@@ -6,6 +6,7 @@ needs no token. Configuration that `serve` would refuse is refused in the same w
 
 from collections.abc import AsyncIterator
 
+from proxy.check.bounds import admin, deadlines
 from proxy.check.finding import Finding, Level
 from proxy.check.machine import aliases, certificate, listeners, machine, privacy
 from proxy.check.store import store
@@ -30,17 +31,19 @@ async def _findings(settings: Settings) -> AsyncIterator[Finding]:
     """Look at everything: what needs no network, then the listeners, the store, the upstream."""
     path = settings.security.secret_file
     secret = read_secret(path) if path else None  # once: it may be a pipe
-    if settings.security.previous_secret_file:
-        read_secret(settings.security.previous_secret_file, setting="security.previous_secret_file")
+    path = settings.security.previous_secret_file
+    previous = read_secret(path, setting="security.previous_secret_file") if path else None
     for findings in (
         machine(settings),
         privacy(settings, secret),
         aliases(settings),
+        admin(settings),
+        deadlines(settings),
         certificate(settings),
         await listeners(settings),
     ):
         for finding in findings:
             yield finding
-    async for finding in store(settings, secret):
+    async for finding in store(settings, secret, previous):
         yield finding
     yield await upstream(settings)

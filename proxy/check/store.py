@@ -3,39 +3,54 @@
 import secrets
 import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError as RedisConnectionError,
+    RedisError,
+    ResponseError,
+)
 
 from proxy.app import redis_connector
 from proxy.check.finding import Finding, ok, problem, warning
+from proxy.core.address import address_of
 from proxy.core.identity import Keyring
+from proxy.openssl import mended_by, openssl_words
 from proxy.settings import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
+from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
 _PINGS = 20
+_MOST_WORDS = 160
+_NO_TLS = "wrong version number"
 _SUITABLE = (
     "Redis 7 or newer, or Valkey: a primary with room, and with rights for this user on the key prefix"
 )
 
 
-async def store(settings: Settings, secret: bytes | None) -> AsyncIterator[Finding]:
-    """Look at the store. Raises SettingsError as `serve` does."""
+async def store(settings: Settings, secret: bytes | None, previous: bytes | None) -> AsyncIterator[Finding]:
+    """Look at the store; `previous` is the secret before, during a rotation.
+
+    Raises SettingsError as `serve` does.
+    """
     if settings.redis.url == "embedded":
         async for finding in _embedded(settings):
             yield finding
         return
     assert secret is not None  # the settings are refused without one
     client = redis_connector(settings, settings.redis.url)()
+    password = str(client.connection_pool.connection_kwargs.get("password") or "")
     try:
-        async for finding in _redis(client, settings, secret):
+        async for finding in _redis(client, settings, secret, previous):
             yield finding
     except (RedisError, OSError) as error:
-        yield _no_answer(error, settings.redis.url)
+        yield _no_answer(error, settings.redis.url, password)
     finally:
         await client.aclose()
 
@@ -52,32 +67,68 @@ async def _embedded(settings: Settings) -> AsyncIterator[Finding]:
     yield warning("Redis: an embedded server is for one replica", "set redis.url where there are several")
 
 
-async def _redis(client: Redis, settings: Settings, secret: bytes) -> AsyncIterator[Finding]:
+async def _redis(
+    client: Redis, settings: Settings, secret: bytes, previous: bytes | None
+) -> AsyncIterator[Finding]:
     """Look at one server. Raises RedisError or OSError where it does not answer."""
     await client.ping()
     yield ok("Redis: reachable")
-    yield await _commands(client, settings.redis.key_prefix)
+    password = str(client.connection_pool.connection_kwargs.get("password") or "")
+    yield await _commands(client, settings.redis.key_prefix, password)
     try:
         for finding in _limits(await client.info()):
             yield finding
-    except ResponseError:
-        yield warning("Redis: refuses INFO", "see to version, maxmemory and eviction by other means")
-    yield _secret(await client.get(Keys(settings.redis.key_prefix).secret), secret)
+    except ResponseError as error:
+        yield warning(
+            f"Redis: refuses INFO: {_said(error, password)}",
+            "see to version, maxmemory and eviction by other means",
+        )
+    keys = Keys(settings.redis.key_prefix)
+    members: list[Any] = await client.zrangebyscore(keys.replicas, time() - PRESENT_S, "+inf")
+    others = [Member.parse(member) for member in members]
+    yield _secret(others, await client.get(keys.secret), secret, previous)
     yield _quickness(await _latency(client), settings.redis.timeout_s)
 
 
-def _no_answer(error: Exception, url: str) -> Finding:
+def _no_answer(error: Exception, url: str, password: str) -> Finding:
+    words = openssl_words(error)
     match error:
+        case _ if words and url.startswith("rediss://"):
+            mend = (
+                "use redis:// where it speaks no TLS"
+                if _NO_TLS in words
+                else mended_by(words, authorities="redis.ca_file", address="redis.url")
+            )
         case AuthenticationError():
             mend = "set redis.username and redis.password_file"
+        case BusyLoadingError():
+            mend = "wait until it has loaded its data; until then serve asks upstream for every request"
         case _ if url.startswith("rediss://"):
-            mend = "start it, set redis.ca_file to its authority, or use redis:// where it speaks no TLS"
+            mend = "start it, or set redis.url; use redis:// where it speaks no TLS"
         case _:
             mend = "start it, or set redis.url; until then serve asks upstream for every request"
-    return problem(f"Redis: no answer ({type(error).__name__})", mend)
+    return problem(f"Redis: no answer from {address_of(url)}: {_said(error, password)}", mend)
 
 
-async def _commands(client: Redis, prefix: str) -> Finding:
+def _said(error: BaseException, password: str) -> str:
+    """Give the reason in the words of OpenSSL, of the server or of the system; never the password.
+
+    Some servers repeat the arguments of a command that they do not know, a password among them.
+    """
+    words = openssl_words(error)
+    if not words and isinstance(error, RedisConnectionError) and isinstance(error.__context__, OSError):
+        words = error.__context__.strerror or ""
+    if not words:
+        words = str(error).partition(", with args beginning with")[0]
+    for hidden in {password, repr(password)[1:-1], repr(password.encode())[2:-1]} - {""}:
+        words = words.replace(hidden, "***")
+    words = "".join(char for char in words if char.isprintable()).strip()
+    if len(words) > _MOST_WORDS:
+        words = f"{words[:_MOST_WORDS]}…"
+    return words or type(error).__name__
+
+
+async def _commands(client: Redis, prefix: str, password: str) -> Finding:
     """Do with a key of our own what the proxy does with entries and stamps."""
     key = f"{prefix}:1:check:{secrets.token_hex(8)}"
     run: Callable[..., Awaitable[Any]] = client.execute_command
@@ -91,16 +142,12 @@ async def _commands(client: Redis, prefix: str) -> Finding:
         try:
             await run(name, *arguments)
         except ResponseError as error:
-            return problem(f"Redis: refuses {name} ({type(error).__name__})", f"use {_SUITABLE}")
+            return problem(f"Redis: refuses {name}: {_said(error, password)}", f"use {_SUITABLE}")
     return ok("Redis: takes the commands that the proxy uses")
 
 
 def _limits(info: dict[str, Any]) -> Iterator[Finding]:
-    version = str(info.get("redis_version", "0"))
-    if int(version.partition(".")[0]) < _LEAST_VERSION:
-        yield problem(f"Redis: version {version}", f"use {_SUITABLE}")
-    else:
-        yield ok(f"Redis: version {version}")
+    yield _version(info)
     most_bytes, policy = info.get("maxmemory", 0), str(info.get("maxmemory_policy", "unknown"))
     if not most_bytes:
         yield warning("Redis: maxmemory is not set", "set it, and maxmemory-policy allkeys-lru")
@@ -112,16 +159,39 @@ def _limits(info: dict[str, Any]) -> Iterator[Finding]:
         yield ok(f"Redis: maxmemory {most_bytes}, {policy}")
 
 
-def _secret(theirs: Any, secret: bytes) -> Finding:
-    """Compare with the mark that a replica left in the last minute."""
-    if theirs is None:
-        return ok("Redis: no other replica uses it with this key prefix")
-    if theirs == Keyring(secret).fingerprint.encode():
-        return ok("Redis: the other replicas have the same secret")
-    return problem(
-        "security.secret_file: other replicas on this Redis have another one, and share nothing with this",
-        "give all the same, or set another redis.key_prefix",
-    )
+def _version(info: dict[str, Any]) -> Finding:
+    """Tell server and version. Valkey says which Redis it imitates, besides its own version."""
+    if valkey := info.get("valkey_version"):
+        return ok(f"Redis: Valkey {valkey}")
+    version = str(info.get("redis_version", "0"))
+    major = version.partition(".")[0]
+    if not major.isdecimal():
+        return warning(f"Redis: version {version}, which is not known", f"use {_SUITABLE}")
+    if int(major) < _LEAST_VERSION:
+        return problem(f"Redis: version {version}", f"use {_SUITABLE}")
+    return ok(f"Redis: version {version}")
+
+
+def _secret(others: list[Member], mark: object, secret: bytes, previous: bytes | None) -> Finding:
+    """Compare with the fingerprints of the replicas that are there."""
+    mine = Member("", Keyring(secret).fingerprint, "" if previous is None else Keyring(previous).fingerprint)
+    match agreement(mine, others, mark):
+        case Agreement.ALONE:
+            return ok("Redis: no other replica uses it with this key prefix")
+        case Agreement.SAME:
+            return ok("Redis: the other replicas have the same secret")
+        case Agreement.ROTATING:
+            return ok(
+                "security.secret_file: a rotation is under way: some replicas have the previous secret,"
+                " others the next; they share limits and cool-downs"
+            )
+        case Agreement.DIFFERENT:
+            return problem(
+                "security.secret_file: other replicas on this Redis have another one, and share nothing with"
+                " this",
+                "give all the same, or set another redis.key_prefix; to change the secret, name the one"
+                " before in security.previous_secret_file (docs/security.md)",
+            )
 
 
 async def _latency(client: Redis) -> list[float]:

@@ -13,6 +13,7 @@ from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import error_envelope
+from proxy.openssl import mended_by
 from proxy.settings import Settings
 from proxy.upstream import Upstream
 
@@ -30,7 +31,7 @@ _CALL = Call(
 _LOOK = "see to upstream.base_url, or to the way there (upstream.http_proxy)"
 _MENDED_BY = {
     "destination_unavailable": "see to upstream.http_proxy, and to whether it allows this destination",
-    "tls_certificate_error": "where an egress proxy opens TLS, put its authority into upstream.ca_file",
+    "tls_protocol_error": "see that upstream.base_url, or upstream.http_proxy, leads to what speaks TLS",
     "http_response_timeout": "see to the way there, or raise upstream.read_timeout_s and total_timeout_s",
 }
 """By the error types of RFC 9209."""
@@ -46,7 +47,7 @@ async def upstream(settings: Settings) -> Finding:
     try:
         answer = await api.ask(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
     except UpstreamError as error:
-        return problem(f"upstream: {error}", _MENDED_BY.get(error.proxy_error, _LOOK))
+        return problem(f"upstream: {error}", _mend(error))
     finally:
         await api.close()
     milliseconds = (perf_counter() - started) * 1000
@@ -55,6 +56,12 @@ async def upstream(settings: Settings) -> Finding:
     return problem(
         f"upstream: {settings.upstream.base_url} answers {answer.status}, not the API's 401 in JSON", suggests
     )
+
+
+def _mend(error: UpstreamError) -> str:
+    if error.proxy_error == "tls_certificate_error":
+        return mended_by(str(error), authorities="upstream.ca_file", address="upstream.base_url")
+    return _MENDED_BY.get(error.proxy_error, _LOOK)
 
 
 def _what_it_suggests(answer: Answer) -> str | None:

@@ -69,7 +69,8 @@ class RequestDone:
     """What made a call to the upstream unnecessary, where none was made for this request."""
 
     fact: str | None = None
-    """What about the upstream's answer was wrong: a field's name, never its value."""
+    """What about the upstream's answer was wrong (a field's name, never its value), or which limit of ours
+    was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,19 @@ class UpstreamCall:
     seconds: float
 
 
+Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "quota"]
+"""What the store is asked for. `end` invalidates for a DELETE, a purge, a 401 or a write that was passed
+through; `drop` takes an entry away because a read was answered 403, or 404 that is not kept."""
+
+StoreOutcome = Literal["ok", "timeout", "error", "corrupt"]
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOperation:
     """One operation on the store and how it ended."""
 
-    operation: Literal["lookup", "put", "seed", "lease", "end", "quota"]
-    outcome: Literal["ok", "timeout", "error", "corrupt"]
+    operation: Operation
+    outcome: StoreOutcome
 
 
 By = Literal["single", "list"]
@@ -139,3 +147,34 @@ class QuotaWait:
     """A call waited for its turn."""
 
     seconds: float
+
+
+GIVEN_UP = "given_up"
+"""Why no answer came where that is not the upstream's fault: this replica stops, or the caller broke off."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettled:
+    """A call to the upstream has ended, and this is how the gate stands after it."""
+
+    route: Route
+    caller: str
+    status: int | None
+    """None where no answer came."""
+
+    error: str = ""
+    """Why no answer came: the error type of RFC 9209, or GIVEN_UP."""
+
+    outcome_unknown: bool = False
+    """It was a write, and nobody knows whether the upstream carried it out."""
+
+    breaker_open: bool = False
+    """The breaker of this route is open."""
+
+    cooldown_s: float = 0.0
+    """For so long the token's calls stop."""
+
+    @property
+    def cause(self) -> str:
+        """Say what was wrong with it: the status, or why there is none."""
+        return self.error if self.status is None else f"status {int(self.status)}"

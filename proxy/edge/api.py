@@ -20,6 +20,7 @@ from proxy.core.errors import (
     HttpVersionNotSupported,
     MethodNotAllowed,
     NotProxied,
+    Overloaded,
     PayloadTooLarge,
     ProxyError,
     UpstreamInvalid,
@@ -218,9 +219,19 @@ class Api:
                 entry_age_s=log.entry_age_s,
                 avoided=log.avoided,
                 error_id=None if log.error is None else log.error.id,
-                fact=log.error.fact if isinstance(log.error, UpstreamInvalid) else None,
+                fact=_fact(log.error),
             )
         )
+
+
+def _fact(error: ProxyError | None) -> str | None:
+    match error:
+        case UpstreamInvalid():
+            return error.fact
+        case Overloaded():
+            return str(error).partition(";")[0]
+        case _:
+            return None
 
 
 def _target(request: web.BaseRequest) -> SnapshotId | ListQuery | ApiPath:

@@ -2,13 +2,18 @@
 
 import argparse
 import asyncio
+import inspect
 import signal
 import ssl
 import sys
+import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import orjson
 
+from proxy.simulator import control
+from proxy.simulator.faults import Fault, FaultKind
 from proxy.simulator.limits import Limits
 from proxy.simulator.server import Simulator
 from proxy.simulator.world import READ_ONLY, World
@@ -16,8 +21,26 @@ from proxy.simulator.world import READ_ONLY, World
 _USAGE_ERROR = 2
 
 
+_CONTROL = f"""\
+It prints one line of JSON when it is ready: its url, and its tokens by label.
+
+{inspect.cleandoc(control.__doc__ or "")}
+
+{textwrap.fill(f"Kinds of faults: {', '.join(FaultKind)}.", 100)}
+Fields of a fault: {", ".join(field.name for field in fields(Fault) if field.name != "kind")}.
+
+For instance, with the url that it printed:
+
+  curl "$url/_simulator/faults" -d '{{"kind": "status", "status": 503, "times": 3}}'
+  curl "$url/_simulator/counters"
+  curl -X POST "$url/_simulator/reset"
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `run` reads."""
+    """Declare what `run` reads, and say in the help how it is controlled."""
+    parser.epilog = _CONTROL
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     limits = Limits()
     parser.add_argument("--host", default="127.0.0.1", help="a loopback address (%(default)s)")
     parser.add_argument("--port", type=int, default=0, help="0 for a free one (%(default)s)")

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
-_PORT = 6379
 _BACKSTOP_S = 60.0
 """For a read of redis-py's that ignored its cancellation. `Link` has the deadlines."""
 
@@ -42,12 +40,3 @@ def connector(
         return client
 
     return connect
-
-
-def address_of(url: str) -> str:
-    """Name the server at `url` for logs, without user and password: `host:port`, or the path of a socket."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return unquote(parts.path)
-    host = parts.hostname or "localhost"
-    return f"{f'[{host}]' if ':' in host else host}:{parts.port or _PORT}"

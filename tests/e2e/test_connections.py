@@ -551,6 +551,7 @@ async def test_slow_parser_is_refused() -> None:
         _, errors = await process.communicate()
     assert process.returncode == 1
     (line,) = [json.loads(line) for line in errors.splitlines()]
-    assert line["event"] == "cannot-start"
+    assert (line["level"], line["event"]) == ("error", "cannot-start")
+    assert "snapshot-proxy check" in line["mend"]
     assert "C parser" in line["cause"]
     assert "AIOHTTP_NO_EXTENSIONS" in line["cause"]

@@ -289,7 +289,7 @@ async def test_a_fill_in_flight_does_not_survive_a_403(
 async def test_other_secrets_share_nothing(
     client: aiohttp.ClientSession, simulator: Simulator, token: Token, tmp_path: Path
 ) -> None:
-    """A replica that disagrees has entries of its own, and says so; one that agrees does not."""
+    """A replica that disagrees has entries of its own; it and the others say so, and when it is over."""
     secret = write_secret(tmp_path)
     odd = tmp_path / "odd"
     odd.write_bytes(b"fedcba9876543210fedcba9876543210\n")
@@ -305,8 +305,14 @@ async def test_other_secrets_share_nothing(
             assert (theirs.cache_status, theirs.body) == (FETCHED, mine.body)
             assert (await stranger.get(token)).cached
             assert {(await each.get(token)).body for each in (one, stranger, same)} == {mine.body}
-            line = await stranger.service.event("secret-mismatch")
-            assert (line["level"], line["consequence"]) == ("error", "replicas do not share entries")
+            for each in (one, same, stranger):
+                line = await each.service.event("secret-mismatch")
+                assert (line["level"], line["consequence"]) == ("warning", "replicas do not share entries")
+                assert line["address"] == f"127.0.0.1:{valkey.port}"
             said = [await scrape(each.service.admin) for each in (one, same, stranger)]
-            assert [total(metrics, "snapshot_proxy_secret_mismatch") for metrics in said] == [0, 0, 1]
-            assert not any(line["event"] == "secret-mismatch" for line in one.service.log + same.service.log)
+            assert [total(metrics, "snapshot_proxy_secret_mismatch") for metrics in said] == [1, 1, 1]
+            assert await stranger.service.stop() == 0
+            for each in (one, same):
+                line = await each.service.event("secret-mismatch-ended")
+                assert line["level"] == "info"
+                assert total(await scrape(each.service.admin), "snapshot_proxy_secret_mismatch") == 0

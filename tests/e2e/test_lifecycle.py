@@ -93,7 +93,7 @@ async def test_port_that_is_taken(listener: str) -> None:
         status, output = await run(*(f"--set={name}.port={number}" for name, number in ports.items()))
     assert status == 1
     *_, last = [json.loads(line) for line in output.splitlines()]
-    assert last["event"] == "cannot-start"
+    assert (last["level"], last["event"]) == ("error", "cannot-start")
     assert f"{port}" in last["cause"]
     assert "address already in use" in last["cause"]
 

