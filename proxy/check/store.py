@@ -1,8 +1,7 @@
 """Whether Redis is there, new enough, quick, bounded, and shared with replicas that have the same secret."""
 
-import secrets
 import statistics
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from time import perf_counter, time
 from typing import Any
 
@@ -10,7 +9,6 @@ from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
-    ConnectionError as RedisConnectionError,
     RedisError,
     ResponseError,
 )
@@ -24,6 +22,7 @@ from proxy.settings import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
+from proxy.storage.readiness import refusal, trial, words
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
 _PINGS = 20
@@ -80,7 +79,7 @@ async def _redis(
             yield finding
     except ResponseError as error:
         yield warning(
-            f"Redis: refuses INFO: {_said(error, password)}",
+            f"Redis: refuses INFO: {words(error, password)}",
             "see to version, maxmemory and eviction by other means",
         )
     keys = Keys(settings.redis.key_prefix)
@@ -91,13 +90,13 @@ async def _redis(
 
 
 def _no_answer(error: Exception, url: str, password: str) -> Finding:
-    words = openssl_words(error)
+    tls_words = openssl_words(error)
     match error:
-        case _ if words and url.startswith("rediss://"):
+        case _ if tls_words and url.startswith("rediss://"):
             mend = (
                 "use redis:// where it speaks no TLS"
-                if _NO_TLS in words
-                else mended_by(words, authorities="redis.ca_file", address="redis.url")
+                if _NO_TLS in tls_words
+                else mended_by(tls_words, authorities="redis.ca_file", address="redis.url")
             )
         case AuthenticationError():
             mend = "set redis.username and redis.password_file"
@@ -107,43 +106,19 @@ def _no_answer(error: Exception, url: str, password: str) -> Finding:
             mend = "start it, or set redis.url; use redis:// where it speaks no TLS"
         case _:
             mend = "start it, or set redis.url; until then serve asks upstream for every request"
-    return problem(f"Redis: no answer from {address_of(url)}: {_said(error, password)}", mend)
-
-
-def _said(error: BaseException, password: str) -> str:
-    """Give the reason in the words of OpenSSL, of the server or of the system; never the password.
-
-    Some servers repeat the arguments of a command that they do not know, a password among them.
-    """
-    words = openssl_words(error)
-    if not words and isinstance(error, RedisConnectionError) and isinstance(error.__context__, OSError):
-        words = error.__context__.strerror or ""
-    if not words:
-        words = str(error).partition(", with args beginning with")[0]
-    for hidden in {password, repr(password)[1:-1], repr(password.encode())[2:-1]} - {""}:
-        words = words.replace(hidden, "***")
-    words = "".join(char for char in words if char.isprintable()).strip()
-    if len(words) > _MOST_WORDS:
-        words = f"{words[:_MOST_WORDS]}…"
-    return words or type(error).__name__
+    return problem(f"Redis: no answer from {address_of(url)}: {words(error, password)}", mend)
 
 
 async def _commands(client: Redis, prefix: str, password: str) -> Finding:
-    """Do with a key of our own what the proxy does with entries and stamps."""
-    key = f"{prefix}:1:check:{secrets.token_hex(8)}"
-    run: Callable[..., Awaitable[Any]] = client.execute_command
-    for name, *arguments in (
-        ("SET", key, "x", "NX", "EX", 10),
-        ("EXPIRE", key, 20, "GT"),
-        ("EVAL", "return redis.call('GETRANGE', KEYS[1], 0, 0)", 1, key),
-        ("GET", key),
-        ("DEL", key),
-    ):
-        try:
-            await run(name, *arguments)
-        except ResponseError as error:
-            return problem(f"Redis: refuses {name}: {_said(error, password)}", f"use {_SUITABLE}")
-    return ok("Redis: takes the commands that the proxy uses")
+    """Try each command that the proxy uses, on keys of its own, as `serve` does on each connection."""
+    commands = trial(prefix)
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    found = refusal(commands, await pipeline.execute(raise_on_error=False), password)
+    if found is None:
+        return ok(f"Redis: takes all {len(commands)} commands that the proxy uses")
+    return problem(f"Redis: refuses {found.command}: {found.reason}", found.mend)
 
 
 def _limits(info: dict[str, Any]) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from proxy.listening import ListeningTimeout
 from proxy.logs import event
-from proxy.storage.readiness import Command, Refusal, is_of_no_use, lost, refusal, refused
+from proxy.storage.readiness import Command, Refusal, is_of_no_use, lost, password_of, refusal, refused
 
 T = TypeVar("T")
 
@@ -180,14 +180,16 @@ class Link:
         try:
             await self._within(self._connect_timeout_s, client, client.ping())
             commands = self._trial()
-            if commands and (found := refusal(commands, await self._run(client, commands))) is not None:
-                return found
+            if commands:
+                replies = await self._run(client, commands)
+                if (found := refusal(commands, replies, password_of(client))) is not None:
+                    return found
             until = loop.time() + probation_s
             while (left_s := until - loop.time()) > 0:
                 await asyncio.sleep(min(left_s, _PING_S))
                 await self._within(self._timeout_s, client, client.ping())
         except Exception as error:  # noqa: BLE001 # a server that is no Redis makes redis-py raise ValueError and more
-            return refused(error)
+            return refused(error, password=password_of(client))
         return None
 
     async def _converse(self, client: Redis) -> None:
@@ -245,7 +247,7 @@ class Link:
             return trouble
         except Exception as error:  # noqa: BLE001 # the same
             _fail(batch, Unavailable(too_slow=False))
-            return lost(error)
+            return lost(error, password_of(client))
         except BaseException:
             _fail(batch, Unavailable(too_slow=False))
             raise

@@ -8,16 +8,18 @@ runs it, too.
 
 import os
 import secrets
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError as RedisConnectionError,
     TimeoutError as RedisTimeoutError,
 )
+
+from proxy.openssl import openssl_words
 
 Command = tuple[str | bytes | int, ...]
 
@@ -81,27 +83,28 @@ def trial(prefix: str) -> list[Command]:
         ("HGETALL", table),
         ("HDEL", table, "x"),
         ("ZADD", ranked, "1", "x"),
+        ("ZRANGE", ranked, 0, -1),
         ("ZREMRANGEBYSCORE", ranked, 0, 1),
-        ("ZCARD", ranked),
+        ("ZREM", ranked, "x"),
         ("TIME",),
         ("EVAL", "return redis.call('GET', KEYS[1])", 1, text),
         ("DEL", text, table, ranked),
     ]
 
 
-def refusal(commands: Sequence[Command], replies: Sequence[Any]) -> Refusal | None:
+def refusal(commands: Sequence[Command], replies: Sequence[Any], password: str = "") -> Refusal | None:
     """Judge the replies to `trial`: None where the server is usable."""
     for command, reply in zip(commands, replies, strict=True):
         if isinstance(reply, Exception):
-            return refused(reply, str(command[0]))
+            return refused(reply, str(command[0]), password=password)
     if replies[1] != b"x":
         return Refusal("not-redis", "GET did not give what was SET", "GET", "let redis.url lead to a Redis")
     return None
 
 
-def refused(error: Exception, command: str = "") -> Refusal:
-    """Explain what redis-py raised or gave for a reply. Its words are the server's, or the system's."""
-    text = _words(error)
+def refused(error: Exception, command: str = "", *, password: str = "") -> Refusal:
+    """Explain what redis-py raised or gave for a reply, in the words of the server or of the system."""
+    text = words(error, password)
     for prefixes, mend in _MENDS:
         if text.startswith(prefixes):
             return Refusal("refused", text, command or _at_connecting(error), mend)
@@ -116,38 +119,51 @@ def refused(error: Exception, command: str = "") -> Refusal:
             return Refusal("not-redis", text, mend="let redis.url lead to a Redis")
 
 
-def lost(error: Exception) -> Refusal:
+def lost(error: Exception, password: str = "") -> Refusal:
     """Explain why a connection that was usable ended."""
-    found = refused(error)
+    found = refused(error, password=password)
     return Refusal("lost", found.reason) if found.cause == "unreachable" else found
 
 
-def is_of_no_use(reply: Any) -> bool:
-    """Tell whether a reply to any command says that the server cannot be used now."""
-    return isinstance(reply, RedisConnectionError) or (
-        isinstance(reply, Exception) and _words(reply).startswith(_OF_NO_USE)
-    )
+def password_of(client: Redis) -> str:
+    """Give the password that `client` sends, so that it can be kept out of words; empty without one."""
+    return str(client.connection_pool.connection_kwargs.get("password") or "")
 
 
-def _words(error: BaseException) -> str:
-    """Give the words of an error: of OpenSSL's or the system's where one of these is behind it."""
+def words(error: BaseException, password: str = "") -> str:
+    """Give the reason in the words of OpenSSL, of the system or of the server: printable, one line.
+
+    Some servers repeat the arguments of a command that they do not know, a password among them: these are
+    left out, and `password` is masked wherever it stands.
+    """
+    text = openssl_words(error) or _system_words(error) or _server_words(error)
+    for hidden in {password, repr(password)[1:-1], repr(password.encode())[2:-1]} - {""}:
+        text = text.replace(hidden, "***")
+    text = "".join(each for each in text if each.isprintable()).strip()
+    return f"{text[:_MOST_SHOWN]}…" if len(text) > _MOST_SHOWN else text or type(error).__name__
+
+
+def _system_words(error: BaseException) -> str:
     origin: BaseException | None = error
     while origin is not None:
-        if isinstance(origin, ssl.SSLCertVerificationError):
-            return _printable(f"its certificate is refused: {origin.verify_message}")
         if isinstance(origin, OSError) and origin.errno:  # asyncio puts words of its own into `strerror`
             return os.strerror(origin.errno)
         origin = origin.__cause__ or origin.__context__
+    return ""
+
+
+def _server_words(error: BaseException) -> str:
     code = getattr(error, "status_code", None)  # redis-py takes it off some messages
-    text = str(error)
-    return _printable(
-        f"{code} {text}" if code and not text.startswith(code) else text or type(error).__name__
-    )
+    text = str(error).partition(", with args beginning with")[0]
+    return f"{code} {text}" if code and not text.startswith(code) else text
 
 
 def _at_connecting(error: Exception) -> str:
     return "AUTH" if isinstance(error, AuthenticationError) else ""
 
 
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else " " for each in text)[:_MOST_SHOWN].strip()
+def is_of_no_use(reply: Any) -> bool:
+    """Tell whether a reply to any command says that the server cannot be used now."""
+    return isinstance(reply, RedisConnectionError) or (
+        isinstance(reply, Exception) and _server_words(reply).startswith(_OF_NO_USE)
+    )

@@ -30,7 +30,8 @@ from proxy.storage.link import Link, Unavailable
 from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
 
 PREFIX = "snapshot-proxy"
-OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
+ROOT = Path(__file__).parents[2]
+OPERATING = ROOT / "docs" / "operating.md"
 COMMANDS = sorted({str(command[0]).lower() for command in trial(PREFIX)})
 
 Said = Callable[[str], list[dict[str, Any]]]
@@ -142,7 +143,7 @@ def test_words_of_a_server_are_bounded_and_printable() -> None:
     """What stands in the log is one line, whatever the server says."""
     found = refused(ResponseError("MISCONF " + "\n\x1b[31m" * 1000))
     assert found.reason.isprintable()
-    assert len(found.reason) <= 160
+    assert len(found.reason) <= 161
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,32 @@ def test_words_of_a_server_are_bounded_and_printable() -> None:
 def test_the_address_in_logs(url: str, address: str) -> None:
     """Host and port, or the socket; never user or password."""
     assert address_of(url) == address
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `default`, `pa\\ss`",
+        "ERR I know pa\\ss and b'pa\\\\ss'",
+    ],
+)
+def test_a_server_that_repeats_the_password(said: str) -> None:
+    """What it says is shown without it."""
+    reason = refused(ResponseError(said), password="pa\\ss").reason
+    assert reason.startswith("ERR ")
+    assert "ss" not in reason
+
+
+def test_every_command_is_tried() -> None:
+    """What the store, the scripts, the ledger and the heartbeat send stands in `trial`; nothing else does."""
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "proxy" / "storage").glob("*.py")
+        if path.stem != "readiness"
+    )
+    sent = set(re.findall(r"""(?:redis\.p?call\(|\()\s*['"]([A-Z]{3,})['"]""", sources))
+    sent |= set(re.findall(r"_if_owner\(lease, \"([A-Z]+)\"", sources))
+    assert {command.upper() for command in COMMANDS} == sent - {"PING", "WRONGTYPE"}
 
 
 # -- servers ----------------------------------------------------------------------------------------
