@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from aiohttp import http_parser, web
 from redis.asyncio import Redis
@@ -145,16 +144,14 @@ class App:
             self._log_access = access_log(settings.log.access)
             self._settings = replace(self._settings, log=settings.log)
         waiting = [name for name in differ if name not in _IN_FLIGHT]
-        facts: dict[str, Any] = {
-            "aliases": len(aliases),
-            "certificate": self._certificate is not None,
-            "changed": followed,
-            "needs_restart": waiting,
-        }
-        if waiting:
-            event(_LOG, logging.WARNING, "reloaded", **facts)
-        else:
-            announce(_LOG, "reloaded", **facts)
+        announce(
+            _LOG,
+            "reloaded",
+            aliases=len(aliases),
+            certificate=self._certificate is not None,
+            changed=followed,
+            needs_restart=waiting,
+        )
 
     async def _start(self) -> Addresses:
         settings = self._settings

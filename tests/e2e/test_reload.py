@@ -99,7 +99,7 @@ async def test_what_needs_a_restart_is_named(upstream: str, tmp_path: Path) -> N
         service.file.write_text("[cache]\nfresh_s = 5\nnegative_s = 4\n[server]\nmax_connections = 7\n")
         for _ in range(2):
             line = await service.hang_up()
-            assert line["level"] == "warning"
+            assert line["level"] == "info"
             assert line["needs_restart"] == ["server.max_connections", "cache.fresh_s"]
         service.file.write_text("")
         assert (await service.hang_up())["needs_restart"] == []
