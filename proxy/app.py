@@ -29,7 +29,8 @@ from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import Limits as QuotaLimits
 from proxy.edge.api import Api
-from proxy.edge.connection import Limits, Listener, plain_server
+from proxy.edge.connection import Limits, Listener
+from proxy.edge.handler import plain_server
 from proxy.edge.passthrough import Passthrough
 from proxy.fetching import Fetched, is_failure
 from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit

@@ -12,7 +12,8 @@ import uvloop
 from aiohttp import web
 
 from proxy.edge import connection
-from proxy.edge.connection import Handler, Limits, Listener, plain_server
+from proxy.edge.connection import Limits, Listener
+from proxy.edge.handler import Handler, plain_server
 
 DEADLINE_S = 0.05
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"

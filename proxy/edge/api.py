@@ -46,7 +46,7 @@ from proxy.core.request import (
     parse_target,
 )
 from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
-from proxy.edge.connection import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
+from proxy.edge.handler import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
 from proxy.edge.passthrough import Passthrough
 from proxy.logs import event
 from proxy.readthrough import Failed, ReadThrough, Served

@@ -22,30 +22,20 @@ the connection that was half-closed first is dropped for a new one. Over TLS asy
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, cast
 
-from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
-from aiohttp.abc import AbstractAccessLogger, AbstractStreamWriter
+from aiohttp import StreamReader, web
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from proxy.core.errors import (
-    BadRequest,
-    HeadersTooLarge,
-    HttpVersionNotSupported,
-    Overloaded,
-    ProxyError,
-    UriTooLong,
-)
-from proxy.edge.answers import error_response, new_request_id, refusal
+from proxy.core.errors import Overloaded, ProxyError
+from proxy.edge.answers import new_request_id, refusal
+from proxy.edge.handler import MAX_FIELD_BYTES, MAX_HEADERS, MAX_LINE_BYTES, Handler, NoAccessLog
 from proxy.listening import LAST_LOOKS
 from proxy.logs import event
 
-MAX_LINE_BYTES = 8190
-MAX_HEADERS = 64
 MOST_REFUSED = 100
 """Connections over the limit that are held until they have asked and are told 503. One more takes the place
 of the oldest, which is dropped: it has not asked yet."""
@@ -54,12 +44,8 @@ TICK_S = 0.25
 PROMPT_TICKS = 4
 """A FIN that comes later after the last bytes is that of a caller who gave up waiting, and has left."""
 
-MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
-"""A header's name and value, without the `: ` between them."""
-
 _LINGER_S = 2.0
 _LONG_S = 365 * 86_400
-_FOREIGN_VERSION = ("Invalid HTTP version", "Expected HTTP/")  # the parser's words
 _NEVER = float("inf")
 _LOG = logging.getLogger(__name__)
 
@@ -110,7 +96,7 @@ class Listener:
         handler = Handler(
             self._server,
             loop=self._loop,
-            access_log_class=_NoAccessLog,  # ours is written where the outcome is known
+            access_log_class=NoAccessLog,  # ours is written where the outcome is known
             auto_decompress=False,  # it would inflate a body that nobody wants
             keepalive_timeout=_LONG_S,  # the deadlines are the connection's
             lingering_time=_LINGER_S,
@@ -175,95 +161,6 @@ class Listener:
             connection.abort()
         self._ticking.cancel()
         await self._server.shutdown(0)
-
-
-def plain_server(respond: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> web.Server:
-    """Make the server of a listener whose requests are matched by `respond` on the raw target."""
-    loop = asyncio.get_running_loop()
-
-    def request(
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: web.RequestHandler,
-        writer: AbstractStreamWriter,
-        task: "asyncio.Task[None]",
-    ) -> web.BaseRequest:
-        if message.version in (HttpVersion10, HttpVersion11):
-            return web.BaseRequest(message, payload, protocol, writer, task, loop)
-        # aiohttp would put the caller's version into our status line (RFC 9112 §2.3 forbids it).
-        message = message._replace(version=HttpVersion11, should_close=True)
-        return ForeignRequest(message, payload, protocol, writer, task, loop)
-
-    return web.Server(respond, request_factory=request, handler_cancellation=True)
-
-
-class ForeignRequest(web.BaseRequest):
-    """A request in a version of HTTP that we do not speak; what is said to it is HTTP/1.1."""
-
-
-class Handler(web.RequestHandler):
-    """aiohttp's protocol object, with our words for what is no request."""
-
-    connection: "Connection"
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,  # noqa: ARG002 # aiohttp's signature; there was no request
-        status: int = 500,  # noqa: ARG002 # always 400 from the parser: the exception tells more
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer from constants: aiohttp's own text shows headers, `Authorization` included."""
-        error = _malformed(exc, message)
-        self.connection.reading_ended()
-        request_id = new_request_id()
-        self.connection.listener.on_malformed(error, request_id)
-        response = error_response(error, request_id)
-        response.force_close()
-        return response
-
-    def log_exception(self, *_args: Any, **_kw: Any) -> None:
-        """Say that it happened: aiohttp's arguments show headers."""
-        event(_LOG, logging.ERROR, "connection-failed")
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Write the answer, and tell the connection when it is written."""
-        if self.connection.listener.draining:
-            resp.force_close()
-        finished = await super().finish_response(request, resp, start_time)
-        self.connection.answered()
-        return finished
-
-
-class _NoAccessLog(AbstractAccessLogger):
-    """What aiohttp would have: half of the speed for it."""
-
-    @property
-    def enabled(self) -> bool:
-        """Off."""
-        return False
-
-    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        """Never called."""
-
-
-def _malformed(exc: BaseException | None, message: str | None) -> ProxyError:
-    """Tell what was wrong with what the parser refused; its own words stay unsaid."""
-    match exc:
-        case LineTooLong(args=(_, limit, *_)) if limit == MAX_LINE_BYTES:
-            return UriTooLong(f"the request target is longer than {MAX_LINE_BYTES} bytes")
-        case LineTooLong():
-            return HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
-        case HttpProcessingError() if message == "Too many headers received":
-            return HeadersTooLarge(f"there are more than {MAX_HEADERS} headers")
-        case HttpProcessingError() if message is not None and message.startswith(_FOREIGN_VERSION):
-            return HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
-        case HttpProcessingError():
-            return BadRequest("this is not a well-formed HTTP request")
-        case _:
-            return ProxyError("an error inside the proxy; its log tells more")
 
 
 class Connection(asyncio.Protocol):

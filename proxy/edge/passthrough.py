@@ -25,7 +25,7 @@ from proxy.core.passthrough import (
     returned_headers,
 )
 from proxy.core.quota import CallClass
-from proxy.edge.connection import Handler
+from proxy.edge.handler import Handler
 from proxy.fetching import Fetched
 from proxy.flights import Abandoned, Flights, Owner
 from proxy.invalidator import Invalidator
