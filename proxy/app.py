@@ -181,7 +181,7 @@ class App:
             secret_mismatch=lambda: store.secret_mismatch,
             breaker_open=lambda: shield.breaker_open,
             standings=shield.standings,
-            quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},
+            per_minute=settings.quota.per_minute,
         )
         admin = await self._serve_admin(metrics, invalidator)
         self._server = await asyncio.get_running_loop().create_server(

@@ -104,7 +104,7 @@ def test_whoever_cannot_wait_so_long_is_told_at_once() -> None:
     async def main() -> None:
         it, began = gate(per_minute=1, max_wait_s=1.0), now()
         assert await outcome(ask(it)) == 200
-        with pytest.raises(QuotaSpent, match=r"calls of a minute are spent.*try again in 7 s") as caught:
+        with pytest.raises(QuotaSpent, match=r"calls of a minute are spent.*can be in 7 s") as caught:
             await it.shield.ask(call())
         assert caught.value.retry_after_s == 7
         assert now() == began
@@ -291,7 +291,9 @@ def test_nobody_has_all_connections(route: Route, many: list[Partition], at_s: l
         it.api.takes_s = 1.0
 
         async def pass_by(partition: Partition) -> None:
-            passing = it.shield.admitted(route, Token("token"), partition, "other", CallClass.MISS)
+            passing = it.shield.admitted(
+                route, Token("token"), partition, "other", CallClass.MISS, operation="GET"
+            )
             async with passing as passage:
                 passage.answered((await it.api.ask(call(0, partition), passage.deadline)).status, (), None)
 
@@ -472,7 +474,7 @@ def test_a_429_stops_the_token_until_the_time_it_named() -> None:
         assert await outcome(ask(it)) == 429
         it.api.answer, it.api.takes_s = None, 0.5
         assert await outcome(ask(it, patient=False)) == (QuotaSpent, 3.0)
-        assert it.shield.standings() == {"other": Standing(0, 4999, 3.0)}
+        assert it.shield.standings() == {"other": Standing(0, 4999, 3.0, 5000)}
         waiting = [ask(it, number) for number in range(5)]
         assert [await outcome(each) for each in waiting] == [200] * 5
         at = [round(seconds - began, 1) for seconds, _ in it.api.asked[1:]]

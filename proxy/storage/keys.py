@@ -55,6 +55,18 @@ class Keys:
         """Name the ledger of one caller's calls."""
         return f"{self._mine(partition)}:quota".encode()
 
+    def others(self, partition: Partition) -> bytes:
+        """Name what a ledger counts for others who use the same token."""
+        return f"{self._mine(partition)}:quota:others".encode()
+
+    def operation(self, partition: Partition, operation: str) -> bytes:
+        """Name the cool-down of one operation, which `operation` is a digest of."""
+        return f"{self._mine(partition)}:quota:op:{operation}".encode()
+
+    def last_operation(self, partition: Partition) -> bytes:
+        """Name the place of the operation of a caller that was stopped last."""
+        return f"{self._mine(partition)}:quota:op".encode()
+
     def known(self, partition: Partition) -> bytes:
         """Name the mark of a caller whose token the upstream took."""
         return f"{self._mine(partition)}:known".encode()

@@ -239,7 +239,8 @@ def test_never_more_than_the_limit_in_any_window(
         pytest.param(38, (8, 38), id="nobody-else"),
         pytest.param(35, (5, 35), id="three-calls-of-others"),
         pytest.param(40, (8, 38), id="what-left-there-earlier-still-counts-here"),
-        pytest.param(1, (0, 1), id="others-took-nearly-all"),
+        pytest.param(28, (0, 28), id="as-many-as-fit-into-that-time"),
+        pytest.param(1, (8, 1), id="more-than-the-api-admits-in-that-time"),
         pytest.param(0, (0, 38), id="none-left-of-either-means-the-minute"),
     ],
 )
@@ -403,7 +404,7 @@ def test_doubts(told_at_s: float, lately: int) -> None:
     left = ledger.standing(now)[0]
     ledger.doubt()
     assert admitted(ledger, now, REFRESH) == 1
-    ledger.settle(Admitted(now + CALL_S, (0, 0)), now, 4998 - 120)
+    ledger.settle(Admitted(now + CALL_S, (0, 0), 5000), now, 4998 - 120)
     assert ledger.remaining() == (left - 1 - lately, 4998 - 120)
     assert admitted(ledger, now) == 100
     assert admitted(ledger, now) == 237 - (250 - left) - 121 - 100 + (lately < 120)

@@ -24,7 +24,9 @@ QUOTA = Keys("test").quota(SOMEBODY)
 # Exact in binary, and in the script's six decimals; most steps follow at once.
 PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
 ADMIT = st.tuples(st.just("admit"), st.sampled_from(list(CallClass)))
-SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3, 0)), st.booleans(), st.booleans())
+TOLD = st.sampled_from((None, 20, 17, 12, 3, 1, 0, 900))
+LIMIT_TOLD = st.sampled_from((None, None, 20, 20, 12, 40, 1000))
+SETTLE = st.tuples(st.just("settle"), TOLD, st.booleans(), st.booleans(), LIMIT_TOLD)
 SELDOM = st.one_of(
     st.tuples(st.just("foresee"), st.sampled_from(list(CallClass)), st.integers(2, 4)),
     st.tuples(st.just("give back")),
@@ -83,16 +85,18 @@ class Pair:
                 else:
                     assert isinstance(got, Postponed)
                     assert got.remaining == self.python.remaining()
+                    assert got.per_hour == self.python.per_hour
                     assert as_postponed(got) == as_postponed(expected)
             case "foresee", call_class, need:
                 foreseen = self.python.foresee(now, call_class, need)
                 got = await self.redis.foresee(self.partition, call_class, need, now=now)
                 assert as_postponed(got) == as_postponed(foreseen)
-            case "settle", told, answered, known if self.pending:
+            case "settle", told, answered, known, *limit if self.pending:
+                limit_told = limit[0] if limit else None
                 admitted = self.pending.pop(0)
-                self.python.settle(admitted, now, told, answered=answered, known=known)
+                self.python.settle(admitted, now, told, limit_told=limit_told, answered=answered, known=known)
                 await self.redis.settle(
-                    self.partition, admitted, told, answered=answered, known=known, now=now
+                    self.partition, admitted, told, limit_told, answered=answered, known=known, now=now
                 )
             case ("give back",) if self.pending:
                 admitted = self.pending.pop()
@@ -225,7 +229,7 @@ async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link])
     """Every question has the answer None."""
     mine = ledger(links[0])
     await valkey.kill()
-    admitted = Admitted(1.0, (1, 1))
+    admitted = Admitted(1.0, (1, 1), 20)
     assert await mine.admit(SOMEBODY, CallClass.MISS) is None
     assert await mine.foresee(SOMEBODY, CallClass.MISS, 3) is None
     assert await mine.cool(SOMEBODY, 3) is None
