@@ -1,6 +1,7 @@
 """What the shield's tests put in the place of Redis and of the API: small, and true to the protocols."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -143,12 +144,14 @@ class FakeApi:
     answers: dict[str, Callable[[], Answer]] = field(default_factory=dict)
     """For single snapshots, by id."""
     asked: list[tuple[float, str]] = field(default_factory=list)
+    due: float = math.inf
+    """When the answers to all that is asked are due at last."""
     _spent: Counter[Partition] = field(default_factory=Counter)
 
     async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
         """Answer once."""
         del validator
-        assert deadline == _now() + CALL_S
+        assert deadline == min(_now() + CALL_S, self.due)
         self.asked.append((_now(), call.target.text))
         self._spent[call.key.partition] += 1
         remaining = 5000 - self._spent[call.key.partition]
@@ -157,10 +160,18 @@ class FakeApi:
         return answer(200, remaining=remaining) if chosen is None else chosen()
 
 
-def answer(status: int, *, remaining: int | None = None, retry_after_s: int | None = None) -> Answer:
+def answer(
+    status: int,
+    *,
+    remaining: int | None = None,
+    limit: int | None = None,
+    retry_after_s: int | None = None,
+    body: bytes = b"",
+) -> Answer:
     """Make an answer of the upstream."""
-    ratelimit = () if remaining is None else (("ratelimit-remaining", str(remaining)),)
-    return Answer(status, b"", 0.0, retry_after_s, ratelimit)
+    told = (("ratelimit-remaining", remaining), ("ratelimit-limit", limit))
+    ratelimit = tuple((name, str(number)) for name, number in told if number is not None)
+    return Answer(status, body, 0.0, retry_after_s, ratelimit)
 
 
 def call(number: int = 1, partition: Partition = SOMEBODY, caller: str = "other") -> Call:
