@@ -16,6 +16,7 @@ from virtual import now, run
 from benchmarks.day.redis import MemoryStore
 from proxy.closing import Closing
 from proxy.connections import Connections
+from proxy.core.entry import Leased
 from proxy.core.errors import (
     ProxyError,
     QuotaSpent,
@@ -85,6 +86,27 @@ class Scene:
         call = Call("GET", target, key, Token("token"), NO_DIRECTIVES, f"id-{next(_NUMBERS)}", "other")
         answer = await self.replicas[replica].get(call)
         self.seen.append(Seen(call, replica, came_at - self.began, now() - came_at, answer))
+
+    async def hold(self, number: int) -> Callable[[], Awaitable[object]]:
+        """Hold the lease of a snapshot, as a replica does that fetches it. Gives what ends that."""
+        key = EntryKey(CALLER, str(number))
+        basis = (await self.store.lookup(key)).basis
+        assert basis is not None
+        lease = await self.store.lease(key, basis)
+        assert isinstance(lease, Leased)
+
+        async def renew() -> None:
+            while True:
+                await self.store.renew(lease)
+                await asyncio.sleep(0.5)
+
+        renewing = asyncio.create_task(renew())
+
+        def end() -> Awaitable[object]:
+            renewing.cancel()
+            return asyncio.wait([renewing])
+
+        return end
 
     def nothing_false_was_said(self) -> None:
         """Who is told of the API's silence: that replica asked it for that while the caller waited."""
@@ -169,13 +191,14 @@ def snapshot(text: str, remaining: int = 4900) -> Answer:
     return Answer(200, json.dumps({"snapshot": document}).encode(), now(), None, told)
 
 
-def refuses_once(retry_after_s: int) -> Manner:
-    """Answer one 429 that names a time; after it everything is well."""
-    left = [1]
+def refuses(times: int, retry_after_s: int) -> Manner:
+    """Answer so many 429s that name a time; after them everything is well."""
+    left = [None] * times
 
     async def manner(text: str, _: float) -> Answer:
         await asyncio.sleep(0.05)
-        if left and left.pop():
+        if left:
+            left.pop()
             return Answer(429, b"{}", now(), retry_after_s, (("ratelimit-remaining", "0"),))
         return snapshot(text)
 
@@ -183,11 +206,12 @@ def refuses_once(retry_after_s: int) -> Manner:
 
 
 @pytest.mark.parametrize("retry_after_s", [5, 9, 10, 11, 15, 30])
-def test_who_comes_in_a_cool_down_has_an_answer_in_time(retry_after_s: int) -> None:
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_who_comes_in_a_cool_down_has_an_answer_in_time(times: int, retry_after_s: int) -> None:
     """Wherever it asks, and whoever fetches the same: its snapshot, or a 429 before it waited too long."""
 
     async def main() -> None:
-        scene = Scene(refuses_once(retry_after_s))
+        scene = Scene(refuses(times, retry_after_s))
         coming = [scene.get(0.0, 0, 99)]
         for number in range(1, 13):  # each wanted on all replicas, at different times
             coming += [scene.get(0.1 + 0.8 * ((number + 5 * k) % 13), k, number) for k in range(REPLICAS)]
@@ -202,23 +226,43 @@ def test_who_comes_in_a_cool_down_has_an_answer_in_time(retry_after_s: int) -> N
                 assert seen.error.window in ("cooldown", "turn", "minute")
             if seen.status == 429 and seen.came_at + MAX_WAIT_S < retry_after_s:
                 assert "the API asked this token to wait" in str(seen.error), seen
-        if retry_after_s < MAX_WAIT_S:
+        if times == 1 and retry_after_s < MAX_WAIT_S:
             assert any(seen.status == 200 for seen in others)
 
     run(main())
 
 
 def test_who_waits_for_a_replica_that_waits_for_the_quota() -> None:
-    """The first waits in line; the second, who waits for it, is told when it would have been itself."""
+    """The first waits in line, and another cool-down begins; the others wait for it, and are told in time."""
 
     async def main() -> None:
-        scene = Scene(refuses_once(60), per_minute=1)
-        await scene.get(0.0, 0, 99)
-        scene.ledger.of(CALLER).stop(now(), 60)
-        await asyncio.gather(*(scene.get(0.5 * replica, replica) for replica in range(REPLICAS)))
+        scene = Scene(refuses(9, 60))
+        ledger = scene.ledger.of(CALLER)
+        ledger.stop(now(), 9)
+        coming = [scene.get(4 * replica, replica) for replica in range(REPLICAS)]
+        asyncio.get_running_loop().call_later(5, ledger.stop, now() + 5, 60)
+        await asyncio.gather(*coming)
         scene.nothing_false_was_said()
-        assert all(seen.status == 429 for seen in scene.seen)
-        assert len(scene.asked) == 1
+        assert [str(seen.error)[:24] for seen in scene.seen] == ["the API asked this token"] * REPLICAS
+        assert all(seen.took_s <= MAX_WAIT_S + 2 * LONGEST_POLL_S for seen in scene.seen)
+        assert scene.asked == []
+
+    run(main())
+
+
+def test_who_waits_longer_for_a_lease_than_for_the_quota() -> None:
+    """Another replica's fetch began later, and may wait longer: this one's 429 does not wait for that."""
+
+    async def main() -> None:
+        scene = Scene(refuses(9, 60))
+        lease = await scene.hold(1)
+        scene.ledger.of(CALLER).stop(now(), 60)
+        await scene.get(0.0, 1)
+        await lease()
+        (seen,) = scene.seen
+        assert isinstance(seen.error, QuotaSpent)
+        assert seen.error.window == "cooldown"
+        assert MAX_WAIT_S <= seen.took_s <= MAX_WAIT_S + LONGEST_POLL_S + 0.1
 
     run(main())
 
@@ -235,12 +279,16 @@ def disconnects_late(after_s: float) -> Manner:
 
 
 @pytest.mark.parametrize("after_s", [0.5, 5.0, 7.9])
-@pytest.mark.parametrize("spent", [False, True], ids=["room", "spent"])
-def test_a_repeat_ends_in_time(after_s: float, *, spent: bool) -> None:
+@pytest.mark.parametrize(
+    ("waits_s", "spent"), [(0.0, False), (9.0, False), (0.0, True)], ids=["room", "room-at-last", "spent"]
+)
+def test_a_repeat_ends_in_time(after_s: float, waits_s: float, *, spent: bool) -> None:
     """Wherever the first attempt's time went, and where there is no room for a second one."""
 
     async def main() -> None:
         scene = Scene(disconnects_late(after_s), per_minute=1 if spent else 250)
+        if waits_s:  # until the calls of nearly a minute ago have left it
+            scene.ledger.of(CALLER).count(now() + waits_s - 61 - scene.ledger.call_s, 250)
         await scene.get(0.0, 0)
         scene.nothing_false_was_said()
         (seen,) = scene.seen
@@ -274,21 +322,9 @@ def test_a_holder_that_never_ends_is_not_said_to_have_had_no_answer() -> None:
 
     async def main() -> None:
         scene = Scene(lambda text, _: asyncio.sleep(0, snapshot(text)))
-        target = SnapshotId("1", cacheable=True)
-        key = EntryKey(CALLER, target.text)
-        basis = (await scene.store.lookup(key)).basis
-        assert basis is not None
-        lease = await scene.store.lease(key, basis)
-
-        async def hold() -> None:
-            while True:
-                await scene.store.renew(lease)  # type: ignore[arg-type]
-                await asyncio.sleep(0.5)
-
-        holding = asyncio.create_task(hold())
+        end = await scene.hold(1)
         await scene.get(0.0, 1)
-        holding.cancel()
-        await asyncio.wait([holding])
+        await end()
         (seen,) = scene.seen
         assert isinstance(seen.error, UpstreamFailedElsewhere)
         assert (seen.status, seen.error.id) == (504, "not_cached")
