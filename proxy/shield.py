@@ -135,7 +135,7 @@ class Shield:
             call.key.partition,
             call.caller,
             call_class,
-            operation=operation(call.key.partition, call.method, path),
+            operation=operation(call.method, path),
             patient=patient,
             wait_until=wait_until,
             answer_by=answer_by,

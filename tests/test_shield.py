@@ -513,7 +513,7 @@ SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - o
 
 async def pass_through(it: Gate, target: str, said: Answer | None = None, method: str = "POST") -> int:
     """Pass one request through, and give its status: 200, or what is `said`."""
-    name = operation(SOMEBODY, method, target)
+    name = operation(method, target)
     call_class = CallClass.WRITE if method == "POST" else CallClass.MISS
     passing = it.shield.admitted(
         Route.PASSTHROUGH, Token("token"), SOMEBODY, "other", call_class, operation=name
@@ -605,7 +605,7 @@ def test_an_operation_that_cools_down_is_refused_at_once_and_holds_nobody_back()
         with pytest.raises(QuotaSpent, match="limits this operation"):
             await pass_through(it, "/v2/cdn/endpoints", method="GET")
         assert now() == began
-        await it.ledger.cool_operation(SOMEBODY, operation(SOMEBODY, "GET", "/v2/account/keys"), 60, 6.0)
+        await it.ledger.cool_operation(SOMEBODY, operation("GET", "/v2/account/keys"), 60, 6.0)
         assert await waiting[0] == 200
         with pytest.raises(QuotaSpent, match="limits this operation"):
             await waiting[1]

@@ -9,8 +9,6 @@ import hashlib
 import re
 from http import HTTPStatus
 
-from proxy.core.identity import Partition
-
 MOST_OPERATIONS = 64
 """Cool-downs of one token that are remembered; of more, the one that ends first is forgotten."""
 
@@ -19,11 +17,11 @@ _OF_OPERATION = re.compile(rb"\boperation\b[^\"{}]{0,40}\brate[- ]?limit", re.IG
 """`this operation is rate-limited - one request per 10m0s`, and its like."""
 
 
-def operation(partition: Partition, method: str, target: str) -> str:
-    """Name one caller's operation by a digest, without ids. A query makes no difference, nor does HEAD."""
+def operation(method: str, target: str) -> str:
+    """Name an operation by a digest, which is short. A query makes no difference, nor does HEAD."""
     path = target.partition("?")[0].removesuffix("/")
     method = "GET" if method == "HEAD" else method
-    return hashlib.sha256(f"{partition} {method} {path}".encode()).hexdigest()[:_DIGEST_HEX]
+    return hashlib.sha256(f"{method} {path}".encode()).hexdigest()[:_DIGEST_HEX]
 
 
 def is_of_operation(status: int, remaining_told: int | None, body: bytes, *, by_remaining: bool) -> bool:

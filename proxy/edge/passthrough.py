@@ -89,7 +89,7 @@ class Passthrough:
                     forwarding.partition,
                     forwarding.caller,
                     call_class,
-                    operation=operation(forwarding.partition, forwarding.method, forwarding.target),
+                    operation=operation(forwarding.method, forwarding.target),
                 ) as passage,
                 AsyncExitStack() as streaming,
             ):

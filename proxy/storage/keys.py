@@ -5,6 +5,7 @@ versions that cannot read each other's values do not see them.
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 from proxy.core.identity import EntryKey, ListKey, Partition
@@ -60,8 +61,9 @@ class Keys:
         return f"{self._mine(partition)}:quota:others".encode()
 
     def operation(self, partition: Partition, operation: str) -> bytes:
-        """Name the cool-down of one operation, which `operation` is a digest of."""
-        return f"{self._mine(partition)}:quota:op:{operation}".encode()
+        """Name the cool-down of one operation of a caller, without the ids that are in its path."""
+        digest = sha256(f"{partition} {operation}".encode()).hexdigest()[:32]
+        return f"{self._mine(partition)}:quota:op:{digest}".encode()
 
     def last_operation(self, partition: Partition) -> bytes:
         """Name the place of the operation of a caller that was stopped last."""

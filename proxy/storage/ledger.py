@@ -127,10 +127,10 @@ class RedisLedger:
         last, cooling = self._keys.last_operation(partition), self._keys.operation(partition, operation)
         replies = await self._run(
             ("GET", last),
-            ("SET", last, operation, "PX", max(round(within_s * 1000), 1)),
+            ("SET", last, cooling, "PX", max(round(within_s * 1000), 1)),
             ("SET", cooling, 1, "PX", max(round(retry_after_s * 1000), 1)),
         )
-        return replies is not None and replies[0] not in (None, operation.encode())
+        return replies is not None and replies[0] not in (None, cooling)
 
     async def _admit(
         self,
