@@ -659,6 +659,7 @@ NOT_ASKED = "snapshot-proxy; hit; ttl=-61; detail={}"
         pytest.param(TIMEOUT, IN_VAIN, None, id="timeout"),
         pytest.param(UpstreamInvalid("it is odd"), IN_VAIN, None, id="invalid"),
         pytest.param(QuotaSpent("cooldown", 3), NOT_ASKED.format("cooldown"), "cooldown", id="cooldown"),
+        pytest.param(QuotaSpent("operation", 3), NOT_ASKED.format("cooldown"), "cooldown", id="operation"),
         pytest.param(QuotaSpent("minute", 3), NOT_ASKED.format("quota"), "stale", id="quota"),
         pytest.param(PAUSED, NOT_ASKED.format("stale-if-error"), "stale", id="paused"),
         pytest.param(Overloaded("too many"), NOT_ASKED.format("stale-if-error"), "stale", id="overloaded"),
