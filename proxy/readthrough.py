@@ -33,7 +33,6 @@ from proxy.flights import Flights, Landed, Owner
 from proxy.invalidator import Invalidator
 from proxy.refreshing import Refresher
 
-
 _COOLING = ("cooldown", "operation")
 """What a token's calls wait for where the API asked them to: all of them, or one operation."""
 
