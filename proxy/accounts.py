@@ -10,11 +10,13 @@ common one has forgotten, a call needs the word of both.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
-from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.core.operations import Operations
+from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Limits, Postponed
 
 _FOLLOWS_S = 1.0
 """What the common ledger said so long ago, or less, is as good as what it would say now."""
@@ -42,8 +44,10 @@ class Admission(Protocol):
 class CommonLedger(Protocol):
     """The replicas' common ledger. None: it cannot be asked."""
 
-    async def admit(self, partition: Partition, call_class: CallClass) -> Admission | Postponed | None:
-        """Ask for one call."""
+    async def admit(
+        self, partition: Partition, call_class: CallClass, operation: str
+    ) -> Admission | Postponed | None:
+        """Ask for one call, of an operation that may have a cool-down of its own."""
 
     async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
         """Ask when `need` calls will be admitted; None: now, or it cannot be asked."""
@@ -56,6 +60,7 @@ class CommonLedger(Protocol):
         partition: Partition,
         admitted: Admitted,
         remaining_told: int | None,
+        limit_told: int | None,
         *,
         answered: bool,
         known: bool | None,
@@ -64,6 +69,11 @@ class CommonLedger(Protocol):
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
         """Stop the token's calls."""
+
+    async def cool_operation(
+        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+    ) -> bool:
+        """Stop one operation of a token. Tell whether another one was stopped `within_s` before."""
 
 
 class Account(NamedTuple):
@@ -80,12 +90,16 @@ class Account(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A call that may be made. `common` are its admissions in common, none where that could not be asked."""
+    """A call that may be made. `common` are its admissions in common, none where that could not be asked.
+
+    `remaining` are the calls left after it in the minute and in the hour, whose limit is `per_hour`.
+    """
 
     own: Admitted
     common: tuple[Admitted, ...]
     known: bool
     remaining: tuple[int, int]
+    per_hour: int
 
 
 class Settlement(NamedTuple):
@@ -94,6 +108,9 @@ class Settlement(NamedTuple):
     remaining_told: int | None = None
     """The upstream's `ratelimit-remaining`, where it can mean the hour."""
 
+    limit_told: int | None = None
+    """The upstream's `ratelimit-limit`, where it can be the hour's."""
+
     answered: bool = False
     """There was an answer other than 429."""
 
@@ -101,7 +118,10 @@ class Settlement(NamedTuple):
     """Whether the upstream took the token; None: it did not say."""
 
     refused: bool = False
-    """The answer was 429."""
+    """The answer was 429, and was meant for the token."""
+
+    refused_operation: str = ""
+    """The answer was 429, and was meant for this operation only."""
 
     retry_after_s: int | None = None
 
@@ -125,54 +145,64 @@ class Accounts:
         self._monotonic = monotonic
         self._owns: OrderedDict[Partition, _Own] = OrderedDict()
 
-    async def admit(self, account: Account, call_class: CallClass) -> Turn | Postponed:
-        """Ask for one call."""
+    async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Turn | Postponed:
+        """Ask for one call. A Postponed `operation` cools down by itself: other calls of the token do not."""
         own = self._own(account)
+        if cooling := self.cooling(account, operation):
+            return cooling
         if self._doubts(own):
-            return await self._admit_by_both(own, account, call_class)
-        match await self._admit_in_common(own, account, call_class):
+            return await self._admit_by_both(own, account, call_class, operation)
+        match await self._admit_in_common(own, account, call_class, operation):
             case None:
                 self._doubt(own)
                 mine = self._admit_here(own, call_class)
-                return mine if isinstance(mine, Postponed) else Turn(mine, (), own.known, mine.remaining)
+                return mine if isinstance(mine, Postponed) else _turn(own, mine)
             case Postponed() as postponed:
                 if postponed.remaining is not None:
-                    own.follow(self._monotonic(), postponed.remaining)
+                    own.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
                 return postponed
             case common if self._doubts(own):  # it has forgotten
                 await self._give_back_in_common(account, common)
-                return await self._admit_by_both(own, account, call_class)
+                return await self._admit_by_both(own, account, call_class, operation)
             case common:
-                now, remaining = self._monotonic(), _least([each.remaining for each in common])
-                mine = own.ledger.count(now)
-                own.follow(now, remaining)
-                return Turn(mine, common, own.known, remaining)
+                now = self._monotonic()
+                turn = _turn(own, own.ledger.count(now), common)
+                own.follow(now, turn.remaining, turn.per_hour)
+                return turn
 
-    async def _admit_by_both(self, own: "_Own", account: Account, call_class: CallClass) -> Turn | Postponed:
+    async def _admit_by_both(
+        self, own: "_Own", account: Account, call_class: CallClass, operation: str
+    ) -> Turn | Postponed:
         """Ask the own ledger, and the common one where it can be asked."""
         mine = self._admit_here(own, call_class)
         if isinstance(mine, Postponed):
             return mine
         common: tuple[Admitted, ...] | Postponed | None = Postponed(0.0, "turn")
         try:
-            common = await self._admit_in_common(own, account, call_class)
+            common = await self._admit_in_common(own, account, call_class, operation)
         finally:
             if isinstance(common, Postponed):
                 own.ledger.give_back(mine)
         match common:
             case None:
                 self._doubt(own)
-                return Turn(mine, (), own.known, mine.remaining)
+                return _turn(own, mine)
             case Postponed():
                 return common
             case _:
-                return Turn(mine, common, own.known, _least([each.remaining for each in common]))
+                return _turn(own, mine, common)
+
+    def cooling(self, account: Account, operation: str) -> Postponed | None:
+        """Say for how long an operation cools down, as far as this replica knows; None: not at all."""
+        cools_s = self._own(account).operations.wait_s(self._monotonic(), operation)
+        return Postponed(cools_s, "operation") if cools_s > 0 else None
 
     async def foresee(self, account: Account, call_class: CallClass, need: int) -> Postponed | None:
         """Ask when `need` calls will be admitted; None: now, or nobody knows."""
         own = self._own(account)
         if self._doubts(own):
-            return own.ledger.foresee(self._monotonic(), call_class, need * self._replicas())
+            postponed = own.ledger.foresee(self._monotonic(), call_class, need * self._replicas())
+            return postponed and self._by_share(postponed)
         return await self._common.foresee(account.partition, call_class, need)
 
     async def give_back(self, account: Account, turn: Turn) -> None:
@@ -181,20 +211,24 @@ class Accounts:
         await self._give_back_in_common(account, turn.common)
 
     async def settle(self, account: Account, turn: Turn, settlement: Settlement) -> None:
-        """Take note of what became of a turn; a 429 stops the token's calls everywhere."""
+        """Take note of what became of a turn; a 429 stops what it was meant for, everywhere."""
         own = self._own(account)
         now = self._monotonic()
         own.known = own.known if settlement.known is None else settlement.known
-        if settlement.refused:
+        refused = settlement.refused
+        if settlement.refused_operation:
+            refused = await self._cool_operation(own, account, settlement)
+        if refused:
             own.ledger.cool(now, settlement.retry_after_s)
         own.ledger.settle(
             turn.own,
             now,
             settlement.remaining_told,
+            limit_told=settlement.limit_told,
             answered=settlement.answered,
             known=settlement.known is True,
         )
-        if settlement.refused:
+        if refused:
             for partition in account.partitions:
                 await self._common.cool(partition, settlement.retry_after_s)
         for partition, admitted in zip(account.partitions, turn.common, strict=False):
@@ -202,9 +236,19 @@ class Accounts:
                 partition,
                 admitted,
                 settlement.remaining_told,
+                settlement.limit_told,
                 answered=settlement.answered,
                 known=settlement.known,
             )
+
+    async def _cool_operation(self, own: "_Own", account: Account, settlement: Settlement) -> bool:
+        """Stop one operation of the token. Tell whether the token has to stop: a second one in a minute."""
+        name, minute_s = settlement.refused_operation, self._limits.minute_s
+        seconds = settlement.retry_after_s or minute_s / PAUSES
+        seen = own.operations.cool(self._monotonic(), name, seconds)
+        for partition in account.partitions:
+            seen |= await self._common.cool_operation(partition, name, seconds, minute_s)
+        return seen
 
     def standings(self) -> Iterator[tuple[str, Standing]]:
         """Give what is known here of each token: its caller's name, and how it stands."""
@@ -217,7 +261,14 @@ class Accounts:
         return self._own(account).ledger.standing(self._monotonic())[2]
 
     def _admit_here(self, own: "_Own", call_class: CallClass) -> Admitted | Postponed:
-        return own.ledger.admit(self._monotonic(), call_class, self._replicas())
+        admitted = own.ledger.admit(self._monotonic(), call_class, self._replicas())
+        return self._by_share(admitted) if isinstance(admitted, Postponed) else admitted
+
+    def _by_share(self, postponed: Postponed) -> Postponed:
+        """Say that it is this replica's share of a window that is spent."""
+        if postponed.window not in ("minute", "hour"):
+            return postponed
+        return replace(postponed, replicas=self._replicas())
 
     def _doubt(self, own: "_Own") -> None:
         """For as long as a call that is made now may count, the common ledger may not know of it.
@@ -237,12 +288,12 @@ class Accounts:
             await self._common.give_back(partition, each)
 
     async def _admit_in_common(
-        self, own: "_Own", account: Account, call_class: CallClass
+        self, own: "_Own", account: Account, call_class: CallClass, operation: str
     ) -> tuple[Admitted, ...] | Postponed | None:
         """Ask the common ledger, during a rotation for both partitions: one that says no says it for both."""
         admissions: list[Admitted] = []
         for partition in account.partitions:
-            reply = await self._common.admit(partition, call_class)
+            reply = await self._common.admit(partition, call_class, operation)
             if reply is None or isinstance(reply, Postponed):
                 await self._give_back_in_common(account, admissions)
                 if reply is not None and reply.window == "cooldown":
@@ -257,7 +308,9 @@ class Accounts:
     def _own(self, account: Account) -> "_Own":
         own = self._owns.get(account.partition)
         if own is None:
-            own = self._owns[account.partition] = _Own(Ledger(self._limits, call_s=self._call_s))
+            own = self._owns[account.partition] = _Own(
+                Ledger(self._limits, call_s=self._call_s), Operations(self._limits.minute_s)
+            )
             if len(self._owns) > MOST_ACCOUNTS:
                 self._owns.popitem(last=False)
         self._owns.move_to_end(account.partition)
@@ -268,10 +321,11 @@ class Accounts:
 class _Own:
     """This replica's ledger of one token, and what it knows of the common one."""
 
-    __slots__ = ("born", "caller", "doubtful_until", "followed_at", "known", "ledger")
+    __slots__ = ("born", "caller", "doubtful_until", "followed_at", "known", "ledger", "operations")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, operations: Operations) -> None:
         self.ledger = ledger
+        self.operations = operations
         self.caller = ""
         self.known = False
         self.born: str | None = None
@@ -279,17 +333,21 @@ class _Own:
         """Until then the common ledger may lack calls that were made."""
         self.followed_at = -math.inf
 
-    def follow(self, now: float, remaining: tuple[int, int]) -> None:
+    def follow(self, now: float, remaining: tuple[int, int], per_hour: int | None) -> None:
         """Catch up with the common ledger."""
-        self.ledger.follow(now, remaining)
+        self.ledger.follow(now, remaining, per_hour)
         self.followed_at = now
 
     def misses(self, now: float, born: str) -> bool:
         """Tell whether the common ledger is a new one, though this one still counts calls that it knew."""
         before, self.born = self.born, born
-        _, hour, _ = self.ledger.standing(now)
-        return before not in (None, born) and hour < self.ledger.limits.per_hour
+        _, hour, _, per_hour = self.ledger.standing(now)
+        return before not in (None, born) and hour < per_hour
 
 
-def _least(remaining: list[tuple[int, int]]) -> tuple[int, int]:
-    return min(minute for minute, _ in remaining), min(hour for _, hour in remaining)
+def _turn(own: _Own, mine: Admitted, common: tuple[Admitted, ...] = ()) -> Turn:
+    """Make a turn. Where the token stands the ledger in common says; of two, the one that has less left."""
+    told = common or (mine,)
+    minute = min(each.remaining[0] for each in told)
+    hour, per_hour = min((each.remaining[1], each.per_hour) for each in told)
+    return Turn(mine, common, own.known, (minute, hour), per_hour)

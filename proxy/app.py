@@ -222,7 +222,7 @@ class App:
             pending_invalidations=lambda: store.pending_invalidations,
             breaker_open=lambda: shield.breaker_open,
             standings=shield.standings,
-            quota_limits={"minute": settings.quota.per_minute, "hour": settings.quota.per_hour},
+            per_minute=settings.quota.per_minute,
         )
         admin = await self._serve_admin(metrics, invalidator)
         api_url = await self._serve_api(files)

@@ -17,12 +17,13 @@ from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import (
     NotCached,
     NotSent,
+    Overloaded,
     ProxyError,
+    QuotaSpent,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamFailedElsewhere,
     UpstreamGivenUp,
-    UpstreamTimeout,
     UpstreamUnexplained,
 )
 from proxy.core.events import UnknownValue
@@ -41,6 +42,9 @@ LONGEST_POLL_S = 0.2
 
 STALE_PATIENCE_S = 1.0
 """Whoever has something stale waits no longer for another's fetch: that may be waiting for the quota."""
+
+_SPARE_S = 1.0
+"""A fetch takes so much longer at most than its wait for the quota and its call: half of what a read may."""
 
 _REPLACEABLE = frozenset(
     {
@@ -90,11 +94,17 @@ class Upstream(Protocol):
         *,
         call_class: CallClass = CallClass.MISS,
         patient: bool = True,
+        wait_until: float = ...,
+        answer_by: float = ...,
     ) -> Answer:
         """Ask once, when the quota has room; for a 304, if `validator` still is the entity tag.
 
-        Without `patient` only if there is room now. Raises UpstreamError or NotSent.
+        Without `patient` only if there is room now, else until `wait_until`; the call ends at `answer_by`
+        (monotonic). Raises UpstreamError or NotSent.
         """
+
+    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+        """Say why a call would not be made now. None: it would, or a call on its way tells first."""
 
 
 class Manner(NamedTuple):
@@ -105,6 +115,13 @@ class Manner(NamedTuple):
 
     call_class: CallClass
     patient: bool
+
+
+class Due(NamedTuple):
+    """Until when a fetch may wait for the quota, and by when it has to have an answer (monotonic)."""
+
+    wait: float
+    answer: float
 
 
 FOR_NOBODY = Manner(CallClass.REFRESH, patient=False)
@@ -142,8 +159,9 @@ class Deletion:
 class Fetcher:
     """Fetches for flights.
 
-    `total_timeout_s` bounds a fetch, `max_wait_s` its wait for the quota. `monotonic` gives the seconds that
-    deadlines count in, `draw` a number in [0, 1). `observe` is told of values that the API does not document.
+    `max_wait_s` bounds a fetch's wait for the quota, `total_timeout_s` its call, once sent. `monotonic` gives
+    the seconds that deadlines count in, `draw` a number in [0, 1). `observe` is told of values that
+    the API does not document.
     """
 
     def __init__(
@@ -165,7 +183,7 @@ class Fetcher:
         self._policy = policy
         self._invalidator = invalidator
         self._total_timeout_s = total_timeout_s
-        self._deadline_s = max_wait_s + total_timeout_s
+        self._max_wait_s = max_wait_s
         self._observe = observe
         self._monotonic = monotonic
         self._closing = closing
@@ -187,7 +205,7 @@ class Fetcher:
 
     async def fetch(self, call: Call, lookup: Lookup, manner: Manner) -> Fetched | ProxyError:
         """Fetch, whoever else does. Runs in a flight."""
-        return await self._fetch(call, lookup, manner, self._monotonic() + self._deadline_s)
+        return await self._fetch(call, lookup, manner, self._due(self._monotonic()))
 
     async def fetch_for_all(self, call: Call, lookup: Lookup, manner: Manner) -> Fetched | ProxyError:
         """Fetch, unless another replica does: then wait for what it brings. Runs in a flight.
@@ -195,50 +213,68 @@ class Fetcher:
         Whoever waits does so for the lease of its own look-up's basis, whatever ends meanwhile: the fetch
         that holds it is as new as this request.
         """
-        began = self._monotonic()
-        give_up = began + self._deadline_s
-        tired = began + STALE_PATIENCE_S if manner is OR_STALE else give_up
+        asked_at = self._monotonic()
+        due = self._due(asked_at)
         found, basis, pauses_s = lookup.entry, lookup.basis, _pauses_s()
         waited = False
         while basis is not None and lookup.basis is not None:
             match await self._store.lease(call.key, basis):
                 case Leased() as lease:
-                    return await self._fetch_leased(lease, call, lookup, manner, give_up)
+                    return await self._fetch_leased(lease, call, lookup, manner, due)
                 case Record() as record if waited or is_replaceable(record.status):
                     return _from_record(record)
                 case Record() | None:  # an answer, but from before this request; or the store is away
                     break
                 case HeldElsewhere() if manner is FOR_NOBODY:
                     return NotCached("another replica refreshes it")
-                case HeldElsewhere() | Superseded() if self._monotonic() > min(tired, self._closing.due):
-                    return UpstreamFailedElsewhere(
-                        "another replica asks, and got no answer in time",
-                        status=UpstreamTimeout.status,
-                        error_id=UpstreamTimeout.id,
-                        proxy_error="http_response_timeout",
-                        retry_after_s=None,
-                    )
-                case HeldElsewhere():
-                    waited = True
-                    with while_awaited():
-                        await asyncio.sleep(next(pauses_s))
+                case (HeldElsewhere() | Superseded()) as reply:
+                    if failure := await self._tired_of_waiting(call, manner, due, asked_at):
+                        return failure
+                    asked_at = self._monotonic()
+                    if reply == HeldElsewhere():
+                        waited = True
+                        with while_awaited():
+                            await asyncio.sleep(next(pauses_s))
                     lookup = await self._store.lookup(call.key)
-                case Superseded():
-                    lookup = await self._store.lookup(call.key)
-                    basis = lookup.basis
+                    basis = lookup.basis if reply == Superseded() else basis
             entry = lookup.entry
             if entry is not None and entry != found:
                 return Fetched(entry.status, entry.body, entry, stored=True, elsewhere=True)
-        return await self._fetch(call, lookup, manner, give_up)
+        return await self._fetch(call, lookup, manner, due)
+
+    async def _tired_of_waiting(
+        self, call: Call, manner: Manner, due: Due, asked_at: float
+    ) -> ProxyError | None:
+        """Say why a fetch waits no longer for another replica's, which it last asked for at `asked_at`.
+
+        Once, when its own wait for the quota would be over: whether that is what the other waits for.
+        """
+        now = self._monotonic()
+        began, last = due.wait - self._max_wait_s, due.wait + self._total_timeout_s
+        if now > min(began + STALE_PATIENCE_S if manner is OR_STALE else last, self._closing.due):
+            return UpstreamFailedElsewhere(
+                "another replica fetches this, and did not bring it in time; this one did not ask the API",
+                status=NotCached.status,
+                error_id=NotCached.id,
+                proxy_error="proxy_internal_response",
+                retry_after_s=None,
+            )
+        if asked_at < due.wait <= now:
+            return await self._upstream.refusal(call, manner.call_class)
+        return None
+
+    def _due(self, began: float) -> Due:
+        wait = began + self._max_wait_s
+        return Due(wait, wait + self._total_timeout_s + _SPARE_S)
 
     async def _fetch_leased(
-        self, lease: Leased, call: Call, lookup: Lookup, manner: Manner, give_up: float
+        self, lease: Leased, call: Call, lookup: Lookup, manner: Manner, due: Due
     ) -> Fetched | ProxyError:
         """Fetch, keep the lease meanwhile, and leave what was not stored for those who wait."""
         renewing = asyncio.create_task(self._keep(lease), name="lease")
         record = None
         try:
-            result = await self._fetch(call, lookup, manner, give_up)
+            result = await self._fetch(call, lookup, manner, due)
             record = _record(result)
             return result
         finally:
@@ -250,14 +286,12 @@ class Fetcher:
             await asyncio.sleep(_LEASE_RENEWAL_S)
             await self._store.renew(lease)
 
-    async def _fetch(
-        self, call: Call, lookup: Lookup, manner: Manner, give_up: float
-    ) -> Fetched | ProxyError:
+    async def _fetch(self, call: Call, lookup: Lookup, manner: Manner, due: Due) -> Fetched | ProxyError:
         """Ask the upstream, and do what its answer means for what is kept."""
         basis, validated = lookup.basis, lookup.entry
         validator = "" if validated is None else validated.validator
         try:
-            answer = await self._ask(call, validator, manner, give_up)
+            answer = await self._ask(call, validator, manner, due)
             verdict = self._policy.on_answer(
                 answer,
                 call.target,
@@ -304,21 +338,27 @@ class Fetcher:
             ratelimit=answer.ratelimit,
         )
 
-    async def _ask(self, call: Call, validator: str, manner: Manner, give_up: float) -> Answer:
-        """Ask, and once more where the connection ended before an answer began: a read may be repeated."""
+    async def _ask(self, call: Call, validator: str, manner: Manner, due: Due) -> Answer:
+        """Ask, and once more where the connection ended before an answer began: a read may be repeated.
+
+        Where there is no room for the repeat in time, that end is what the caller hears of.
+        """
         ask = partial(
-            self._upstream.ask, call, validator, call_class=manner.call_class, patient=manner.patient
+            self._upstream.ask,
+            call,
+            validator,
+            call_class=manner.call_class,
+            patient=manner.patient,
+            wait_until=due.wait,
+            answer_by=due.answer,
         )
         try:
-            async with asyncio.timeout(give_up - self._monotonic()):
-                try:
-                    return await ask()
-                except UpstreamDisconnected:
-                    return await ask()
-        except TimeoutError:
-            raise UpstreamTimeout(
-                "the upstream did not answer in time; try again", proxy_error="http_response_timeout"
-            ) from None
+            return await ask()
+        except UpstreamDisconnected as ended:
+            try:
+                return await ask()
+            except (QuotaSpent, Overloaded):
+                raise ended from None
 
     async def delete(self, call: Call) -> Deletion:
         """Forward a DELETE, once, and end what it ended or may have ended. Runs in a flight."""

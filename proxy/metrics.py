@@ -160,7 +160,7 @@ class Metrics:
         pending_invalidations: Callable[[], float],
         breaker_open: Callable[[], float],
         standings: Callable[[], Mapping[str, Standing]],
-        quota_limits: Mapping[str, int],
+        per_minute: int,
     ) -> None:
         """Tell where the gauges are read, at each scrape."""
         for name, read in (
@@ -173,7 +173,7 @@ class Metrics:
             ("upstream_breaker_open", breaker_open),
         ):
             self._watched[name].set_function(read)
-        self._quotas.watch(standings, quota_limits)
+        self._quotas.watch(standings, per_minute)
 
     def observe(
         self,
@@ -263,17 +263,17 @@ class _Quotas(Collector):
 
     def __init__(self) -> None:
         self._standings: Callable[[], Mapping[str, Standing]] = dict
-        self._limits: Mapping[str, int] = {}
+        self._per_minute = 0
         self._callers: dict[str, None] = {}
 
     def expect(self, caller: str) -> None:
         """Show from now on that a caller does not cool down, before it has made a call, too."""
         self._callers[caller] = None
 
-    def watch(self, standings: Callable[[], Mapping[str, Standing]], limits: Mapping[str, int]) -> None:
-        """Tell where they are read."""
+    def watch(self, standings: Callable[[], Mapping[str, Standing]], per_minute: int) -> None:
+        """Tell where they are read, and the minute's limit, which no answer of the API tells."""
         self._standings = standings
-        self._limits = limits
+        self._per_minute = per_minute
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Give the three families; `other` stands as the worst of all callers without an alias.
@@ -294,8 +294,11 @@ class _Quotas(Collector):
             if caller not in standings:
                 cooldown.add_metric((caller,), 0)
         for caller, standing in standings.items():
-            for window, left in (("minute", standing.minute), ("hour", standing.hour)):
-                limit.add_metric((caller, window), self._limits[window])
+            for window, left, most in (
+                ("minute", standing.minute, self._per_minute),
+                ("hour", standing.hour, standing.per_hour),
+            ):
+                limit.add_metric((caller, window), most)
                 remaining.add_metric((caller, window), left)
             cooldown.add_metric((caller,), standing.cooldown_s)
         yield from (limit, remaining, cooldown)

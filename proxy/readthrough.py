@@ -33,6 +33,9 @@ from proxy.flights import Flights, Landed, Owner
 from proxy.invalidator import Invalidator
 from proxy.refreshing import Refresher
 
+_COOLING = ("cooldown", "operation")
+"""What a token's calls wait for where the API asked them to: all of them, or one operation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
@@ -168,7 +171,7 @@ class ReadThrough:
         detail, in_vain = Detail.STALE_IF_ERROR, False
         match answer:
             case Failed(QuotaSpent() as spent):  # nobody was asked; so below
-                detail = Detail.COOLDOWN if spent.window == "cooldown" else Detail.QUOTA
+                detail = Detail.COOLDOWN if spent.window in _COOLING else Detail.QUOTA
                 cache_status = hit(entry.ttl_s(now), detail)
             case Failed(NotSent()):
                 cache_status = hit(entry.ttl_s(now), detail)

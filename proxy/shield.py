@@ -8,14 +8,14 @@ up. Nobody waits here for a flight that all its callers have left.
 
 import asyncio
 import math
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from http import HTTPStatus
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol
 
-from proxy.accounts import Account, Accounts, Settlement, Turn
+from proxy.accounts import Account, Accounts, Turn
 from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.breaker import Breaker
@@ -23,21 +23,19 @@ from proxy.core.errors import (
     Overloaded,
     QuotaSpent,
     TokenRefused,
-    UpstreamError,
-    UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import GIVEN_UP, CallSettled, QuotaWait, Route, Standing
-from proxy.core.http import parse_remaining
-from proxy.core.identity import Partition, Token
+from proxy.core.events import CallSettled, QuotaWait, Route, Standing
+from proxy.core.identity import ListQuery, Partition, Token
+from proxy.core.operations import operation
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import Call
 from proxy.flights import end_if_abandoned, while_awaited
-
-T = TypeVar("T")
+from proxy.line import Asker, Line
+from proxy.passage import Passage, error_type, outcome_unknown
 
 _STRANGERS = Account(Partition("strangers"), "")
 """The account that all tokens share which the upstream never took."""
@@ -49,17 +47,8 @@ _LONGEST_PAUSE_S = 1.0
 
 _TROUBLE = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 
-_NOT_SENT = frozenset(
-    {
-        "dns_error",
-        "connection_refused",
-        "connection_timeout",
-        "destination_unavailable",
-        "tls_certificate_error",
-        "tls_protocol_error",
-    }
-)
-"""Error types of RFC 9209 that say that there was no connection to send anything over."""
+_LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.DELETE})
+"""Kinds of calls of which some have a limit of their own: a 429 with calls left tells it."""
 
 
 class Upstream(Protocol):
@@ -72,7 +61,7 @@ class Upstream(Protocol):
 class Shield:
     """Asks the upstream for calls that may be made.
 
-    `max_wait_s` bounds what a call waits here, `total_timeout_s` the call itself.
+    `max_wait_s` bounds what a call waits here, `total_timeout_s` the call itself, from when it is sent.
     """
 
     def __init__(
@@ -101,7 +90,7 @@ class Shield:
         self._observe = observe
         self._monotonic = monotonic
         self._closing = closing
-        self._lines: dict[tuple[Partition, bool], _Line] = {}
+        self._lines: dict[tuple[Partition, bool], Line] = {}
         self._breakers: defaultdict[Route, Breaker] = defaultdict(Breaker)
         """For each kind of request: lists that are slow say nothing about single reads."""
 
@@ -120,6 +109,7 @@ class Shield:
                 min(standing.minute, other.minute),
                 min(standing.hour, other.hour),
                 max(standing.cooldown_s, other.cooldown_s),
+                min(standing.per_hour, other.per_hour),
             )
         return worst
 
@@ -130,18 +120,37 @@ class Shield:
         *,
         call_class: CallClass = CallClass.MISS,
         patient: bool = True,
+        wait_until: float = math.inf,
+        answer_by: float = math.inf,
     ) -> Answer:
         """Ask, when the quota has room; without `patient` only if it has now.
 
-        Raises UpstreamError or NotSent.
+        The wait ends at `wait_until` and the call at `answer_by` (monotonic), where these come before their
+        usual bounds. Raises UpstreamError or NotSent.
         """
+        path = "/v2/snapshots" if isinstance(call.target, ListQuery) else f"/v2/snapshots/{call.target.text}"
         passing = self.admitted(
-            call.route, call.token, call.key.partition, call.caller, call_class, patient=patient
+            call.route,
+            call.token,
+            call.key.partition,
+            call.caller,
+            call_class,
+            operation=operation(call.method, path),
+            patient=patient,
+            wait_until=wait_until,
+            answer_by=answer_by,
         )
         async with passing as passage:
             answer = await passage.wait_for(self._upstream.ask(call, passage.deadline, validator))
-            passage.answered(answer.status, answer.ratelimit, answer.retry_after_s)
+            passage.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
             return replace(answer, remaining_share=passage.remaining_share)
+
+    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+        """Say why a call would not be made now. None: it would, or a call on its way tells first."""
+        postponed = await self._accounts.foresee(
+            self._account(call.token, call.key.partition, call.caller), call_class, 1
+        )
+        return None if postponed is None or postponed.window == "turn" else _spent(postponed)
 
     @asynccontextmanager
     async def admitted(
@@ -152,21 +161,29 @@ class Shield:
         caller: str,
         call_class: CallClass,
         *,
+        operation: str,
         patient: bool = True,
-    ) -> AsyncIterator["Passage"]:
-        """Let one call through. Whoever is inside makes it, and says what was answered.
+        wait_until: float = math.inf,
+        answer_by: float = math.inf,
+    ) -> AsyncIterator[Passage]:
+        """Let one call of an `operation` through. Whoever is inside makes it, and says what was answered.
 
-        Raises as `ask` does.
+        The other arguments are those of `ask`, and so is what it raises.
         """
         breaker = self._breakers[route]
         self._refuse_while_paused(breaker)
-        give_up = self._monotonic() + (self._max_wait_s if patient else 0.0)
-        account = Account(partition, caller, self._previous_partition and self._previous_partition(token))
+        asked_at = self._monotonic()
+        give_up = min(asked_at + (self._max_wait_s if patient else 0.0), wait_until)
+        account = self._account(token, partition, caller)
         name = (partition, call_class is CallClass.WRITE)
-        line = self._lines.setdefault(name, _Line())
+        line = self._lines.setdefault(name, Line())
         line.calls += 1
         try:
-            turn = await self._turn(line, account, call_class, patient=patient)
+            asker = Asker(account, operation, call_class, give_up, line.refusals)
+            turn = await self._turn(line, asker, patient=patient)
+            self._observe(QuotaWait(self._monotonic() - asked_at))
+            if not turn.known:
+                await self._let_a_stranger_in(account, turn)
             # What is passed through may last, and tokens can be made up: these count as one.
             one = turn.known or route is not Route.PASSTHROUGH
             async with AsyncExitStack() as held:
@@ -176,8 +193,15 @@ class Shield:
                 except BaseException:  # also where it was given up: the turn was not used
                     await self._accounts.give_back(account, turn)
                     raise
+                passage = Passage(
+                    min(self._monotonic() + self._total_timeout_s, answer_by),
+                    self._share_of(turn),
+                    self._closing,
+                    operation,
+                    by_remaining=route in _LIMITED_APART,
+                )
                 is_write = call_class is CallClass.WRITE
-                async with self._passage(route, account, turn, is_write=is_write) as passage:
+                async with self._passage(route, account, turn, passage, is_write=is_write):
                     yield passage
         finally:
             line.calls -= 1
@@ -194,26 +218,31 @@ class Shield:
                 proxy_error="destination_unavailable",
             )
 
-    async def _turn(self, line: "_Line", account: Account, call_class: CallClass, *, patient: bool) -> Turn:
+    def _account(self, token: Token, partition: Partition, caller: str) -> Account:
+        return Account(partition, caller, self._previous_partition and self._previous_partition(token))
+
+    async def _turn(self, line: Line, asker: Asker, *, patient: bool) -> Turn:
         """Ask at once where nobody waits, else in order of arrival. Raises NotSent."""
         end_if_abandoned()
-        asked_at = self._monotonic()
-        if not patient and call_class is CallClass.MISS:
-            call_class = CallClass.REFRESH  # it has something to serve: others have not
-        answered, refusals = line.answered, line.refusals
-        decision = line.postponed if line.queue else await self._accounts.admit(account, call_class)
+        if not patient and asker.call_class is CallClass.MISS:
+            asker = asker._replace(call_class=CallClass.REFRESH)  # it has something to serve: others have not
+        answered = line.answered
+        decision: Turn | Postponed
+        if line.queue:
+            decision = self._accounts.cooling(asker.account, asker.operation) or line.postponed
+        else:
+            decision = await self._admit(asker)
         if isinstance(decision, Postponed):
-            if not patient:
-                raise QuotaSpent(decision.window, decision.wait_s)
-            asker = _Asker(account, call_class, asked_at + self._max_wait_s, refusals)
+            if not patient or decision.window == "operation":
+                raise _spent(decision)
             decision = await self._wait(line, asker, decision, answered)
-        self._observe(QuotaWait(self._monotonic() - asked_at))
-        if not decision.known:
-            await self._let_a_stranger_in(account, decision)
         return decision
 
+    async def _admit(self, asker: Asker) -> Turn | Postponed:
+        return await self._accounts.admit(asker.account, asker.call_class, asker.operation)
+
     async def _wait(
-        self, line: "_Line", asker: "_Asker", decision: Turn | Postponed, answered: asyncio.Event
+        self, line: Line, asker: Asker, decision: Turn | Postponed, answered: asyncio.Event
     ) -> Turn:
         """Stand in line, and ask until there is a turn, or none will be in time."""
         place = asyncio.get_running_loop().create_future()
@@ -226,7 +255,7 @@ class Shield:
                         async with self._closing.timeout(self._left_s(asker), spare_s=self._total_timeout_s):
                             await place
                 except TimeoutError:
-                    raise QuotaSpent(line.postponed.window, line.postponed.wait_s) from None
+                    raise _spent(line.postponed) from None
                 answered = line.answered
                 decision = await self._ask_again(line, asker)
             while isinstance(decision, Postponed):
@@ -238,10 +267,12 @@ class Shield:
         finally:
             line.leave(place)
 
-    async def _ask_again(self, line: "_Line", asker: "_Asker") -> Turn | Postponed:
-        """Ask, unless the upstream refused the token since this call came. Raises TokenRefused."""
+    async def _ask_again(self, line: Line, asker: Asker) -> Turn | Postponed:
+        """Ask, unless the token or the operation was refused since this call came. Raises NotSent."""
         line.turn_away_if_refused(asker)
-        decision = await self._accounts.admit(asker.account, asker.call_class)
+        decision = await self._admit(asker)
+        if isinstance(decision, Postponed) and decision.window == "operation":
+            raise _spent(decision)
         try:
             line.turn_away_if_refused(asker)
         except TokenRefused:
@@ -250,27 +281,27 @@ class Shield:
             raise
         return decision
 
-    async def _refuse_the_hopeless(self, asker: "_Asker", need: int) -> None:
+    async def _refuse_the_hopeless(self, asker: Asker, need: int) -> None:
         """Refuse at once whoever stands so far behind that the window has no room in time."""
         postponed = await self._accounts.foresee(asker.account, asker.call_class, need)
         if postponed is None or postponed.window == "turn":
             return
         if postponed.wait_s > self._left_s(asker):
-            raise QuotaSpent(postponed.window, postponed.wait_s)
+            raise _spent(postponed)
 
-    async def _pause(self, asker: "_Asker", postponed: Postponed, answered: asyncio.Event) -> None:
+    async def _pause(self, asker: Asker, postponed: Postponed, answered: asyncio.Event) -> None:
         """Wait until it makes sense to ask again: an answer may come before the time."""
         left_s = self._left_s(asker)
         turn = postponed.window == "turn"
         if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not turn):
-            raise QuotaSpent(postponed.window, postponed.wait_s)
+            raise _spent(postponed)
         pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
         with suppress(TimeoutError), while_awaited():
             async with self._closing.timeout(pause_s, spare_s=self._total_timeout_s):
                 await answered.wait()
 
-    def _left_s(self, asker: "_Asker") -> float:
+    def _left_s(self, asker: Asker) -> float:
         """Tell how long it may wait yet: there has to be time for its call before answers are due."""
         return min(asker.give_up, self._closing.due - self._total_timeout_s) - self._monotonic()
 
@@ -298,15 +329,22 @@ class Shield:
 
     @asynccontextmanager
     async def _passage(
-        self, route: Route, account: Account, turn: Turn, *, is_write: bool
-    ) -> AsyncIterator["Passage"]:
+        self, route: Route, account: Account, turn: Turn, passage: Passage, *, is_write: bool
+    ) -> AsyncIterator[None]:
         breaker = self._breakers[route]
         probe = breaker.begin(self._monotonic())
-        deadline = self._monotonic() + self._total_timeout_s
-        passage = Passage(deadline, self._share_of(turn.remaining), self._closing)
+
+        async def settle() -> None:
+            try:
+                await self._accounts.settle(account, turn, passage.settlement())
+            finally:
+                for line in self._lines_of(account):
+                    line.wake()
+
+        passage.settle = settle
         failure: BaseException | None = None
         try:
-            yield passage
+            yield
         except BaseException as error:
             failure = error
             if isinstance(error, (UpstreamTimeout, UpstreamUnreachable)):
@@ -321,149 +359,30 @@ class Shield:
                 for line in self._lines_of(account):
                     line.refuse()
             try:
-                await self._accounts.settle(account, turn, passage.settlement())
+                await passage.tell()
             finally:
-                for line in self._lines_of(account):
-                    line.wake()
                 self._observe(
                     CallSettled(
                         route,
                         account.caller,
                         passage.status,
-                        error=_error_type(failure),
-                        outcome_unknown=is_write and _outcome_unknown(passage.status, failure),
+                        error=error_type(failure),
+                        outcome_unknown=is_write and outcome_unknown(passage.status, failure),
                         breaker_open=breaker.is_open,
-                        cooldown_s=self._accounts.cooldown_s(account),
+                        cooldown_s=0.0 if passage.of_operation else self._accounts.cooldown_s(account),
                     )
                 )
 
-    def _lines_of(self, account: Account) -> "Iterator[_Line]":
+    def _lines_of(self, account: Account) -> Iterator[Line]:
         for is_write in (False, True):
             if line := self._lines.get((account.partition, is_write)):
                 yield line
 
-    def _share_of(self, remaining: tuple[int, int]) -> float:
+    def _share_of(self, turn: Turn) -> float:
         """Give the smaller part of both windows that is left, 0 to 1."""
-        minute, hour = remaining
-        return min(minute / self._limits.per_minute, hour / self._limits.per_hour)
+        minute, hour = turn.remaining
+        return min(minute / self._limits.per_minute, hour / turn.per_hour)
 
 
-class Passage:
-    """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went."""
-
-    __slots__ = ("_closing", "deadline", "remaining_share", "remaining_told", "retry_after_s", "status")
-
-    def __init__(self, deadline: float, remaining_share: float, closing: Closing) -> None:
-        self.deadline = deadline
-        self.remaining_share = remaining_share
-        self._closing = closing
-        self.status: int | None = None
-        self.remaining_told: int | None = None
-        self.retry_after_s: int | None = None
-
-    async def wait_for(self, answer: Awaitable[T]) -> T:
-        """Wait for the upstream's answer until ours is due. Raises UpstreamGivenUp."""
-        try:
-            async with self._closing.timeout():
-                return await answer
-        except TimeoutError:  # the upstream's own are UpstreamTimeouts
-            raise UpstreamGivenUp(
-                "this replica stops, and the upstream did not answer before; try again",
-                proxy_error="http_response_timeout",
-            ) from None
-
-    def answered(self, status: int, ratelimit: Iterable[tuple[str, str]], retry_after_s: int | None) -> None:
-        """Take note of the answer's status and of what it says about the quota."""
-        self.status = status
-        self.retry_after_s = retry_after_s
-        # On a 429 it can mean either window: it says nothing about the hour. On a 401 it is nobody's.
-        if status not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.UNAUTHORIZED):
-            self.remaining_told = parse_remaining(dict(ratelimit).get("ratelimit-remaining", ""))
-
-    def settlement(self) -> Settlement:
-        """Say what it means for the quota. A gateway's 5xx tells nothing about the token."""
-        status = self.status
-        refused = status == HTTPStatus.TOO_MANY_REQUESTS
-        return Settlement(
-            self.remaining_told,
-            answered=status is not None and not refused,
-            known=None
-            if status is None or refused or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-            else status != HTTPStatus.UNAUTHORIZED,
-            refused=refused,
-            retry_after_s=self.retry_after_s,
-        )
-
-
-def _error_type(failure: BaseException | None) -> str:
-    match failure:
-        case None:
-            return ""
-        case UpstreamError() if not isinstance(failure, UpstreamGivenUp):
-            return failure.proxy_error
-        case _:
-            return GIVEN_UP
-
-
-def _outcome_unknown(status: int | None, failure: BaseException | None) -> bool:
-    """Tell whether a write may or may not have been carried out: 5xx, or sent without an answer."""
-    match failure:
-        case _ if status is not None:
-            return status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        case UpstreamError():
-            return failure.proxy_error not in _NOT_SENT
-        case asyncio.CancelledError():
-            return True
-        case _:  # its body did not come to its end: that is its caller's fault
-            return False
-
-
-class _Asker(NamedTuple):
-    """Who asks for what, and until when; `refusals` are those of its line when it came."""
-
-    account: Account
-    call_class: CallClass
-    give_up: float
-    refusals: int
-
-
-class _Line:
-    """The calls of one token on this replica: how many (`Flights` bounds them), and who waits, in order."""
-
-    __slots__ = ("answered", "calls", "postponed", "queue", "refusals")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.queue: deque[asyncio.Future[None]] = deque()
-        self.postponed = Postponed(0.0, "turn")
-        """What the first of them was told last."""
-        self.answered = asyncio.Event()
-        """Is set, and replaced, when a call of the token was answered."""
-        self.refusals = 0
-        """So many calls of the token were answered 401."""
-
-    def leave(self, place: "asyncio.Future[None]") -> None:
-        """Give up a place in the queue; whoever is first then may ask."""
-        self.queue.remove(place)
-        if self.queue and not self.queue[0].done():
-            self.queue[0].set_result(None)
-
-    def wake(self) -> None:
-        """Tell the first who waits that a call was answered."""
-        self.answered.set()
-        self.answered = asyncio.Event()
-
-    def refuse(self) -> None:
-        """Tell all who wait that the upstream does not know the token: it would say so to each of them."""
-        self.refusals += 1
-        self.wake()
-        for place in self.queue:
-            if not place.done():
-                place.set_result(None)
-
-    def turn_away_if_refused(self, asker: _Asker) -> None:
-        """Raise TokenRefused where the token was refused after `asker` came."""
-        if self.refusals != asker.refusals:
-            raise TokenRefused(
-                "the API refused this token a moment ago, and was not asked again; send another"
-            )
+def _spent(postponed: Postponed) -> QuotaSpent:
+    return QuotaSpent(postponed.window, postponed.wait_s, postponed.replicas)

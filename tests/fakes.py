@@ -1,6 +1,7 @@
 """What the shield's tests put in the place of Redis and of the API: small, and true to the protocols."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.events import CallSettled, QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.operations import Operations
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -42,12 +44,14 @@ class FakeLedger:
     given_back: int = 0
     asked: int = 0
     _ledgers: dict[Partition, Ledger] = field(default_factory=dict)
+    _cooling: dict[Partition, Operations] = field(default_factory=dict)
     _births: count = field(default_factory=count)
     _born: int = 0
 
     def lose(self) -> None:
         """Forget everything."""
         self._ledgers.clear()
+        self._cooling.clear()
         self.known.clear()
         self._born = next(self._births) + 1
 
@@ -57,14 +61,20 @@ class FakeLedger:
             self._ledgers[partition] = Ledger(self.limits, call_s=self.call_s)
         return self._ledgers[partition]
 
-    async def admit(self, partition: Partition, call_class: CallClass) -> Admission | Postponed | None:
+    async def admit(
+        self, partition: Partition, call_class: CallClass, operation: str
+    ) -> Admission | Postponed | None:
         """Ask for one call."""
         self.asked += 1
         if await self._is_away():
             return None
-        reply = self.of(partition).admit(_now(), call_class)
+        cools_s = self._operations(partition).wait_s(_now(), operation)
+        if cools_s > 0:
+            return Postponed(cools_s, "operation")
+        ledger = self.of(partition)
+        reply = ledger.admit(_now(), call_class)
         if isinstance(reply, Postponed):
-            return replace(reply, remaining=self.of(partition).remaining())
+            return replace(reply, remaining=ledger.remaining(), per_hour=ledger.per_hour)
         return Admission(reply, partition in self.known, str(self._born))
 
     async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
@@ -82,6 +92,7 @@ class FakeLedger:
         partition: Partition,
         admitted: Admitted,
         remaining_told: int | None,
+        limit_told: int | None,
         *,
         answered: bool,
         known: bool | None,
@@ -91,7 +102,14 @@ class FakeLedger:
             return
         if known is not None:
             (self.known.add if known else self.known.discard)(partition)
-        self.of(partition).settle(admitted, _now(), remaining_told, answered=answered, known=known is True)
+        self.of(partition).settle(
+            admitted,
+            _now(),
+            remaining_told,
+            limit_told=limit_told,
+            answered=answered,
+            known=known is True,
+        )
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
         """Stop a token's calls."""
@@ -99,6 +117,18 @@ class FakeLedger:
             return None
         self.of(partition).cool(_now(), retry_after_s)
         return self.of(partition).standing(_now())[2]
+
+    async def cool_operation(
+        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+    ) -> bool:
+        """Stop one operation of a token."""
+        assert within_s == self.limits.minute_s
+        if await self._is_away():
+            return False
+        return self._operations(partition).cool(_now(), operation, retry_after_s)
+
+    def _operations(self, partition: Partition) -> Operations:
+        return self._cooling.setdefault(partition, Operations(self.limits.minute_s))
 
     async def _is_away(self) -> bool:
         await (asyncio.sleep(0) if self.held is None else self.held.wait())
@@ -114,12 +144,14 @@ class FakeApi:
     answers: dict[str, Callable[[], Answer]] = field(default_factory=dict)
     """For single snapshots, by id."""
     asked: list[tuple[float, str]] = field(default_factory=list)
+    due: float = math.inf
+    """When the answers to all that is asked are due at last."""
     _spent: Counter[Partition] = field(default_factory=Counter)
 
     async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
         """Answer once."""
         del validator
-        assert deadline == _now() + CALL_S
+        assert deadline == min(_now() + CALL_S, self.due)
         self.asked.append((_now(), call.target.text))
         self._spent[call.key.partition] += 1
         remaining = 5000 - self._spent[call.key.partition]
@@ -128,10 +160,18 @@ class FakeApi:
         return answer(200, remaining=remaining) if chosen is None else chosen()
 
 
-def answer(status: int, *, remaining: int | None = None, retry_after_s: int | None = None) -> Answer:
+def answer(
+    status: int,
+    *,
+    remaining: int | None = None,
+    limit: int | None = None,
+    retry_after_s: int | None = None,
+    body: bytes = b"",
+) -> Answer:
     """Make an answer of the upstream."""
-    ratelimit = () if remaining is None else (("ratelimit-remaining", str(remaining)),)
-    return Answer(status, b"", 0.0, retry_after_s, ratelimit)
+    told = (("ratelimit-remaining", remaining), ("ratelimit-limit", limit))
+    ratelimit = tuple((name, str(number)) for name, number in told if number is not None)
+    return Answer(status, body, 0.0, retry_after_s, ratelimit)
 
 
 def call(number: int = 1, partition: Partition = SOMEBODY, caller: str = "other") -> Call:

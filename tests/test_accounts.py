@@ -9,6 +9,7 @@ from fakes import CALL_S, SOMEBODY, FakeLedger, accounts
 from virtual import now, run
 
 from proxy.accounts import Account, Accounts, Settlement, Turn
+from proxy.core.identity import Partition
 from proxy.core.quota import CallClass, Limits, Postponed
 
 LIMITS = Limits(per_minute=60, per_hour=5000, reserve=0.1, minute_s=6.0, hour_s=360.0)
@@ -208,6 +209,153 @@ def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
         assert isinstance(turn, Turn)
         await one.settle(ACCOUNT, turn, Settlement(refused=True, retry_after_s=7))
         assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown")
+
+    run(main())
+
+
+def test_a_refusal_of_its_share_says_so() -> None:
+    """Where Redis cannot be asked, it is not the token whose calls are spent; with it, it is."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        one = fleet.replicas[0]
+        await burst(fleet, one, 54)
+        refused = await one.admit(ACCOUNT, CallClass.MISS)
+        assert isinstance(refused, Postponed)
+        assert (refused.window, refused.replicas) == ("minute", 0)
+        await asyncio.sleep(7)
+        fleet.ledger.away = True
+        await burst(fleet, one, 54)
+        refused = await one.admit(ACCOUNT, CallClass.MISS)
+        assert isinstance(refused, Postponed)
+        assert (refused.window, refused.replicas) == ("minute", 3)
+        behind = await one.foresee(ACCOUNT, CallClass.MISS, 2)
+        assert behind is not None
+        assert (behind.window, behind.replicas) == ("minute", 3)
+        await one.settle(ACCOUNT, await self_admitted(one), Settlement(refused=True, retry_after_s=9))
+        refused = await one.admit(ACCOUNT, CallClass.MISS)
+        assert isinstance(refused, Postponed)
+        assert (refused.window, refused.replicas) == ("cooldown", 0)
+
+    run(main())
+
+
+async def self_admitted(one: Accounts) -> Turn:
+    """Make a call of the reserve."""
+    turn = await one.admit(ACCOUNT, CallClass.WRITE)
+    assert isinstance(turn, Turn)
+    return turn
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["with-redis", "without"])
+def test_the_limit_that_was_told_holds_with_and_without_the_common_ledger(*, away: bool) -> None:
+    """Every replica hears of it through the common one, and goes on with its share of it."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        first, second, _ = fleet.replicas
+        turn = await first.admit(ACCOUNT, CallClass.MISS)
+        assert isinstance(turn, Turn)
+        assert turn.per_hour == 5000
+        await first.settle(ACCOUNT, turn, Settlement(29, 30, answered=True, known=True))
+        await fleet.call(second, await admitted_once(second))
+        fleet.ledger.away = away
+        await asyncio.sleep(0.5)
+        fleet.tells = False
+        calls = 0
+        while calls < 100 and isinstance(turn := await second.admit(ACCOUNT, CallClass.MISS), Turn):
+            assert turn.per_hour == 30
+            await second.settle(ACCOUNT, turn, Settlement(None, answered=True, known=True))
+            calls += 1
+        assert isinstance(turn, Postponed)
+        assert turn.window == "hour"
+        assert calls == (25 // 3 if away else 25)
+        assert dict(second.standings())["other"].per_hour == 30
+
+    run(main())
+
+
+async def admitted_once(replica: Accounts) -> Turn:
+    """Ask for one call, which there is room for."""
+    turn = await replica.admit(ACCOUNT, CallClass.MISS)
+    assert isinstance(turn, Turn)
+    return turn
+
+
+def test_during_a_rotation_both_ledgers_hear_of_the_limit() -> None:
+    """The one that has less left tells where the token stands."""
+
+    async def main() -> None:
+        fleet = Fleet(replicas=1)
+        one, both = fleet.replicas[0], Account(SOMEBODY, "other", Partition("b" * 32))
+        turn = await one.admit(both, CallClass.MISS)
+        assert isinstance(turn, Turn)
+        await one.settle(both, turn, Settlement(999, 1000, answered=True, known=True))
+        assert [fleet.ledger.of(each).per_hour for each in both.partitions] == [1000, 1000]
+        turn = await one.admit(both, CallClass.MISS)
+        assert isinstance(turn, Turn)
+        assert (turn.remaining, turn.per_hour) == ((58, 998), 1000)
+
+    run(main())
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["with-redis", "without"])
+def test_a_429_of_an_operation_stops_it_alone(*, away: bool) -> None:
+    """On all replicas, while Redis works; without it on the one that was told."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        first, second, _ = fleet.replicas
+        fleet.ledger.away = away
+        await asyncio.sleep(10)
+        await refuse(first, "one", 30)
+        assert await first.admit(ACCOUNT, CallClass.WRITE, "one") == Postponed(30.0, "operation")
+        assert isinstance(await first.admit(ACCOUNT, CallClass.WRITE, "another"), Turn)
+        elsewhere = await second.admit(ACCOUNT, CallClass.WRITE, "one")
+        assert isinstance(elsewhere, Turn if away else Postponed)
+        await asyncio.sleep(30)
+        assert isinstance(await first.admit(ACCOUNT, CallClass.WRITE, "one"), Turn)
+
+    run(main())
+
+
+async def refuse(replica: Accounts, operation: str, retry_after_s: int | None) -> None:
+    """Let one call of an operation be answered 429, which says that it is the operation's."""
+    turn = await replica.admit(ACCOUNT, CallClass.WRITE, operation)
+    assert isinstance(turn, Turn)
+    await replica.settle(ACCOUNT, turn, Settlement(refused_operation=operation, retry_after_s=retry_after_s))
+
+
+def test_an_operation_that_names_no_time_rests_for_a_moment() -> None:
+    """As a token does at least: 5 s of a minute."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        await refuse(fleet.replicas[0], "one", None)
+        reply = await fleet.replicas[0].admit(ACCOUNT, CallClass.WRITE, "one")
+        assert reply == Postponed(LIMITS.minute_s / 12, "operation")
+
+    run(main())
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["with-redis", "without"])
+def test_a_second_operation_within_a_minute_stops_the_token(*, away: bool) -> None:
+    """With Redis also where another replica was told of the first."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        first, second, third = fleet.replicas
+        fleet.ledger.away = away
+        await asyncio.sleep(10)
+        await refuse(first, "one", 30)
+        await asyncio.sleep(1)
+        await refuse(first if away else second, "another", 20)
+        stopped = (first,) if away else (first, second, third)
+        for replica in stopped:
+            assert await replica.admit(ACCOUNT, CallClass.MISS, "a-third") == Postponed(20.0, "cooldown")
 
     run(main())
 

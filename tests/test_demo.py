@@ -35,7 +35,7 @@ LINES = [
     r"200 snapshot-proxy; fwd=stale; detail=stale-if-error .* upstream \+0 = 1",
     r"60 x GET /v2/snapshots/ID, each another one",
     r"200 x (\d+), 429 x \d+ .* upstream \+\1 = \1",
-    r"429: snapshot-proxy: this token's calls of a minute are spent, and nothing usable is cached",
+    r"429: snapshot-proxy: this token's calls of a minute are spent; the API was not asked",
     r"429s that the upstream sent: 0",
     r"200 snapshot-proxy; hit; ttl=\d+ .* upstream \+0",
     r"416 requests answered with 10 calls, 1 of which found the upstream gone: 406 calls saved \(98%\)",

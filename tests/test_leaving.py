@@ -56,9 +56,11 @@ class Ledger(FakeLedger):
 
     admitted = 0
 
-    async def admit(self, partition: Partition, call_class: CallClass) -> Admission | Postponed | None:
+    async def admit(
+        self, partition: Partition, call_class: CallClass, operation: str
+    ) -> Admission | Postponed | None:
         """Ask for one call."""
-        reply = await super().admit(partition, call_class)
+        reply = await super().admit(partition, call_class, operation)
         self.admitted += isinstance(reply, Admission)
         return reply
 

@@ -34,7 +34,12 @@ BY = ("single", "list")
 CAUSES = ("delete", "purge", "unauthorized", "passthrough")
 OPERATIONS = ("lookup", "put", "seed", "lease", "end", "drop", "quota")
 RESULTS = ("ok", "timeout", "error", "corrupt")
-LIMITS = {"minute": 250, "hour": 5000}
+LIMITS = {
+    ("team-a", "minute"): 250,
+    ("team-a", "hour"): 20_000,
+    ("other", "minute"): 250,
+    ("other", "hour"): 5000,
+}
 CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "requests": (
         "counter",
@@ -97,8 +102,8 @@ def metrics() -> Metrics:
         secret_mismatch=lambda: 5,
         pending_invalidations=lambda: 7,
         breaker_open=lambda: False,
-        standings=lambda: {"team-a": Standing(200, 4000, 0.0), "other": Standing(0, 4999, 7.5)},
-        quota_limits=LIMITS,
+        standings=lambda: {"team-a": Standing(200, 4000, 0.0, 20_000), "other": Standing(0, 4999, 7.5, 5000)},
+        per_minute=250,
     )
     return declared
 
@@ -299,7 +304,7 @@ def test_how_callers_stand(metrics: Metrics) -> None:
         ("", "other", "hour"): 4999,
     }
     assert values(metrics, "quota_limit") == {
-        ("", caller, window): limit for caller in ALIASES for window, limit in LIMITS.items()
+        ("", caller, window): limit for (caller, window), limit in LIMITS.items()
     }
     assert values(metrics, "quota_cooldown_seconds") == {("", "other"): 7.5}
 
@@ -402,13 +407,13 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
         pending_invalidations=lambda: len(open_connections),
         breaker_open=lambda: bool(open_connections),
         standings=lambda: standings,
-        quota_limits=LIMITS,
+        per_minute=250,
     )
     assert values(metrics, "connections") == {}
     assert values(metrics, "upstream_breaker_open") == {}
     assert values(metrics, "quota_cooldown_seconds") == {}
     open_connections += [1, 2, 3]
-    standings["other"] = Standing(1, 2, 3.0)
+    standings["other"] = Standing(1, 2, 3.0, 5000)
     assert values(metrics, "connections") == {("",): 3}
     assert values(metrics, "upstream_breaker_open") == {("",): 1}
     assert values(metrics, "quota_cooldown_seconds") == {("", "other"): 3}

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -186,8 +187,16 @@ class Upstream:
     def __init__(self, *answers: Answer | ProxyError) -> None:
         self.answers = list(answers)
         self.asked: list[Asked] = []
+        self.due: list[tuple[float, float]] = []
+        self.refuses: QuotaSpent | None = None
         self.open = asyncio.Event()
         self.open.set()
+
+    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+        """Say why a call would not be made now."""
+        assert (call.key, call_class) == (KEY, CallClass.MISS)
+        await asyncio.sleep(0)
+        return self.refuses
 
     async def ask(
         self,
@@ -196,9 +205,12 @@ class Upstream:
         *,
         call_class: CallClass = CallClass.MISS,
         patient: bool = True,
+        wait_until: float = math.inf,
+        answer_by: float = math.inf,
     ) -> Answer:
         """Give or raise the next answer, while the upstream is `open`."""
         self.asked.append(Asked(call, validator, call_class, patient))
+        self.due.append((wait_until, answer_by))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         await self.open.wait()
         if isinstance(answer, Answer):
@@ -648,6 +660,7 @@ NOT_ASKED = "snapshot-proxy; hit; ttl=-61; detail={}"
         pytest.param(TIMEOUT, IN_VAIN, None, id="timeout"),
         pytest.param(UpstreamInvalid("it is odd"), IN_VAIN, None, id="invalid"),
         pytest.param(QuotaSpent("cooldown", 3), NOT_ASKED.format("cooldown"), "cooldown", id="cooldown"),
+        pytest.param(QuotaSpent("operation", 3), NOT_ASKED.format("cooldown"), "cooldown", id="operation"),
         pytest.param(QuotaSpent("minute", 3), NOT_ASKED.format("quota"), "stale", id="quota"),
         pytest.param(PAUSED, NOT_ASKED.format("stale-if-error"), "stale", id="paused"),
         pytest.param(Overloaded("too many"), NOT_ASKED.format("stale-if-error"), "stale", id="overloaded"),
@@ -793,7 +806,10 @@ def test_who_waits_for_another_replica(
 def test_nobody_waits_for_another_replica_for_ever(
     found: Entry | None, status: int, outcome: Outcome, after_s: float
 ) -> None:
-    """After the longest that a fetch may take it is a timeout; whoever has something stale is soon tired."""
+    """After the longest that a fetch may take it says so; whoever has something stale is soon tired.
+
+    Nothing is said of the upstream, which this replica did not ask.
+    """
 
     async def main() -> None:
         path, began = Path(Store(Lookup(found, BASIS)), Upstream(said())), now()
@@ -802,6 +818,26 @@ def test_nobody_waits_for_another_replica_for_ever(
         assert 0 <= now() - began - after_s <= LONGEST_POLL_S
         assert (answer.error.status if isinstance(answer, Failed) else answer.status) == status
         assert answer.outcome is outcome
+        assert path.upstream.asked == []
+        if isinstance(answer, Failed):
+            assert (answer.error.id, answer.error.proxy_error) == ("not_cached", "proxy_internal_response")
+            assert "did not ask the API" in str(answer.error)
+            assert "answer" not in str(answer.error)
+
+    run(main())
+
+
+def test_who_waits_for_another_replica_that_waits_for_the_quota() -> None:
+    """After the longest that it would wait for the quota itself it is told what it would be told then."""
+
+    async def main() -> None:
+        path, began = Path(Store(missing()), Upstream(said())), now()
+        path.store.leases = [HeldElsewhere()]
+        path.upstream.refuses = QuotaSpent("cooldown", 20)
+        answer = await path.get(call())
+        assert 0 <= now() - began - MAX_WAIT_S <= LONGEST_POLL_S
+        assert isinstance(answer, Failed)
+        assert answer.error is path.upstream.refuses
         assert path.upstream.asked == []
 
     run(main())
@@ -997,23 +1033,38 @@ async def test_a_read_is_repeated_once(
     assert path.upstream.asked == [Asked(read)] * asked
 
 
-def test_both_attempts_share_one_deadline() -> None:
-    """A connection that ends late leaves the second attempt what is left of the time."""
+@pytest.mark.parametrize("waits_s", [0.0, 4.0], ids=["at-once", "after-another-replica"])
+def test_both_attempts_are_due_when_the_fetch_is(waits_s: float) -> None:
+    """A connection that ends late leaves the second attempt what is left, and so does another's lease."""
 
     async def main() -> None:
         path, began = Path(Store(missing()), Upstream(DISCONNECTED, said())), now()
-        first = path.upstream.open = asyncio.Event()
-        asyncio.get_running_loop().call_later(15, first.set)
-        asking = asyncio.create_task(path.get(call()))
-        await asyncio.sleep(1)
-        path.upstream.open = asyncio.Event()  # the second attempt is never answered
-        failed = await asking
-        assert isinstance(failed, Failed)
-        assert isinstance(failed.error, UpstreamTimeout)
-        assert len(path.upstream.asked) == 2
-        assert now() - began == MAX_WAIT_S + TOTAL_TIMEOUT_S
+        if waits_s:
+            path.store.leases = [HeldElsewhere()] * 20 + [LEASE]
+        path.upstream.open.clear()
+        asyncio.get_running_loop().call_later(15, path.upstream.open.set)
+        assert isinstance(await path.get(call()), Served)
+        due = (began + MAX_WAIT_S, began + MAX_WAIT_S + TOTAL_TIMEOUT_S + 1)
+        assert path.upstream.due == [due, due]
 
     run(main())
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        pytest.param(SPENT, UpstreamDisconnected, id="no-quota-for-it"),
+        pytest.param(Overloaded("full"), UpstreamDisconnected, id="no-connection-for-it"),
+        pytest.param(REFUSED, TokenRefused, id="a-401-meanwhile"),
+        pytest.param(PAUSED, UpstreamPaused, id="a-breaker-meanwhile"),
+    ],
+)
+async def test_a_repeat_that_is_not_made(second: ProxyError, expected: type[ProxyError]) -> None:
+    """The upstream was asked, so nothing may say that it was not."""
+    path = Path(Store(missing()), Upstream(DISCONNECTED, second))
+    failed = await path.get(call())
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, expected)
 
 
 # -- who shares a fetch ----------------------------------------------------------------------------

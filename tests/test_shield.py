@@ -25,6 +25,7 @@ from proxy.core.errors import (
 )
 from proxy.core.events import CallSettled, Route, Standing
 from proxy.core.identity import ListKey, Partition, Token
+from proxy.core.operations import operation
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
@@ -106,7 +107,7 @@ def test_whoever_cannot_wait_so_long_is_told_at_once() -> None:
     async def main() -> None:
         it, began = gate(per_minute=1, max_wait_s=1.0), now()
         assert await outcome(ask(it)) == 200
-        with pytest.raises(QuotaSpent, match=r"calls of a minute are spent.*try again in 7 s") as caught:
+        with pytest.raises(QuotaSpent, match=r"calls of a minute are spent.*can be in 7 s") as caught:
             await it.shield.ask(call())
         assert caught.value.retry_after_s == 7
         assert now() == began
@@ -293,7 +294,9 @@ def test_nobody_has_all_connections(route: Route, many: list[Partition], at_s: l
         it.api.takes_s = 1.0
 
         async def pass_by(partition: Partition) -> None:
-            passing = it.shield.admitted(route, Token("token"), partition, "other", CallClass.MISS)
+            passing = it.shield.admitted(
+                route, Token("token"), partition, "other", CallClass.MISS, operation="GET"
+            )
             async with passing as passage:
                 passage.answered((await it.api.ask(call(0, partition), passage.deadline)).status, (), None)
 
@@ -474,7 +477,7 @@ def test_a_429_stops_the_token_until_the_time_it_named() -> None:
         assert await outcome(ask(it)) == 429
         it.api.answer, it.api.takes_s = None, 0.5
         assert await outcome(ask(it, patient=False)) == (QuotaSpent, 3.0)
-        assert it.shield.standings() == {"other": Standing(0, 4999, 3.0)}
+        assert it.shield.standings() == {"other": Standing(0, 4999, 3.0, 5000)}
         waiting = [ask(it, number) for number in range(5)]
         assert [await outcome(each) for each in waiting] == [200] * 5
         at = [round(seconds - began, 1) for seconds, _ in it.api.asked[1:]]
@@ -500,6 +503,229 @@ def test_a_429_to_a_call_in_the_air_stops_those_that_come_after() -> None:
         assert await outcome(refused) == 429
         assert await outcome(late) == 200
         assert await outcome(ask(it)) == (QuotaSpent, 59.96)
+
+    run(main())
+
+
+# -- a 429 of one operation --------------------------------------------------------------------------
+
+
+SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - one request per 10m0s"}'
+
+
+async def pass_through(it: Gate, target: str, said: Answer | None = None, method: str = "POST") -> int:
+    """Pass one request through, and give its status: 200, or what is `said`."""
+    name = operation(method, target)
+    call_class = CallClass.WRITE if method == "POST" else CallClass.MISS
+    passing = it.shield.admitted(
+        Route.PASSTHROUGH, Token("token"), SOMEBODY, "other", call_class, operation=name
+    )
+    async with passing as passage:
+        told = said or answer(200, remaining=4990)
+        passage.answered(told.status, told.ratelimit, told.retry_after_s, told.body)
+        return told.status
+
+
+@pytest.mark.parametrize(
+    ("said", "window"),
+    [
+        pytest.param(answer(429, remaining=4990, retry_after_s=600), "operation", id="calls-are-left"),
+        pytest.param(answer(429, retry_after_s=600, body=SAID), "operation", id="its-text-says-so"),
+        pytest.param(answer(429, remaining=0, retry_after_s=600, body=SAID), "operation", id="the-text-wins"),
+        pytest.param(answer(429, remaining=0, retry_after_s=600), "cooldown", id="the-tokens"),
+        pytest.param(answer(429, retry_after_s=600), "cooldown", id="nothing-said"),
+    ],
+)
+def test_whose_limit_a_429_to_a_passed_through_request_is(said: Answer, window: str) -> None:
+    """The operation's stops that method and path, and nothing else: reads and health checks go on."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1000), now()
+        assert await pass_through(it, "/v2/volumes/1/snapshots", said) == 429
+        with pytest.raises(QuotaSpent) as caught:
+            await pass_through(it, "/v2/volumes/1/snapshots")
+        assert (caught.value.window, caught.value.wait_s) == (window, 600)
+        others = [
+            pass_through(it, "/v2/volumes/2/snapshots"),
+            pass_through(it, "/v2/volumes/1/snapshots", method="GET"),
+            pass_through(it, "/v2/account", method="GET"),
+        ]
+        if window == "operation":
+            assert await asyncio.gather(*others) == [200] * 3
+            assert await outcome(ask(it)) == 200
+            assert it.shield.standings()["other"].cooldown_s == 0
+        else:
+            for each in others:
+                with pytest.raises(QuotaSpent):
+                    await each
+        assert now() == began
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "window"),
+    [
+        pytest.param({}, answer(429, remaining=4990, retry_after_s=60), "cooldown", id="read"),
+        pytest.param({}, answer(429, retry_after_s=60, body=SAID), "operation", id="read-and-the-text"),
+        pytest.param(
+            {"method": "DELETE"}, answer(429, remaining=4990, retry_after_s=60), "operation", id="delete"
+        ),
+    ],
+)
+def test_whose_limit_a_429_to_a_call_of_ours_is(how: dict[str, str], said: Answer, window: str) -> None:
+    """A deletion may have a limit of its own, as what is passed through; a read only where it says so."""
+
+    async def main() -> None:
+        it = gate(per_minute=1000)
+        it.api.answers["1"] = lambda: said
+        one, another = (replace(call(number), **how) for number in (1, 2))  # type: ignore[arg-type]
+        assert (await it.shield.ask(one)).status == 429
+        with pytest.raises(QuotaSpent) as caught:
+            await it.shield.ask(one)
+        assert caught.value.window == window
+        if window == "operation":
+            assert (await it.shield.ask(another)).status == 200
+        assert len(it.api.asked) == (2 if window == "operation" else 1)
+
+    run(main())
+
+
+def test_an_operation_that_cools_down_is_refused_at_once_and_holds_nobody_back() -> None:
+    """Also where others wait for the window, and where it was refused while it waited itself."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=2), now()
+        busy = answer(429, remaining=4990, retry_after_s=8)
+        assert await pass_through(it, "/v2/cdn/endpoints", busy, "GET") == 429
+        await pass_through(it, "/v2/account", method="GET")
+        waiting = [
+            asyncio.create_task(pass_through(it, target, method="GET"))
+            for target in ("/v2/account", "/v2/account/keys", "/v2/sizes")
+        ]
+        await settle_down()
+        with pytest.raises(QuotaSpent, match="limits this operation"):
+            await pass_through(it, "/v2/cdn/endpoints", method="GET")
+        assert now() == began
+        await it.ledger.cool_operation(SOMEBODY, operation("GET", "/v2/account/keys"), 60, 6.0)
+        assert await waiting[0] == 200
+        with pytest.raises(QuotaSpent, match="limits this operation"):
+            await waiting[1]
+        assert await waiting[2] == 200
+        assert round(now() - began, 1) == 6.1
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+def test_what_a_429_tells_counts_before_its_body_has_gone() -> None:
+    """A caller who is slow to take it keeps nobody from hearing of it; it is told once."""
+
+    async def main() -> None:
+        it = gate()
+        passing = it.shield.admitted(
+            Route.PASSTHROUGH, Token("token"), SOMEBODY, "other", CallClass.WRITE, operation="one"
+        )
+        async with passing as passage:
+            passage.answered(429, (), 60, b"")
+            await passage.tell()
+            assert await outcome(ask(it)) == (QuotaSpent, 60.0)
+            left = it.ledger.of(SOMEBODY).remaining()
+        assert it.ledger.of(SOMEBODY).remaining() == left
+
+    run(main())
+
+
+# -- how long it may take ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "refused_at_s"),
+    [
+        pytest.param(1.0, 1.0, id="the-fetch-waited-before"),
+        pytest.param(-2.0, 0.0, id="for-too-long-already"),
+        pytest.param(99.0, 1.5, id="as-long-as-anybody"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1], ids=["first-in-line", "behind"])
+def test_a_wait_ends_when_it_has_to(wait_s: float, refused_at_s: float, place: int) -> None:
+    """With what is being waited for: nobody waits beyond that for its turn, wherever it stands."""
+
+    async def main() -> None:
+        it, began = gate(known=False, max_wait_s=1.5), now()
+        it.api.takes_s = 30.0
+        first = ask(it)
+        await settle_down()
+        before = [ask(it, 2) for _ in range(place)]
+        await settle_down()
+        late = ask(it, 3, wait_until=began + wait_s)
+        assert (await outcome(late))[0] is QuotaSpent  # type: ignore[index]
+        assert round(now() - began, 2) == refused_at_s
+        for each in (first, *before):
+            each.cancel()
+        await asyncio.wait([first, *before])
+
+    run(main())
+
+
+def test_a_call_ends_when_its_answer_is_due() -> None:
+    """The time of a call counts from when it is sent, however long it waited; but a fetch has an end, too."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1), now()
+        await ask(it, 1)
+        it.api.due = began + 7.0
+        assert await outcome(ask(it, 2, answer_by=began + 7.0)) == 200
+        assert round(it.api.asked[1][0] - began, 1) == 6.1
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("spent", "window"),
+    [(0, None), (10, "minute")],
+    ids=["room", "spent"],
+)
+def test_why_a_call_would_not_be_made(spent: int, window: str | None) -> None:
+    """Nothing is counted by asking that."""
+
+    async def main() -> None:
+        it = gate()
+        for _ in range(spent):
+            it.ledger.of(SOMEBODY).count(now())
+        refusal = await it.shield.refusal(call(), CallClass.MISS)
+        assert (refusal and refusal.window) == window
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 10 - spent
+
+    run(main())
+
+
+def test_a_call_on_its_way_tells_first() -> None:
+    """So there is no reason yet why another would not be made."""
+
+    async def main() -> None:
+        it = gate(known=False)
+        it.api.takes_s = 1.0
+        first = ask(it)
+        await settle_down()
+        assert await it.shield.refusal(call(), CallClass.MISS) is None
+        assert await outcome(first) == 200
+
+    run(main())
+
+
+def test_without_redis_a_refusal_names_the_replicas_share() -> None:
+    """Neither the token's calls are spent, nor is there a word of the upstream."""
+
+    async def main() -> None:
+        it = gate(per_minute=6, replicas=3, max_wait_s=0.0)
+        assert await outcome(ask(it)) == 200
+        it.ledger.away = it.strangers.away = True
+        assert await outcome(ask(it)) == 200
+        with pytest.raises(
+            QuotaSpent, match=r"Redis is away.*1/3 of this token's calls.*of a minute are spent"
+        ):
+            await it.shield.ask(call())
 
     run(main())
 
@@ -872,6 +1098,21 @@ def test_what_the_upstream_tells_of_the_hour(told: str, left: int) -> None:
         it.api.answer = lambda: Answer(200, b"", 0.0, None, (("ratelimit-remaining", told),))
         assert await outcome(ask(it)) == 200
         assert it.ledger.of(SOMEBODY).remaining()[1] == left
+
+    run(main())
+
+
+def test_the_share_that_is_left_is_of_the_limit_that_was_told() -> None:
+    """So a raised limit stretches no TTL, and a lowered one does."""
+
+    async def main() -> None:
+        for limit, remaining, share in ((20_000, 15_000, 0.75), (1000, 100, 0.1), (None, 2500, 0.5)):
+            it = gate(per_minute=1000)
+            it.api.answer = lambda limit=limit, left=remaining: answer(200, limit=limit, remaining=left)  # type: ignore[misc]
+            await ask(it, 1)
+            left = (await ask(it, 2)).remaining_share
+            assert left == pytest.approx(share, abs=0.002)
+            assert it.shield.standings()["other"].per_hour == (limit or 5000)
 
     run(main())
 

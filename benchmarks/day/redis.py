@@ -239,12 +239,15 @@ class Books:
         self.calls = 0
         """Admissions that were not given back."""
 
-    async def admit(self, partition: Partition, call_class: CallClass) -> Admission | Postponed | None:
-        """Ask for one call."""
+    async def admit(
+        self, partition: Partition, call_class: CallClass, operation: str
+    ) -> Admission | Postponed | None:
+        """Ask for one call. No operation of the day has a limit of its own."""
+        del operation
         ledger = self._ledger(partition)
         reply = ledger.admit(self._now(), call_class)
         if isinstance(reply, Postponed):
-            return replace(reply, remaining=ledger.remaining())
+            return replace(reply, remaining=ledger.remaining(), per_hour=ledger.per_hour)
         self.calls += 1
         return Admission(reply, partition in self._known)
 
@@ -262,6 +265,7 @@ class Books:
         partition: Partition,
         admitted: Admitted,
         remaining_told: int | None,
+        limit_told: int | None,
         *,
         answered: bool,
         known: bool,
@@ -269,13 +273,21 @@ class Books:
         """Take note of what became of a call."""
         if known:
             self._known.add(partition)
-        self._ledger(partition).settle(admitted, self._now(), remaining_told, answered=answered)
+        self._ledger(partition).settle(
+            admitted, self._now(), remaining_told, limit_told=limit_told, answered=answered
+        )
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
         """Stop the token's calls."""
         ledger = self._ledger(partition)
         ledger.cool(self._now(), retry_after_s)
         return ledger.standing(self._now())[2]
+
+    async def cool_operation(
+        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+    ) -> bool:
+        """Stop one operation of a token: none of the day is."""
+        raise NotImplementedError
 
     def _ledger(self, partition: Partition) -> Ledger:
         ledger = self._ledgers.get(partition)

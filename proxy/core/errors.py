@@ -148,15 +148,16 @@ class TokenRefused(NotSent):
 class QuotaSpent(NotSent):
     """The token's calls are spent, or it is cooling down, and waiting would be too long.
 
-    `window` is `minute`, `hour`, `cooldown`, or `turn`: an earlier call has to tell first where the token
-    stands. `wait_s` tells until when, from now.
+    `window` is `minute`, `hour`, `cooldown`, `operation` (only this method and path cool down), or `turn`: an
+    earlier call has to tell first where the token stands. `wait_s` tells until when, from now. `replicas` is
+    not 0 where Redis could not be asked for the token's calls, and this replica's share of them is spent.
     """
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     id = "too_many_requests"
     proxy_error = "http_request_denied"
 
-    def __init__(self, window: str, wait_s: float) -> None:
+    def __init__(self, window: str, wait_s: float, replicas: int = 0) -> None:
         self.window = window
         self.wait_s = wait_s
         until_s = max(math.ceil(wait_s), 1)
@@ -164,11 +165,16 @@ class QuotaSpent(NotSent):
         what = {
             "minute": "this token's calls of a minute are spent",
             "hour": "this token's calls of an hour are spent",
+            "operation": "the API limits this operation (this method and path) and asked to wait with it",
             "turn": "another call has to tell first how many calls this token has left",
         }.get(window, "the API asked this token to wait")
-        super().__init__(
-            f"{what}, and nothing usable is cached; the API was not asked, try again in {until_s} s"
-        )
+        if replicas and window in ("minute", "hour"):
+            mine = f"may make 1/{replicas} of" if replicas > 1 else "alone counts"
+            what = (
+                f"Redis is away, or was a moment ago, so this replica {mine} this token's calls,"
+                f" and those of {'a minute' if window == 'minute' else 'an hour'} are spent"
+            )
+        super().__init__(f"{what}; the API was not asked for this, and can be in {until_s} s")
 
 
 # -- the upstream is at fault ------------------------------------------------------------------

@@ -135,11 +135,12 @@ class UnknownValue:
 
 
 class Standing(NamedTuple):
-    """What a caller may still call in the minute and in the hour, and for how long not at all."""
+    """What a caller has left of the minute and of the hour, for how long nothing, and the hour's limit."""
 
     minute: int
     hour: int
     cooldown_s: float
+    per_hour: int
 
 
 @dataclass(frozen=True, slots=True)

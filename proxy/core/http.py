@@ -27,6 +27,9 @@ _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 _GZIP_STEP_BYTES = 65_536
 _ETAG_HEX = 32
 _MOST_DIGITS = 9
+_HIGHEST_LIMIT = 1_000_000
+"""Calls in an hour; also of `quota.per_hour`."""
+
 _ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
 
@@ -129,6 +132,14 @@ def retry_after(seconds: int | None) -> str:
 def parse_remaining(value: str) -> int | None:
     """Read `ratelimit-remaining`; None for what cannot be a number of calls."""
     return int(value) if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS else None
+
+
+def parse_limit(value: str, remaining: int | None) -> int | None:
+    """Read `ratelimit-limit`; None for what cannot be the hour's: absurd, or less than what remains."""
+    limit = parse_remaining(value)
+    if limit is None or remaining is None or not max(remaining, 1) <= limit <= _HIGHEST_LIMIT:
+        return None
+    return limit
 
 
 def _detail(detail: Detail | None) -> str:

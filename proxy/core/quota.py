@@ -12,73 +12,41 @@ refreshes, which nobody waits for, leave a tenth more. What others do with the s
 goes alone, and tells. Where nobody looked before, all of it may have been called just now: until that is a
 minute ago, calls that might not fit beside it go one by one, so that one 429 is enough to stop them.
 
+What the upstream tells may be wrong. So the calls of others are kept apart from our own: where they alone
+leave no room in the hour, one call in a while is admitted all the same, and where its answer tells of more
+room, calls of others are taken back; our own never are. The hour's limit is what `ratelimit-limit` told last.
+
 `proxy/storage/ledger.py` keeps the same ledger in Redis for all replicas, as a script; a test holds the two
 equal. This one serves where Redis is away, and the simulated day.
 """
 
 import math
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import NamedTuple
 
 from proxy.core.http import LONGEST_RETRY_AFTER_S
+from proxy.core.windows import CallClass, Count, Limits, Window
 
-MINUTE_BUCKETS = 60
-HOUR_BUCKETS = 120
+__all__ = [
+    "Admitted",
+    "CallClass",
+    "Ledger",
+    "Limits",
+    "Postponed",
+    "Window",
+    "stretched",
+]
 
 PAUSES = 12
-"""Part of a minute that a token rests where nobody said for how long: 5 s."""
+"""Part of a minute that a token rests where the upstream did not say for how long: 5 s. So soon a call checks
+what was told where that is hard to believe; later ones check it ever more seldom, at last each twelfth of an
+hour."""
 
 TURN_S = 2.0
 """A call that goes alone holds the others back for so long at most: its replica may have died, or the news
 of its answer be lost on the way to the ledger."""
 
-_REFRESH_SHARE = 0.9
 _STRETCH_FROM = 0.5
 _STRETCH_TO = 0.1
-
-
-class CallClass(IntEnum):
-    """Who goes first when calls are scarce."""
-
-    WRITE = 0
-    MISS = 1
-    REFRESH = 2
-
-
-class Window(NamedTuple):
-    """One of the upstream's limits: `limit` calls in any `length_s`, counted in buckets of `bucket_s`."""
-
-    name: str
-    limit: int
-    length_s: float
-    bucket_s: float
-
-    def ceiling(self, call_class: CallClass, reserve: float) -> int:
-        """Give how many calls the window may hold after one of this class was admitted; at least one."""
-        if call_class is CallClass.WRITE:
-            return self.limit
-        share = _REFRESH_SHARE if call_class is CallClass.REFRESH else 1.0
-        return max(int(self.limit * (1 - reserve) * share), 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Both windows, and the part kept for writes."""
-
-    per_minute: int
-    per_hour: int
-    reserve: float
-    minute_s: float = 60.0
-    hour_s: float = 3600.0
-
-    @property
-    def windows(self) -> tuple[Window, Window]:
-        """The minute, and the hour."""
-        return (
-            Window("minute", self.per_minute, self.minute_s, self.minute_s / MINUTE_BUCKETS),
-            Window("hour", self.per_hour, self.hour_s, self.hour_s / HOUR_BUCKETS),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +54,13 @@ class Admitted:
     """The call may be made.
 
     `at` is the moment as of which it counts until its answer is known. `remaining` are the calls left after
-    it, for the minute and for the hour; `probe` tells that it ends a cool-down, if it is answered.
+    it, for the minute and for the hour, whose limit is `per_hour`; `probe` tells that it ends a cool-down, if
+    it is answered.
     """
 
     at: float
     remaining: tuple[int, int]
+    per_hour: int
     probe: bool = False
     calls: int = 1
     """As how many it counts."""
@@ -101,12 +71,16 @@ class Postponed:
     """Not now. `wait_s` is when to ask again.
 
     `window` names what is spent (`minute`, `hour`), the `cooldown`, or `turn`: one call that tells where the
-    token stands has to come back first, which may be much sooner. `remaining` are the calls left, if told.
+    token stands has to come back first, which may be much sooner; an `operation` cools down by itself.
+    `remaining` are the calls left, of `per_hour` in the hour, where the common ledger said so. `replicas` is
+    0 where all calls of the token were counted; else the window is one replica's share, of so many.
     """
 
     wait_s: float
     window: str
     remaining: tuple[int, int] | None = field(default=None, compare=False)
+    per_hour: int | None = field(default=None, compare=False)
+    replicas: int = field(default=0, compare=False)
 
 
 def stretched(fresh_s: int, max_fresh_s: int, remaining_share: float) -> int:
@@ -130,7 +104,13 @@ class Ledger:
     def __init__(self, limits: Limits, *, call_s: float = 0.0) -> None:
         self.limits = limits
         self._call_s = call_s
-        self._counts = tuple(_Count(window) for window in limits.windows)
+        self._counts = tuple(Count(window) for window in limits.windows)
+        self._others = Count(limits.windows[1])
+        """Those in the hour that were called by others, as far as we were told."""
+        self._suspect_since = -math.inf
+        """Then the upstream told of more calls of others than fit into a minute."""
+        self._check_at = 0.0
+        """Then one call is admitted that only the calls of others leave no room for."""
         self._told_at: float | None = None
         self._doubted = False
         self._unknown = 0
@@ -143,16 +123,21 @@ class Ledger:
         self._cool_until: float | None = None
         self._probe_until = 0.0
 
+    @property
+    def per_hour(self) -> int:
+        """The hour's limit: what the upstream told last, before that the configured one."""
+        return self._counts[1].window.limit
+
     # -- may a call be made? ---------------------------------------------------------------------
 
     def admit(self, now: float, call_class: CallClass, calls: int = 1) -> Admitted | Postponed:
         """Admit a call that counts as `calls`, or say how long to wait."""
-        calls = min(
-            calls, *(window.ceiling(call_class, self.limits.reserve) for window in self.limits.windows)
-        )
-        postponed = self.foresee(now, call_class, calls)
+        calls = min(calls, *(self._ceiling(count, call_class) for count in self._counts))
+        postponed = self.foresee(now, call_class, calls, may_check=True)
         if postponed is not None:
             return postponed
+        if self._excess(call_class, calls) > 0:
+            self._check_at = now + self._pause_s(now)
         alone = self._goes_alone(now, call_class, calls)
         admitted = self.count(now, calls)
         if admitted.probe:
@@ -161,8 +146,13 @@ class Ledger:
             self._alone_until = self._turn_ends(admitted)
         return admitted
 
-    def foresee(self, now: float, call_class: CallClass, need: int = 1) -> Postponed | None:
-        """Say when `need` calls would be admitted; None: now."""
+    def foresee(
+        self, now: float, call_class: CallClass, need: int = 1, *, may_check: bool = False
+    ) -> Postponed | None:
+        """Say when `need` calls would be admitted; None: now.
+
+        With `may_check` they are one call, which may be the one that checks what was told.
+        """
         self._forget(now)
         if self._cool_until is not None:
             if now < self._cool_until:
@@ -171,11 +161,28 @@ class Ledger:
                 return Postponed(self._probe_until - now, "turn")
         elif now < self._alone_until and self._goes_alone(now, call_class, need):
             return Postponed(self._alone_until - now, "turn")
+        hour = self._counts[1]
         for count in self._counts:
-            wait_s = count.wait_s(now, count.window.ceiling(call_class, self.limits.reserve), need)
+            wait_s = count.wait_s(now, self._ceiling(count, call_class), need)
+            if may_check and count is hour and 0 < self._excess(call_class, need) <= self._others.total:
+                wait_s = min(wait_s, max(self._check_at - now, 0.0))
             if wait_s > 0:
                 return Postponed(wait_s, count.window.name)
         return None
+
+    def _ceiling(self, count: Count, call_class: CallClass) -> int:
+        return count.window.ceiling(call_class, self.limits.reserve)
+
+    def _excess(self, call_class: CallClass, need: int) -> int:
+        """Give how many calls the hour would hold too many with `need` more."""
+        hour = self._counts[1]
+        return hour.total + need - self._ceiling(hour, call_class)
+
+    def _pause_s(self, now: float) -> float:
+        """Give the time between two calls that check what was told: as long again as it was told for."""
+        minute, hour = self._counts
+        at_least_s = minute.window.length_s / PAUSES
+        return min(max(now - self._suspect_since, at_least_s), hour.window.length_s / PAUSES)
 
     def _goes_alone(self, now: float, call_class: CallClass, need: int) -> bool:
         """Tell whether the upstream has to tell first where the token stands.
@@ -189,7 +196,7 @@ class Ledger:
         if self._told_at is None or self._doubted:
             return not self._silent
         minute, hour = self._counts
-        ceiling = minute.window.ceiling(call_class, self.limits.reserve)
+        ceiling = self._ceiling(minute, call_class)
         if now < self._unknown_until and minute.total + self._unknown + need > ceiling:
             return True
         if self._others_at is None or now - self._others_at >= hour.window.length_s:
@@ -208,7 +215,7 @@ class Ledger:
         at = now + self._call_s
         for count in self._counts:
             count.add(at, calls)
-        return Admitted(at, self.remaining(), self._cool_until is not None, calls)
+        return Admitted(at, self.remaining(), self.per_hour, self._cool_until is not None, calls)
 
     def give_back(self, admitted: Admitted) -> None:
         """Take back an admission that was not used."""
@@ -225,10 +232,11 @@ class Ledger:
         now: float,
         remaining_told: int | None,
         *,
+        limit_told: int | None = None,
         answered: bool = True,
         known: bool = False,
     ) -> None:
-        """Take note of what became of an admitted call, and of the upstream's `ratelimit-remaining`.
+        """Take note of what became of an admitted call, and of `ratelimit-remaining` and `ratelimit-limit`.
 
         `answered` tells whether there was an answer other than 429, `known` whether it took the token.
         """
@@ -240,13 +248,16 @@ class Ledger:
             self._cool_until = None if answered else self._cool_until
         if self._alone_until == self._turn_ends(admitted):
             self._alone_until = 0.0
+        if limit_told is not None and self._is_credible(limit_told):
+            self._limit_hour(limit_told)
         if remaining_told is None:
             self._silent = self._silent or known
         elif remaining_told == 0:  # it can mean either window: the minute is the one that ends soon
             minute = self._counts[0]
             minute.add(now, max(minute.window.limit - minute.total, 0))
         else:
-            self._reconcile(now, remaining_told)
+            used_told = (limit_told or self.per_hour) - remaining_told
+            self._reconcile(now, used_told, admitted.at - self._call_s)
 
     def cool(self, now: float, retry_after_s: float | None) -> None:
         """Stop all calls after a 429: as long as it says, or until a call can have left the minute.
@@ -269,16 +280,22 @@ class Ledger:
         """Admit nothing for so long, an hour at most, and then one probe."""
         self._cool_until = max(self._cool_until or 0.0, now + min(wait_s, LONGEST_RETRY_AFTER_S))
 
-    def follow(self, now: float, remaining: tuple[int, int]) -> None:
+    def follow(self, now: float, remaining: tuple[int, int], per_hour: int | None = None) -> None:
         """Catch up with another ledger of the same token: what it has less is counted as called by others."""
         self._forget(now)
-        for count, left in zip(self._counts, remaining, strict=True):
-            missing = count.window.limit - left - count.total
-            if missing > 0:
-                count.add(now, missing)
-                self._others_at = now
-        self._told_at = now
-        self._doubted = False
+        if per_hour is not None:
+            self._limit_hour(per_hour)
+        of_minute, of_hour = (
+            max(count.window.limit - left - count.total, 0)
+            for count, left in zip(self._counts, remaining, strict=True)
+        )
+        minute, hour = self._counts
+        minute.add(now, of_minute)
+        for count in (hour, self._others):
+            count.add(now, of_hour)
+        if of_minute or of_hour:
+            self._others_at = now
+        self._heard(now, of_hour)
 
     def doubt(self) -> None:
         """Take it that others may have called in the last minute: the next call goes alone, and tells."""
@@ -291,95 +308,59 @@ class Ledger:
         minute, hour = (max(count.window.limit - count.total, 0) for count in self._counts)
         return minute, hour
 
-    def standing(self, now: float) -> tuple[int, int, float]:
-        """Give the calls left now in the minute and in the hour, and for how many seconds there are none."""
+    def standing(self, now: float) -> tuple[int, int, float, int]:
+        """Give the calls left now in both windows, for how long there are none, and the hour's limit."""
         self._forget(now)
-        return *self.remaining(), max((self._cool_until or now) - now, 0.0)
+        return *self.remaining(), max((self._cool_until or now) - now, 0.0), self.per_hour
 
     def _forget(self, now: float) -> None:
-        for count in self._counts:
+        for count in (*self._counts, self._others):
             count.forget(now)
 
-    def _reconcile(self, now: float, remaining_told: int) -> None:
-        """Count as called by others what the upstream misses in the hour.
+    def _limit_hour(self, limit: int) -> None:
+        hour = self._counts[1]
+        hour.window = hour.window._replace(limit=limit)
+
+    def _is_credible(self, limit: int) -> bool:
+        """Tell whether the hour's limit may be that: not a lower one that our own calls alone have spent."""
+        hour = self._counts[1]
+        own = hour.total - self._others.total
+        ceiling = hour.window._replace(limit=limit).ceiling(CallClass.MISS, self.limits.reserve)
+        return limit >= self.per_hour or ceiling > own
+
+    def _reconcile(self, now: float, used_told: int, asked_at: float) -> None:
+        """Count as called by others what the upstream misses in the hour, and take back what it does not.
 
         Calls in the air count as known to it: what they hide shows when they are back. When the others called
         nobody knows: it is taken as evenly since it last told. So much of it lies within the minute, and
-        counts there as of now. Where nobody looked before, the rest of it may lie there, too.
+        counts there as of now; unless that is more than the upstream admits. Where nobody looked before, the
+        rest of it may lie there, too. Only a call that was made after it last told can tell of more room: the
+        answers of a burst come in any order.
         """
         minute, hour = self._counts
         length_s = minute.window.length_s
-        missing = max(hour.window.limit - hour.total - remaining_told, 0)
+        missing = used_told - hour.total
+        if missing < 0 and self._told_at is not None and asked_at >= self._told_at:
+            hour.take_back(self._others, max(-missing - minute.after(now), 0))
+        missing = max(missing, 0)
         since = now - hour.window.length_s if self._told_at is None else self._told_at
         lately = math.floor(missing * length_s / max(now - since, length_s) + 0.5)
+        if missing > minute.window.limit * (1 + (now - since) / length_s):
+            lately = 0
         if missing:
             hour.spread(since, now, missing)
+            self._others.spread(since, now, missing)
             minute.add(now, lately)
             self._others_at = now
         if self._told_at is None or self._doubted:
             self._unknown = max(min(missing, minute.window.limit) - lately, 0)
             self._unknown_until = now + length_s
+        self._heard(now, missing)
+
+    def _heard(self, now: float, missing: int) -> None:
+        """Take note that where the token stands was told just now."""
+        if missing > self._counts[0].window.limit:
+            self._suspect_since = now
         self._told_at = now
         self._doubted = False
-
-
-@dataclass(slots=True)
-class _Count:
-    """The calls in one window, by bucket."""
-
-    window: Window
-    buckets: dict[int, int] = field(default_factory=dict)
-    total: int = 0
-    _next_leaves_at: float = math.inf
-
-    def add(self, at: float, calls: int) -> None:
-        if calls:
-            self._put(self._bucket(at), calls)
-
-    def spread(self, since: float, now: float, calls: int) -> None:
-        """Add calls that were made evenly over that time, as far as the window remembers it."""
-        first, last = self._bucket(max(min(since, now), now - self.window.length_s)), self._bucket(now)
-        steps = last - first + 1
-        for step in range(steps):
-            share = (step + 1) * calls // steps - step * calls // steps
-            if share:
-                self._put(first + step, share)
-
-    def take(self, at: float, calls: int) -> int:
-        """Take calls out of the bucket of `at`, and give how many there were: none where it has left."""
-        bucket = self._bucket(at)
-        taken = min(calls, self.buckets.get(bucket, 0))
-        if taken:
-            self.buckets[bucket] -= taken
-            self.total -= taken
-        return taken
-
-    def forget(self, now: float) -> None:
-        """Drop what has left the window: a bucket leaves when its last moment has."""
-        if now < self._next_leaves_at:
-            return
-        for bucket in [bucket for bucket in self.buckets if self._leaves_at(bucket) <= now]:
-            self.total -= self.buckets.pop(bucket)
-        self._next_leaves_at = min(map(self._leaves_at, self.buckets), default=math.inf)
-
-    def wait_s(self, now: float, ceiling: int, need: int) -> float:
-        """Tell how long until `need` more calls fit under `ceiling`; 0 where they do."""
-        excess = self.total + need - ceiling
-        if excess <= 0:
-            return 0.0
-        for bucket in sorted(self.buckets):
-            excess -= self.buckets[bucket]
-            if excess <= 0:
-                return self._leaves_at(bucket) - now
-        return self.window.length_s
-
-    def _put(self, bucket: int, calls: int) -> None:
-        self.buckets[bucket] = self.buckets.get(bucket, 0) + calls
-        self.total += calls
-        self._next_leaves_at = min(self._next_leaves_at, self._leaves_at(bucket))
-
-    def _bucket(self, at: float) -> int:
-        return math.floor(at / self.window.bucket_s)
-
-    def _leaves_at(self, bucket: int) -> float:
-        return (bucket + 1) * self.window.bucket_s + self.window.length_s
+        self._check_at = now + self._pause_s(now)

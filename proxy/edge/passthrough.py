@@ -5,17 +5,20 @@ begins, and where no answer comes.
 """
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 
 from aiohttp import ClientConnectionError, HttpVersion11, web
 from multidict import CIMultiDict
 
-from proxy.core.errors import RETRYABLE, BadRequest, NotSent, ProxyError
+from proxy.core.errors import RETRYABLE, BadRequest, NotSent, ProxyError, UpstreamError
 from proxy.core.events import Route
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after, retry_after
+from proxy.core.operations import operation
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
     EndsWhatBodyNames,
@@ -31,6 +34,9 @@ from proxy.flights import Abandoned, Flights, Owner
 from proxy.invalidator import Invalidator
 from proxy.shield import Shield
 from proxy.upstream import Streamed, Upstream, ratelimit
+
+_MOST_PEEKED_BYTES = 4096
+"""Of a 429's body so much is read before it is passed on: it may say what the API limits."""
 
 
 class Passthrough:
@@ -78,7 +84,12 @@ class Passthrough:
         try:
             async with (
                 self._shield.admitted(
-                    Route.PASSTHROUGH, forwarding.token, forwarding.partition, forwarding.caller, call_class
+                    Route.PASSTHROUGH,
+                    forwarding.token,
+                    forwarding.partition,
+                    forwarding.caller,
+                    call_class,
+                    operation=operation(forwarding.method, forwarding.target),
                 ) as passage,
                 AsyncExitStack() as streaming,
             ):
@@ -86,9 +97,14 @@ class Passthrough:
                     streaming.enter_async_context(self._upstream.stream(forwarding, body))
                 )
                 headers = CIMultiDict(answer.headers)
+                said = b""
+                if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+                    answer, said = await _peek(answer)
                 passage.answered(
-                    answer.status, ratelimit(headers), parse_retry_after(headers.get("Retry-After", ""))
+                    answer.status, ratelimit(headers), parse_retry_after(headers.get("Retry-After", "")), said
                 )
+                if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+                    await passage.tell()  # now: its caller may be slow to take it
                 if not _refuses(answer.status):
                     ended = await self._end(forwarding, body)
                 if answer.status == HTTPStatus.UNAUTHORIZED:
@@ -162,6 +178,33 @@ class _Body:
 def _refuses(status: int) -> bool:
     """Tell whether the upstream says that it did nothing."""
     return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+async def _peek(answer: Streamed) -> tuple[Streamed, bytes]:
+    """Read the beginning of an answer's body, inflated where it is gzip. Gives the whole answer, too."""
+    seen: list[bytes] = []
+    failure: UpstreamError | None = None
+    try:
+        async for chunk in answer.chunks:
+            seen.append(chunk)
+            if sum(map(len, seen)) >= _MOST_PEEKED_BYTES:
+                break
+    except UpstreamError as error:
+        failure = error
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for chunk in seen:
+            yield chunk
+        if failure is not None:
+            raise failure
+        async for chunk in answer.chunks:
+            yield chunk
+
+    said = b"".join(seen)
+    if CIMultiDict(answer.headers).get("Content-Encoding", "").strip().lower() == "gzip":
+        with suppress(zlib.error):
+            said = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(said, _MOST_PEEKED_BYTES)
+    return replace(answer, chunks=chunks()), said[:_MOST_PEEKED_BYTES]
 
 
 def _break_off(request: web.BaseRequest) -> None:

@@ -226,7 +226,7 @@ def _image(ask: Ask, snapshot: Snapshot) -> Answer:
     return Answer(200, encode({"image": image}))
 
 
-# Tags and the account
+# Tags, the account, and two lists of which nothing is there
 
 
 def _tag(ask: Ask, tag: str) -> Answer | Problem:
@@ -278,6 +278,18 @@ def _account(ask: Ask, _: str) -> Answer | Problem:
         "team": {"uuid": f"team-{team}", "name": team},
     }
     return Answer(200, encode({"account": account}))
+
+
+def _ssh_keys(ask: Ask, _: str) -> Answer | Problem:
+    return _none_of(ask, "ssh_key:read", "ssh_keys")
+
+
+def _cdn_endpoints(ask: Ask, _: str) -> Answer | Problem:
+    return _none_of(ask, "cdn:read", "endpoints")
+
+
+def _none_of(ask: Ask, scope: str, name: str) -> Answer | Problem:
+    return Answer(200, encode({name: [], "links": {}, "meta": {"total": 0}})) if ask.may(scope) else FORBIDDEN
 
 
 # What they share
@@ -343,6 +355,8 @@ _TABLE: tuple[tuple[Method, str, Action], ...] = (
     ("GET", "/v2/snapshots", _list_snapshots),
     ("DELETE", "/v2/snapshots/([^/]+)", _delete_snapshot),
     ("GET", "/v2/account", _account),
+    ("GET", "/v2/account/keys", _ssh_keys),
+    ("GET", "/v2/cdn/endpoints", _cdn_endpoints),
     ("GET", "/v2/volumes/snapshots/([^/]+)", _get_volume_snapshot),
     ("DELETE", "/v2/volumes/snapshots/([^/]+)", _delete_volume_snapshot),
     ("GET", "/v2/volumes/([^/]+)/snapshots", _list_of_volume),

@@ -10,7 +10,8 @@
   DELETE tokens/{label} revokes it: 204.
 - PUT snapshots/{id}: the snapshot as a JSON object, its team as `?team=…`: 204.
 - POST latency: `{"latency_s": seconds or [from, to]}`: 204.
-- POST reset: forgets faults, gates, log, counters, spent quota and changed latency: 204.
+- POST limits: `{"per_minute", "per_hour"}`, one or both: 204. What was called before counts on.
+- POST reset: forgets faults, gates, log, counters, spent quota, changed limits and latency: 204.
 
 What is wrong with a request is said in `{"error": …}`: 400, 404 for no such thing, 405 for no such method.
 Nothing here is logged, counted, limited or delayed. Tokens are named by label, and shown only to who makes
@@ -18,7 +19,7 @@ them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote
 
@@ -200,6 +201,11 @@ def _post_latency(service: Service, given: _Given) -> Outcome:
     return 204, None
 
 
+def _post_limits(service: Service, given: _Given) -> Outcome:
+    service.limits = replace(service.limits, **given.fields({"per_minute": (int,), "per_hour": (int,)}))
+    return 204, None
+
+
 def _post_reset(service: Service, _: _Given) -> Outcome:
     service.reset()
     return 204, None
@@ -214,5 +220,6 @@ _ACTIONS: Final[dict[tuple[str, bool], dict[str, Callable[[Service, _Given], Out
     ("tokens", True): {"DELETE": _revoke_token},
     ("snapshots", True): {"PUT": _put_snapshot},
     ("latency", False): {"POST": _post_latency},
+    ("limits", False): {"POST": _post_limits},
     ("reset", False): {"POST": _post_reset},
 }

@@ -50,6 +50,8 @@ class FaultKind(StrEnum):
     """302 to `location`."""
     NOT_MODIFIED = "not_modified"
     """304, asked for or not."""
+    HEADERS = "headers"
+    """The true answer, with `headers`."""
     SLOW_BODY = "slow_body"
     """The true answer, a byte each `delay_s`."""
     BAD_SCHEMA = "bad_schema"

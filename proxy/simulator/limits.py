@@ -1,12 +1,14 @@
-"""DigitalOcean's two rolling limits, per token, exact to the request.
+"""DigitalOcean's two rolling limits, per token, exact to the request; and those of some operations.
 
 Each admitted request counts from the instant it was made for the whole length of a window; a refused one
 never does. Knows no clock: `now` is Unix seconds and comes in.
 """
 
 import math
+import re
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,18 @@ Verdict = Admitted | Refused
 class Meter:
     """The requests of one token that still count. Holds at most `per_hour` + `per_minute` instants."""
 
+    limits: Limits
+    """May be changed at any time: DigitalOcean raises the hourly limit of some accounts."""
+
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._minute: deque[float] = deque()
         self._hour: deque[float] = deque()
         self._latest = -math.inf
 
     def admit(self, now: float) -> Verdict:
         """Count a request made at `now`, or refuse it. A clock that stepped back counts as standing still."""
-        limits = self._limits
+        limits = self.limits
         now = self._latest = max(now, self._latest)
         _forget(self._minute, now, limits.minute_s)
         _forget(self._hour, now, limits.hour_s)
@@ -81,12 +86,70 @@ class Meter:
         return Admitted(Standing(limits.per_hour, limits.per_hour - len(self._hour), self._reset(now)))
 
     def _reset(self, now: float) -> int:
-        return int((self._hour[0] if self._hour else now) + self._limits.hour_s)
+        return int((self._hour[0] if self._hour else now) + self.limits.hour_s)
 
 
 def unmetered(limits: Limits, now: float) -> Standing:
     """Return what callers without a known token are told: they are not limited here."""
     return Standing(limits.per_hour, limits.per_hour, int(now))
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method and path that has a limit of its own: so many `requests` of a token in any `within_s`.
+
+    Each path that the pattern takes is counted by itself.
+    """
+
+    method: str
+    path: re.Pattern[str]
+    requests: int
+    within_s: int
+
+    @property
+    def words(self) -> str:
+        """What the API says to one that is too many, as recorded for the first of `OPERATIONS`."""
+        requests = "one request" if self.requests == 1 else f"{self.requests} requests"
+        minutes, seconds = divmod(self.within_s, 60)
+        every = f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
+        return f"this operation is rate-limited - {requests} per {every}"
+
+
+OPERATIONS: Final = (
+    Operation("POST", re.compile(r"/v2/volumes/[^/]+/snapshots"), 1, 600),
+    Operation("GET", re.compile(r"/v2/account/keys"), 10, 60),
+    Operation("GET", re.compile(r"/v2/cdn/endpoints"), 5, 10),
+)
+"""Those of the API's description, and the one that clients of volumes report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """An operation has been asked for too often; `retry_after_s` until one more will do."""
+
+    words: str
+    retry_after_s: int
+
+
+class OperationMeter:
+    """The requests of all tokens for `OPERATIONS`. `minute_s` shrinks their times, as `Limits` does."""
+
+    def __init__(self, minute_s: float) -> None:
+        self._scale = minute_s / 60
+        self._made: dict[tuple[str, str, str], deque[float]] = {}
+
+    def refuse(self, token: str, method: str, path: str, now: float) -> Busy | None:
+        """Count a request, or refuse it."""
+        path = path.removesuffix("/")
+        for operation in OPERATIONS:
+            if operation.method == method and operation.path.fullmatch(path):
+                window_s = operation.within_s * self._scale
+                made = self._made.setdefault((token, method, path), deque())
+                _forget(made, now, window_s)
+                if len(made) >= operation.requests:
+                    return Busy(operation.words, max(1, math.ceil(made[0] + window_s - now)))
+                made.append(now)
+        return None
 
 
 def _forget(instants: deque[float], now: float, window_s: float) -> None:

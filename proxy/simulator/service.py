@@ -1,6 +1,7 @@
 """One request through the simulated service: log, limits, gates, faults, world, headers.
 
-The order is the law here: a request is logged, then counted or refused, held by gates `before`, meets its
+The order is the law here: a request is logged, then counted or refused, by what its token may call and
+by what its operation may be asked, held by gates `before`, meets its
 fault or none, is carried out, held by gates `after`, delayed, answered. Once it is logged it goes on, even
 if the client leaves. What it does not know: the listener.
 """
@@ -24,7 +25,17 @@ from proxy.simulator.answers import (
 )
 from proxy.simulator.faults import Fault, Faults, Truth, falsify
 from proxy.simulator.gates import Gate, Gates, Stage
-from proxy.simulator.limits import Admitted, Limits, Meter, Refused, Standing, Verdict, unmetered
+from proxy.simulator.limits import (
+    Admitted,
+    Busy,
+    Limits,
+    Meter,
+    OperationMeter,
+    Refused,
+    Standing,
+    Verdict,
+    unmetered,
+)
 from proxy.simulator.log import Call, CallLog, Counts
 from proxy.simulator.where import Where
 from proxy.simulator.wire import Reply, is_of_the_wire, leaves_status, strike, zipped
@@ -74,9 +85,10 @@ class Service:
         self.conditional = False
         self.envelope_request_id = None
         self.latency_s = self._initial_latency_s = latency_s
-        self._limits = limits
+        self._limits = self._initial_limits = limits
         self._clock = clock
         self._meters: dict[str, Meter] = {}
+        self._operations = OperationMeter(limits.minute_s)
         self._gates = Gates()
         self._log = CallLog(_LOG_SIZE)
         self._random = random.Random(1)
@@ -95,6 +107,17 @@ class Service:
         if not 0 <= low <= high:
             raise ValueError(f"a latency is 0 or more seconds, or a range of them, not {latency_s}")
         self._latency_s = latency_s
+
+    @property
+    def limits(self) -> Limits:
+        """What each token may call. DigitalOcean raises it for some accounts: what was called counts on."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        for meter in self._meters.values():
+            meter.limits = limits
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -143,11 +166,13 @@ class Service:
         return self._gates.hold(Where(method, path, token), stage)
 
     def reset(self) -> None:
-        """Forget faults, gates, log, counters, spent quota and changed latency. The world stays as it is."""
+        """Forget faults, gates, log, counters, spent quota, changed limits and latency. The world stays."""
         self.faults.clear()
         self._gates.open_all()
         self._log.clear()
         self._meters.clear()
+        self._limits = self._initial_limits
+        self._operations = OperationMeter(self._limits.minute_s)
         self.latency_s = self._initial_latency_s
 
     # One request
@@ -172,6 +197,10 @@ class Service:
                     refusal = replace(refusal, headers=(("retry-after", str(retry_after_s)),))
                 return await self._finish(exchange, standing, refusal, None)
             case Admitted(standing):
+                if busy := self._refuse_operation(token, call):
+                    refusal = self._envelope(replace(TOO_MANY_REQUESTS, message=busy.words), exchange)
+                    refusal = replace(refusal, headers=(("retry-after", str(busy.retry_after_s)),))
+                    return await self._finish(exchange, standing, refusal, None)
                 await self._gates.pass_through(call, "before")
                 fault = self.faults.take(call.method, call.path, call.token)
                 answer = NO_CONTENT
@@ -197,6 +226,12 @@ class Service:
         if meter is None:
             meter = self._meters[token.value] = Meter(self._limits)
         return meter.admit(now)
+
+    def _refuse_operation(self, token: Token | None, call: Call) -> Busy | None:
+        method = "GET" if call.method == "HEAD" else call.method
+        if token is None:
+            return None
+        return self._operations.refuse(token.value, method, call.path, self._clock())
 
     def _carry_out(self, exchange: _Exchange) -> Answer:
         if exchange.token is None:

@@ -5,6 +5,7 @@ versions that cannot read each other's values do not see them.
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 from proxy.core.identity import EntryKey, ListKey, Partition
@@ -54,6 +55,19 @@ class Keys:
     def quota(self, partition: Partition) -> bytes:
         """Name the ledger of one caller's calls."""
         return f"{self._mine(partition)}:quota".encode()
+
+    def others(self, partition: Partition) -> bytes:
+        """Name what a ledger counts for others who use the same token."""
+        return f"{self._mine(partition)}:quota:others".encode()
+
+    def operation(self, partition: Partition, operation: str) -> bytes:
+        """Name the cool-down of one operation of a caller, without the ids that are in its path."""
+        digest = sha256(f"{partition} {operation}".encode()).hexdigest()[:32]
+        return f"{self._mine(partition)}:quota:op:{digest}".encode()
+
+    def last_operation(self, partition: Partition) -> bytes:
+        """Name the place of the operation of a caller that was stopped last."""
+        return f"{self._mine(partition)}:quota:op".encode()
 
     def known(self, partition: Partition) -> bytes:
         """Name the mark of a caller whose token the upstream took."""

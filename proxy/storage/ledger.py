@@ -8,228 +8,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from proxy.core.events import StoreOperation
-from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.identity import Partition
-from proxy.core.quota import PAUSES, TURN_S, Admitted, CallClass, Limits, Postponed
+from proxy.core.quota import Admitted, CallClass, Limits, Postponed
+from proxy.core.windows import shares
 from proxy.storage.keys import Keys
+from proxy.storage.ledger_script import CORRUPT, SCRIPT
 from proxy.storage.link import Link, Unavailable
 from proxy.storage.readiness import Command
-
-_MARGIN_S = 60
-"""A ledger is kept for so much longer than it counts: the hour, but for the minute only where the upstream
-did not take the token lately. Tokens can be made up."""
-
-_KNOWN_S = 7 * 24 * 3600
-"""That the upstream took a token is kept longer than its calls: it may be used once a day."""
-
-_CORRUPT = "CORRUPT"
-
-_SCRIPT = f"""
-local question, given, call = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local now = tonumber(given)
-if not now then
-  local time = redis.call('TIME')
-  now = time[1] + time[2] / 1000000
-end
-local function window(name, prefix, first)
-  return {{name = name, prefix = prefix, limit = tonumber(ARGV[first]), length = tonumber(ARGV[first + 1]),
-          bucket = tonumber(ARGV[first + 2]), total = 0, buckets = {{}}}}
-end
-local minute, hour = window('minute', 'm', 4), window('hour', 'h', 7)
-local key, known_key, fields = KEYS[1], KEYS[2], {{}}
-
--- what is there: buckets of both windows, and moments; anything else is not ours
-local windows = {{m = minute, h = hour}}
-local flat = redis.pcall('HGETALL', key)
-local corrupt = flat.err
-for i = 1, #flat, 2 do
-  local name, value = flat[i], flat[i + 1]
-  local prefix, bucket = string.match(name, '^([mh])(%d+)$')
-  if prefix and string.match(value, '^%d+$') and #value < 10 then
-    windows[prefix].buckets[tonumber(bucket)] = tonumber(value)
-  elseif string.match(name, '^%u$') and string.match(value, '^%d+%.%d+$') then
-    fields[name] = tonumber(value)
-  else
-    corrupt = true
-  end
-end
-if corrupt then
-  redis.call('DEL', key)
-  return redis.error_reply('{_CORRUPT} it is deleted')
-end
-
-local function set(name, value)
-  if value then
-    value = string.format('%.6f', value)
-    redis.call('HSET', key, name, value)
-    fields[name] = tonumber(value)
-  elseif fields[name] then
-    redis.call('HDEL', key, name)
-    fields[name] = nil
-  end
-end
-local function is_known()
-  return redis.call('EXISTS', known_key) == 1
-end
-local function expire()
-  local window = (fields.C or is_known()) and hour or minute
-  redis.call('EXPIRE', key, math.ceil(window.length + call) + {_MARGIN_S})
-end
-local function put(window, bucket, calls)
-  if calls == 0 then return end
-  window.total = window.total + calls
-  window.buckets[bucket] = (window.buckets[bucket] or 0) + calls
-  redis.call('HINCRBY', key, window.prefix .. string.format('%d', bucket), calls)
-end
-local function add(window, at, calls)
-  put(window, math.floor(at / window.bucket), calls)
-end
-local function spread(window, since, calls)
-  local first = math.floor(math.max(math.min(since, now), now - window.length) / window.bucket)
-  local steps = math.floor(now / window.bucket) - first + 1
-  for step = 0, steps - 1 do
-    put(window, first + step, math.floor((step + 1) * calls / steps) - math.floor(step * calls / steps))
-  end
-end
-local function take(window, at)
-  local bucket = math.floor(at / window.bucket)
-  if (window.buckets[bucket] or 0) < 1 then return 0 end
-  put(window, bucket, -1)
-  return 1
-end
-local function wait(window, ceiling, need)
-  local excess = window.total + need - ceiling
-  if excess <= 0 then return 0 end
-  local numbers = {{}}
-  for number in pairs(window.buckets) do table.insert(numbers, number) end
-  table.sort(numbers)
-  for _, number in ipairs(numbers) do
-    excess = excess - window.buckets[number]
-    if excess <= 0 then return (number + 1) * window.bucket + window.length - now end
-  end
-  return window.length
-end
-local function turn_ends(at)
-  return tonumber(string.format('%.6f', at - math.max(call - {TURN_S}, 0)))
-end
-local function left(window)
-  return math.max(window.limit - window.total, 0)
-end
-local function postpone(seconds, why)
-  return {{0, string.format('%.6f', seconds), why, left(minute), left(hour)}}
-end
-
--- what has left its window; and what cannot be yet, after a failover to a server whose clock is behind
-for _, window in pairs(windows) do
-  for bucket, calls in pairs(window.buckets) do
-    if (bucket + 1) * window.bucket + window.length <= now or bucket * window.bucket > now + call then
-      redis.call('HDEL', key, window.prefix .. string.format('%d', bucket))
-      window.buckets[bucket] = nil
-    else
-      window.total = window.total + calls
-    end
-  end
-end
-local furthest = {{
-  A = {TURN_S}, C = {LONGEST_RETRY_AFTER_S}, P = math.max(call, minute.length / {PAUSES}),
-  T = 0, O = 0, V = minute.length,
-}}
-for name, seconds in pairs(furthest) do
-  if fields[name] and fields[name] > now + seconds + minute.bucket then
-    set(name, name == 'C' and now or nil)
-  end
-end
-
-if question == 'admit' then
-  local minutes, hours, need = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-  local refresh = ARGV[13] == '1'
-  local alone = call > 0 and not fields.T and not fields.S
-  if call > 0 and fields.T then
-    alone = now < (fields.V or 0) and minute.total + fields.U + need > minutes
-      or fields.O and now - fields.O < hour.length and now - fields.T > minute.bucket and not refresh
-  end
-  if fields.C then
-    if now < fields.C then return postpone(fields.C - now, 'cooldown') end
-    if now < (fields.P or 0) then return postpone(fields.P - now, 'turn') end
-  elseif alone and now < (fields.A or 0) then
-    return postpone(fields.A - now, 'turn')
-  end
-  local seconds = wait(minute, minutes, need)
-  if seconds > 0 then return postpone(seconds, 'minute') end
-  seconds = wait(hour, hours, need)
-  if seconds > 0 then return postpone(seconds, 'hour') end
-  if need > 1 then return {{2}} end
-  local at = tonumber(string.format('%.6f', now + call))
-  add(minute, at, 1)
-  add(hour, at, 1)
-  if fields.C then set('P', at) elseif alone then set('A', turn_ends(at)) end
-  if not fields.B then set('B', now) end
-  expire()
-  return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, is_known() and 1 or 0,
-          string.format('%.6f', fields.B)}}
-end
-
-if question == 'give back' then
-  local at = tonumber(ARGV[10])
-  take(minute, at)
-  take(hour, at)
-  if fields.A == turn_ends(at) then set('A', nil) end
-  if fields.P == at then set('P', nil) end
-  return {{}}
-end
-
-if question == 'settle' then
-  local at, told, probe = tonumber(ARGV[10]), tonumber(ARGV[11]), ARGV[12] == '1'
-  local answered, known = ARGV[13] == '1', ARGV[14]
-  add(minute, now, take(minute, at))
-  add(hour, now, take(hour, at))
-  if probe and fields.P == at then
-    if answered then
-      set('P', nil)
-      set('C', nil)
-    else
-      set('P', now + minute.length / {PAUSES})
-    end
-  end
-  if fields.A == turn_ends(at) then set('A', nil) end
-  if not told then
-    if known == '1' then set('S', 1) end
-  elseif told == 0 then
-    add(minute, now, math.max(minute.limit - minute.total, 0))
-  else
-    local missing = math.max(hour.limit - hour.total - told, 0)
-    local since = fields.T or now - hour.length
-    local lately = math.floor(missing * minute.length / math.max(now - since, minute.length) + 0.5)
-    if missing > 0 then
-      spread(hour, since, missing)
-      add(minute, now, lately)
-      set('O', now)
-    end
-    if not fields.T then
-      set('U', math.max(math.min(missing, minute.limit) - lately, 0))
-      set('V', now + minute.length)
-    end
-    set('T', now)
-  end
-  if known == '1' then redis.call('SET', known_key, 1, 'EX', {_KNOWN_S}) end
-  if known == '0' then redis.call('DEL', known_key) end
-  expire()
-  return {{}}
-end
-
-local seconds = tonumber(ARGV[10])
-if not seconds then
-  local oldest_leaves = wait(minute, math.max(minute.total, 1), 1)
-  seconds = math.min(math.max(oldest_leaves, minute.length / {PAUSES}), minute.length)
-elseif minute.total < minute.limit then
-  spread(minute, now - minute.length + seconds, minute.limit - minute.total)
-  set('V', nil)
-end
-set('C', math.max(fields.C or 0, now + seconds))
-set('P', nil)
-expire()
-return {{string.format('%.6f', fields.C - now)}}
-"""
 
 
 class Admission(NamedTuple):
@@ -266,23 +51,28 @@ class RedisLedger:
         self._observe = observe
 
     async def admit(
-        self, partition: Partition, call_class: CallClass, *, now: float | None = None
+        self,
+        partition: Partition,
+        call_class: CallClass,
+        operation: str = "",
+        *,
+        now: float | None = None,
     ) -> Admission | Postponed | None:
-        """Ask for one call."""
-        match await self._admit(partition, call_class, 1, now):
-            case [1, at, minute, hour, probe, known, born]:
-                admitted = Admitted(float(at), (minute, hour), bool(probe))
+        """Ask for one call, of an operation that may have a cool-down of its own."""
+        match await self._admit("admit", partition, call_class, 1, now=now, operation=operation):
+            case [1, at, minute, hour, probe, known, born, per_hour]:
+                admitted = Admitted(float(at), (minute, hour), per_hour, bool(probe))
                 return Admission(admitted, bool(known), born.decode())
-            case [0, wait_s, window, minute, hour]:
-                return Postponed(float(wait_s), window.decode(), (minute, hour))
+            case [0, wait_s, window, minute, hour, per_hour]:
+                return Postponed(float(wait_s), window.decode(), (minute, hour), per_hour)
             case _:
                 return None
 
     async def foresee(
         self, partition: Partition, call_class: CallClass, need: int, *, now: float | None = None
     ) -> Postponed | None:
-        """Ask when `need` calls, two or more, will be admitted; None: now, or Redis cannot tell."""
-        match await self._admit(partition, call_class, need, now):
+        """Ask when `need` calls will be admitted; None: now, or Redis cannot tell."""
+        match await self._admit("foresee", partition, call_class, need, now=now):
             case [0, wait_s, window, *_]:
                 return Postponed(float(wait_s), window.decode())
             case _:
@@ -297,20 +87,28 @@ class RedisLedger:
         partition: Partition,
         admitted: Admitted,
         remaining_told: int | None,
+        limit_told: int | None = None,
         *,
         answered: bool,
         known: bool | None,
         now: float | None = None,
     ) -> None:
-        """Take note of what became of a call.
+        """Take note of what became of a call, and of `ratelimit-remaining` and `ratelimit-limit`.
 
         `answered` tells whether there was an answer other than 429, `known` whether it took the token; None:
         it did not say.
         """
-        told = "" if remaining_told is None else remaining_told
-        took = "" if known is None else int(known)
         await self._ask(
-            "settle", partition, now, repr(admitted.at), told, int(admitted.probe), int(answered), took
+            "settle",
+            partition,
+            now,
+            repr(admitted.at),
+            "" if remaining_told is None else remaining_told,
+            int(admitted.probe),
+            int(answered),
+            "" if known is None else int(known),
+            "" if limit_told is None else limit_told,
+            repr(shares(CallClass.MISS, self._limits.reserve)[0]),
         )
 
     async def cool(
@@ -323,33 +121,71 @@ class RedisLedger:
             case _:
                 return None
 
-    async def _admit(self, partition: Partition, call_class: CallClass, need: int, now: float | None) -> Any:
-        ceilings = (window.ceiling(call_class, self._limits.reserve) for window in self._limits.windows)
-        return await self._ask("admit", partition, now, *ceilings, need, int(call_class is CallClass.REFRESH))
-
-    async def _ask(self, question: str, partition: Partition, now: float | None, *arguments: object) -> Any:
-        command: Command = (
-            "EVAL",
-            _SCRIPT,
-            2,
-            self._keys.quota(partition),
-            self._keys.known(partition),
-            question,
-            "" if now is None else repr(now),
-            repr(self._call_s),
-            *(str(part) for window in self._limits.windows for part in window[1:]),
-            *(str(argument) for argument in arguments),
+    async def cool_operation(
+        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+    ) -> bool:
+        """Stop one operation of a token. Tell whether another one was stopped `within_s` before."""
+        last, cooling = self._keys.last_operation(partition), self._keys.operation(partition, operation)
+        replies = await self._run(
+            ("GET", last),
+            ("SET", last, cooling, "PX", max(round(within_s * 1000), 1)),
+            ("SET", cooling, 1, "PX", max(round(retry_after_s * 1000), 1)),
         )
+        return replies is not None and replies[0] not in (None, cooling)
+
+    async def _admit(
+        self,
+        question: str,
+        partition: Partition,
+        call_class: CallClass,
+        need: int,
+        *,
+        now: float | None,
+        operation: str = "",
+    ) -> Any:
+        kept, share = shares(call_class, self._limits.reserve)
+        is_refresh = int(call_class is CallClass.REFRESH)
+        return await self._ask(
+            question, partition, now, repr(kept), repr(share), need, is_refresh, operation=operation
+        )
+
+    async def _ask(
+        self,
+        question: str,
+        partition: Partition,
+        now: float | None,
+        *arguments: object,
+        operation: str = "",
+    ) -> Any:
+        replies = await self._run(
+            (
+                "EVAL",
+                SCRIPT,
+                4,
+                self._keys.quota(partition),
+                self._keys.known(partition),
+                self._keys.others(partition),
+                self._keys.operation(partition, operation),
+                question,
+                "" if now is None else repr(now),
+                repr(self._call_s),
+                *(str(part) for window in self._limits.windows for part in window[1:]),
+                *(str(argument) for argument in arguments),
+            )
+        )
+        return None if replies is None else replies[0]
+
+    async def _run(self, *commands: Command) -> list[Any] | None:
+        """Run commands in one round trip. None where Redis did not answer, or refused one of them."""
         try:
-            (reply,) = await self._link.ask(command)
+            replies = await self._link.ask(*commands)
         except Unavailable as error:
             self._observe(StoreOperation("quota", "timeout" if error.too_slow else "error"))
             return None
-        match reply:
-            case Exception():
-                is_corrupt = str(reply).startswith(_CORRUPT)
-                self._observe(StoreOperation("quota", "corrupt" if is_corrupt else "error"))
-                return None
-            case _:
-                self._observe(StoreOperation("quota", "ok"))
-                return reply
+        failures = [reply for reply in replies if isinstance(reply, Exception)]
+        if failures:
+            is_corrupt = str(failures[0]).startswith(CORRUPT)
+            self._observe(StoreOperation("quota", "corrupt" if is_corrupt else "error"))
+            return None
+        self._observe(StoreOperation("quota", "ok"))
+        return replies

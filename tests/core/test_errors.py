@@ -122,28 +122,57 @@ def test_what_the_upstream_did_not_explain(
 
 
 @pytest.mark.parametrize(
-    ("window", "wait_s", "said", "retry_after_s"),
+    ("window", "wait_s", "replicas", "said", "retry_after_s"),
     [
-        pytest.param("minute", 12.0, "this token's calls of a minute are spent", 12, id="minute"),
-        pytest.param("minute", 12.01, "this token's calls of a minute are spent", 13, id="never-too-early"),
-        pytest.param("hour", 1_800.0, "this token's calls of an hour are spent", 60, id="hour"),
-        pytest.param("cooldown", 59.5, "the API asked this token to wait", 60, id="cool-down"),
+        pytest.param("minute", 12.0, 0, "this token's calls of a minute are spent;", 12, id="minute"),
+        pytest.param("minute", 12.01, 0, "this token's calls of a minute are", 13, id="never-too-early"),
+        pytest.param("hour", 1_800.0, 0, "this token's calls of an hour are spent;", 60, id="hour"),
+        pytest.param("cooldown", 59.5, 0, "the API asked this token to wait;", 60, id="cool-down"),
+        pytest.param("cooldown", 59.5, 3, "the API asked this token to wait;", 60, id="without-redis-too"),
+        pytest.param(
+            "operation",
+            599.5,
+            0,
+            "the API limits this operation (this method and path) and asked to wait with it;",
+            60,
+            id="operation",
+        ),
+        pytest.param(
+            "minute",
+            7.0,
+            3,
+            "Redis is away, or was a moment ago, so this replica may make 1/3 of this token's calls,"
+            " and those of a minute are spent;",
+            7,
+            id="this-replicas-share-of-a-minute",
+        ),
+        pytest.param(
+            "hour",
+            700.0,
+            1,
+            "Redis is away, or was a moment ago, so this replica alone counts this token's calls,"
+            " and those of an hour are spent;",
+            60,
+            id="the-only-replicas-hour",
+        ),
         pytest.param(
             "turn",
             0.2,
-            "another call has to tell first how many calls this token has left",
+            0,
+            "another call has to tell first how many calls this token has left;",
             1,
             id="turn",
         ),
-        pytest.param("turn", 0.0, "another call has to tell first", 1, id="at-least-a-second"),
+        pytest.param("turn", 0.0, 0, "another call has to tell first", 1, id="at-least-a-second"),
     ],
 )
-def test_a_spent_quota(window: str, wait_s: float, said: str, retry_after_s: int) -> None:
-    """It names the window and until when; Retry-After stays within its minute, the sentence tells all."""
-    error = QuotaSpent(window, wait_s)
+def test_a_spent_quota(window: str, wait_s: float, replicas: int, said: str, retry_after_s: int) -> None:
+    """It says what is spent and until when; Retry-After stays within its minute, the sentence tells all."""
+    error = QuotaSpent(window, wait_s, replicas)
     assert (error.window, error.wait_s, error.retry_after_s) == (window, wait_s, retry_after_s)
     assert str(error).startswith(said)
-    assert str(error).endswith(f"the API was not asked, try again in {max(math.ceil(wait_s), 1)} s")
+    until_s = max(math.ceil(wait_s), 1)
+    assert str(error).endswith(f"; the API was not asked for this, and can be in {until_s} s")
 
 
 def test_what_failed_elsewhere_is_told_as_it_was() -> None:

@@ -16,6 +16,7 @@ from proxy.core.http import (
     hit,
     is_etag,
     is_not_modified,
+    parse_limit,
     parse_remaining,
     parse_retry_after,
     proxy_status,
@@ -219,6 +220,28 @@ def test_our_retry_after(seconds: int | None, written: str) -> None:
 def test_remaining(value: str, remaining: int | None) -> None:
     """A plain number of calls; anything else tells nothing."""
     assert parse_remaining(value) == remaining
+
+
+@pytest.mark.parametrize(
+    ("value", "remaining", "limit"),
+    [
+        pytest.param("5000", 4990, 5000, id="the-usual-one"),
+        pytest.param("20000", 19_990, 20_000, id="raised"),
+        pytest.param("100", 0, 100, id="spent"),
+        pytest.param("1000000", 10, 1_000_000, id="the-highest"),
+        pytest.param("1000001", 10, None, id="absurd"),
+        pytest.param("0", 0, None, id="none-at-all"),
+        pytest.param("100", 101, None, id="less-than-what-remains"),
+        pytest.param("5000", None, None, id="nothing-said-of-what-remains"),
+        pytest.param("-1", 0, None, id="negative"),
+        pytest.param("5e3", 10, None, id="no-number"),
+        pytest.param("9" * 5000, 10, None, id="endless"),
+        pytest.param("", 10, None, id="absent"),
+    ],
+)
+def test_limit(value: str, remaining: int | None, limit: int | None) -> None:
+    """What can be the calls of an hour; anything else tells nothing."""
+    assert parse_limit(value, remaining) == limit
 
 
 # -- errors ------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def test_never_more_than_the_limit_in_any_window(
         pytest.param(38, (8, 38), id="nobody-else"),
         pytest.param(35, (5, 35), id="three-calls-of-others"),
         pytest.param(40, (8, 38), id="what-left-there-earlier-still-counts-here"),
-        pytest.param(1, (0, 1), id="others-took-nearly-all"),
+        pytest.param(28, (0, 28), id="as-many-as-fit-into-that-time"),
+        pytest.param(1, (8, 1), id="more-than-the-api-admits-in-that-time"),
         pytest.param(0, (0, 38), id="none-left-of-either-means-the-minute"),
     ],
 )
@@ -318,6 +319,216 @@ def test_with_others_the_minute_holds(steps: list[tuple[float, int, int]]) -> No
                 counted.append(now)
                 unseen = 0
                 ledger.settle(admitted, now, limits.per_hour - len(counted))
+
+
+# -- the limit is what the upstream says -----------------------------------------------------------
+
+FULL = Limits(250, 5000, 0.05)
+
+
+def ask(
+    ledger: Ledger, at: float, remaining_told: int | None, limit_told: int | None = None
+) -> Admitted | Postponed:
+    """Make a miss at `at` if there is room, answered at once."""
+    call = ledger.admit(at, MISS)
+    if isinstance(call, Admitted):
+        ledger.settle(call, at, remaining_told, limit_told=limit_told)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("per_hour", "limit_told", "remaining_told", "expected"),
+    [
+        pytest.param(100_000, 5000, 4990, (5000, 4990), id="lower-than-configured"),
+        pytest.param(5000, 20_000, 19_990, (20_000, 19_990), id="raised"),
+        pytest.param(5000, None, 4990, (5000, 4990), id="not-told"),
+        pytest.param(5000, 20_000, None, (20_000, 19_999), id="without-remaining"),
+        pytest.param(5000, 20_000, 0, (20_000, 19_999), id="none-left-of-the-minute"),
+    ],
+)
+def test_the_hours_limit_is_what_was_told_last(
+    per_hour: int, limit_told: int | None, remaining_told: int | None, expected: tuple[int, int]
+) -> None:
+    """In both directions; what is used is that limit minus what remains."""
+    ledger = Ledger(Limits(250, per_hour, 0.05), call_s=CALL_S)
+    assert ledger.per_hour == per_hour
+    call = ledger.admit(NOON, MISS)
+    assert isinstance(call, Admitted)
+    assert (call.remaining[1], call.per_hour) == (per_hour - 1, per_hour)
+    ledger.settle(call, NOON, remaining_told, limit_told=limit_told)
+    assert (ledger.per_hour, ledger.remaining()[1]) == expected
+    assert ledger.standing(NOON)[1:] == (expected[1], 0.0, expected[0])
+
+
+@pytest.mark.parametrize(("call_class", "calls"), [(WRITE, 20), (MISS, 16), (REFRESH, 14)], ids=str)
+def test_classes_share_the_limit_that_was_told(call_class: CallClass, calls: int) -> None:
+    """The reserve is a part of it, too."""
+    ledger = Ledger(Limits(100, 5000, 0.2), call_s=CALL_S)
+    ask(ledger, NOON, 19, 20)
+    assert 1 + spend(ledger, NOON, call_class) == calls
+
+
+def test_a_lower_limit_that_our_own_calls_have_spent_is_not_believed() -> None:
+    """It would close the token, though the upstream took more calls than that."""
+    ledger = told(FULL)
+    spend(ledger, NOON)
+    later = NOON + 100
+    ask(ledger, later, 8, 10)
+    assert (ledger.per_hour, ledger.remaining()[1]) == (5000, 5000 - 251)
+    ask(ledger, later, 4000 - 252, 4000)
+    assert (ledger.per_hour, ledger.remaining()[1]) == (4000, 4000 - 252)
+
+
+# -- a value that is hard to believe -------------------------------------------------------------------
+
+
+def test_ten_after_4990_closes_the_token_for_five_seconds() -> None:
+    """One call then goes and tells; what it tells counts, and all go on. Writes have what was left."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ask(ledger, NOON, 4990, 5000)
+    ask(ledger, NOON + 1, 10, 5000)
+    assert ledger.remaining()[1] == 10
+    assert ledger.foresee(NOON + 3.1, WRITE) is None
+    assert ask(ledger, NOON + 4, 4988) == Postponed(2.0, "hour")
+    assert ask(ledger, NOON + 5.9, 4988) == Postponed(pytest.approx(0.1), "hour")
+    check = ledger.admit(NOON + 6, MISS)
+    assert isinstance(check, Admitted)
+    assert ledger.admit(NOON + 6 + TURN_S, MISS) == Postponed(pytest.approx(5.0 - TURN_S), "hour")
+    ledger.settle(check, NOON + 9, 4988, limit_told=5000)
+    assert ledger.remaining() == (247, 4988)
+    assert spend(ledger, NOON + 9, MISS) == 234
+
+
+def test_the_line_behind_is_told_when_the_calls_of_others_leave() -> None:
+    """Only one goes and tells: whoever stands behind it does not wait for more than that."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ask(ledger, NOON, 4990)
+    ask(ledger, NOON + 1, 10)
+    waits = [ledger.foresee(NOON + 4, MISS, need) for need in (1, 2)]
+    assert all(wait is not None and wait.window == "hour" and wait.wait_s > 3500 for wait in waits)
+
+
+def checks(ledger: Ledger, told_at_s: float, remaining: Callable[[int], int]) -> list[int]:
+    """Ask each second of two hours, and give the seconds after the value at which a call checked it."""
+    went: list[int] = []
+    for second in range(1, 7200):
+        if isinstance(ask(ledger, NOON + told_at_s + second, remaining(len(went) + 1)), Admitted):
+            went.append(second)
+    return went
+
+
+def test_a_value_that_is_confirmed_is_checked_ever_more_seldom() -> None:
+    """Twice as long after each, and each twelfth of an hour at last: the reserve is not eaten up by it."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ask(ledger, NOON, 4990)
+    ask(ledger, NOON + 1, 200)
+    went = checks(ledger, 1, lambda made: 200 - made)
+    assert went[:8] == [5, 10, 20, 40, 80, 160, 320, 620]
+    assert all(after - before == 300 for before, after in pairwise(went[7:16]))
+
+
+def test_what_others_may_well_have_called_is_checked_seldom() -> None:
+    """It fits into the time since it last told; each answer to a call of ours is news anyway."""
+    ledger = told(Limits(250, 600, 0.05))
+    ask(ledger, NOON + 61, 400)
+    ask(ledger, NOON + 122, 200)
+    ask(ledger, NOON + 183, 30)
+    went = checks(ledger, 183, lambda made: 30 - made)
+    assert went[:2] == [300, 600]
+
+
+def test_the_first_value_of_a_token_may_be_wrong_too() -> None:
+    """Nothing was told before; the next true value counts."""
+    ledger = told(FULL, remaining=10)
+    assert isinstance(ask(ledger, NOON + 4.9, 4998), Postponed)
+    assert isinstance(ask(ledger, NOON + 5, 4998), Admitted)
+    assert ledger.remaining()[1] == 4998
+
+
+def test_several_wrong_values_are_taken_back() -> None:
+    """Whatever earlier ones added: the true one counts."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ask(ledger, NOON, 4990)
+    for second, wrong in ((1, 900), (2, 600), (3, 300), (4, 10)):
+        ask(ledger, NOON + second, wrong)
+    assert isinstance(ask(ledger, NOON + 8, 4988), Postponed)
+    assert isinstance(ask(ledger, NOON + 9.5, 4984), Admitted)
+    assert ledger.remaining()[1] == 4984
+
+
+def test_our_own_calls_are_never_taken_back() -> None:
+    """However much is said to be left."""
+    ledger = told(FULL)
+    spend(ledger, NOON)
+    ask(ledger, NOON + 61, 5000)
+    assert ledger.remaining() == (249, 5000 - 251)
+
+
+def test_calls_on_their_way_are_not_taken_for_wrong_values() -> None:
+    """The upstream need not have counted them yet when it tells of more room than we know."""
+    ledger = told(FULL, remaining=4899)
+    now = NOON + 300
+    for _ in range(40):
+        ledger.count(now)
+    ask(ledger, now, 4858)
+    assert ledger.remaining()[1] == 4858
+    for _ in range(40):
+        ledger.count(now + 1)
+    ask(ledger, now + 2, 4857)
+    assert ledger.remaining()[1] == 4817
+
+
+def test_the_answers_of_a_burst_take_nothing_back() -> None:
+    """They come in any order: an early one tells of more room than there is."""
+    ledger = told(FULL, remaining=4899)
+    now = NOON + 300
+    burst = [ledger.count(now) for _ in range(40)]
+    ledger.settle(burst[-1], now + 1, 4859)
+    for number, call in enumerate(burst[:-1]):
+        ledger.settle(call, now + 1, 4898 - number)
+    assert ledger.remaining()[1] == 4859
+
+
+def test_a_replica_that_followed_a_wrong_value_finds_its_way_alone() -> None:
+    """What it heard from the common ledger counts as told: one call checks it, and the true value counts."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ledger.follow(NOON, (249, 10), 5000)
+    assert ask(ledger, NOON + 1, 4998) == Postponed(4.0, "hour")
+    assert isinstance(ask(ledger, NOON + 5, 4998), Admitted)
+    assert ledger.remaining()[1] == 4998
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.floats(0.0, 400.0), st.integers(0, 5000), st.booleans()), min_size=1, max_size=40
+    )
+)
+def test_whatever_is_told_the_own_count_holds_and_nothing_is_closed_for_long(
+    steps: list[tuple[float, int, bool]],
+) -> None:
+    """Our own calls are never more than the limit; after a true value our own count alone decides."""
+    limits = Limits(20, 120, 0.1)
+    ledger, now, made = Ledger(limits, call_s=CALL_S), NOON, list[float]()
+    for pause_s, wrong, is_true in steps:
+        now += pause_s
+        own = sum(at > now - 3600 for at in made)
+        call = ledger.admit(now, MISS)
+        if isinstance(call, Admitted):
+            assert own < limits.per_hour
+            made.append(now)
+            true = limits.per_hour - own - 1
+            ledger.settle(call, now, max(true, 1) if is_true else min(wrong % 121, 120) or 1)
+    for _ in range(60):
+        now += 61
+        own = sum(at > now - 3640 for at in made)
+        call = ledger.admit(now, MISS)
+        if isinstance(call, Admitted):
+            made.append(now)
+            ledger.settle(call, now, max(limits.per_hour - sum(at > now - 3600 for at in made), 1))
+            break
+        assert own + 1 > 108 or call.wait_s <= 300
+    else:
+        assert own + 1 > 108
 
 
 # -- where nothing is known ------------------------------------------------------------------------
@@ -403,7 +614,7 @@ def test_doubts(told_at_s: float, lately: int) -> None:
     left = ledger.standing(now)[0]
     ledger.doubt()
     assert admitted(ledger, now, REFRESH) == 1
-    ledger.settle(Admitted(now + CALL_S, (0, 0)), now, 4998 - 120)
+    ledger.settle(Admitted(now + CALL_S, (0, 0), 5000), now, 4998 - 120)
     assert ledger.remaining() == (left - 1 - lately, 4998 - 120)
     assert admitted(ledger, now) == 100
     assert admitted(ledger, now) == 237 - (250 - left) - 121 - 100 + (lately < 120)

@@ -142,6 +142,11 @@ FAULTS: list[Any] = [
     pytest.param(Fault(FaultKind.BOMB, size_bytes=8 * MIB), invalid("http_response_body_size"), id="bomb"),
     pytest.param(Fault(FaultKind.REDIRECT), invalid(), id="redirect"),
     pytest.param(Fault(FaultKind.NOT_MODIFIED), invalid(), id="not-modified-unasked"),
+    pytest.param(
+        Fault(FaultKind.HEADERS, headers={"content-encoding": "br"}),
+        invalid("http_response_content_coding"),
+        id="headers",
+    ),
     pytest.param(Fault(FaultKind.SLOW_BODY, delay_s=0.02), SILENT, id="slow-body"),
     pytest.param(Fault(FaultKind.SLOW_BODY, delay_s=5), SILENT, id="stuck-body"),
     pytest.param(Fault(FaultKind.BAD_SCHEMA), invalid(), id="bad-schema"),

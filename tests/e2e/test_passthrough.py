@@ -1218,6 +1218,86 @@ async def test_what_ends_nothing(kept: Kept, method: str, target: str, body: Any
     assert await kept.kept() == {"caller": ALL, "other": ALL}
 
 
+SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - one request per 10m0s"}'
+"""It comes in two pieces, and is longer than what is looked at of it."""
+
+
+@pytest.mark.parametrize(
+    ("message", "coding", "remaining", "next_status"),
+    [
+        pytest.param(SAID, "", "0", 200, id="its-text-says-so"),
+        pytest.param(SAID, "gzip", "0", 200, id="its-text-says-so-in-gzip"),
+        pytest.param(SAID, "", "", 200, id="nothing-said-of-calls-left"),
+        pytest.param(b"API rate limit exceeded.", "", "4990", 200, id="calls-are-left"),
+        pytest.param(b"API rate limit exceeded.", "", "0", 429, id="the-tokens"),
+        pytest.param(b"API rate limit exceeded.", "br", "0", 429, id="not-to-be-read"),
+    ],
+)
+async def test_whose_limit_a_429_is(
+    upstream: Upstream,
+    wire: aiohttp.ClientSession,
+    *,
+    message: bytes,
+    coding: str,
+    remaining: str,
+    next_status: int,
+) -> None:
+    """The operation's stops that alone; its caller gets the whole answer either way, byte by byte."""
+    body = message + bytes(3 * 4096)
+    sent = gzip.compress(body) if coding == "gzip" else body
+
+    async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != "/v2/volumes/1/snapshots":
+            return web.json_response({}, headers={"ratelimit-remaining": "4990"})
+        headers = {"Retry-After": "600", "ratelimit-remaining": remaining, "Content-Encoding": coding}
+        response = web.StreamResponse(status=429, headers={name: v for name, v in headers.items() if v})
+        await response.prepare(request)
+        await response.write(sent[:20])
+        await response.write(sent[20:])
+        await response.write_eof()
+        return response
+
+    upstream.handler = refuse
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        async with wire.post(f"{at.api}/v2/volumes/1/snapshots") as response:
+            assert response.status == 429
+            assert response.headers["Retry-After"] == "60"
+            assert await response.read() == sent
+        async with wire.get(f"{at.api}/v2/account") as response:
+            assert response.status == next_status
+        async with wire.post(f"{at.api}/v2/volumes/1/snapshots") as response:
+            assert response.status == 429
+            ours = (await response.json())["message"]
+        assert ("limits this operation" in ours) is (next_status == 200)
+    posts = [request for request in upstream.received if request.method == "POST"]
+    assert len(posts) == 1
+
+
+async def test_a_429_whose_body_breaks_off(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """What it says in its head counts; its caller gets what came, and sees that it is not all."""
+
+    async def break_off(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/v2/account":
+            return web.json_response({})
+        response = web.StreamResponse(status=429, headers={"Retry-After": "600", "ratelimit-remaining": "0"})
+        response.content_length = 1000
+        await response.prepare(request)
+        await response.write(b"{")
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    upstream.handler = break_off
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        async with wire.post(f"{at.api}/v2/volumes/1/snapshots") as response:
+            assert response.status == 429
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        async with wire.get(f"{at.api}/v2/account") as response:
+            assert response.status == 429
+            assert "asked this token to wait" in (await response.json())["message"]
+
+
 @pytest.mark.parametrize("status", [400, 403, 404, 409, 422, 429])
 @pytest.mark.parametrize(("method", "target", "body"), [row[:3] for row in WRITES.values()][2:7:2])
 async def test_a_refused_write_ends_nothing(

@@ -5,11 +5,12 @@ The minute and the hour are shrunk, here and in the simulator alike, so that sev
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from redis.asyncio import Redis
 from support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.app import Addresses
-from proxy.simulator import Fault, FaultKind, Simulator, Token
+from proxy.simulator import VOLUME_ID, Fault, FaultKind, Simulator, Token
 
 MOMENTS = Random(4)  # noqa: S311 # when callers leave, and others call
 LIMIT, WINDOW_S = 40, 2.5
@@ -518,6 +519,193 @@ async def test_a_rotation_of_the_secret_forgets_no_call(
             assert await get(first, another) == 429
             assert await get(second, another) == 429
             assert simulator.count(token=another.label) == 1
+
+
+_WAITING = (
+    "the API asked this token to wait; the API was not asked for this",
+    "another call has to tell first how many calls this token has left; the API was not asked for this",
+    "this token's calls of a minute are spent; the API was not asked for this",  # a 429 says so
+)
+
+
+_SHARE_SPENT = (
+    "snapshot-proxy: Redis is away, or was a moment ago, so this replica (alone counts|may make 1/2 of) this"
+    r" token's calls, and those of a minute are spent; the API was not asked for this, and can be in \d+ s"
+)
+
+
+@asynccontextmanager
+async def two(
+    valkey: Valkey, upstream: str, directory: Path, *overrides: str, clock_scale: float = 1.0
+) -> AsyncIterator[tuple[Addresses, Addresses]]:
+    """Run two replicas in this process until the end of the block."""
+    settings = (
+        f"upstream.base_url={upstream}",
+        f"redis.url={valkey.url}",
+        f"security.secret_file={write_secret(directory)}",
+        "passthrough.enabled=true",
+        *overrides,
+    )
+    async with (
+        app(*settings, clock_scale=clock_scale) as one,
+        app(*settings, clock_scale=clock_scale) as other,
+    ):
+        yield one, other
+
+
+async def test_an_operation_with_a_limit_of_its_own_stops_alone(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A second snapshot of a volume within ten minutes: on no replica is anything else held up by it.
+
+    A second operation within a minute stops the token.
+    """
+    async with two(valkey, simulator.url, tmp_path, "cache.fresh_s=0") as (one, other):
+
+        async def ask(at: Addresses, method: str, path: str) -> tuple[int, dict[str, str], Any]:
+            body = {"name": "one"} if method == "POST" else None
+            url, headers = at.api + path, bearer(token.value)
+            async with client.request(method, url, headers=headers, json=body) as response:
+                text = await response.text()
+                return response.status, dict(response.headers), json.loads(text) if text else None
+
+        volume = f"/v2/volumes/{VOLUME_ID}/snapshots"
+        assert (await ask(one, "POST", volume))[0] == 201
+        status, headers, theirs = await ask(one, "POST", volume)
+        assert (status, headers["Retry-After"], headers["ratelimit-remaining"]) == (429, "60", "4998")
+        assert theirs["message"] == "this operation is rate-limited - one request per 10m0s"
+        assert simulator.count(method="POST") == 2
+        for at in (one, other):
+            status, headers, ours = await ask(at, "POST", volume)
+            assert (status, headers["Retry-After"]) == (429, "60")
+            assert ours["message"].startswith("snapshot-proxy: the API limits this operation")
+            assert 590 < int(ours["message"].split()[-2]) <= 600
+        assert simulator.count(method="POST") == 2
+        for number, at in enumerate((one, other), 1):
+            assert (await ask(at, "GET", DROPLET_PATH))[0] == 200
+            assert (await ask(at, "GET", "/v2/account"))[0] == 200
+            assert (await ask(at, "GET", volume))[0] == 200
+            assert (await ask(at, "POST", f"/v2/volumes/{number}/snapshots"))[0] == 404
+            assert (await ask(at, "DELETE", "/v2/snapshots/1000000000"))[0] == 404
+        for at in (one, other):
+            metrics = await scrape(at.admin)
+            assert total(metrics, "snapshot_proxy_quota_cooldown_seconds", caller="other") == 0
+        for number in range(11):
+            assert (await ask(one, "GET", "/v2/account/keys"))[0] == (200 if number < 10 else 429)
+        for at in (one, other):
+            status, _, ours = await ask(at, "GET", "/v2/account")
+            assert status == 429
+            assert "asked this token to wait" in ours["message"]
+
+
+async def test_the_limit_is_what_the_api_says(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Lower than configured, and raised while it runs; both replicas hear of it, and the gauge shows it."""
+    settings = ("quota.per_hour=100000", "quota.reserve=0.2", "quota.max_wait_s=0")
+    async with two(valkey, simulator.url, tmp_path, *settings) as (one, other):
+        ids = count(10**9)
+
+        async def get(at: Addresses) -> int:
+            url = f"{at.api}/v2/snapshots/{next(ids)}"
+            async with client.get(url, headers=bearer(token.value)) as response:
+                return response.status
+
+        async def shown(at: Addresses) -> tuple[float, float]:
+            metrics = await scrape(at.admin)
+            names = ("snapshot_proxy_quota_limit", "snapshot_proxy_quota_remaining")
+            limit, left = (total(metrics, name, caller="other", window="hour") for name in names)
+            return limit, left
+
+        for limit, left in ((5000, 4990), (20_000, 19_980), (50, 20)):
+            simulator.limits = replace(simulator.limits, per_hour=limit)
+            for _ in range(5):
+                assert [await get(at) for at in (one, other)] == [404, 404]
+            assert await shown(one) == (limit, left + 1)
+            assert await shown(other) == (limit, left)
+        assert [await get(one) for _ in range(11)] == [404] * 10 + [429]
+        assert simulator.count(status=429) == 0
+
+
+async def test_a_value_that_is_wrong_once_closes_nothing_for_long(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """Ten after 4,990: one call goes and tells, here after half a second, and all replicas go on."""
+    async with two(
+        valkey, simulator.url, tmp_path, "quota.per_minute=1000", "quota.max_wait_s=3", clock_scale=0.1
+    ) as (one, other):
+        ids = count(10**9)
+
+        async def get(at: Addresses) -> tuple[int, str]:
+            url = f"{at.api}/v2/snapshots/{next(ids)}"
+            async with client.get(url, headers=bearer(token.value)) as response:
+                return response.status, (await response.json())["message"]
+
+        for at in (one, other):
+            assert (await get(at))[0] == 404
+        simulator.faults.add(Fault(FaultKind.HEADERS, headers={"ratelimit-remaining": "10"}))
+        assert (await get(one))[0] == 404
+        metrics = await scrape(one.admin)
+        first, *behind = await asyncio.gather(*(get(one) for _ in range(3)))
+        assert first[0] == 404
+        assert {status for status, _ in behind} <= {404, 429}
+        for status, message in behind:
+            assert status == 404 or "this token's calls of an hour are spent" in message
+        again = await asyncio.gather(*(get(at) for at in (one, other) for _ in range(20)))
+        assert [status for status, _ in again] == [404] * 40
+        assert total(metrics, "snapshot_proxy_quota_limit", caller="other", window="hour") == 5000
+        assert simulator.count(status=429) == 0
+
+
+async def test_whoever_waits_in_a_cool_down_is_told_of_that_in_time(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """No read waits longer for the quota than it may, whoever fetches the same; none is told of a silence."""
+    settings = ("quota.max_wait_s=1", "upstream.total_timeout_s=2")
+    async with two(valkey, simulator.url, tmp_path, *settings) as replicas:
+
+        async def get(number: int, after_s: float) -> tuple[int, str, float]:
+            await asyncio.sleep(after_s)  # callers come at different times: that is what is tested
+            began = asyncio.get_running_loop().time()
+            url = f"{replicas[number % 2].api}/v2/snapshots/{10**9 + number // 2}"
+            async with client.get(url, headers=bearer(token.value)) as response:
+                message = (await response.json())["message"]
+            return response.status, message, asyncio.get_running_loop().time() - began
+
+        simulator.faults.add(
+            Fault(FaultKind.STATUS, status=429, headers={"retry-after": "1"}), times=None, token=token.label
+        )
+        assert (await get(0, 0))[0] == 429
+        answers = await asyncio.gather(*(get(number, 0.09 * (number % 11)) for number in range(2, 42)))
+        assert {status for status, _, _ in answers} == {429}
+        assert max(seconds for _, _, seconds in answers) < 1 + 0.6
+        ours = [message for _, message, _ in answers if message.startswith("snapshot-proxy: ")]
+        assert len(ours) > 30
+        for message in ours:
+            assert any(told in message for told in _WAITING), message
+
+
+async def test_without_redis_nobody_is_told_that_the_token_is_spent(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """It is this replica's share of the calls that is, and that is what is said."""
+    settings = ("quota.per_minute=20", "quota.reserve=0", "quota.max_wait_s=0.1")
+    async with two(valkey, simulator.url, tmp_path, *settings) as (one, other):
+        ids = count(10**9)
+
+        async def get(at: Addresses) -> tuple[int, str]:
+            url = f"{at.api}/v2/snapshots/{next(ids)}"
+            async with client.get(url, headers=bearer(token.value)) as response:
+                return response.status, (await response.json())["message"]
+
+        for at in (one, other):
+            assert (await get(at))[0] == 404
+        await valkey.kill()
+        answers = [await get(other) for _ in range(20)]
+        assert {status for status, _ in answers} == {404, 429}
+        for status, message in answers:
+            if status == 429:
+                assert re.fullmatch(_SHARE_SPENT, message)
 
 
 async def nothing_is_left(valkey: Valkey, running: list[Scaled]) -> None:

@@ -140,6 +140,16 @@ async def test_latency_and_reset(
     assert simulator.latency_s == 0
 
 
+async def test_limits(simulator: Simulator, control: aiohttp.ClientSession) -> None:
+    """Either or both; what is not said stays."""
+    async with control.post("limits", json={"per_hour": 20_000}) as response:
+        assert response.status == 204
+    assert (simulator.limits.per_minute, simulator.limits.per_hour) == (250, 20_000)
+    async with control.post("reset") as response:
+        assert response.status == 204
+    assert simulator.limits.per_hour == 5000
+
+
 @pytest.mark.parametrize(
     ("method", "resource", "body", "status", "error"),
     [
@@ -185,6 +195,7 @@ async def test_latency_and_reset(
             "PUT", "snapshots/1", b'{"id":"2"}', 400, "the path says '1', the body '2'", id="two-ids"
         ),
         pytest.param("PUT", "snapshots/1?team=x", b"{}", 400, "no team 'x'", id="snapshot-team"),
+        pytest.param("POST", "limits", b'{"per_hour":-1}', 400, "limits are 0 or more", id="negative-limit"),
         pytest.param("POST", "latency", b"{}", 400, "latency_s is a number of seconds", id="no-latency"),
         pytest.param("POST", "latency", b'{"latency_s":[1]}', 400, "or two in a list", id="half-a-range"),
         pytest.param("POST", "latency", b'{"latency_s":-1}', 400, "a latency is 0 or more", id="negative"),

@@ -71,6 +71,12 @@ ANSWERED: list[Any] = [
     ),
     pytest.param(Fault(FaultKind.REDIRECT), 302, lambda body, _: body == b"", id="redirect"),
     pytest.param(Fault(FaultKind.NOT_MODIFIED), 304, lambda body, _: body == b"", id="not-modified"),
+    pytest.param(
+        Fault(FaultKind.HEADERS, headers={"ratelimit-remaining": "10"}),
+        200,
+        lambda body, true: body == true,
+        id="headers",
+    ),
     pytest.param(Fault(FaultKind.SLOW_BODY, delay_s=0), 200, lambda body, true: body == true, id="slow-body"),
     pytest.param(
         Fault(FaultKind.BAD_SCHEMA),

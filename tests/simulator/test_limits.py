@@ -5,7 +5,16 @@ from itertools import accumulate
 import pytest
 from hypothesis import given, strategies as st
 
-from proxy.simulator.limits import Admitted, Limits, Meter, Refused, Standing, unmetered
+from proxy.simulator.limits import (
+    Admitted,
+    Busy,
+    Limits,
+    Meter,
+    OperationMeter,
+    Refused,
+    Standing,
+    unmetered,
+)
 
 NOW = 1_600_000_000
 
@@ -116,3 +125,60 @@ def test_limits_that_make_no_sense(values: dict[str, int]) -> None:
     """They are refused at once."""
     with pytest.raises(ValueError, match="not"):
         Limits(**values)
+
+
+def test_limits_may_change() -> None:
+    """What was called counts on."""
+    meter = Meter(Limits(per_hour=2))
+    for _ in range(2):
+        assert isinstance(meter.admit(NOW), Admitted)
+    assert isinstance(meter.admit(NOW), Refused)
+    meter.limits = Limits(per_hour=20)
+    assert meter.admit(NOW) == Admitted(Standing(20, 17, NOW + 3_600))
+
+
+VOLUME = "/v2/volumes/1/snapshots"
+ONE_IN_TEN_MINUTES = "this operation is rate-limited - one request per 10m0s"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "instants", "expected"),
+    [
+        pytest.param("POST", VOLUME, [0], None, id="the-first"),
+        pytest.param("POST", VOLUME, [0, 0.5], Busy(ONE_IN_TEN_MINUTES, 600), id="the-second"),
+        pytest.param("POST", f"{VOLUME}/", [0, 599.5], Busy(ONE_IN_TEN_MINUTES, 1), id="nearly"),
+        pytest.param("POST", VOLUME, [0, 10, 600], None, id="ten-minutes-later"),
+        pytest.param("GET", VOLUME, [0] * 20, None, id="another-method"),
+        pytest.param("GET", "/v2/account", [0] * 20, None, id="without-a-limit"),
+        pytest.param("GET", "/v2/account/keys", [0] * 10, None, id="ten-in-a-minute"),
+        pytest.param(
+            "GET",
+            "/v2/account/keys",
+            [0] * 11,
+            Busy("this operation is rate-limited - 10 requests per 1m0s", 60),
+            id="eleven",
+        ),
+        pytest.param(
+            "GET",
+            "/v2/cdn/endpoints",
+            [0, 1, 2, 3, 4, 9],
+            Busy("this operation is rate-limited - 5 requests per 10s", 1),
+            id="six-in-ten-seconds",
+        ),
+    ],
+)
+def test_operations(method: str, path: str, instants: list[float], expected: Busy | None) -> None:
+    """Some have limits of their own, each path for itself; the last of the requests gets this."""
+    meter = OperationMeter(60.0)
+    *_, last = [meter.refuse("token", method, path, NOW + at) for at in instants]
+    assert last == expected
+
+
+def test_operations_of_others() -> None:
+    """Another volume, another token, and a shorter minute."""
+    meter = OperationMeter(6.0)
+    assert meter.refuse("token", "POST", VOLUME, NOW) is None
+    assert meter.refuse("token", "POST", VOLUME, NOW + 59) == Busy(ONE_IN_TEN_MINUTES, 1)
+    assert meter.refuse("token", "POST", "/v2/volumes/2/snapshots", NOW) is None
+    assert meter.refuse("other", "POST", VOLUME, NOW) is None
+    assert meter.refuse("token", "POST", VOLUME, NOW + 60) is None

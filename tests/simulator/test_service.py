@@ -3,11 +3,12 @@
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 
 import aiohttp
 import pytest
 
-from proxy.simulator import Fault, FaultKind, Limits, Simulator, Token, World
+from proxy.simulator import VOLUME_ID, Fault, FaultKind, Limits, Simulator, Token, World
 
 TARGET = "/v2/snapshots/6372321"
 
@@ -86,6 +87,48 @@ async def test_strangers(simulator: Simulator, authorization: str | None) -> Non
     assert (envelope["id"], envelope["message"]) == ("unauthorized", "Unable to authenticate you.")
     assert response.headers["ratelimit-remaining"] == "5000"
     assert simulator.calls[0].token == ("none" if authorization is None else "unknown")
+
+
+async def test_an_operation_with_a_limit_of_its_own(
+    simulator: Simulator, client: aiohttp.ClientSession
+) -> None:
+    """It is refused in its own words, with most of the token's calls left; nothing is carried out."""
+    made = len(simulator.world.snapshots())
+    path = f"/v2/volumes/{VOLUME_ID}/snapshots"
+    async with client.post(path, json={"name": "one"}) as response:
+        assert response.status == 201
+    async with client.post(path, json={"name": "two"}) as response:
+        assert response.status == 429
+        assert response.headers["ratelimit-remaining"] == "4998"
+        assert 599 <= int(response.headers["retry-after"]) <= 600
+        refusal = await response.json()
+    assert refusal["id"] == "too_many_requests"
+    assert refusal["message"] == "this operation is rate-limited - one request per 10m0s"
+    assert len(simulator.world.snapshots()) == made + 1
+    simulator.reset()
+    async with client.post(path, json={"name": "three"}) as response:
+        assert response.status == 201
+
+
+@pytest.mark.parametrize(
+    ("path", "most"), [("/v2/account/keys", 10), ("/v2/cdn/endpoints", 5), ("/v2/account", 20)]
+)
+async def test_lists_with_limits_of_their_own(client: aiohttp.ClientSession, path: str, most: int) -> None:
+    """As documented; a HEAD counts as a GET."""
+    statuses = []
+    for number in range(20):
+        async with client.request("HEAD" if number == 0 else "GET", path) as response:
+            statuses.append(response.status)
+    assert statuses == [200] * most + [429] * (20 - most)
+
+
+async def test_a_raised_limit(simulator: Simulator, client: aiohttp.ClientSession) -> None:
+    """It is told from the next answer on."""
+    for per_hour, told in ((5000, ("5000", "4999")), (20_000, ("20000", "19998"))):
+        simulator.limits = replace(simulator.limits, per_hour=per_hour)
+        async with client.get(TARGET) as response:
+            headers = response.headers
+            assert (headers["ratelimit-limit"], headers["ratelimit-remaining"]) == told
 
 
 @pytest.mark.parametrize("authorization", ["bearer My Access Token", "BEARER My Access Token"])

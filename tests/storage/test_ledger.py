@@ -1,6 +1,8 @@
 """The ledger in Redis is the ledger in Python: the same answers to the same questions at the same times."""
 
 import asyncio
+import math
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -24,7 +26,9 @@ QUOTA = Keys("test").quota(SOMEBODY)
 # Exact in binary, and in the script's six decimals; most steps follow at once.
 PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
 ADMIT = st.tuples(st.just("admit"), st.sampled_from(list(CallClass)))
-SETTLE = st.tuples(st.just("settle"), st.sampled_from((None, 20, 17, 12, 3, 0)), st.booleans(), st.booleans())
+TOLD = st.sampled_from((None, 20, 17, 12, 3, 1, 0, 900))
+LIMIT_TOLD = st.sampled_from((None, None, 20, 20, 12, 40, 1000))
+SETTLE = st.tuples(st.just("settle"), TOLD, st.booleans(), st.booleans(), LIMIT_TOLD)
 SELDOM = st.one_of(
     st.tuples(st.just("foresee"), st.sampled_from(list(CallClass)), st.integers(2, 4)),
     st.tuples(st.just("give back")),
@@ -64,8 +68,8 @@ def as_postponed(wait: Postponed | None) -> Postponed | None:
 class Pair:
     """Both ledgers of one token; each question goes to both, and must be answered alike."""
 
-    def __init__(self, redis: RedisLedger, partition: Partition) -> None:
-        self.python = Ledger(LIMITS, call_s=CALL_S)
+    def __init__(self, redis: RedisLedger, partition: Partition, limits: Limits = LIMITS) -> None:
+        self.python = Ledger(limits, call_s=CALL_S)
         self.redis = redis
         self.partition = partition
         self.pending: list[Admitted] = []
@@ -83,16 +87,18 @@ class Pair:
                 else:
                     assert isinstance(got, Postponed)
                     assert got.remaining == self.python.remaining()
+                    assert got.per_hour == self.python.per_hour
                     assert as_postponed(got) == as_postponed(expected)
             case "foresee", call_class, need:
                 foreseen = self.python.foresee(now, call_class, need)
                 got = await self.redis.foresee(self.partition, call_class, need, now=now)
                 assert as_postponed(got) == as_postponed(foreseen)
-            case "settle", told, answered, known if self.pending:
+            case "settle", told, answered, known, *limit if self.pending:
+                limit_told = limit[0] if limit else None
                 admitted = self.pending.pop(0)
-                self.python.settle(admitted, now, told, answered=answered, known=known)
+                self.python.settle(admitted, now, told, limit_told=limit_told, answered=answered, known=known)
                 await self.redis.settle(
-                    self.partition, admitted, told, answered=answered, known=known, now=now
+                    self.partition, admitted, told, limit_told, answered=answered, known=known, now=now
                 )
             case ("give back",) if self.pending:
                 admitted = self.pending.pop()
@@ -132,6 +138,124 @@ async def test_both_let_a_refresh_pass_by_the_call_that_asks_for_others(links: l
     for call_class in (CallClass.MISS, CallClass.REFRESH, CallClass.WRITE):
         await pair.ask(now + LIMITS.minute_s, ("admit", call_class))
     assert len(pair.pending) == 2
+
+
+LONG = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=600.0)
+"""An hour in which a value can be checked several times."""
+
+
+@pytest.mark.parametrize(
+    ("told", "checks_told"),
+    [
+        pytest.param([(19, 20), (1, 20)], [(18, 20)], id="wrong-once"),
+        pytest.param([(19, 20), (9, 20), (1, 20)], [(1, 20), (1, 20), (17, 20)], id="wrong-for-a-while"),
+        pytest.param([(19, 20), (1, 1000)], [(18, 20)], id="an-absurd-limit"),
+        pytest.param([(19, 20), (3, 4)], [(18, 20)], id="a-lower-limit"),
+        pytest.param([(99, 100), (1, 100)], [(18, 20)], id="a-lower-limit-at-the-end"),
+        pytest.param([(1, 20)], [(18, None)], id="the-first-value"),
+    ],
+)
+async def test_both_find_out_of_a_wrong_value(
+    links: list[Link], told: list[tuple[int, int]], checks_told: list[tuple[int, int | None]]
+) -> None:
+    """By the same calls at the same times, second by second."""
+    pair, now, checks = Pair(ledger(links[0], LONG), SOMEBODY, LONG), 1_000_000.0, list(checks_told)
+    for remaining, limit in told:
+        await pair.ask(now, ("admit", CallClass.MISS))
+        await pair.ask(now, ("settle", remaining, True, True, limit))
+        now += 1.0
+    refused = 0
+    for _ in range(400):
+        for call_class in (CallClass.REFRESH, CallClass.MISS):
+            await pair.ask(now, ("foresee", call_class, 1))
+            await pair.ask(now, ("admit", call_class))
+            refused += not pair.pending
+            if pair.pending:
+                remaining_told, limit_told = checks.pop(0) if len(checks) > 1 else checks[0]
+                now += 0.25
+                await pair.ask(now, ("settle", remaining_told, True, True, limit_told))
+        now = math.floor(now + 1.0)
+    assert len(checks) == 1
+    assert refused > 1
+
+
+async def test_an_older_replica_leaves_the_new_fields_alone(links: list[Link]) -> None:
+    """Its script takes a field of one capital letter and a number; the others' calls have a key of their own.
+
+    The pattern is the one of version 0.1: what it does not match is no ledger to it, and is deleted.
+    """
+    mine = ledger(links[0])
+    for remaining, limit in ((29, 30), (2, 30)):
+        reply = await mine.admit(SOMEBODY, CallClass.WRITE)
+        assert isinstance(reply, Admission)
+        await mine.settle(SOMEBODY, reply.admitted, remaining, limit, answered=True, known=True)
+    assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Postponed)
+    flat = (await links[1].ask(("HGETALL", QUOTA)))[0]
+    fields = {name.decode(): value.decode() for name, value in flat.items()}
+    assert {"D", "L", "X"} <= fields.keys()
+    assert fields["L"] == "30.000000"
+    for name, value in fields.items():
+        assert re.fullmatch(r"[mh]\d+", name) or re.fullmatch(r"[A-Z]", name)
+        assert re.fullmatch(r"\d{1,9}" if name[0] in "mh" else r"\d+\.\d+", value)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        pytest.param(("SET", Keys("test").others(SOMEBODY), "foreign"), id="others-are-a-string"),
+        pytest.param(("HSET", Keys("test").others(SOMEBODY), "x", "1"), id="others-in-no-bucket"),
+        pytest.param(("HSET", Keys("test").others(SOMEBODY), "1", "many"), id="others-without-count"),
+        pytest.param(("HSET", QUOTA, "L", "0.000000"), id="no-limit"),
+        pytest.param(("HSET", QUOTA, "L", "0.400000"), id="less-than-a-limit"),
+    ],
+)
+async def test_what_no_replica_wrote_stops_nobody(links: list[Link], foreign: Command) -> None:
+    """The ledger counts on without it."""
+    mine = ledger(links[0])
+    await settled(mine)
+    await links[1].ask(("DEL", Keys("test").others(SOMEBODY)))
+    await links[1].ask(foreign)
+    for remaining in (17, 18):
+        reply = await mine.admit(SOMEBODY, CallClass.WRITE)
+        assert isinstance(reply, Admission)
+        assert reply.admitted.per_hour == 20
+        await mine.settle(SOMEBODY, reply.admitted, remaining, 20, answered=True, known=True)
+    (kind,) = await links[1].ask(("TYPE", Keys("test").others(SOMEBODY)))
+    assert kind in (b"hash", b"none")
+
+
+async def test_an_operation_cools_down_for_all_replicas(links: list[Link]) -> None:
+    """It alone; a second one within the minute is told, the same one again is not."""
+    first, second, _ = (ledger(link) for link in links)
+    await settled(first)
+    assert await first.cool_operation(SOMEBODY, "one", 30.0, 6.0) is False
+    assert await second.cool_operation(SOMEBODY, "one", 30.0, 6.0) is False
+    reply = await second.admit(SOMEBODY, CallClass.WRITE, "one")
+    assert isinstance(reply, Postponed)
+    assert reply.window == "operation"
+    assert 29 < reply.wait_s <= 30
+    assert isinstance(await second.admit(SOMEBODY, CallClass.WRITE, "another"), Admission)
+    assert isinstance(await second.admit(Partition("1" * 32), CallClass.WRITE, "one"), Admission)
+    assert await second.cool_operation(SOMEBODY, "another", 30.0, 6.0) is True
+    await links[2].ask(("DEL", Keys("test").last_operation(SOMEBODY)))  # a minute later
+    assert await second.cool_operation(SOMEBODY, "one", 0.05, 6.0) is False
+    ttl_ms, last_ms = await links[2].ask(
+        ("PTTL", Keys("test").operation(SOMEBODY, "another")),
+        ("PTTL", Keys("test").last_operation(SOMEBODY)),
+    )
+    assert 29_000 < ttl_ms <= 30_000
+    assert 5_000 < last_ms <= 6_000
+
+
+@pytest.mark.parametrize("foreign", [("SET", "1"), ("SET", "1", "EX", "9999")], ids=["for-ever", "too-long"])
+async def test_a_cool_down_that_no_replica_wrote_is_deleted(
+    links: list[Link], foreign: tuple[str, ...]
+) -> None:
+    """It would stop the operation for ever."""
+    mine, name = ledger(links[0]), Keys("test").operation(SOMEBODY, "one")
+    await links[1].ask((foreign[0], name, *foreign[1:]))
+    assert isinstance(await mine.admit(SOMEBODY, CallClass.WRITE, "one"), Admission)
+    assert await links[1].ask(("EXISTS", name)) == [0]
 
 
 async def test_replicas_share_one_limit(links: list[Link]) -> None:
@@ -225,10 +349,11 @@ async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link])
     """Every question has the answer None."""
     mine = ledger(links[0])
     await valkey.kill()
-    admitted = Admitted(1.0, (1, 1))
+    admitted = Admitted(1.0, (1, 1), 20)
     assert await mine.admit(SOMEBODY, CallClass.MISS) is None
     assert await mine.foresee(SOMEBODY, CallClass.MISS, 3) is None
     assert await mine.cool(SOMEBODY, 3) is None
+    assert await mine.cool_operation(SOMEBODY, "one", 3.0, 6.0) is False
     await mine.settle(SOMEBODY, admitted, 3, answered=True, known=True)
     await mine.give_back(SOMEBODY, admitted)
 

@@ -1,0 +1,140 @@
+"""One of the upstream's windows: who may use how much of it, and the calls in it, counted in buckets.
+
+Pure: time comes in. What the counts mean is `quota.py`'s affair.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+MINUTE_BUCKETS = 60
+HOUR_BUCKETS = 120
+
+REFRESH_SHARE = 0.9
+"""Part of what misses may use that refreshes may."""
+
+
+class CallClass(IntEnum):
+    """Who goes first when calls are scarce."""
+
+    WRITE = 0
+    MISS = 1
+    REFRESH = 2
+
+
+class Window(NamedTuple):
+    """One of the upstream's limits: `limit` calls in any `length_s`, counted in buckets of `bucket_s`."""
+
+    name: str
+    limit: int
+    length_s: float
+    bucket_s: float
+
+    def ceiling(self, call_class: CallClass, reserve: float) -> int:
+        """Give how many calls the window may hold after one of this class was admitted; at least one."""
+        kept, share = shares(call_class, reserve)
+        return max(int(self.limit * kept * share), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Both windows, and the part kept for writes."""
+
+    per_minute: int
+    per_hour: int
+    reserve: float
+    minute_s: float = 60.0
+    hour_s: float = 3600.0
+
+    @property
+    def windows(self) -> tuple[Window, Window]:
+        """The minute, and the hour."""
+        return (
+            Window("minute", self.per_minute, self.minute_s, self.minute_s / MINUTE_BUCKETS),
+            Window("hour", self.per_hour, self.hour_s, self.hour_s / HOUR_BUCKETS),
+        )
+
+
+def shares(call_class: CallClass, reserve: float) -> tuple[float, float]:
+    """Give the two factors that make a class's ceiling of a limit: without the reserve, without refreshes."""
+    return (
+        1.0 if call_class is CallClass.WRITE else 1 - reserve,
+        REFRESH_SHARE if call_class is CallClass.REFRESH else 1.0,
+    )
+
+
+@dataclass(slots=True)
+class Count:
+    """The calls in one window, by bucket."""
+
+    window: Window
+    buckets: dict[int, int] = field(default_factory=dict)
+    total: int = 0
+    _next_leaves_at: float = math.inf
+
+    def add(self, at: float, calls: int) -> None:
+        """Add calls that were made at one time."""
+        if calls:
+            self._put(self._bucket(at), calls)
+
+    def spread(self, since: float, now: float, calls: int) -> None:
+        """Add calls that were made evenly over that time, as far as the window remembers it."""
+        first, last = self._bucket(max(min(since, now), now - self.window.length_s)), self._bucket(now)
+        steps = last - first + 1
+        for step in range(steps):
+            share = (step + 1) * calls // steps - step * calls // steps
+            if share:
+                self._put(first + step, share)
+
+    def take(self, at: float, calls: int) -> int:
+        """Take calls out of the bucket of `at`, and give how many there were: none where it has left."""
+        bucket = self._bucket(at)
+        taken = min(calls, self.buckets.get(bucket, 0))
+        if taken:
+            self.buckets[bucket] -= taken
+            self.total -= taken
+        return taken
+
+    def take_back(self, added: "Count", calls: int) -> None:
+        """Take calls out of this window that are among those `added` to it, the latest first."""
+        for bucket in sorted(added.buckets, reverse=True):
+            back = min(calls, added.buckets[bucket], self.buckets.get(bucket, 0))
+            if back:
+                self._put(bucket, -back)
+                added._put(bucket, -back)  # noqa: SLF001 # of the same class
+                calls -= back
+
+    def forget(self, now: float) -> None:
+        """Drop what has left the window: a bucket leaves when its last moment has."""
+        if now < self._next_leaves_at:
+            return
+        for bucket in [bucket for bucket in self.buckets if self._leaves_at(bucket) <= now]:
+            self.total -= self.buckets.pop(bucket)
+        self._next_leaves_at = min(map(self._leaves_at, self.buckets), default=math.inf)
+
+    def wait_s(self, now: float, ceiling: int, need: int) -> float:
+        """Tell how long until `need` more calls fit under `ceiling`; 0 where they do."""
+        excess = self.total + need - ceiling
+        if excess <= 0:
+            return 0.0
+        for bucket in sorted(self.buckets):
+            excess -= self.buckets[bucket]
+            if excess <= 0:
+                return self._leaves_at(bucket) - now
+        return self.window.length_s
+
+    def after(self, now: float) -> int:
+        """Count the calls whose bucket has not begun yet: those on their way."""
+        return sum(calls for bucket, calls in self.buckets.items() if bucket > self._bucket(now))
+
+    def _put(self, bucket: int, calls: int) -> None:
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + calls
+        self.total += calls
+        self._next_leaves_at = min(self._next_leaves_at, self._leaves_at(bucket))
+
+    def _bucket(self, at: float) -> int:
+        return math.floor(at / self.window.bucket_s)
+
+    def _leaves_at(self, bucket: int) -> float:
+        return (bucket + 1) * self.window.bucket_s + self.window.length_s
