@@ -271,6 +271,10 @@ class App:
         quota = self._settings.quota
         previous = self._previous_keyring()
         total_timeout_s = self._settings.upstream.total_timeout_s
+        write_timeout_s = self._settings.upstream.write_timeout_s
+        call_s = quota.max_wait_s + max(
+            total_timeout_s, write_timeout_s
+        )  # it may wait for a connection first
         monotonic = time.monotonic
         limits = QuotaLimits(
             quota.per_minute,
@@ -294,12 +298,13 @@ class App:
 
         return Shield(
             upstream,
-            accounts(limits, quota.max_wait_s + total_timeout_s),  # it may wait for a connection first
+            accounts(limits, call_s),
             accounts(unknown, 0.0),
             limits,
             Connections(self._settings.upstream.max_connections),
             max_wait_s=quota.max_wait_s,
             total_timeout_s=total_timeout_s,
+            write_timeout_s=write_timeout_s,
             previous_partition=None if previous is None else previous.partition,
             observe=metrics.observe,
             monotonic=monotonic,
@@ -348,7 +353,8 @@ def refuse_slow_parser() -> None:
 def raise_file_limit(settings: Settings) -> tuple[int, int]:
     """Raise the limit of open files to what `settings` need, where we may. Gives the limit, and the need."""
     callers = settings.server.max_connections * (2 if settings.server.tls_cert_file else 1)  # handshakes too
-    wanted = callers + settings.upstream.max_connections + _SPARE_FILES
+    upstream = 2 * settings.upstream.max_connections  # in use and, beside those, kept
+    wanted = callers + upstream + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < reachable:
@@ -379,6 +385,7 @@ def upstream_options(settings: Settings) -> UpstreamOptions:
         connect_timeout_s=upstream.connect_timeout_s,
         read_timeout_s=upstream.read_timeout_s,
         total_timeout_s=upstream.total_timeout_s,
+        write_timeout_s=upstream.write_timeout_s,
         max_body_bytes=upstream.max_body_bytes,
         max_connections=upstream.max_connections,
         http_proxy=upstream.http_proxy,

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from proxy.closing import Closing
 from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record, Superseded
 from proxy.core.errors import (
+    UPSTREAM_DOWN,
     NotCached,
     NotSent,
     ProxyError,
@@ -24,6 +25,9 @@ from proxy.core.errors import (
     UpstreamGivenUp,
     UpstreamTimeout,
     UpstreamUnexplained,
+    UpstreamUnreachable,
+    WriteUnknown,
+    tells_outcome,
 )
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, Policy, Refused, Relay
@@ -31,6 +35,7 @@ from proxy.core.quota import CallClass
 from proxy.core.request import Call
 from proxy.flights import Abandoned, while_awaited
 from proxy.invalidator import Invalidator
+from proxy.listening import ListeningTimeout
 
 _LEASE_RENEWAL_S = 0.5
 _SHORTEST_POLL_S = 0.025
@@ -40,15 +45,7 @@ LONGEST_POLL_S = 0.2
 STALE_PATIENCE_S = 1.0
 """Whoever has something stale waits no longer for another's fetch: that may be waiting for the quota."""
 
-_REPLACEABLE = frozenset(
-    {
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        HTTPStatus.BAD_GATEWAY,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        HTTPStatus.GATEWAY_TIMEOUT,
-        HTTPStatus.TOO_MANY_REQUESTS,
-    }
-)
+_REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class Store(Protocol):
@@ -88,10 +85,12 @@ class Upstream(Protocol):
         *,
         call_class: CallClass = CallClass.MISS,
         patient: bool = True,
+        new_connection: bool = False,
     ) -> Answer:
         """Ask once, when the quota has room; for a 304, if `validator` still is the entity tag.
 
-        Without `patient` only if there is room now. Raises UpstreamError or NotSent.
+        Without `patient` only if there is room now; over a `new_connection` if that is wanted.
+        Raises UpstreamError or NotSent.
         """
 
 
@@ -127,6 +126,8 @@ class Fetched:
 
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
+    outcome_unknown: bool = False
+    """It answers a write, and does not tell whether that was carried out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,19 +291,22 @@ class Fetcher:
         return _passed_on(answer, verdict.body)
 
     async def _ask(self, call: Call, validator: str, manner: Manner, give_up: float) -> Answer:
-        """Ask, and once more where the connection ended before an answer began: a read may be repeated."""
+        """Ask, and once more where the connection ended before an answer began: a read may be repeated.
+
+        The repeat goes over a new connection: others that were kept may have ended unseen, too.
+        """
         ask = partial(
             self._upstream.ask, call, validator, call_class=manner.call_class, patient=manner.patient
         )
         try:
-            async with asyncio.timeout(give_up - self._monotonic()):
+            async with ListeningTimeout(give_up - self._monotonic()):
                 try:
                     return await ask()
                 except UpstreamDisconnected:
-                    return await ask()
+                    return await ask(new_connection=True)
         except TimeoutError:
             raise UpstreamTimeout(
-                "the upstream did not answer in time; try again", proxy_error="http_response_timeout"
+                "the upstream did not answer in time", proxy_error="http_response_timeout"
             ) from None
 
     async def delete(self, call: Call) -> Deletion:
@@ -310,10 +314,10 @@ class Fetcher:
         try:
             answer = await self._upstream.ask(call, call_class=CallClass.WRITE)
             verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
-        except NotSent as refused:
-            return Deletion(refused, ended=True)
-        except UpstreamError as unknown:
-            return Deletion(unknown, await self._invalidator.deleted(call))
+        except (NotSent, UpstreamUnreachable) as not_sent:
+            return Deletion(not_sent, ended=True)
+        except UpstreamError as failure:
+            return Deletion(WriteUnknown(failure), await self._invalidator.deleted(call))
         except Abandoned:  # it was not sent, either
             raise
         except BaseException:  # the service stops: nobody knows what became of it
@@ -329,7 +333,7 @@ class Fetcher:
                 ended = await self._invalidator.refused(call.key.partition, refusal)
             case Relay():
                 pass
-        return Deletion(_passed_on(answer, verdict.body), ended)
+        return Deletion(_passed_on(answer, verdict.body, writes=True), ended)
 
 
 def _pauses_s() -> Iterator[float]:
@@ -348,7 +352,10 @@ def is_failure(result: Fetched | ProxyError) -> bool:
 
 
 def is_replaceable(status: int) -> bool:
-    """RFC 5861 §4 names the first four; 429 is our extension. Never 401, 403, 404: they are answers."""
+    """RFC 5861 §4 names 500, 502, 503, 504. The edge's 52x mean what 502 and 504 mean; 429 is our extension.
+
+    Never 401, 403, 404: they are answers.
+    """
     return status in _REPLACEABLE
 
 
@@ -382,8 +389,16 @@ def _from_record(record: Record) -> Fetched | ProxyError:
     )
 
 
-def _passed_on(answer: Answer, body: bytes | None) -> Fetched | ProxyError:
+def _passed_on(answer: Answer, body: bytes | None, *, writes: bool = False) -> Fetched | ProxyError:
     """Give the upstream's own answer, or an error of ours where it did not explain itself."""
+    outcome_unknown = writes and not tells_outcome(answer.status, answer.retry_after_s)
     if body is None:
-        return UpstreamUnexplained(answer.status, answer.retry_after_s)
-    return Fetched(answer.status, body, retry_after_s=answer.retry_after_s, ratelimit=answer.ratelimit)
+        unexplained = UpstreamUnexplained(answer.status, answer.retry_after_s)
+        return WriteUnknown(unexplained) if outcome_unknown else unexplained
+    return Fetched(
+        answer.status,
+        body,
+        retry_after_s=answer.retry_after_s,
+        ratelimit=answer.ratelimit,
+        outcome_unknown=outcome_unknown,
+    )

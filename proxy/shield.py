@@ -20,9 +20,11 @@ from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.breaker import Breaker
 from proxy.core.errors import (
+    UPSTREAM_DOWN,
     Overloaded,
     QuotaSpent,
     TokenRefused,
+    UpstreamDisconnected,
     UpstreamGivenUp,
     UpstreamPaused,
     UpstreamTimeout,
@@ -46,20 +48,20 @@ _TURN_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 """Whoever waits asks again after so long at the latest: another replica may have given a slot back."""
 
-_TROUBLE = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
-
 
 class Upstream(Protocol):
     """The real one."""
 
-    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
         """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
 
 
 class Shield:
     """Asks the upstream for calls that may be made.
 
-    `max_wait_s` bounds what a call waits here, `total_timeout_s` the call itself.
+    `max_wait_s` bounds what a call waits here, `total_timeout_s` a read itself, `write_timeout_s` a write.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Shield:
         *,
         max_wait_s: float,
         total_timeout_s: float,
+        write_timeout_s: float,
         previous_partition: Callable[[Token], Partition] | None,
         observe: Callable[[QuotaWait], None],
         monotonic: Callable[[], float],
@@ -84,6 +87,7 @@ class Shield:
         self._connections = connections
         self._max_wait_s = max_wait_s
         self._total_timeout_s = total_timeout_s
+        self._write_timeout_s = write_timeout_s
         self._previous_partition = previous_partition
         self._observe = observe
         self._monotonic = monotonic
@@ -117,16 +121,22 @@ class Shield:
         *,
         call_class: CallClass = CallClass.MISS,
         patient: bool = True,
+        new_connection: bool = False,
     ) -> Answer:
         """Ask, when the quota has room; without `patient` only if it has now.
 
+        A probe goes over a new connection, too: those that were kept are as old as the outage.
         Raises UpstreamError or NotSent.
         """
         passing = self.admitted(
             call.route, call.token, call.key.partition, call.caller, call_class, patient=patient
         )
         async with passing as passage:
-            answer = await passage.wait_for(self._upstream.ask(call, passage.deadline, validator))
+            answer = await passage.wait_for(
+                self._upstream.ask(
+                    call, passage.deadline, validator, new_connection=new_connection or passage.probe
+                )
+            )
             passage.answered(answer.status, answer.ratelimit, answer.retry_after_s)
             return replace(answer, remaining_share=passage.remaining_share)
 
@@ -158,17 +168,22 @@ class Shield:
             one = turn.known or route is not Route.PASSTHROUGH
             async with AsyncExitStack() as held:
                 try:
-                    await self._connect(held, partition if one else _STRANGERS.partition, give_up)
+                    owner = partition if one else _STRANGERS.partition
+                    await self._connect(held, owner, give_up, spare_s=self._call_s(call_class))
                     self._refuse_while_paused(breaker)
                 except BaseException:  # also where it was given up: the turn was not used
                     await self._accounts.give_back(account, turn)
                     raise
-                async with self._passage(breaker, account, turn) as passage:
+                async with self._passage(breaker, account, turn, self._call_s(call_class)) as passage:
                     yield passage
         finally:
             line.calls -= 1
             if not line.calls:
                 del self._lines[name]
+
+    def _call_s(self, call_class: CallClass) -> float:
+        """Give the longest that a call of this class may take."""
+        return self._write_timeout_s if call_class is CallClass.WRITE else self._total_timeout_s
 
     # -- before the call ------------------------------------------------------------------------
 
@@ -209,7 +224,8 @@ class Shield:
                 await self._refuse_the_hopeless(asker, len(line.queue))
                 try:
                     with while_awaited():
-                        async with self._closing.timeout(self._left_s(asker), spare_s=self._total_timeout_s):
+                        spare_s = self._call_s(asker.call_class)
+                        async with self._closing.timeout(self._left_s(asker), spare_s=spare_s):
                             await place
                 except TimeoutError:
                     raise QuotaSpent(line.postponed.window, line.postponed.wait_s) from None
@@ -253,12 +269,12 @@ class Shield:
         pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
         with suppress(TimeoutError), while_awaited():
-            async with self._closing.timeout(pause_s, spare_s=self._total_timeout_s):
+            async with self._closing.timeout(pause_s, spare_s=self._call_s(asker.call_class)):
                 await answered.wait()
 
     def _left_s(self, asker: "_Asker") -> float:
         """Tell how long it may wait yet: there has to be time for its call before answers are due."""
-        return min(asker.give_up, self._closing.due - self._total_timeout_s) - self._monotonic()
+        return min(asker.give_up, self._closing.due - self._call_s(asker.call_class)) - self._monotonic()
 
     async def _let_a_stranger_in(self, account: Account, turn: Turn) -> None:
         """Count a call of a token that was never accepted against what these share. Raises Overloaded."""
@@ -271,11 +287,13 @@ class Shield:
         if not admitted:
             raise Overloaded("too many tokens that the API does not know; try again in a moment")
 
-    async def _connect(self, held: AsyncExitStack, owner: Partition, give_up: float) -> None:
+    async def _connect(
+        self, held: AsyncExitStack, owner: Partition, give_up: float, *, spare_s: float
+    ) -> None:
         """Take a connection, for as long as it is `held`. Raises Overloaded."""
         try:
             with while_awaited():
-                async with self._closing.timeout(give_up - self._monotonic(), spare_s=self._total_timeout_s):
+                async with self._closing.timeout(give_up - self._monotonic(), spare_s=spare_s):
                     await held.enter_async_context(self._connections.one(owner))
         except TimeoutError:
             raise Overloaded("all connections to the upstream are busy; try again in a moment") from None
@@ -283,17 +301,21 @@ class Shield:
     # -- after the call -------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _passage(self, breaker: Breaker, account: Account, turn: Turn) -> AsyncIterator["Passage"]:
+    async def _passage(
+        self, breaker: Breaker, account: Account, turn: Turn, call_s: float
+    ) -> AsyncIterator["Passage"]:
         probe = breaker.begin(self._monotonic())
-        deadline = self._monotonic() + self._total_timeout_s
-        passage = Passage(deadline, self._share_of(turn.remaining), self._closing)
+        deadline = self._monotonic() + call_s
+        passage = Passage(deadline, self._share_of(turn.remaining), self._closing, probe=probe)
         try:
             yield passage
-        except (UpstreamTimeout, UpstreamUnreachable):
-            breaker.failed(self._monotonic(), probe=probe)
+        except (UpstreamTimeout, UpstreamUnreachable, UpstreamDisconnected) as failure:
+            # An edge may close a connection that it kept at any time: that is no failure.
+            if not (isinstance(failure, UpstreamDisconnected) and failure.kept):
+                breaker.failed(self._monotonic(), probe=probe)
             raise
         finally:
-            if passage.status in _TROUBLE:
+            if passage.status in UPSTREAM_DOWN:
                 breaker.failed(self._monotonic(), probe=probe)
             elif passage.status is not None:
                 breaker.succeeded()
@@ -318,12 +340,24 @@ class Shield:
 
 
 class Passage:
-    """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went."""
+    """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went.
 
-    __slots__ = ("_closing", "deadline", "remaining_share", "remaining_told", "retry_after_s", "status")
+    It is a `probe` where the circuit breaker is open and lets this one through.
+    """
 
-    def __init__(self, deadline: float, remaining_share: float, closing: Closing) -> None:
+    __slots__ = (
+        "_closing",
+        "deadline",
+        "probe",
+        "remaining_share",
+        "remaining_told",
+        "retry_after_s",
+        "status",
+    )
+
+    def __init__(self, deadline: float, remaining_share: float, closing: Closing, *, probe: bool) -> None:
         self.deadline = deadline
+        self.probe = probe
         self.remaining_share = remaining_share
         self._closing = closing
         self.status: int | None = None
@@ -337,7 +371,7 @@ class Passage:
                 return await answer
         except TimeoutError:  # the upstream's own are UpstreamTimeouts
             raise UpstreamGivenUp(
-                "this replica stops, and the upstream did not answer before; try again",
+                "this replica stops, and the upstream did not answer before",
                 proxy_error="http_response_timeout",
             ) from None
 
