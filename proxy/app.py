@@ -161,7 +161,7 @@ class App:
         keyring = Keyring(self._secret())
         self._callers = Callers(settings.callers.aliases_file, metrics.expect)
         self._certificate = certificate(settings.server)
-        upstream = Upstream(upstream_options(settings), metrics.observe)
+        upstream = Upstream(upstream_options(settings, files.upstream), metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
 
         link = await self._link()
@@ -176,7 +176,7 @@ class App:
         self._cleanup.push_async_callback(flights.close)
         incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
         shield = self._shield(
-            upstream, link=link, keys=keys, store=store, metrics=metrics, incidents=incidents
+            upstream, files.upstream, link=link, keys=keys, store=store, metrics=metrics, incidents=incidents
         )
         invalidator = Invalidator(store, metrics.observe)
         readthrough = read_through(
@@ -293,6 +293,7 @@ class App:
     def _shield(
         self,
         upstream: Upstream,
+        connections: int,
         *,
         link: Link,
         keys: Keys,
@@ -303,6 +304,10 @@ class App:
         quota = self._settings.quota
         previous = self._previous_keyring()
         total_timeout_s = self._settings.upstream.total_timeout_s
+        write_timeout_s = self._settings.upstream.write_timeout_s
+        call_s = quota.max_wait_s + max(
+            total_timeout_s, write_timeout_s
+        )  # it may wait for a connection first
         monotonic = time.monotonic
         limits = QuotaLimits(
             quota.per_minute,
@@ -333,12 +338,13 @@ class App:
 
         return Shield(
             upstream,
-            accounts(limits, quota.max_wait_s + total_timeout_s),  # it may wait for a connection first
+            accounts(limits, call_s),
             accounts(unknown, 0.0),
             limits,
-            Connections(self._settings.upstream.max_connections),
+            Connections(connections),
             max_wait_s=quota.max_wait_s,
             total_timeout_s=total_timeout_s,
+            write_timeout_s=write_timeout_s,
             previous_partition=None if previous is None else previous.partition,
             observe=observe,
             monotonic=monotonic,
@@ -462,16 +468,17 @@ def cache_policy(settings: Settings) -> Policy:
     )
 
 
-def upstream_options(settings: Settings) -> UpstreamOptions:
-    """Take what the upstream needs to know from the settings."""
+def upstream_options(settings: Settings, max_connections: int) -> UpstreamOptions:
+    """Take what the upstream needs to know from the settings; it gets `max_connections` at once."""
     upstream = settings.upstream
     return UpstreamOptions(
         base_url=upstream.base_url,
         connect_timeout_s=upstream.connect_timeout_s,
         read_timeout_s=upstream.read_timeout_s,
         total_timeout_s=upstream.total_timeout_s,
+        write_timeout_s=upstream.write_timeout_s,
         max_body_bytes=upstream.max_body_bytes,
-        max_connections=upstream.max_connections,
+        max_connections=max_connections,
         http_proxy=upstream.http_proxy,
         ca_file=upstream.ca_file,
     )

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from proxy.closing import Closing
 from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record, Superseded
 from proxy.core.errors import (
+    UPSTREAM_DOWN,
     NotCached,
     NotSent,
     Overloaded,
@@ -25,6 +26,9 @@ from proxy.core.errors import (
     UpstreamFailedElsewhere,
     UpstreamGivenUp,
     UpstreamUnexplained,
+    UpstreamUnreachable,
+    WriteUnknown,
+    tells_outcome,
 )
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
@@ -46,15 +50,7 @@ STALE_PATIENCE_S = 1.0
 _SPARE_S = 1.0
 """A fetch takes so much longer at most than its wait for the quota and its call: half of what a read may."""
 
-_REPLACEABLE = frozenset(
-    {
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        HTTPStatus.BAD_GATEWAY,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        HTTPStatus.GATEWAY_TIMEOUT,
-        HTTPStatus.TOO_MANY_REQUESTS,
-    }
-)
+_REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class Store(Protocol):
@@ -96,11 +92,12 @@ class Upstream(Protocol):
         patient: bool = True,
         wait_until: float = ...,
         answer_by: float = ...,
+        new_connection: bool = False,
     ) -> Answer:
         """Ask once, when the quota has room; for a 304, if `validator` still is the entity tag.
 
         Without `patient` only if there is room now, else until `wait_until`; the call ends at `answer_by`
-        (monotonic). Raises UpstreamError or NotSent.
+        (monotonic). It goes over a `new_connection` if that is wanted. Raises UpstreamError or NotSent.
         """
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
@@ -146,6 +143,8 @@ class Fetched:
 
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
+    outcome_unknown: bool = False
+    """It answers a write, and does not tell whether that was carried out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +340,8 @@ class Fetcher:
     async def _ask(self, call: Call, validator: str, manner: Manner, due: Due) -> Answer:
         """Ask, and once more where the connection ended before an answer began: a read may be repeated.
 
-        Where there is no room for the repeat in time, that end is what the caller hears of.
+        Where there is no room for the repeat in time, that end is what the caller hears of. The repeat
+        goes over a new connection: others that were kept may have ended unseen, too.
         """
         ask = partial(
             self._upstream.ask,
@@ -356,7 +356,7 @@ class Fetcher:
             return await ask()
         except UpstreamDisconnected as ended:
             try:
-                return await ask()
+                return await ask(new_connection=True)
             except (QuotaSpent, Overloaded):
                 raise ended from None
 
@@ -365,10 +365,10 @@ class Fetcher:
         try:
             answer = await self._upstream.ask(call, call_class=CallClass.WRITE)
             verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
-        except NotSent as refused:
-            return Deletion(refused, ended=True)
-        except UpstreamError as unknown:
-            return Deletion(unknown, await self._invalidator.deleted(call))
+        except (NotSent, UpstreamUnreachable) as not_sent:
+            return Deletion(not_sent, ended=True)
+        except UpstreamError as failure:
+            return Deletion(WriteUnknown(failure), await self._invalidator.deleted(call))
         except Abandoned:  # it was not sent, either
             raise
         except BaseException:  # the service stops: nobody knows what became of it
@@ -384,7 +384,7 @@ class Fetcher:
                 ended = await self._invalidator.refused(call.key.partition, refusal)
             case Relay():
                 pass
-        return Deletion(_passed_on(answer, verdict.body), ended)
+        return Deletion(_passed_on(answer, verdict.body, writes=True), ended)
 
 
 async def _compressed(entry: Entry) -> Entry:
@@ -414,7 +414,10 @@ def is_failure(result: Fetched | ProxyError) -> bool:
 
 
 def is_replaceable(status: int) -> bool:
-    """RFC 5861 §4 names the first four; 429 is our extension. Never 401, 403, 404: they are answers."""
+    """RFC 5861 §4 names 500, 502, 503, 504. The edge's 52x mean what 502 and 504 mean; 429 is our extension.
+
+    Never 401, 403, 404: they are answers.
+    """
     return status in _REPLACEABLE
 
 
@@ -448,8 +451,16 @@ def _from_record(record: Record) -> Fetched | ProxyError:
     )
 
 
-def _passed_on(answer: Answer, body: bytes | None) -> Fetched | ProxyError:
+def _passed_on(answer: Answer, body: bytes | None, *, writes: bool = False) -> Fetched | ProxyError:
     """Give the upstream's own answer, or an error of ours where it did not explain itself."""
+    outcome_unknown = writes and not tells_outcome(answer.status, answer.retry_after_s)
     if body is None:
-        return UpstreamUnexplained(answer.status, answer.retry_after_s)
-    return Fetched(answer.status, body, retry_after_s=answer.retry_after_s, ratelimit=answer.ratelimit)
+        unexplained = UpstreamUnexplained(answer.status, answer.retry_after_s)
+        return WriteUnknown(unexplained) if outcome_unknown else unexplained
+    return Fetched(
+        answer.status,
+        body,
+        retry_after_s=answer.retry_after_s,
+        ratelimit=answer.ratelimit,
+        outcome_unknown=outcome_unknown,
+    )

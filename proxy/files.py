@@ -27,7 +27,8 @@ class OpenFiles:
     """What the limit of open files, now `limit`, is used for; `wanted` would be enough for all settings.
 
     `connections` is how many callers there may be at once, `refused` how many more are held until they are
-    told 503, `backlog` how many more the system may hand over before any of them can be refused.
+    told 503, `backlog` how many more the system may hand over before any of them can be refused. `upstream`
+    is how many calls there may be at once: each takes a connection, and another may be kept beside it.
     """
 
     limit: int
@@ -35,25 +36,24 @@ class OpenFiles:
     connections: int
     refused: int
     backlog: int
+    upstream: int
 
 
 def share_out(limit: int, settings: Settings) -> OpenFiles:
     """Share out `limit` descriptors. Raises TooFewFiles below the least that it works with."""
     wished = settings.server.max_connections
     each = 2 if settings.server.tls_cert_file else 1  # TLS: as many handshakes may be under way
-    fixed = (
-        settings.upstream.max_connections
-        + _REDIS
-        + ADMIN_LIMITS.max_connections
-        + ADMIN_LIMITS.max_refused
-        + _SPARE
-    )
-    wanted = fixed + wished * each + MOST_REFUSED + _BACKLOG
+    others = _REDIS + ADMIN_LIMITS.max_connections + ADMIN_LIMITS.max_refused + _SPARE
+    upstream = settings.upstream.max_connections
+    wanted = 2 * upstream + others + wished * each + MOST_REFUSED + _BACKLOG
+    if limit < wanted:
+        upstream = (upstream + 1) // 2
+    fixed = 2 * upstream + others
     least = fixed + 2 * _LEAST_CALLERS * each
     if limit < least:
         raise TooFewFiles(
             f"only {limit} open files are allowed, and at least {least} are needed:"
-            f" {settings.upstream.max_connections} for upstream.max_connections and {least - fixed} for"
+            f" {2 * upstream} for upstream.max_connections and {least - fixed} for"
             f" callers among them; raise the hard limit (ulimit -Hn; systemd: LimitNOFILE), or lower"
             f" upstream.max_connections"
         )
@@ -61,7 +61,7 @@ def share_out(limit: int, settings: Settings) -> OpenFiles:
     refused = min(MOST_REFUSED, room // 8)
     backlog = min(_BACKLOG, max(room // 4, room - refused - wished * each))
     connections = min(wished, (room - refused - backlog) // each)
-    return OpenFiles(limit, wanted, connections, refused, backlog)
+    return OpenFiles(limit, wanted, connections, refused, backlog, upstream)
 
 
 def raise_limit(settings: Settings) -> OpenFiles:

@@ -7,29 +7,18 @@ from typing import TypeVar
 
 from proxy.accounts import Settlement
 from proxy.closing import Closing
-from proxy.core.errors import UpstreamError, UpstreamGivenUp
+from proxy.core.errors import UpstreamError, UpstreamGivenUp, UpstreamUnreachable
 from proxy.core.events import GIVEN_UP
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import is_of_operation
 
 T = TypeVar("T")
 
-_NOT_SENT = frozenset(
-    {
-        "dns_error",
-        "connection_refused",
-        "connection_timeout",
-        "destination_unavailable",
-        "tls_certificate_error",
-        "tls_protocol_error",
-    }
-)
-"""Error types of RFC 9209 that say that there was no connection to send anything over."""
-
 
 class Passage:
     """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went.
 
+    It is a `probe` where the circuit breaker is open and lets this one through.
     `by_remaining`: a 429 beside calls that are left is meant for the `operation`, and not for the token.
     """
 
@@ -41,6 +30,7 @@ class Passage:
         "deadline",
         "limit_told",
         "of_operation",
+        "probe",
         "remaining_share",
         "remaining_told",
         "retry_after_s",
@@ -56,8 +46,10 @@ class Passage:
         operation: str,
         *,
         by_remaining: bool,
+        probe: bool,
     ) -> None:
         self.deadline = deadline
+        self.probe = probe
         self.remaining_share = remaining_share
         self._closing = closing
         self._operation = operation
@@ -77,7 +69,7 @@ class Passage:
                 return await answer
         except TimeoutError:  # the upstream's own are UpstreamTimeouts
             raise UpstreamGivenUp(
-                "this replica stops, and the upstream did not answer before; try again",
+                "this replica stops, and the upstream did not answer before",
                 proxy_error="http_response_timeout",
             ) from None
 
@@ -138,8 +130,10 @@ def outcome_unknown(status: int | None, failure: BaseException | None) -> bool:
     match failure:
         case _ if status is not None:
             return status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        case UpstreamUnreachable():  # not sent
+            return False
         case UpstreamError():
-            return failure.proxy_error not in _NOT_SENT
+            return True
         case asyncio.CancelledError():
             return True
         case _:  # its body did not come to its end: that is its caller's fault

@@ -13,7 +13,7 @@ from random import random
 
 from proxy.closing import Closing
 from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
-from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamUnexplained
+from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
 from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
 from proxy.core.http import Detail, Forwarded, Why, hit
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
@@ -53,6 +53,9 @@ class Served:
 
     in_vain: bool = False
     """It is stale, and the upstream was asked for something better, without success."""
+
+    outcome_unknown: bool = False
+    """It answers a write, and does not tell whether that was carried out."""
 
     @property
     def avoided(self) -> Avoided | None:
@@ -138,7 +141,8 @@ class ReadThrough:
         detail = None if deletion.ended else Detail.INVALIDATION_PENDING
         match deletion.result:
             case ProxyError() as failure:
-                return Failed(failure, Outcome.NONE, str(Forwarded(Why.METHOD, detail=detail)))
+                cache_status = str(Forwarded(Why.METHOD, _received(failure), detail=detail))
+                return Failed(failure, Outcome.NONE, cache_status)
             case Fetched() as fetched:
                 return Served(
                     status=fetched.status,
@@ -147,6 +151,7 @@ class ReadThrough:
                     cache_status=str(Forwarded(Why.METHOD, fetched.status, detail=detail)),
                     retry_after_s=fetched.retry_after_s,
                     ratelimit=fetched.ratelimit,
+                    outcome_unknown=fetched.outcome_unknown,
                 )
 
     async def _or_stale(
@@ -177,7 +182,7 @@ class ReadThrough:
                 cache_status = hit(entry.ttl_s(now), detail)
             case _:
                 in_vain = answer.avoided is None
-                status = answer.status if isinstance(answer, Served) else None
+                status = _received(answer.error) if isinstance(answer, Failed) else answer.status
                 cache_status = str(Forwarded(Why.STALE, status, detail=detail))
         return replace(
             _from_entry(entry, now),
@@ -214,10 +219,8 @@ class ReadThrough:
         detail = Detail.STORE_UNAVAILABLE if since is not None and lookup.unavailable else None
         match landed.result:
             case ProxyError() as failure:
-                status = failure.status if isinstance(failure, UpstreamUnexplained) else None
-                return Failed(
-                    failure, outcome, str(Forwarded(why, status, collapsed=collapsed, detail=detail))
-                )
+                cache_status = str(Forwarded(why, _received(failure), collapsed=collapsed, detail=detail))
+                return Failed(failure, outcome, cache_status)
             case Fetched() as fetched:
                 return Served(
                     status=fetched.status,
@@ -268,6 +271,11 @@ def read_through(
     )
     refresher = Refresher(store, fetcher, flights, observe=observe, clock=clock)
     return ReadThrough(store, fetcher, refresher, flights, invalidator, monotonic=monotonic, clock=clock)
+
+
+def _received(failure: ProxyError) -> int | None:
+    """Give the status that the upstream answered with, where it did."""
+    return failure.received_status if isinstance(failure, UpstreamError) else None
 
 
 def _unsatisfiable() -> Failed:

@@ -277,8 +277,11 @@ class Upstream:
 
     base_url: str = _key("https://api.digitalocean.com", _BASE_URL, "where requests are forwarded to")
     connect_timeout_s: float = _key(2.0, _TIMEOUT, "for a connection with its TLS handshake")
-    read_timeout_s: float = _key(5.0, _TIMEOUT, "between two reads of an answer")
-    total_timeout_s: float = _key(8.0, _TIMEOUT, "for a whole call")
+    read_timeout_s: float = _key(5.0, _TIMEOUT, "between two reads of an answer's body")
+    total_timeout_s: float = _key(8.0, _TIMEOUT, "for a whole read, its first byte included")
+    write_timeout_s: float = _key(
+        60.0, _TIMEOUT, "for anything but GET and HEAD, from its last byte to the answer's head"
+    )
     max_body_bytes: int = _key(2_097_152, _whole(1, _TEBIBYTE, " of bytes"), "of an answer, decompressed")
     max_connections: int = _key(100, _COUNT, "connections kept alive to the upstream")
     http_proxy: str = _key("", _PROXY_URL, "egress proxy")

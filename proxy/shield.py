@@ -20,9 +20,11 @@ from proxy.closing import Closing
 from proxy.connections import Connections
 from proxy.core.breaker import Breaker
 from proxy.core.errors import (
+    UPSTREAM_DOWN,
     Overloaded,
     QuotaSpent,
     TokenRefused,
+    UpstreamDisconnected,
     UpstreamPaused,
     UpstreamTimeout,
     UpstreamUnreachable,
@@ -45,8 +47,6 @@ _TURN_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 """Whoever waits asks again after so long at the latest: another replica may have given a slot back."""
 
-_TROUBLE = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
-
 _LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.DELETE})
 """Kinds of calls of which some have a limit of their own: a 429 with calls left tells it."""
 
@@ -54,14 +54,17 @@ _LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.DELETE})
 class Upstream(Protocol):
     """The real one."""
 
-    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
         """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
 
 
 class Shield:
     """Asks the upstream for calls that may be made.
 
-    `max_wait_s` bounds what a call waits here, `total_timeout_s` the call itself, from when it is sent.
+    `max_wait_s` bounds what a call waits here, `total_timeout_s` a read itself and `write_timeout_s` a write,
+    from when it is sent.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Shield:
         *,
         max_wait_s: float,
         total_timeout_s: float,
+        write_timeout_s: float,
         previous_partition: Callable[[Token], Partition] | None,
         observe: Callable[[QuotaWait | CallSettled], None],
         monotonic: Callable[[], float],
@@ -86,6 +90,7 @@ class Shield:
         self._connections = connections
         self._max_wait_s = max_wait_s
         self._total_timeout_s = total_timeout_s
+        self._write_timeout_s = write_timeout_s
         self._previous_partition = previous_partition
         self._observe = observe
         self._monotonic = monotonic
@@ -122,11 +127,13 @@ class Shield:
         patient: bool = True,
         wait_until: float = math.inf,
         answer_by: float = math.inf,
+        new_connection: bool = False,
     ) -> Answer:
         """Ask, when the quota has room; without `patient` only if it has now.
 
         The wait ends at `wait_until` and the call at `answer_by` (monotonic), where these come before their
-        usual bounds. Raises UpstreamError or NotSent.
+        usual bounds. A probe goes over a new connection, too: those that were kept are as old as the outage.
+        Raises UpstreamError or NotSent.
         """
         path = "/v2/snapshots" if isinstance(call.target, ListQuery) else f"/v2/snapshots/{call.target.text}"
         passing = self.admitted(
@@ -141,7 +148,11 @@ class Shield:
             answer_by=answer_by,
         )
         async with passing as passage:
-            answer = await passage.wait_for(self._upstream.ask(call, passage.deadline, validator))
+            answer = await passage.wait_for(
+                self._upstream.ask(
+                    call, passage.deadline, validator, new_connection=new_connection or passage.probe
+                )
+            )
             passage.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
             return replace(answer, remaining_share=passage.remaining_share)
 
@@ -188,17 +199,19 @@ class Shield:
             one = turn.known or route is not Route.PASSTHROUGH
             async with AsyncExitStack() as held:
                 try:
-                    await self._connect(held, partition if one else _STRANGERS.partition, give_up)
+                    owner = partition if one else _STRANGERS.partition
+                    await self._connect(held, owner, give_up, spare_s=self._call_s(call_class))
                     self._refuse_while_paused(breaker)
                 except BaseException:  # also where it was given up: the turn was not used
                     await self._accounts.give_back(account, turn)
                     raise
                 passage = Passage(
-                    min(self._monotonic() + self._total_timeout_s, answer_by),
+                    min(self._monotonic() + self._call_s(call_class), answer_by),
                     self._share_of(turn),
                     self._closing,
                     operation,
                     by_remaining=route in _LIMITED_APART,
+                    probe=breaker.begin(self._monotonic()),
                 )
                 is_write = call_class is CallClass.WRITE
                 async with self._passage(route, account, turn, passage, is_write=is_write):
@@ -207,6 +220,10 @@ class Shield:
             line.calls -= 1
             if not line.calls:
                 del self._lines[name]
+
+    def _call_s(self, call_class: CallClass) -> float:
+        """Give the longest that a call of this class may take."""
+        return self._write_timeout_s if call_class is CallClass.WRITE else self._total_timeout_s
 
     # -- before the call ------------------------------------------------------------------------
 
@@ -252,7 +269,8 @@ class Shield:
                 await self._refuse_the_hopeless(asker, len(line.queue))
                 try:
                     with while_awaited():
-                        async with self._closing.timeout(self._left_s(asker), spare_s=self._total_timeout_s):
+                        spare_s = self._call_s(asker.call_class)
+                        async with self._closing.timeout(self._left_s(asker), spare_s=spare_s):
                             await place
                 except TimeoutError:
                     raise _spent(line.postponed) from None
@@ -298,12 +316,12 @@ class Shield:
         pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
         with suppress(TimeoutError), while_awaited():
-            async with self._closing.timeout(pause_s, spare_s=self._total_timeout_s):
+            async with self._closing.timeout(pause_s, spare_s=self._call_s(asker.call_class)):
                 await answered.wait()
 
     def _left_s(self, asker: Asker) -> float:
         """Tell how long it may wait yet: there has to be time for its call before answers are due."""
-        return min(asker.give_up, self._closing.due - self._total_timeout_s) - self._monotonic()
+        return min(asker.give_up, self._closing.due - self._call_s(asker.call_class)) - self._monotonic()
 
     async def _let_a_stranger_in(self, account: Account, turn: Turn) -> None:
         """Count a call of a token that was never accepted against what these share. Raises Overloaded."""
@@ -316,11 +334,13 @@ class Shield:
         if not admitted:
             raise Overloaded("too many tokens that the API does not know; try again in a moment")
 
-    async def _connect(self, held: AsyncExitStack, owner: Partition, give_up: float) -> None:
+    async def _connect(
+        self, held: AsyncExitStack, owner: Partition, give_up: float, *, spare_s: float
+    ) -> None:
         """Take a connection, for as long as it is `held`. Raises Overloaded."""
         try:
             with while_awaited():
-                async with self._closing.timeout(give_up - self._monotonic(), spare_s=self._total_timeout_s):
+                async with self._closing.timeout(give_up - self._monotonic(), spare_s=spare_s):
                     await held.enter_async_context(self._connections.one(owner))
         except TimeoutError:
             raise Overloaded("all connections to the upstream are busy; try again in a moment") from None
@@ -332,7 +352,6 @@ class Shield:
         self, route: Route, account: Account, turn: Turn, passage: Passage, *, is_write: bool
     ) -> AsyncIterator[None]:
         breaker = self._breakers[route]
-        probe = breaker.begin(self._monotonic())
 
         async def settle() -> None:
             try:
@@ -347,12 +366,14 @@ class Shield:
             yield
         except BaseException as error:
             failure = error
-            if isinstance(error, (UpstreamTimeout, UpstreamUnreachable)):
-                breaker.failed(self._monotonic(), probe=probe)
+            # An edge may close a connection that it kept at any time: that is no failure.
+            kept = isinstance(error, UpstreamDisconnected) and error.kept
+            if isinstance(error, (UpstreamTimeout, UpstreamUnreachable, UpstreamDisconnected)) and not kept:
+                breaker.failed(self._monotonic(), probe=passage.probe)
             raise
         finally:
-            if passage.status in _TROUBLE:
-                breaker.failed(self._monotonic(), probe=probe)
+            if passage.status in UPSTREAM_DOWN:
+                breaker.failed(self._monotonic(), probe=passage.probe)
             elif passage.status is not None:
                 breaker.succeeded()
             if passage.status == HTTPStatus.UNAUTHORIZED:

@@ -146,12 +146,20 @@ class FakeApi:
     asked: list[tuple[float, str]] = field(default_factory=list)
     due: float = math.inf
     """When the answers to all that is asked are due at last."""
+    deadlines_s: list[float] = field(default_factory=list)
+    """How long each might take."""
+    over_new: list[bool] = field(default_factory=list)
+    """Whether each was wanted over a new connection."""
     _spent: Counter[Partition] = field(default_factory=Counter)
 
-    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
         """Answer once."""
         del validator
-        assert deadline == min(_now() + CALL_S, self.due)
+        assert deadline <= self.due
+        self.over_new.append(new_connection)
+        self.deadlines_s.append(deadline - _now())
         self.asked.append((_now(), call.target.text))
         self._spent[call.key.partition] += 1
         remaining = 5000 - self._spent[call.key.partition]
@@ -208,6 +216,7 @@ def gate(
     replicas: int = 1,
     previous: Callable[[Token], Partition] | None = None,
     max_connections: int = 100,
+    write_timeout_s: float = CALL_S,
 ) -> Gate:
     """Make a shield whose minute lasts 6 s; unless told otherwise, for a token that the upstream knows."""
     limits = Limits(per_minute, 5000, reserve, minute_s=6.0, hour_s=360.0)
@@ -235,6 +244,7 @@ def gate(
         connections,
         max_wait_s=max_wait_s,
         total_timeout_s=CALL_S,
+        write_timeout_s=write_timeout_s,
         previous_partition=previous,
         observe=observe,
         monotonic=_now,

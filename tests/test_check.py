@@ -195,7 +195,7 @@ async def test_too_few_open_files(look: Look, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
     status, printed = await look("server.max_connections=2000")
     assert status == 0
-    assert has(printed, Level.WARNING, "1024 are allowed", "= 2000 serve takes 503,", "LimitNOFILE=3344")
+    assert has(printed, Level.WARNING, "1024 are allowed", "= 2000 serve takes 503,", "LimitNOFILE=3444")
 
 
 async def test_far_too_few_open_files(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,13 +545,14 @@ async def test_secrets_of_other_replicas(
         (Fault(FaultKind.HTML), "a page, as an egress proxy"),
         (Fault(FaultKind.STATUS, status=503, envelope=False), "a page, as an egress proxy"),
         (Fault(FaultKind.STATUS, status=503), "trouble of its own"),
+        (Fault(FaultKind.STATUS, status=522, envelope=False), "the edge in front of the API"),
         (Fault(FaultKind.STATUS, status=429), "too many requests from here"),
         (Fault(FaultKind.STATUS, status=200), "not the API"),
         (Fault(FaultKind.STATUS, status=403), "somebody else"),
         (Fault(FaultKind.REDIRECT), "somebody else"),
         (Fault(FaultKind.INVALID_HTTP), "it is not HTTP"),
         (Fault(FaultKind.RESET_BEFORE), "see to upstream.base_url"),
-        (Fault(FaultKind.TIMEOUT), "raise upstream.read_timeout_s"),
+        (Fault(FaultKind.TIMEOUT), "or raise upstream.total_timeout_s"),
     ],
     ids=lambda value: f"{value.kind}-{value.status}" if isinstance(value, Fault) else "",
 )
@@ -561,6 +562,30 @@ async def test_not_the_api(fault: Fault, words: str, simulator: Simulator, look:
     status, printed = await look("upstream.total_timeout_s=0.3")
     assert status == 1
     assert has(printed, Level.PROBLEM, "upstream", words)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said", "setting"),
+    [
+        pytest.param("https", b"", "connect_timeout_s", id="no-tls-handshake"),
+        pytest.param("http", b"", "total_timeout_s", id="no-answer"),
+        pytest.param("http", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "read_timeout_s", id="no-body"),
+    ],
+)
+async def test_an_upstream_that_is_slow(scheme: str, said: bytes, setting: str, look: Look) -> None:
+    """The setting to raise is the one whose time was over."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"upstream.base_url={scheme}://127.0.0.1:{port}"
+        status, printed = await look(url, f"upstream.{setting}=0.3")
+    assert status == 1
+    assert has(printed, Level.PROBLEM, "upstream", f"or raise upstream.{setting}")
 
 
 @pytest.mark.parametrize(

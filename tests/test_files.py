@@ -21,23 +21,27 @@ def shares(limit: int, *overrides: str) -> OpenFiles:
 @pytest.mark.parametrize(
     ("limit", "overrides", "expected"),
     [
-        pytest.param(1 << 20, (), (1000, 100, 1024), id="plenty"),
-        pytest.param(2344, (), (1000, 100, 1024), id="just-enough"),
-        pytest.param(2343, (), (1000, 100, 1023), id="fewer-at-once"),
-        pytest.param(1800, (), (1000, 100, 480), id="many-fewer-at-once"),
-        pytest.param(1024, (), (503, 100, 201), id="the-usual-soft-limit"),
-        pytest.param(256, (), (23, 4, 9), id="256"),
-        pytest.param(256, ("upstream.max_connections=20",), (73, 14, 29), id="256-and-few-upstream"),
-        pytest.param(256, ("server.max_connections=5",), (5, 4, 27), id="256-and-few-callers"),
+        pytest.param(1 << 20, (), (1000, 100, 1024, 100), id="plenty"),
+        pytest.param(2444, (), (1000, 100, 1024, 100), id="just-enough"),
+        pytest.param(2443, (), (1000, 100, 1024, 50), id="fewer-calls-upstream-at-once"),
+        pytest.param(2343, (), (1000, 100, 1023, 50), id="fewer-at-once"),
+        pytest.param(1800, (), (1000, 100, 480, 50), id="many-fewer-at-once"),
+        pytest.param(1024, (), (503, 100, 201, 50), id="the-usual-soft-limit"),
+        pytest.param(256, (), (23, 4, 9, 50), id="256"),
+        pytest.param(256, ("upstream.max_connections=20",), (73, 14, 29, 10), id="256-and-few-upstream"),
+        pytest.param(256, ("server.max_connections=5",), (5, 4, 27, 50), id="256-and-few-callers"),
         pytest.param(
-            1024, ("server.tls_cert_file=a", "server.tls_key_file=b"), (251, 100, 201), id="handshakes-too"
+            1024,
+            ("server.tls_cert_file=a", "server.tls_key_file=b"),
+            (251, 100, 201, 50),
+            id="handshakes-too",
         ),
     ],
 )
-def test_shares(limit: int, overrides: tuple[str, ...], expected: tuple[int, int, int]) -> None:
+def test_shares(limit: int, overrides: tuple[str, ...], expected: tuple[int, int, int, int]) -> None:
     """Callers, refused ones, and those who come at once; never more than there is beside all else."""
     shared = shares(limit, *overrides)
-    assert (shared.connections, shared.refused, shared.backlog) == expected
+    assert (shared.connections, shared.refused, shared.backlog, shared.upstream) == expected
 
 
 @pytest.mark.parametrize("limit", [236, 250, 300, 500, 1000, 2000, 3000, 100_000])
@@ -51,7 +55,13 @@ def test_shares_never_exceed_the_limit(limit: int, overrides: tuple[str, ...]) -
         assert limit <= 250
         return
     each = 2 if overrides else 1
-    others = 100 + ADMIN_LIMITS.max_connections + ADMIN_LIMITS.max_refused + files._REDIS + files._SPARE
+    others = (
+        2 * shared.upstream
+        + ADMIN_LIMITS.max_connections
+        + ADMIN_LIMITS.max_refused
+        + files._REDIS
+        + files._SPARE
+    )
     assert others + shared.connections * each + shared.refused + shared.backlog <= limit
     assert shared.connections >= 8
     assert shared.refused >= 2
@@ -69,10 +79,10 @@ def test_too_few() -> None:
 @pytest.mark.parametrize(
     ("soft", "hard", "reached"),
     [
-        pytest.param(1024, 1 << 20, 2344, id="raised"),
+        pytest.param(1024, 1 << 20, 2444, id="raised"),
         pytest.param(1024, 2000, 2000, id="raised-as-far-as-may-be"),
         pytest.param(1 << 16, 1 << 20, 1 << 16, id="left"),
-        pytest.param(1024, resource.RLIM_INFINITY, 2344, id="no-hard-limit"),
+        pytest.param(1024, resource.RLIM_INFINITY, 2444, id="no-hard-limit"),
         pytest.param(resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1 << 30, id="no-limit"),
     ],
 )

@@ -80,9 +80,11 @@ class Api:
         self._scene = scene
         self._replica = replica
 
-    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
         """Answer after a while."""
-        del deadline, validator
+        del deadline, validator, new_connection
         scene = self._scene
         called_at = now()
         scene.sent.append(Sent(called_at, self._replica, call))
@@ -148,6 +150,7 @@ class Scene:
             Connections(100),
             max_wait_s=60.0,
             total_timeout_s=CALL_S,
+            write_timeout_s=CALL_S,
             previous_partition=None,
             observe=lambda _: None,
             monotonic=now,

@@ -100,9 +100,12 @@ class Api:
         self._away = away
         self._spent: Counter[Partition] = Counter()
 
-    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
         """Answer in a while, outside of the outage."""
         assert (deadline, validator) == (now() + TIMEOUT_S, "")
+        del new_connection
         self.asked.append((now(), call.key))
         if DOWN <= now() < UP:
             return await self._away(deadline)
@@ -199,6 +202,7 @@ class Outage:
             Connections(Settings().upstream.max_connections),
             max_wait_s=QUOTA.max_wait_s,
             total_timeout_s=TIMEOUT_S,
+            write_timeout_s=TIMEOUT_S,
             previous_partition=None,
             observe=lambda _: None,
             monotonic=now,

@@ -38,6 +38,7 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnexplained,
     UpstreamUnreachable,
+    WriteUnknown,
 )
 from proxy.core.events import Avoided, Invalidation, Outcome, Refreshed, UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, etag_of
@@ -179,6 +180,7 @@ class Asked(NamedTuple):
     validator: str = ""
     call_class: CallClass = CallClass.MISS
     patient: bool = True
+    new_connection: bool = False
 
 
 class Upstream:
@@ -207,9 +209,10 @@ class Upstream:
         patient: bool = True,
         wait_until: float = math.inf,
         answer_by: float = math.inf,
+        new_connection: bool = False,
     ) -> Answer:
         """Give or raise the next answer, while the upstream is `open`."""
-        self.asked.append(Asked(call, validator, call_class, patient))
+        self.asked.append(Asked(call, validator, call_class, patient, new_connection))
         self.due.append((wait_until, answer_by))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         await self.open.wait()
@@ -618,7 +621,7 @@ def test_refresh_by_list(
             await path.get(call("44"))
             await settled()
             assert [each.call.target.text for each in path.upstream.asked] == expected
-            assert all(each[1:] == ("", CallClass.REFRESH, False) for each in path.upstream.asked)
+            assert all(each[1:4] == ("", CallClass.REFRESH, False) for each in path.upstream.asked)
             await asyncio.sleep(LINGER_S + 1.0)
             path.upstream.asked.clear()
 
@@ -656,7 +659,10 @@ NOT_ASKED = "snapshot-proxy; hit; ttl=-61; detail={}"
             pytest.param(said(status, ERROR, 7), IN_PLACE.format(status), None, id=str(status))
             for status in (429, 500, 502, 503, 504)
         ),
-        pytest.param(said(503, b"<html>"), IN_VAIN, None, id="unexplained"),
+        *(
+            pytest.param(said(status, b"<html>"), IN_PLACE.format(status), None, id=f"{status}-page")
+            for status in (503, *range(520, 528), 530)
+        ),
         pytest.param(TIMEOUT, IN_VAIN, None, id="timeout"),
         pytest.param(UpstreamInvalid("it is odd"), IN_VAIN, None, id="invalid"),
         pytest.param(QuotaSpent("cooldown", 3), NOT_ASKED.format("cooldown"), "cooldown", id="cooldown"),
@@ -739,7 +745,9 @@ async def test_without_redis_nothing_that_ended_here_is_served_in_the_place_of_a
         pytest.param(None, 1, id="store-gone"),
         pytest.param(Record(403, ERROR), 1, id="an-answer-from-before"),
         pytest.param(Record(503, ERROR, 7), 0, id="trouble-a-moment-ago"),
-        pytest.param(Record(504, b"late", None, "upstream_timeout", "http_response_timeout"), 0, id="ours"),
+        pytest.param(
+            Record(504, b"late; try again", None, "upstream_timeout", "http_response_timeout"), 0, id="ours"
+        ),
     ],
 )
 async def test_who_fetches(lease: Leased | Record | None, asked: int) -> None:
@@ -757,7 +765,11 @@ async def test_who_fetches(lease: Leased | Record | None, asked: int) -> None:
         assert answer.cache_status == "snapshot-proxy; fwd=uri-miss; fwd-status=503; collapsed"
     else:
         assert isinstance(answer.error, UpstreamFailedElsewhere)
-        assert (answer.error.status, answer.error.id, str(answer.error)) == (504, "upstream_timeout", "late")
+        assert (answer.error.status, answer.error.id, str(answer.error)) == (
+            504,
+            "upstream_timeout",
+            "late; try again",
+        )
         assert answer.cache_status == "snapshot-proxy; fwd=uri-miss; collapsed"
 
 
@@ -892,7 +904,7 @@ def test_who_waits_for_another_replica_is_no_burden() -> None:
         pytest.param(
             TIMEOUT,
             True,
-            Record(504, b"late", None, "upstream_timeout", "http_response_timeout"),
+            Record(504, b"late; try again", None, "upstream_timeout", "http_response_timeout"),
             id="timeout",
         ),
         pytest.param(QuotaSpent("minute", 3), True, None, id="nobody-was-asked"),
@@ -1026,11 +1038,11 @@ async def test_an_answer_that_is_not_documented() -> None:
 async def test_a_read_is_repeated_once(
     answers: list[Answer | UpstreamError], asked: int, expected: type[Served] | type[Failed]
 ) -> None:
-    """Where the connection ended before an answer began."""
+    """Where the connection ended before an answer began; over a new connection."""
     path = Path(Store(missing()), Upstream(*answers))
     read = call()
     assert isinstance(await path.get(read), expected)
-    assert path.upstream.asked == [Asked(read)] * asked
+    assert path.upstream.asked == [Asked(read), Asked(read, new_connection=True)][:asked]
 
 
 @pytest.mark.parametrize("waits_s", [0.0, 4.0], ids=["at-once", "after-another-replica"])
@@ -1408,7 +1420,7 @@ def deletion(snapshot_id: str = "42") -> Call:
 
 
 FOR_ALL = [("end_snapshots", "42")]
-RESET = UpstreamUnreachable("no", proxy_error="connection_terminated")
+REFUSED_CONNECTION = UpstreamUnreachable("no", proxy_error="connection_refused")
 
 
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
@@ -1421,8 +1433,11 @@ RESET = UpstreamUnreachable("no", proxy_error="connection_terminated")
         pytest.param(said(403, ERROR), [], None, id="403"),
         pytest.param(said(409, ERROR), [], None, id="409"),
         pytest.param(said(429, ERROR, 30), [], None, id="429"),
-        pytest.param(said(500, ERROR), FOR_ALL, "delete", id="500"),
-        pytest.param(said(503, ERROR, 7), FOR_ALL, "delete", id="503"),
+        pytest.param(said(503, ERROR, 7), FOR_ALL, "delete", id="503-that-says-when-to-come-again"),
+        *(
+            pytest.param(said(status, ERROR), FOR_ALL, "delete", id=f"{status}-outcome-unknown")
+            for status in (500, 502, 503, 504, 520, 522, 530)
+        ),
     ],
 )
 async def test_a_deletion_that_is_answered(
@@ -1431,7 +1446,11 @@ async def test_a_deletion_that_is_answered(
     cause: Literal["delete", "unauthorized"] | None,
     owes: bool,
 ) -> None:
-    """What it ended has ended before the answer is given; what is still owed is said."""
+    """What it ended has ended before the answer is given; what is still owed is said.
+
+    So is whether the answer tells what became of it: a 5xx does not, unless it says when to come again.
+    """
+    unknown = answer.status >= 500 and answer.retry_after_s is None
     path = Path(Store(missing(), owes=owes), Upstream(answer))
     pending = "; detail=invalidation-pending" if owes and ended else ""
     asked = deletion()
@@ -1442,6 +1461,7 @@ async def test_a_deletion_that_is_answered(
         f"snapshot-proxy; fwd=method; fwd-status={answer.status}{pending}",
         retry_after_s=answer.retry_after_s,
         ratelimit=RATELIMIT,
+        outcome_unknown=unknown,
     )
     assert path.upstream.asked == [Asked(asked, call_class=CallClass.WRITE)]
     assert path.store.told == ended
@@ -1450,8 +1470,8 @@ async def test_a_deletion_that_is_answered(
 
 @pytest.mark.parametrize(
     "refusal",
-    [QuotaSpent("minute", 3), Overloaded("too many"), PAUSED, REFUSED],
-    ids=["quota", "overloaded", "paused", "token-refused"],
+    [QuotaSpent("minute", 3), Overloaded("too many"), PAUSED, REFUSED, REFUSED_CONNECTION],
+    ids=["quota", "overloaded", "paused", "token-refused", "no-connection"],
 )
 async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
     """It ended nothing."""
@@ -1462,31 +1482,71 @@ async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
 
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
 @pytest.mark.parametrize(
-    ("answer", "error", "ended"),
+    ("answer", "status", "error_id", "ended"),
     [
-        pytest.param(TIMEOUT, UpstreamTimeout, FOR_ALL, id="timeout"),
-        pytest.param(GIVEN_UP, UpstreamGivenUp, FOR_ALL, id="this-replica-stops"),
-        pytest.param(RESET, UpstreamUnreachable, FOR_ALL, id="reset"),
-        pytest.param(DISCONNECTED, UpstreamDisconnected, FOR_ALL, id="disconnected"),
-        pytest.param(said(302), UpstreamInvalid, FOR_ALL, id="redirect"),
-        pytest.param(said(200), UpstreamInvalid, FOR_ALL, id="another-success"),
-        pytest.param(said(502, b"<html>"), UpstreamUnexplained, FOR_ALL, id="gateway-page"),
-        pytest.param(said(404, b"<html>"), UpstreamUnexplained, [("end_entry", KEY)], id="unexplained-404"),
-        pytest.param(said(409, b""), UpstreamUnexplained, [], id="unexplained-refusal"),
+        pytest.param(TIMEOUT, 502, "upstream_unreachable", FOR_ALL, id="timeout"),
+        pytest.param(GIVEN_UP, 502, "upstream_unreachable", FOR_ALL, id="this-replica-stops"),
+        pytest.param(DISCONNECTED, 502, "upstream_unreachable", FOR_ALL, id="disconnected"),
+        pytest.param(said(302), 502, "upstream_invalid", FOR_ALL, id="redirect"),
+        pytest.param(said(200), 502, "upstream_invalid", FOR_ALL, id="another-success"),
+        *(
+            pytest.param(said(status, b"<html>"), status, "server_error", FOR_ALL, id=f"page-{status}")
+            for status in (502, 503, 504, 520, 522, 527, 530)
+        ),
     ],
 )
-async def test_a_deletion_that_nobody_can_read(
-    answer: Answer | UpstreamError, error: type[UpstreamError], ended: list[tuple[Any, ...]], owes: bool
+async def test_a_deletion_whose_outcome_is_unknown(
+    answer: Answer | UpstreamError, status: int, error_id: str, ended: list[tuple[Any, ...]], owes: bool
 ) -> None:
-    """It is asked once, whatever happens, and where its outcome is unknown it counts as done."""
+    """It is sent once, counts as done, and nobody is invited to repeat it."""
     path = Path(Store(missing(), owes=owes), Upstream(answer))
     failed = await path.delete(deletion())
     assert isinstance(failed, Failed)
-    assert type(failed.error) is error
-    pending = "; detail=invalidation-pending" if owes and ended else ""
-    assert (failed.outcome, failed.cache_status) == (Outcome.NONE, f"snapshot-proxy; fwd=method{pending}")
+    assert isinstance(failed.error, WriteUnknown)
+    assert (failed.error.status, failed.error.id) == (status, error_id)
+    assert (failed.error.should_retry, failed.error.retry_after_s) == (False, None)
+    assert str(failed.error).endswith("; the request may have been carried out: check whether it was")
+    assert "try again" not in str(failed.error)
+    received = f"; fwd-status={status}" if error_id == "server_error" else ""
+    pending = "; detail=invalidation-pending" if owes else ""
+    assert failed.cache_status == f"snapshot-proxy; fwd=method{received}{pending}"
+    assert failed.outcome == Outcome.NONE
     assert len(path.upstream.asked) == 1
     assert path.store.told == ended
+
+
+@pytest.mark.parametrize(
+    ("answer", "ended"),
+    [
+        pytest.param(said(404, b"<html>"), [("end_entry", KEY)], id="404"),
+        pytest.param(said(409, b""), [], id="409"),
+    ],
+)
+async def test_a_deletion_that_is_refused_without_a_word(
+    answer: Answer, ended: list[tuple[Any, ...]]
+) -> None:
+    """The status alone tells what became of it."""
+    path = Path(Store(missing()), Upstream(answer))
+    failed = await path.delete(deletion())
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, UpstreamUnexplained)
+    assert failed.error.should_retry
+    assert failed.cache_status == f"snapshot-proxy; fwd=method; fwd-status={answer.status}"
+    assert path.store.told == ended
+
+
+@pytest.mark.parametrize("status", [*range(520, 528), 530])
+async def test_the_edge_gets_no_answer(status: int) -> None:
+    """A 52x with a page is an error of ours, is not kept, and is shared with the other replicas as 502 is."""
+    path = Path(Store(missing()), Upstream(said(status, b"<html>")))
+    failed = await path.get(call())
+    assert isinstance(failed, Failed)
+    assert (failed.error.status, failed.error.id) == (502, "upstream_unreachable")
+    assert failed.cache_status == f"snapshot-proxy; fwd=uri-miss; fwd-status={status}"
+    assert path.store.changes == []
+    (record,) = path.store.released
+    assert record is not None
+    assert (record.status, record.error_id) == (502, "upstream_unreachable")
 
 
 @pytest.mark.parametrize("answer", [said(204, b""), TIMEOUT], ids=["204", "timeout"])

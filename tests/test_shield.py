@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
@@ -16,6 +17,7 @@ from proxy.core.errors import (
     ProxyError,
     QuotaSpent,
     TokenRefused,
+    UpstreamDisconnected,
     UpstreamError,
     UpstreamGivenUp,
     UpstreamInvalid,
@@ -803,12 +805,21 @@ def timed_out() -> Answer:
     raise UpstreamTimeout("late", proxy_error="http_response_timeout")
 
 
+def hung_up(*, kept: bool = False) -> Answer:
+    """Close the connection without an answer."""
+    raise UpstreamDisconnected("gone", proxy_error="connection_terminated", kept=kept)
+
+
 @pytest.mark.parametrize(
     "failure",
     [
         pytest.param(unreachable, id="unreachable"),
         pytest.param(timed_out, id="timeout"),
-        pytest.param(lambda: answer(503), id="503"),
+        pytest.param(hung_up, id="disconnected"),
+        *(
+            pytest.param(lambda status=status: answer(status), id=str(status))
+            for status in (502, 503, 504, *range(520, 528), 530)
+        ),
     ],
 )
 def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]) -> None:
@@ -834,6 +845,60 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
         assert not it.shield.breaker_open
         assert await outcome(ask(it)) == 200
         assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - FAILURES - 2
+        # What was kept is as old as the outage: the probe does not go over that.
+        assert it.api.over_new == [False] * FAILURES + [True] + [False]
+
+    run(main())
+
+
+def test_a_kept_connection_that_ended_is_no_trouble() -> None:
+    """An edge may close what is idle at any time: such a call counts for the quota, not for the breaker."""
+
+    async def main() -> None:
+        it = gate(per_minute=1000)
+        it.api.answer = partial(hung_up, kept=True)
+        for number in range(2 * FAILURES):
+            assert await outcome(ask(it, number)) == (UpstreamDisconnected, 0.0)
+        assert not it.shield.breaker_open
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - 2 * FAILURES
+        it.api.answer = None
+        assert (await it.shield.ask(call(), new_connection=True)).status == 200
+        assert it.api.over_new[-2:] == [False, True]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("call_class", "seconds"),
+    [
+        pytest.param(CallClass.MISS, CALL_S, id="read"),
+        pytest.param(CallClass.REFRESH, CALL_S, id="refresh"),
+        pytest.param(CallClass.WRITE, 60.0, id="write"),
+    ],
+)
+def test_how_long_a_call_may_take(call_class: CallClass, seconds: float) -> None:
+    """A write may take longer than a read: where it is given up, nothing tells what became of it."""
+
+    async def main() -> None:
+        it = gate(write_timeout_s=60.0)
+        await it.shield.ask(call(), call_class=call_class)
+        assert it.api.deadlines_s == [pytest.approx(seconds)]
+
+    run(main())
+
+
+def test_a_write_is_not_begun_where_it_could_not_be_waited_for() -> None:
+    """In a drain one that waits for the quota is refused at once: it was not sent, which is certain."""
+
+    async def main() -> None:
+        it, began = gate(per_minute=1, write_timeout_s=60.0), now()
+        assert await outcome(ask(it)) == 200
+        waiting = ask(it, 1, call_class=CallClass.WRITE)
+        await settle_down()
+        it.closing.announce(now() + 11.0)
+        assert (await outcome(waiting))[0] is QuotaSpent  # type: ignore[index]
+        assert now() - began < 1.0
+        assert len(it.api.asked) == 1
 
     run(main())
 

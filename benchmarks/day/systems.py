@@ -229,6 +229,7 @@ class Ours:
                 Connections(settings.upstream.max_connections),
                 max_wait_s=quota.max_wait_s,
                 total_timeout_s=call_s,
+                write_timeout_s=settings.upstream.write_timeout_s,
                 previous_partition=None,
                 observe=lambda _: None,
                 monotonic=now,
@@ -267,9 +268,11 @@ class Ours:
         if self.api.calls != self._books.calls:
             raise AssertionError(f"{self._books.calls} calls were admitted, {self.api.calls} were made")
 
-    async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
         """Be the shield's upstream: hand the call to the API, and wait for as long as it takes."""
-        del deadline, validator
+        del deadline, validator, new_connection
         single = isinstance(call.target, SnapshotId)
         called_at = self._loop.time()
         reply = self.api.read(

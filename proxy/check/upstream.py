@@ -7,7 +7,7 @@ from time import perf_counter
 
 from proxy.app import upstream_options
 from proxy.check.finding import Finding, ok, problem
-from proxy.core.errors import UpstreamError
+from proxy.core.errors import EDGE_FAILED, UpstreamError
 from proxy.core.events import OTHER_CALLER
 from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
@@ -32,7 +32,9 @@ _LOOK = "see to upstream.base_url, or to the way there (upstream.http_proxy)"
 _MENDED_BY = {
     "destination_unavailable": "see to upstream.http_proxy, and to whether it allows this destination",
     "tls_protocol_error": "see that upstream.base_url, or upstream.http_proxy, leads to what speaks TLS",
-    "http_response_timeout": "see to the way there, or raise upstream.read_timeout_s and total_timeout_s",
+    "connection_timeout": "see to the way there, or raise upstream.connect_timeout_s",
+    "http_response_timeout": "see to the way there, or raise upstream.total_timeout_s",
+    "connection_read_timeout": "see to the way there, or raise upstream.read_timeout_s",
 }
 """By the error types of RFC 9209."""
 
@@ -42,7 +44,7 @@ async def upstream(settings: Settings) -> Finding:
 
     Raises SettingsError as `serve` does.
     """
-    api = Upstream(upstream_options(settings), lambda _: None)
+    api = Upstream(upstream_options(settings, max_connections=1), lambda _: None)
     started = perf_counter()
     try:
         answer = await api.ask(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
@@ -69,6 +71,8 @@ def _what_it_suggests(answer: Answer) -> str | None:
     match answer.status:
         case HTTPStatus.UNAUTHORIZED if error_envelope(answer.body, _CALL.request_id) is not None:
             return None
+        case status if status in EDGE_FAILED:
+            return "the edge in front of the API gets no answer of it: try again later"
         case _ if answer.body.lstrip().startswith(b"<"):
             return "a page, as an egress proxy or a gateway sends it: see to upstream.http_proxy"
         case HTTPStatus.TOO_MANY_REQUESTS:

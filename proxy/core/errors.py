@@ -11,6 +11,16 @@ from http import HTTPStatus
 RETRYABLE = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 """Only these answers carry Retry-After: with it, some clients repeat whatever they got, a 404 included."""
 
+EDGE_FAILED = frozenset({*range(520, 528), 530})
+"""From the edge in front of the API (Cloudflare), which got no answer of it: as 502 and 504."""
+
+UPSTREAM_DOWN = EDGE_FAILED | {
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+}
+"""Statuses that say that the API itself did not answer: the circuit breaker counts them as failures."""
+
 RETRY_AFTER_S = 5
 """Where nobody said a better number."""
 
@@ -35,6 +45,9 @@ class ProxyError(Exception):
 
     retry_after_s: int | None = None
     """Whole seconds; only with 429 and 503. Callers are told 1 to 60."""
+
+    should_retry: bool = True
+    """False: the answer carries `x-should-retry: false`, since the request may have been carried out."""
 
 
 class SettingsError(Exception):
@@ -181,18 +194,26 @@ class QuotaSpent(NotSent):
 
 
 class UpstreamError(ProxyError):
-    """The upstream gave no answer that can be passed on. `proxy_error` tells how it failed."""
+    """The upstream gave no answer that can be passed on. `proxy_error` tells how it failed.
+
+    The message is `what` happened, and what a reader of the API can do: `advice`, where there is one.
+    """
 
     status: int = HTTPStatus.BAD_GATEWAY
     id: str
+    advice = ""
 
-    def __init__(self, message: str, *, proxy_error: str) -> None:
-        super().__init__(message)
+    received_status: int | None = None
+    """What the upstream, or what stands in front of it, answered; None where nothing came."""
+
+    def __init__(self, what: str, *, proxy_error: str) -> None:
+        super().__init__(f"{what}; {self.advice}" if self.advice else what)
+        self.what = what
         self.proxy_error = proxy_error
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No connection to the upstream, or one that ended before an answer."""
+    """There is no connection to the upstream: the request was not sent."""
 
     id = "upstream_unreachable"
 
@@ -201,14 +222,39 @@ class UpstreamPaused(UpstreamUnreachable, NotSent):
     """The upstream failed so often that it is not asked for a moment."""
 
 
-class UpstreamDisconnected(UpstreamUnreachable):
-    """The connection ended before the first byte of an answer: a read may be asked once more."""
+class UpstreamDisconnected(UpstreamError):
+    """The connection ended before an answer began: a read may be asked once more.
+
+    `kept` tells that the connection had been kept from an earlier request: that it ended says nothing of the
+    upstream, which may close an idle one at any time.
+    """
+
+    id = "upstream_unreachable"
+    advice = "try again"
+
+    def __init__(self, what: str, *, proxy_error: str, kept: bool = False) -> None:
+        super().__init__(what, proxy_error=proxy_error)
+        self.kept = kept
 
 
 class UpstreamBrokeOff(UpstreamError):
-    """The connection ended while the request's body was on its way: it may be the caller who was too slow."""
+    """The connection ended while the request's body was on its way: the caller may have been too slow."""
 
     id = "upstream_unreachable"
+
+
+class UpstreamEdgeFailed(UpstreamError):
+    """The edge in front of the API answered with one of EDGE_FAILED: it got no answer from the API."""
+
+    id = "upstream_unreachable"
+    advice = "try again"
+
+    def __init__(self, status: int) -> None:
+        super().__init__(
+            f"the upstream's edge answered {status}: the API behind it did not answer",
+            proxy_error="destination_unavailable",
+        )
+        self.received_status = status
 
 
 class UpstreamUnexplained(UpstreamError):
@@ -218,7 +264,7 @@ class UpstreamUnexplained(UpstreamError):
         super().__init__(
             f"the upstream answered {status} and did not say why", proxy_error="http_protocol_error"
         )
-        self.status = status
+        self.status = self.received_status = status
         self.id = _IDS.get(
             status, "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "bad_request"
         )
@@ -230,13 +276,48 @@ class UpstreamTimeout(UpstreamError):
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     id = "upstream_timeout"
+    advice = "try again"
 
 
 class UpstreamGivenUp(UpstreamError):
-    """The upstream was asked and may yet answer, but this process ends, and cannot wait for that."""
+    """The upstream was asked and may yet answer, but this process stops, and cannot wait for that."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     id = "upstream_timeout"
+    advice = "try again"
+
+
+class WriteUnknown(UpstreamError):
+    """A write was sent, and nothing that came back tells whether it was carried out. `failure` is why.
+
+    Clients repeat a POST by themselves on 500, 503 and 504, and some on every 5xx without `x-should-retry:
+    false`: so it is 502 with that header, unless the upstream answered with a status of its own.
+    """
+
+    id = UpstreamUnreachable.id
+    should_retry = False
+
+    def __init__(self, failure: UpstreamError) -> None:
+        super().__init__(
+            f"{failure.what}; the request may have been carried out: check whether it was",
+            proxy_error=failure.proxy_error,
+        )
+        self.received_status = failure.received_status
+        self.status = failure.received_status or HTTPStatus.BAD_GATEWAY
+        keeps_id = failure.received_status is not None or isinstance(failure, UpstreamInvalid)
+        if keeps_id:
+            self.id = failure.id
+        self.fact = failure.fact if isinstance(failure, UpstreamInvalid) else None
+
+
+def tells_outcome(status: int, retry_after_s: int | None) -> bool:
+    """Tell whether an answer of this status to a write says whether the write was carried out.
+
+    A 5xx does not, but for a 503 that says when to come again.
+    """
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return retry_after_s is not None
+    return status < HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 class UpstreamFailedElsewhere(UpstreamError):

@@ -4,10 +4,13 @@ Sources: RFC 9110 §8.8.3 and §13.1.2 (ETag, If-None-Match), RFC 9209 (Proxy-St
 """
 
 import hashlib
+import math
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
 
 import orjson
@@ -113,15 +116,29 @@ def proxy_status(error: ProxyError) -> str:
     return f"{CACHE_NAME}; error={error.proxy_error}"
 
 
-def parse_retry_after(value: str) -> int | None:
+def parse_retry_after(value: str, now: float) -> int | None:
     """Read the upstream's `Retry-After` in seconds: 1 to 3,600, for no limit of it is longer than an hour.
 
-    None for a date or what is neither.
+    It is a number of seconds, or a date in one of HTTP's three forms (RFC 9110 §10.2.3 and §5.6.7), which is
+    compared with `now` (Unix seconds). None for what is neither.
     """
     value = value.strip()
-    if not (value.isascii() and value.isdigit()):
+    if value.isascii() and value.isdigit():
+        seconds = int(value.lstrip("0")[:5] or "0")
+    elif (date := _parse_date(value)) is not None:
+        seconds = math.ceil(date - now)
+    else:
         return None
-    return min(max(int(value.lstrip("0")[:5] or "0"), 1), LONGEST_RETRY_AFTER_S)
+    return min(max(seconds, 1), LONGEST_RETRY_AFTER_S)
+
+
+def _parse_date(value: str) -> float | None:
+    """Read an HTTP-date as Unix seconds. asctime's form names no zone: all three are UTC."""
+    try:
+        date = parsedate_to_datetime(value)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def retry_after(seconds: int | None) -> str:

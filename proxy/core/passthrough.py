@@ -47,6 +47,11 @@ _NOT_FORWARDED = _HOP_BY_HOP | _OVERRIDES | {"authorization", "cookie", "expect"
 _NOT_RETURNED = _HOP_BY_HOP | {"retry-after", "server", "set-cookie", "set-cookie2", "x-request-id"}
 
 
+def is_read(method: str) -> bool:
+    """Tell whether a request of this method is a read; all others count as writes, and are never repeated."""
+    return method in ("GET", "HEAD")
+
+
 def passthrough_target(path: str, query: str) -> str:
     """Check a raw path and query of the API, and give them back as one target.
 

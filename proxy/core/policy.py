@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from proxy.core.entry import Entry, Freshness, Lifetimes
-from proxy.core.errors import UpstreamInvalid
+from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.events import EnumField
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
@@ -194,7 +194,7 @@ class Policy:
         """Decide about the upstream's `answer` to a read; `draw` is a random number in [0, 1).
 
         `validated` is the entry whose validator went up with the question, if one did. Raises UpstreamInvalid
-        where the answer is not what the API documents.
+        where the answer is not what the API documents, UpstreamEdgeFailed where it is not the API's.
         """
         if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
             lifetimes = self._of_list(draw) if isinstance(target, ListQuery) else self._positive(answer, draw)
@@ -205,8 +205,7 @@ class Policy:
             normalized = normalize_snapshot(answer.body, target.text if target.cacheable else None)
             entry = _entry(answer, normalized.body, self._positive(answer, draw))
             return Keep(entry, unknown=normalized.unknown)
-        if not HTTPStatus.BAD_REQUEST <= answer.status < _END_OF_STATUSES:
-            raise UpstreamInvalid(f"status {answer.status} to a plain GET")
+        _raise_if_no_error_of_the_api(answer.status)
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
             case HTTPStatus.UNAUTHORIZED:
@@ -278,6 +277,13 @@ class Policy:
     def _of_list(self, draw: float) -> Lifetimes:
         """Give a list its lifetimes: never served while being refreshed, lest a new snapshot is missing."""
         return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
+
+
+def _raise_if_no_error_of_the_api(status: int) -> None:
+    if not HTTPStatus.BAD_REQUEST <= status < _END_OF_STATUSES:
+        raise UpstreamInvalid(f"status {status} to a plain GET")
+    if status in EDGE_FAILED:
+        raise UpstreamEdgeFailed(status)
 
 
 def _jittered(ttl_s: int, off: float) -> int:

@@ -14,6 +14,9 @@ from proxy.readthrough import Failed, Served
 
 _JSON = "application/json; charset=utf-8"
 
+NO_RETRY = {"x-should-retry": "false"}
+"""Keeps the clients that know it from repeating a write that may have been carried out."""
+
 
 def new_request_id() -> str:
     """Make an id for a request whose caller gave none: 128 bits, 32 hexadecimal digits."""
@@ -58,7 +61,9 @@ def served_response(
     headers["Content-Type"] = _JSON
     if served.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    if served.status in RETRYABLE:
+    if served.outcome_unknown:
+        headers.extend(NO_RETRY)
+    elif served.status in RETRYABLE:
         headers["Retry-After"] = retry_after(served.retry_after_s)
     return web.Response(status=served.status, headers=headers, body=body)
 
@@ -103,6 +108,8 @@ def _error_headers(error: ProxyError, request_id: str) -> CIMultiDict[str]:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = error.allow
+    if not error.should_retry:
+        headers.extend(NO_RETRY)
     if error.retry_after_s is not None:
         headers["Retry-After"] = retry_after(error.retry_after_s)
     return headers

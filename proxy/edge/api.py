@@ -35,7 +35,7 @@ from proxy.core.events import (
     Route,
 )
 from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
-from proxy.core.passthrough import Forwarding, forwarded_headers, passthrough_target
+from proxy.core.passthrough import Forwarding, forwarded_headers, is_read, passthrough_target
 from proxy.core.request import (
     ApiPath,
     Call,
@@ -110,6 +110,7 @@ class Api:
         except Exception as error:  # noqa: BLE001 # the last line of defence: a bug is an answer too, and no header is shown
             event(_LOG, logging.ERROR, "bug", exc=error, request_id=log.request_id)
             log.error = ProxyError("an error inside the proxy; its log tells more")
+            log.error.should_retry = is_read(request.method)
             response = error_response(log.error, log.request_id)
             log.status = response.status
         finally:

@@ -5,17 +5,31 @@ begins, and where no answer comes.
 """
 
 import asyncio
+import time
 import zlib
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from http import HTTPStatus
+from typing import NamedTuple, Self
 
 from aiohttp import ClientConnectionError, HttpVersion11, web
 from multidict import CIMultiDict
 
-from proxy.core.errors import RETRYABLE, BadRequest, NotSent, ProxyError, UpstreamError
+from proxy.core.errors import (
+    EDGE_FAILED,
+    RETRYABLE,
+    BadRequest,
+    NotSent,
+    ProxyError,
+    UpstreamDisconnected,
+    UpstreamEdgeFailed,
+    UpstreamError,
+    UpstreamUnexplained,
+    UpstreamUnreachable,
+    WriteUnknown,
+    tells_outcome,
+)
 from proxy.core.events import Route
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after, retry_after
 from proxy.core.operations import operation
@@ -25,9 +39,11 @@ from proxy.core.passthrough import (
     Forwarding,
     ends,
     ends_of_body,
+    is_read,
     returned_headers,
 )
 from proxy.core.quota import CallClass
+from proxy.edge.answers import NO_RETRY
 from proxy.edge.handler import Handler
 from proxy.fetching import Fetched
 from proxy.flights import Abandoned, Flights, Owner
@@ -62,10 +78,10 @@ class Passthrough:
 
         It runs in a task of its own: a caller who leaves does not keep a write from being taken note of.
         """
-        call_class = CallClass.MISS if forwarding.method in ("GET", "HEAD") else CallClass.WRITE
-        owner = Owner(forwarding.partition, writes=call_class is CallClass.WRITE)
+        work = self._read if is_read(forwarding.method) else self._write
+        owner = Owner(forwarding.partition, writes=not is_read(forwarding.method))
         try:
-            answer = await self._flights.alone(owner, partial(self._forward, request, forwarding, call_class))
+            answer = await self._flights.alone(owner, partial(work, request, forwarding))
         except Exception:
             _break_off(request)
             raise
@@ -74,53 +90,104 @@ class Passthrough:
             raise answer
         return answer
 
-    async def _forward(
-        self, request: web.BaseRequest, forwarding: Forwarding, call_class: CallClass
+    async def _read(
+        self, request: web.BaseRequest, forwarding: Forwarding
     ) -> web.StreamResponse | ProxyError:
-        """Forward it and stream the answer back. Runs in a flight."""
-        body = _Body(request, self._read_timeout_s) if request.body_exists else None
-        ended = None
+        """Forward a read, and once more where the connection ended before an answer began. Runs in a flight.
+
+        One with a body is not repeated: it is not kept.
+        """
+        body = self._body_of(request)
+        try:
+            try:
+                return await self._stream(request, forwarding, body)
+            except UpstreamDisconnected:
+                if body is not None:
+                    raise
+                return await self._stream(request, forwarding, body, new_connection=True)
+        except ProxyError as failure:
+            return failure
+
+    async def _stream(
+        self,
+        request: web.BaseRequest,
+        forwarding: Forwarding,
+        body: "_Body | None",
+        *,
+        new_connection: bool = False,
+    ) -> web.StreamResponse:
+        """Forward a read and stream its answer back."""
+        async with self._answer(forwarding, body, CallClass.MISS, new_connection=new_connection) as answer:
+            if answer.status == HTTPStatus.UNAUTHORIZED:
+                pending = not await self._invalidator.refused(forwarding.partition)
+                return await _stream_back(request, forwarding, answer, pending=pending)
+            if answer.status in EDGE_FAILED:
+                raise UpstreamEdgeFailed(answer.status)
+            return await _stream_back(request, forwarding, answer, pending=False)
+
+    async def _write(
+        self, request: web.BaseRequest, forwarding: Forwarding
+    ) -> web.StreamResponse | ProxyError:
+        """Forward a write, once, and end what it ended or may have ended. Runs in a flight."""
+        body = self._body_of(request)
         told = False
         try:
-            async with (
-                self._shield.admitted(
-                    Route.PASSTHROUGH,
-                    forwarding.token,
-                    forwarding.partition,
-                    forwarding.caller,
-                    call_class,
-                    operation=operation(forwarding.method, forwarding.target),
-                ) as passage,
-                AsyncExitStack() as streaming,
-            ):
-                answer = await passage.wait_for(
-                    streaming.enter_async_context(self._upstream.stream(forwarding, body))
-                )
-                headers = CIMultiDict(answer.headers)
-                said = b""
-                if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-                    answer, said = await _peek(answer)
-                passage.answered(
-                    answer.status, ratelimit(headers), parse_retry_after(headers.get("Retry-After", "")), said
-                )
-                if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-                    await passage.tell()  # now: its caller may be slow to take it
-                if not _refuses(answer.status):
-                    ended = await self._end(forwarding, body)
-                if answer.status == HTTPStatus.UNAUTHORIZED:
-                    ended = await self._invalidator.refused(forwarding.partition)
+            async with self._answer(forwarding, body, CallClass.WRITE) as answer:
+                ended = await self._end_by(answer.status, forwarding, body)
                 told = True
+                if answer.status in EDGE_FAILED:  # a page, where clients expect JSON
+                    return WriteUnknown(UpstreamUnexplained(answer.status))
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
-        except NotSent as refused:
-            return refused
+        except (NotSent, UpstreamUnreachable) as not_sent:
+            return not_sent
         except Abandoned:  # it was not sent, either
             raise
         except BaseException as failure:
-            if not told:  # nobody knows what became of it
+            if not told:  # nothing tells what became of it
                 await self._end(forwarding, body)
             if isinstance(failure, ProxyError):
-                return failure
+                return WriteUnknown(failure) if isinstance(failure, UpstreamError) else failure
             raise
+
+    @asynccontextmanager
+    async def _answer(
+        self,
+        forwarding: Forwarding,
+        body: "_Body | None",
+        call_class: CallClass,
+        *,
+        new_connection: bool = False,
+    ) -> AsyncIterator["_Answer"]:
+        """Send it when the quota has room; give the answer when it begins. Raises as the shield does."""
+        async with (
+            self._shield.admitted(
+                Route.PASSTHROUGH,
+                forwarding.token,
+                forwarding.partition,
+                forwarding.caller,
+                call_class,
+                operation=operation(forwarding.method, forwarding.target),
+            ) as passage,
+            AsyncExitStack() as streaming,
+        ):
+            streamed = self._upstream.stream(forwarding, body, new_connection=new_connection or passage.probe)
+            answer = _Answer.of(await passage.wait_for(streaming.enter_async_context(streamed)), time.time())
+            said = b""
+            if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+                answer, said = await _peek(answer)
+            passage.answered(answer.status, ratelimit(answer.headers), answer.retry_after_s, said)
+            if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
+                await passage.tell()  # now: its caller may be slow to take it
+            yield answer
+
+    def _body_of(self, request: web.BaseRequest) -> "_Body | None":
+        return _Body(request, self._read_timeout_s) if request.body_exists else None
+
+    async def _end_by(self, status: int, forwarding: Forwarding, body: "_Body | None") -> bool | None:
+        """End what an answer of this status to a write means to have ended; gives what `_end` gives."""
+        if status == HTTPStatus.UNAUTHORIZED:
+            return await self._invalidator.refused(forwarding.partition)
+        return None if _refuses(status) else await self._end(forwarding, body)
 
     async def _end(self, forwarding: Forwarding, body: "_Body | None") -> bool | None:
         """End what the request ended, or may have: None for nothing, else whether it is done."""
@@ -128,6 +195,22 @@ class Passthrough:
         if isinstance(what, EndsWhatBodyNames):
             what = ends_of_body(None if body is None else body.whole)
         return None if what is None else await self._invalidator.written(forwarding.partition, what)
+
+
+class _Answer(NamedTuple):
+    """The beginning of an answer, and the rest of it while it comes."""
+
+    status: int
+    headers: CIMultiDict[str]
+    retry_after_s: int | None
+    chunks: AsyncIterator[bytes]
+
+    @classmethod
+    def of(cls, streamed: Streamed, now: float) -> Self:
+        """Read the headers that matter here; `now` is in Unix seconds."""
+        headers = CIMultiDict(streamed.headers)
+        retry_after_s = parse_retry_after(headers.get("Retry-After", ""), now)
+        return cls(streamed.status, headers, retry_after_s, streamed.chunks)
 
 
 class _Body:
@@ -180,7 +263,7 @@ def _refuses(status: int) -> bool:
     return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-async def _peek(answer: Streamed) -> tuple[Streamed, bytes]:
+async def _peek(answer: _Answer) -> tuple[_Answer, bytes]:
     """Read the beginning of an answer's body, inflated where it is gzip. Gives the whole answer, too."""
     seen: list[bytes] = []
     failure: UpstreamError | None = None
@@ -201,10 +284,10 @@ async def _peek(answer: Streamed) -> tuple[Streamed, bytes]:
             yield chunk
 
     said = b"".join(seen)
-    if CIMultiDict(answer.headers).get("Content-Encoding", "").strip().lower() == "gzip":
+    if answer.headers.get("Content-Encoding", "").strip().lower() == "gzip":
         with suppress(zlib.error):
             said = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(said, _MOST_PEEKED_BYTES)
-    return replace(answer, chunks=chunks()), said[:_MOST_PEEKED_BYTES]
+    return answer._replace(chunks=chunks()), said[:_MOST_PEEKED_BYTES]
 
 
 def _break_off(request: web.BaseRequest) -> None:
@@ -214,16 +297,17 @@ def _break_off(request: web.BaseRequest) -> None:
 
 
 async def _stream_back(
-    request: web.BaseRequest, forwarding: Forwarding, answer: Streamed, *, pending: bool
+    request: web.BaseRequest, forwarding: Forwarding, answer: _Answer, *, pending: bool
 ) -> web.StreamResponse:
-    headers = CIMultiDict(returned_headers(answer.headers))
+    headers = CIMultiDict(returned_headers(answer.headers.items()))
     headers["Server"] = CACHE_NAME
     headers["X-Request-Id"] = forwarding.request_id
     detail = Detail.INVALIDATION_PENDING if pending else None
     headers["Cache-Status"] = str(Forwarded(Why.BYPASS, detail=detail))
-    if answer.status in RETRYABLE:
-        given = CIMultiDict(answer.headers).get("Retry-After", "")
-        headers["Retry-After"] = retry_after(parse_retry_after(given))
+    if not is_read(forwarding.method) and not tells_outcome(answer.status, answer.retry_after_s):
+        headers.update(NO_RETRY)
+    elif answer.status in RETRYABLE:
+        headers["Retry-After"] = retry_after(answer.retry_after_s)
     response = web.StreamResponse(status=answer.status, headers=headers)
     with suppress(ClientConnectionError, ConnectionError):  # not the upstream's: the caller left
         await response.prepare(request)

@@ -8,9 +8,16 @@ from proxy.core import errors
 from proxy.core.errors import (
     ProxyError,
     QuotaSpent,
+    UpstreamDisconnected,
+    UpstreamEdgeFailed,
+    UpstreamError,
     UpstreamFailedElsewhere,
+    UpstreamGivenUp,
     UpstreamInvalid,
+    UpstreamTimeout,
     UpstreamUnexplained,
+    WriteUnknown,
+    tells_outcome,
 )
 
 TABLE = {
@@ -33,13 +40,21 @@ TABLE = {
 
 RFC_9209 = {
     *("dns_error", "connection_terminated", "connection_limit_reached", "http_request_error"),
-    *("http_request_denied", "http_protocol_error", "http_response_timeout", "proxy_internal_error"),
+    *(
+        "destination_unavailable",
+        "http_request_denied",
+        "http_protocol_error",
+        "http_response_timeout",
+        "proxy_internal_error",
+    ),
 }
 
 
 def _made(kind: type[ProxyError]) -> ProxyError:
-    if kind is UpstreamUnexplained:
-        return kind(502)
+    if kind in (UpstreamUnexplained, UpstreamEdgeFailed):
+        return kind(522)
+    if kind is WriteUnknown:
+        return WriteUnknown(UpstreamInvalid("it is odd"))
     if kind is QuotaSpent:
         return QuotaSpent("minute", 12.0)
     if kind is UpstreamFailedElsewhere:
@@ -183,12 +198,77 @@ def test_what_failed_elsewhere_is_told_as_it_was() -> None:
     assert str(error) == "the upstream did not answer in time"
 
 
-@pytest.mark.parametrize("kind", [errors.UpstreamPaused, errors.UpstreamDisconnected])
-def test_kinds_of_unreachable(kind: type[errors.UpstreamUnreachable]) -> None:
-    """To a caller they are the same; the shield tells them apart."""
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        pytest.param(errors.UpstreamUnreachable, False, id="no-connection"),
+        pytest.param(errors.UpstreamPaused, False, id="breaker-open"),
+        pytest.param(UpstreamDisconnected, True, id="disconnected"),
+    ],
+)
+def test_kinds_of_unreachable(kind: type[UpstreamError], *, sent: bool) -> None:
+    """To a caller they have one id; what was not sent is told from what may have been carried out."""
     error = kind("words", proxy_error="connection_terminated")
-    assert isinstance(error, errors.UpstreamUnreachable)
+    assert isinstance(error, errors.UpstreamUnreachable) is not sent
     assert (error.status, error.id) == (502, "upstream_unreachable")
+
+
+# -- writes of which nothing is known --------------------------------------------------------------
+
+LATE = UpstreamTimeout("no answer within 60 s", proxy_error="http_response_timeout")
+GONE = UpstreamDisconnected("it hung up", proxy_error="connection_terminated")
+STOPS = UpstreamGivenUp("this replica stops", proxy_error="http_response_timeout")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "error_id", "said"),
+    [
+        pytest.param(LATE, 502, "upstream_unreachable", "no answer within 60 s", id="timeout"),
+        pytest.param(GONE, 502, "upstream_unreachable", "it hung up", id="disconnected"),
+        pytest.param(STOPS, 502, "upstream_unreachable", "this replica stops", id="drain"),
+        pytest.param(
+            UpstreamInvalid("it is odd"),
+            502,
+            "upstream_invalid",
+            "the upstream's answer is not what its API documents: it is odd",
+            id="invalid",
+        ),
+        *(
+            pytest.param(
+                UpstreamUnexplained(status),
+                status,
+                "server_error",
+                f"the upstream answered {status} and did not say why",
+                id=str(status),
+            )
+            for status in (500, 503, 504, 522)
+        ),
+    ],
+)
+def test_a_write_of_which_nothing_is_known(
+    failure: UpstreamError, status: int, error_id: str, said: str
+) -> None:
+    """It says that it may have been carried out, and invites nobody to repeat it; a status received stays."""
+    error = WriteUnknown(failure)
+    assert (error.status, error.id, error.proxy_error) == (status, error_id, failure.proxy_error)
+    assert (error.should_retry, error.retry_after_s) == (False, None)
+    assert str(error) == f"{said}; the request may have been carried out: check whether it was"
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after_s", "expected"),
+    [
+        pytest.param(204, None, True, id="done"),
+        pytest.param(404, None, True, id="refused"),
+        pytest.param(429, None, True, id="429"),
+        pytest.param(503, 7, True, id="503-says-when-to-come-again"),
+        pytest.param(503, None, False, id="503"),
+        *(pytest.param(status, 7, False, id=str(status)) for status in (500, 502, 504, 520, 527, 530)),
+    ],
+)
+def test_tells_outcome(status: int, retry_after_s: int | None, *, expected: bool) -> None:
+    """A 5xx leaves open whether a write was carried out, unless it names a time for the next try."""
+    assert tells_outcome(status, retry_after_s) is expected
 
 
 def test_an_invalid_answer_says_what_is_wrong() -> None:

@@ -160,6 +160,9 @@ def test_cache_status(status: str | Forwarded, written: str) -> None:
 
 # -- Retry-After -------------------------------------------------------------------------------
 
+NOW = 784_111_777.0 - 41
+"""41 s before RFC 9110's example of a date."""
+
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
@@ -178,12 +181,38 @@ def test_cache_status(status: str | Forwarded, written: str) -> None:
         pytest.param("1.5", None, id="fraction"),
         pytest.param("\u0663", None, id="arabic-digit"),
         pytest.param("\xb2", None, id="superscript-digit"),
-        pytest.param("Fri, 31 Dec 1999 23:59:59 GMT", None, id="date"),
+        pytest.param("Sun, 06 Nov 1994 08:49:37 GMT", 41, id="imf-fixdate"),
+        pytest.param("  Sun, 06 Nov 1994 08:49:37 GMT ", 41, id="imf-fixdate-spaces-around"),
+        pytest.param("Sunday, 06-Nov-94 08:49:37 GMT", 41, id="rfc-850"),
+        pytest.param("Sun Nov  6 08:49:37 1994", 41, id="asctime"),
+        pytest.param("Sun, 06 Nov 1994 08:48:57 GMT", 1, id="date-a-second-ahead"),
+        pytest.param("Sun, 06 Nov 1994 08:48:56 GMT", 1, id="date-now"),
+        pytest.param("Fri, 31 Dec 1993 23:59:59 GMT", 1, id="date-in-the-past"),
+        pytest.param("Sun, 06 Nov 1994 09:48:56 GMT", 3600, id="date-in-an-hour"),
+        pytest.param("Fri, 31 Dec 1999 23:59:59 GMT", 3600, id="date-in-years"),
+        pytest.param("Friday, 31-Dec-99 23:59:59 GMT", 3600, id="rfc-850-in-years"),
+        pytest.param("Sun, 32 Nov 1994 08:49:37 GMT", None, id="no-such-day"),
+        pytest.param("Sun, 06 Nov 1994 25:00:00 GMT", None, id="no-such-hour"),
+        pytest.param("Sun, 06 Nov 99999 08:49:37 GMT", None, id="no-such-year"),
+        pytest.param("1994-11-06T08:49:37Z", None, id="another-standard"),
+        pytest.param("in a minute", None, id="words"),
     ],
 )
 def test_the_upstreams_retry_after(value: str, seconds: int | None) -> None:
-    """RFC 9110 §10.2.3: whole seconds are kept within 1 to 3,600; a date is as good as nothing."""
-    assert parse_retry_after(value) == seconds
+    """RFC 9110 §10.2.3: whole seconds or a date of any of HTTP's three forms, kept within 1 to 3,600."""
+    assert parse_retry_after(value, NOW) == seconds
+
+
+@pytest.mark.parametrize(("ahead_s", "seconds"), [(0.0, 41), (0.25, 41), (0.75, 41), (1.0, 40)])
+def test_a_date_is_never_taken_for_too_early(ahead_s: float, seconds: int) -> None:
+    """What is left of a second counts as one."""
+    assert parse_retry_after("Sun, 06 Nov 1994 08:49:37 GMT", NOW + ahead_s) == seconds
+
+
+@given(value=st.text())
+def test_no_retry_after_is_a_surprise(value: str) -> None:
+    """Any text is a number of seconds within bounds, or nothing."""
+    assert parse_retry_after(value, NOW) in (None, *range(1, 3601))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.entry import Entry, Lifetimes
-from proxy.core.errors import UpstreamInvalid
+from proxy.core.errors import UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.policy import (
@@ -228,13 +228,25 @@ def kept(status: int, body: bytes, lifetimes: Lifetimes) -> Keep:
         ),
         *(
             pytest.param(status, ERROR, Relay(ERROR), id=str(status))
-            for status in (500, 501, 502, 503, 504, 520, 599)
+            for status in (500, 501, 502, 503, 504, 519, 528, 529, 531, 599)
         ),
     ],
 )
 def test_on_answer(status: int, body: bytes, expected: Verdict) -> None:
     """What is kept, what ends entries, and what is only passed on (RFC 6585: a 429 is never stored)."""
     assert verdict(status, body) == expected
+
+
+@pytest.mark.parametrize("status", [*range(520, 528), 530])
+@pytest.mark.parametrize("body", [b"<html>", ERROR], ids=["page", "envelope"])
+@pytest.mark.parametrize(
+    "target", [SnapshotId.parse("6372321"), ListQuery.parse("")], ids=["snapshot", "list"]
+)
+def test_an_answer_of_the_edge(status: int, body: bytes, target: SnapshotId | ListQuery) -> None:
+    """It is not the API's: what it says is shown to nobody, whatever its shape."""
+    with pytest.raises(UpstreamEdgeFailed) as raised:
+        POLICY.on_answer(Answer(status, body, called_at=1.0), target, request_id="ours", draw=0.0)
+    assert (raised.value.received_status, raised.value.status) == (status, 502)
 
 
 @pytest.mark.parametrize(

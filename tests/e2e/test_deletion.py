@@ -16,7 +16,7 @@ import json
 import random
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,7 @@ class Seen(NamedTuple):
     status: int
     body: bytes
     cache: str
+    headers: Mapping[str, str] = {}
 
     @property
     def is_hit(self) -> bool:
@@ -97,7 +98,8 @@ async def ask(
 ) -> Seen:
     """Ask once."""
     async with client.request(method, url, headers=bearer(token.value) | headers) as response:
-        return Seen(response.status, await response.read(), response.headers.get("Cache-Status", ""))
+        cache = response.headers.get("Cache-Status", "")
+        return Seen(response.status, await response.read(), cache, response.headers)
 
 
 @dataclass
@@ -486,8 +488,10 @@ async def test_spellings(
     [
         pytest.param(Fault(FaultKind.RESET_BEFORE), 502, id="reset-before"),
         pytest.param(Fault(FaultKind.RESET_AFTER), 502, id="reset-after"),
-        pytest.param(Fault(FaultKind.TIMEOUT), 504, id="timeout"),
-        pytest.param(Fault(FaultKind.TIMEOUT, acts=True), 504, id="timeout-though-done"),
+        pytest.param(Fault(FaultKind.TIMEOUT), 502, id="timeout"),
+        pytest.param(Fault(FaultKind.TIMEOUT, acts=True), 502, id="timeout-though-done"),
+        pytest.param(Fault(FaultKind.STATUS, status=522, envelope=False), 522, id="edge-page"),
+        pytest.param(Fault(FaultKind.STATUS, status=530, acts=True), 530, id="edge-though-done"),
         pytest.param(Fault(FaultKind.STATUS, status=500), 500, id="500"),
         pytest.param(Fault(FaultKind.STATUS, status=503, acts=True), 503, id="503-though-done"),
         pytest.param(Fault(FaultKind.STATUS, status=504, envelope=False, acts=True), 504, id="gateway-page"),
@@ -503,15 +507,46 @@ async def test_once_and_never_repeated(
 ) -> None:
     """An unknown outcome is an error to the caller and an end for everybody; nobody asks again by himself."""
     caller, other = upstream.world.token(), upstream.world.token()
-    async with app(f"upstream.base_url={upstream.url}", "upstream.read_timeout_s=0.3") as at:
+    async with app(f"upstream.base_url={upstream.url}", "upstream.write_timeout_s=0.3") as at:
         await all_reads(session, at.api, caller, other)
         assert all(seen.is_hit for seen in await all_reads(session, at.api, caller, other))
         upstream.faults.add(fault, method="DELETE")
         seen = await ask(session, at.api + DROPLET_PATH, caller, "DELETE")
         assert seen.status == status
-        assert {"id", "message", "request_id"} <= {*json.loads(seen.body)}
+        told = json.loads(seen.body)
+        assert {"id", "message", "request_id"} <= {*told}
+        assert seen.headers["x-should-retry"] == "false"
+        assert "Retry-After" not in seen.headers
+        if "Proxy-Status" in seen.headers:  # the words are ours
+            assert told["message"].endswith("; the request may have been carried out: check whether it was")
         assert not any(seen.is_hit for seen in await all_reads(session, at.api, caller, other))
     assert upstream.count(method="DELETE") == 1
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "x-unheard-of"])
+async def test_a_coding_of_no_body(upstream: Simulator, session: aiohttp.ClientSession, coding: str) -> None:
+    """A 204 whose header names a coding is done, as any 204."""
+    token = upstream.world.token()
+    async with app(f"upstream.base_url={upstream.url}") as at:
+        coded = Fault(FaultKind.STATUS, status=204, acts=True, headers={"content-encoding": coding})
+        upstream.faults.add(coded, method="DELETE")
+        assert (await ask(session, at.api + DROPLET_PATH, token, "DELETE")).status == 204
+
+
+async def test_a_delete_that_certainly_was_not_sent(
+    upstream: Simulator, session: aiohttp.ClientSession
+) -> None:
+    """Without a connection nothing ends, and the caller is not told that it may have been carried out."""
+    token = upstream.world.token()
+    async with app(f"upstream.base_url={upstream.url}") as at:
+        await all_reads(session, at.api, token, token)
+        await upstream.stop()
+        seen = await ask(session, at.api + DROPLET_PATH, token, "DELETE")
+        told = json.loads(seen.body)
+        assert (seen.status, told["id"]) == (502, "upstream_unreachable")
+        assert "carried out" not in told["message"]
+        assert "x-should-retry" not in seen.headers
+        assert all(seen.is_hit for seen in await all_reads(session, at.api, token, token))
 
 
 @pytest.mark.parametrize("status", [400, 403, 408, 409, 422, 429])

@@ -55,6 +55,8 @@ def unreachable(proxy_status: str, calls: int = 1) -> Expected:
 
 
 SILENT = Expected(504, "upstream_timeout", "http_response_timeout")
+STUCK = Expected(504, "upstream_timeout", "connection_read_timeout")
+NO_ANSWER_BEHIND_THE_EDGE = unreachable("destination_unavailable")
 HUNG_UP = unreachable("connection_terminated", calls=2)
 COOLING_DOWN = Expected(429, "too_many_requests", "http_request_denied")
 
@@ -117,15 +119,22 @@ FAULTS: list[Any] = [
     says(503, Expected(503, "service_unavailable", None, "60"), name="in-an-hour", retry_after="3600"),
     says(
         503,
-        Expected(503, "service_unavailable", None, "5"),
+        Expected(503, "service_unavailable", None, "60"),
         name="at-a-date",
-        retry_after="Fri, 31 Dec 2027 23:59:59 GMT",
+        retry_after="Fri, 31 Dec 2100 23:59:59 GMT",
+    ),
+    says(
+        503,
+        Expected(503, "service_unavailable", None, "1"),
+        name="at-a-date-in-the-past",
+        retry_after="Friday, 31-Dec-99 23:59:59 GMT",
     ),
     says(503, Expected(503, "server_error", "http_protocol_error", "5"), envelope=False),
     says(504, Expected(504, "gateway_timeout", None)),
     says(504, Expected(504, "server_error", "http_protocol_error"), envelope=False),
-    says(520, Expected(520, "unknown", None)),
-    says(520, Expected(520, "server_error", "http_protocol_error"), envelope=False),
+    says(520, NO_ANSWER_BEHIND_THE_EDGE),
+    *(says(status, NO_ANSWER_BEHIND_THE_EDGE, envelope=False) for status in (*range(520, 528), 530)),
+    says(529, Expected(529, "server_error", "http_protocol_error"), envelope=False),
     says(204, invalid()),
     pytest.param(Fault(FaultKind.TIMEOUT), SILENT, id="timeout"),
     pytest.param(Fault(FaultKind.RESET_BEFORE), HUNG_UP, id="reset-before"),
@@ -148,7 +157,7 @@ FAULTS: list[Any] = [
         id="headers",
     ),
     pytest.param(Fault(FaultKind.SLOW_BODY, delay_s=0.02), SILENT, id="slow-body"),
-    pytest.param(Fault(FaultKind.SLOW_BODY, delay_s=5), SILENT, id="stuck-body"),
+    pytest.param(Fault(FaultKind.SLOW_BODY, delay_s=5), STUCK, id="stuck-body"),
     pytest.param(Fault(FaultKind.BAD_SCHEMA), invalid(), id="bad-schema"),
     pytest.param(Fault(FaultKind.DEEP, size_bytes=60_000), invalid(), id="deep"),
     pytest.param(Fault(FaultKind.INVALID_HTTP), invalid(), id="invalid-http"),
@@ -468,6 +477,18 @@ CORRUPT[len(CORRUPT) // 2] ^= 0xFF
             answer(ZIPPED + b"more", content_encoding="gzip"),
             invalid("http_response_content_coding"),
             id="gzip-and-more",
+        ),
+        *(
+            pytest.param(
+                answer(b"", status, content_encoding=coding), expected, id=f"{coding}-without-{status}"
+            )
+            for coding in ("gzip", "zstd")
+            for status, expected in (
+                ("200 OK", invalid()),
+                ("404 Not Found", Expected(404, "not_found", "http_protocol_error")),
+                ("409 Conflict", Expected(409, "conflict", "http_protocol_error")),
+                ("503 No", Expected(503, "server_error", "http_protocol_error", "5")),
+            )
         ),
         pytest.param(
             answer(b"[" * 30_000, "500 Internal Server Error"),
@@ -864,7 +885,7 @@ async def test_egress_proxy_for_https(
             id="password",
         ),
         pytest.param(answer(b"", "502 Bad Gateway"), unreachable("destination_unavailable"), id="no-way"),
-        pytest.param(b"SSH-2.0-OpenSSH_9.9\r\n", invalid(), id="no-http"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.9\r\n", unreachable("http_protocol_error"), id="no-http"),
     ],
 )
 async def test_egress_proxy_that_refuses(

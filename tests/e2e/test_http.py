@@ -1087,8 +1087,8 @@ async def test_what_the_upstream_sees(simulator: Simulator, service: Serve, toke
         pytest.param(
             Fault(FaultKind.STATUS, 503, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}),
             None,
-            "5",
-            id="503-with-a-date",
+            "1",
+            id="503-with-a-date-in-the-past",
         ),
         pytest.param(
             Fault(FaultKind.STATUS, 404, headers={"retry-after": "7"}),

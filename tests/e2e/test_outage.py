@@ -110,6 +110,7 @@ def is_fresh(cache_status: str) -> bool:
         pytest.param("refused", "stale_while_revalidate_s", id="refused-while-revalidating"),
         pytest.param("silent", "stale_if_error_s", id="silent-if-error"),
         pytest.param("503", "stale_if_error_s", id="503-if-error"),
+        pytest.param("522", "stale_if_error_s", id="edge-522-if-error"),
     ],
 )
 async def test_an_outage(

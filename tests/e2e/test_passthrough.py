@@ -172,7 +172,9 @@ async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession, metho
     assert request.headers["Authorization"] == f"Bearer {TOKEN}"
     assert request.headers["X-A"] == "1"
     assert request.headers["X-Request-Id"] == response.headers["X-Request-Id"]
-    assert names(request) == {"host", "authorization", "x-a", "x-request-id", "content-length"}
+    expected = {"host", "authorization", "x-a", "x-request-id", "content-length"}
+    # A write has a connection of its own, that nobody closed while it was kept.
+    assert names(request) == (expected if method == "GET" else expected | {"connection"})
 
 
 def names(request: web.BaseRequest) -> set[str]:
@@ -546,35 +548,126 @@ async def _until_reset(url: str, sent: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "status", "id_"),
+    ("method", "kind", "status", "id_", "calls"),
     [
-        pytest.param(FaultKind.RESET_BEFORE, 502, "upstream_unreachable", id="reset"),
-        pytest.param(FaultKind.TIMEOUT, 504, "upstream_timeout", id="timeout"),
-        pytest.param(FaultKind.INVALID_HTTP, 502, "upstream_invalid", id="no-http"),
+        pytest.param("GET", FaultKind.RESET_BEFORE, 502, "upstream_unreachable", 2, id="read-reset"),
+        pytest.param("GET", FaultKind.TIMEOUT, 504, "upstream_timeout", 1, id="read-timeout"),
+        pytest.param("GET", FaultKind.INVALID_HTTP, 502, "upstream_invalid", 1, id="read-no-http"),
+        pytest.param("DELETE", FaultKind.RESET_BEFORE, 502, "upstream_unreachable", 1, id="write-reset"),
+        pytest.param("DELETE", FaultKind.RESET_AFTER, 502, "upstream_unreachable", 1, id="write-reset-after"),
+        pytest.param("DELETE", FaultKind.TIMEOUT, 502, "upstream_unreachable", 1, id="write-timeout"),
+        pytest.param("DELETE", FaultKind.INVALID_HTTP, 502, "upstream_invalid", 1, id="write-no-http"),
     ],
 )
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_no_answer(
     simulator: Simulator,
     token: Token,
     client: aiohttp.ClientSession,
     *,
+    method: str,
     kind: FaultKind,
     status: int,
     id_: str,
-    method: str,
+    calls: int,
 ) -> None:
-    """Our envelope, and nothing is sent twice."""
-    async with app(f"upstream.base_url={simulator.url}", ON, "upstream.read_timeout_s=0.3") as at:
+    """Our envelope. A read is sent once more where the connection ended; a write never, nor invited to be."""
+    quick = ("upstream.total_timeout_s=0.3", "upstream.write_timeout_s=0.3")
+    async with app(f"upstream.base_url={simulator.url}", ON, *quick) as at:
         async with client.get(f"{at.api}/v2/account", headers=bearer(token.value)) as response:
             assert response.status == 200  # a connection is kept now, on which the next one may be repeated
-        simulator.faults.add(Fault(kind), path="/v2/images/6372321")
+        simulator.faults.add(Fault(kind), times=None, path="/v2/images/6372321")
         async with client.request(
             method, f"{at.api}/v2/images/6372321", headers=bearer(token.value)
         ) as response:
-            assert (response.status, (await response.json())["id"]) == (status, id_)
+            told = await response.json()
+            assert (response.status, told["id"]) == (status, id_)
             assert response.headers["Proxy-Status"].startswith("snapshot-proxy; error=")
-    assert simulator.count(path="/v2/images/6372321") == 1
+            assert "Retry-After" not in response.headers
+            may_be_done = "the request may have been carried out" in told["message"]
+            assert may_be_done is (response.headers.get("x-should-retry") == "false") is (method != "GET")
+            assert method == "GET" or "again" not in told["message"]
+    assert simulator.count(path="/v2/images/6372321") == calls
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_read_whose_connection_ended(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, method: str
+) -> None:
+    """Its repeat is answered."""
+    async with app(f"upstream.base_url={simulator.url}", ON) as at:
+        simulator.faults.add(Fault(FaultKind.RESET_BEFORE), path="/v2/account")
+        async with client.request(method, f"{at.api}/v2/account", headers=bearer(token.value)) as response:
+            assert response.status == 200
+    assert simulator.count(path="/v2/account") == 2
+
+
+@pytest.mark.parametrize("status", [*range(520, 528), 530])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_no_answer_behind_the_edge(
+    upstream: Upstream, wire: aiohttp.ClientSession, method: str, status: int
+) -> None:
+    """A read gets 502, a write the status that came, and both JSON in the place of the edge's page."""
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        assert request.method == method
+        return web.Response(status=status, text="<html>", content_type="text/html")
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.request(method, f"{at.api}/v2/droplets") as response,
+    ):
+        told = await response.json()
+        assert told["message"].startswith("snapshot-proxy: the upstream")
+        assert response.headers["Proxy-Status"].startswith("snapshot-proxy; error=")
+        if method == "GET":
+            assert (response.status, told["id"]) == (502, "upstream_unreachable")
+            assert "x-should-retry" not in response.headers
+        else:
+            assert (response.status, told["id"]) == (status, "server_error")
+            assert response.headers["x-should-retry"] == "false"
+            assert "the request may have been carried out" in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "given", "retry_after", "should_retry"),
+    [
+        pytest.param("POST", 500, None, None, "false", id="500"),
+        pytest.param("POST", 502, None, None, "false", id="502"),
+        pytest.param("POST", 503, None, None, "false", id="503"),
+        pytest.param("POST", 503, "7", "7", None, id="503-that-says-when-to-come-again"),
+        pytest.param("POST", 504, None, None, "false", id="504"),
+        pytest.param("POST", 429, None, "5", None, id="429"),
+        pytest.param("POST", 429, "Friday, 31-Dec-99 23:59:59 GMT", "1", None, id="429-with-a-date"),
+        pytest.param("POST", 404, None, None, None, id="404"),
+        pytest.param("GET", 500, None, None, None, id="read-500"),
+        pytest.param("GET", 503, None, "5", None, id="read-503"),
+    ],
+)
+async def test_who_is_invited_to_repeat(
+    upstream: Upstream,
+    wire: aiohttp.ClientSession,
+    *,
+    method: str,
+    status: int,
+    given: str | None,
+    retry_after: str | None,
+    should_retry: str | None,
+) -> None:
+    """The upstream's own 5xx to a write is passed on as it is, with a word against repeating it."""
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        headers = {} if given is None else {"Retry-After": given}
+        return web.json_response({"id": "x", "message": "theirs"}, status=status, headers=headers)
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.request(method, f"{at.api}/v2/droplets") as response,
+    ):
+        assert (response.status, await response.json()) == (status, {"id": "x", "message": "theirs"})
+        assert response.headers.get("Retry-After") == retry_after
+        assert response.headers.get("x-should-retry") == should_retry
 
 
 async def test_nobody_there(wire: aiohttp.ClientSession) -> None:
@@ -618,7 +711,7 @@ async def test_a_body_that_takes_longer_than_a_call(upstream: Upstream) -> None:
 
     upstream.handler = answer
     loop = asyncio.get_running_loop()
-    async with app(f"upstream.base_url={upstream.url}", ON, "upstream.total_timeout_s=1") as at:
+    async with app(f"upstream.base_url={upstream.url}", ON, "upstream.write_timeout_s=1") as at:
         reader, writer = await _connect(at.api)
         writer.write(request(b"POST", b"/v2/images", b"Transfer-Encoding: chunked"))
         async with asyncio.timeout(DEADLINE_S):
@@ -707,14 +800,15 @@ async def talking(talk: Talk) -> AsyncIterator[str]:
     ],
 )
 async def test_a_call_that_takes_too_long(talk: Talk, size: int) -> None:
-    """However it moves meanwhile, the head is there in the time of a call, or it is 504."""
-    patient = ("upstream.read_timeout_s=60", "upstream.total_timeout_s=0.5", "server.header_timeout_s=60")
+    """However it moves meanwhile: without a head within write_timeout_s its outcome is unknown."""
+    patient = ("upstream.total_timeout_s=60", "upstream.write_timeout_s=0.5", "server.header_timeout_s=60")
     async with talking(talk) as url, app(f"upstream.base_url={url}", ON, *patient) as at:
         reader, writer = await _connect(at.api)
         length = b"Content-Length: %d" % size
         writer.write(request(b"POST", b"/v2/images", length, body=bytes(size)))
         async with asyncio.timeout(DEADLINE_S):
-            assert (await reader.readuntil()).startswith(b"HTTP/1.1 504 ")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 502 ")
+            assert b"may have been carried out" in await reader.read(1000)
         writer.transport.abort()
 
 
@@ -887,9 +981,11 @@ async def test_a_service_that_stops(upstream: Upstream, wire: aiohttp.ClientSess
         await response.write(b"last")
         return response
 
-    async def post(api: str) -> tuple[int, str]:
+    async def post(api: str) -> tuple[int, str, str | None]:
         async with wire.post(f"{api}/v2/images", data=b"{}") as response:
-            return response.status, (await response.json())["id"]
+            answered = await response.json()
+            assert "may have been carried out" in answered["message"]
+            return response.status, answered["id"], response.headers.get("x-should-retry")
 
     upstream.handler = answer
     async with contextlib.AsyncExitStack() as running:
@@ -903,7 +999,7 @@ async def test_a_service_that_stops(upstream: Upstream, wire: aiohttp.ClientSess
             posting = asyncio.create_task(post(at.api))
             await until(lambda: len(upstream.received) == 3, "the request arrives")
             stopping = asyncio.create_task(running.aclose())
-            assert await posting == (504, "upstream_timeout")
+            assert await posting == (502, "upstream_unreachable", "false")
             given_up.set()
             assert await begun.read() == b"last"
         await stopping
@@ -1116,7 +1212,7 @@ async def kept(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Kept]:
             f"redis.url={valkey.url}",
             f"security.secret_file={write_secret(tmp_path)}",
             "redis.timeout_s=2",
-            "upstream.read_timeout_s=0.5",
+            "upstream.write_timeout_s=0.5",
             ON,
         )
         async with app(*shared) as first, app(*shared) as second:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -315,6 +316,27 @@ async def test_a_cool_down_holds_everywhere_and_one_probe_ends_it(
         later = await scrape(running[0].admin)
         assert total(later, "snapshot_proxy_quota_cooldown_seconds", caller="other") == 0
         await nothing_is_left(valkey, running)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"],
+    ids=["imf-fixdate", "rfc-850", "asctime"],
+)
+async def test_a_429_that_names_a_date(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, written: str
+) -> None:
+    """Until then no call is made, and callers are told how long that is, as with seconds."""
+    async with app(f"upstream.base_url={simulator.url}", "passthrough.enabled=true") as at:
+        date = (datetime.now(UTC) + timedelta(seconds=41)).strftime(written)
+        simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": date}))
+        for path in (DROPLET_PATH, "/v2/snapshots/1000000001", "/v2/snapshots", "/v2/account"):
+            async with client.get(at.api + path, headers=bearer(token.value)) as response:
+                assert response.status == 429
+                assert 35 < int(response.headers["Retry-After"]) <= 41
+        metrics = await scrape(at.admin)
+    assert simulator.count() == 1
+    assert 35 < total(metrics, "snapshot_proxy_quota_cooldown_seconds", caller="other") <= 41
 
 
 async def test_whoever_cannot_wait_so_long_is_told(

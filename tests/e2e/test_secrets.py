@@ -185,6 +185,7 @@ TOKENS = {
 FAULTS = [
     *(Fault(FaultKind.STATUS, status) for status in (400, 401, 403, 404, 409, 429, 500, 503)),
     Fault(FaultKind.STATUS, 502, envelope=False),
+    Fault(FaultKind.STATUS, 522, envelope=False),
     Fault(FaultKind.SLOW_BODY, delay_s=1),
     Fault(FaultKind.HUGE, size_bytes=3 * MIB),
     Fault(FaultKind.BOMB, size_bytes=3 * MIB),
@@ -329,6 +330,7 @@ async def test_no_trace(
         "log.access=all",
         "upstream.read_timeout_s=0.3",
         "upstream.total_timeout_s=0.5",
+        "upstream.write_timeout_s=0.5",
         "server.lame_duck_s=0",
         "server.drain_s=0.2",
         f"passthrough.enabled={passthrough}",
@@ -390,7 +392,7 @@ async def test_no_trace(
     assert len([line for line in service.log if line.get("event") == "request"]) > 80
 
     assert len(ttls) > 10
-    assert all(ttl > 0 for ttl in ttls.values()), ttls
+    assert -1 not in ttls.values()  # none is there for ever; what lives for a second may have gone meanwhile
 
 
 async def test_a_planted_token_is_found(valkey: Valkey) -> None:

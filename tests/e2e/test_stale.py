@@ -130,6 +130,14 @@ FAILURES = [
     pytest.param(
         Fault(FaultKind.STATUS, status=429), "fwd=stale; fwd-status=429; detail=stale-if-error", id="429"
     ),
+    *(
+        pytest.param(
+            Fault(FaultKind.STATUS, status=status, envelope=False),
+            f"fwd=stale; fwd-status={status}; detail=stale-if-error",
+            id=f"page-{status}",
+        )
+        for status in (503, *range(520, 528), 530)
+    ),
     pytest.param(Fault(FaultKind.RESET_BEFORE), "fwd=stale; detail=stale-if-error", id="reset"),
     pytest.param(Fault(FaultKind.TIMEOUT), "fwd=stale; detail=stale-if-error", id="timeout"),
     pytest.param(Fault(FaultKind.TRUNCATED), "fwd=stale; detail=stale-if-error", id="truncated"),
@@ -213,6 +221,22 @@ async def test_a_validator_saves_the_body(
     assert second == (200, "snapshot-proxy; fwd=stale; fwd-status=304; stored", body)
     assert [call.status for call in simulator.calls] == [200, 304]
     assert total(metrics, "snapshot_proxy_requests_total", cache="revalidated") == 1
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "x-unheard-of"])
+async def test_a_coding_of_no_body(
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, coding: str
+) -> None:
+    """A 304 whose header names a coding has no body to inflate: it validates, as any 304."""
+    simulator.conditional = True
+    async with app(f"upstream.base_url={simulator.url}", *IF_ERROR) as at:
+        url = at.api + DROPLET_PATH
+        _, _, body = await get(client, url, token)
+        coded = Fault(FaultKind.STATUS, status=304, headers={"content-encoding": coding})
+        simulator.faults.add(coded, times=None)
+        for _ in range(2):
+            second = await get(client, url, token)
+            assert second == (200, "snapshot-proxy; fwd=stale; fwd-status=304; stored", body)
 
 
 async def test_a_deletion_beats_a_stale_answer(
