@@ -125,9 +125,11 @@ class Scene:
         scene = self
 
         class Api:
-            async def ask(self, call: Call, deadline: float, validator: str = "") -> Answer:
+            async def ask(
+                self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+            ) -> Answer:
                 """Answer in the scene's manner, or be given up at the deadline."""
-                del validator
+                del validator, new_connection
                 assert deadline <= now() + TOTAL_TIMEOUT_S
                 scene.asked.append((now(), number, call.target.text))
                 try:
@@ -144,6 +146,7 @@ class Scene:
             Connections(100),
             max_wait_s=MAX_WAIT_S,
             total_timeout_s=TOTAL_TIMEOUT_S,
+            write_timeout_s=60.0,
             previous_partition=None,
             observe=lambda _: None,
             monotonic=now,

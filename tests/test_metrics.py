@@ -281,12 +281,12 @@ def test_a_refresh(metrics: Metrics) -> None:
     assert values(metrics, "refreshed_snapshots") == {("_total", "single"): 1, ("_total", "list"): 42}
 
 
-def test_an_unknown_value(metrics: Metrics) -> None:
+async def test_an_unknown_value(metrics: Metrics) -> None:
     """It is there at 0 before the first one, so that a rate sees that."""
     series = 'snapshot_proxy_unknown_values_total{field="resource_type"}'
-    assert f"\n{series} 0.0\n" in metrics.scrape("")[0].decode()
+    assert f"\n{series} 0.0\n" in (await metrics.scrape(""))[0].decode()
     metrics.observe(UnknownValue("resource_type"))
-    assert f"\n{series} 1.0\n" in metrics.scrape("")[0].decode()
+    assert f"\n{series} 1.0\n" in (await metrics.scrape(""))[0].decode()
 
 
 def test_a_wait_for_the_quota(metrics: Metrics) -> None:
@@ -322,6 +322,7 @@ FROM_THE_START: dict[str, tuple[set[str], int]] = {
     "quota_wait_seconds": (set(), 1),
     "store_operations": ({"operation", "outcome"}, 7 * 4),
     "invalidations": ({"cause"}, 4),
+    "unknown_values": ({"field"}, 1),
     "refreshes": ({"by"}, 2),
     "refreshed_snapshots": ({"by"}, 2),
     "quota_cooldown_seconds": ({"caller"}, 1),

@@ -1273,7 +1273,13 @@ def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> 
         pytest.param(fails("dns_error"), None, "dns_error", False, id="no-name"),
         pytest.param(fails("tls_certificate_error"), None, "tls_certificate_error", False, id="untrusted"),
         pytest.param(fails("connection_timeout"), None, "connection_timeout", False, id="no-connection"),
-        pytest.param(fails("connection_terminated"), None, "connection_terminated", True, id="reset"),
+        pytest.param(
+            fails("connection_terminated", UpstreamDisconnected),
+            None,
+            "connection_terminated",
+            True,
+            id="reset",
+        ),
         pytest.param(timed_out, None, "http_response_timeout", True, id="timeout"),
         pytest.param(
             fails("http_protocol_error", UpstreamInvalid), None, "http_protocol_error", True, id="invalid"
