@@ -45,6 +45,10 @@ TURN_S = 2.0
 """A call that goes alone holds the others back for so long at most: its replica may have died, or the news
 of its answer be lost on the way to the ledger."""
 
+PROBE_S = 20.0
+"""A probe of a cool-down holds the others back for so long at most: a write may take longer, and its replica
+may have died."""
+
 _STRETCH_FROM = 0.5
 _STRETCH_TO = 0.1
 
@@ -141,7 +145,7 @@ class Ledger:
         alone = self._goes_alone(now, call_class, calls)
         admitted = self.count(now, calls)
         if admitted.probe:
-            self._probe_until = admitted.at
+            self._probe_until = self._probe_ends(admitted)
         elif alone:
             self._alone_until = self._turn_ends(admitted)
         return admitted
@@ -207,6 +211,10 @@ class Ledger:
         """Say until when an admitted call goes alone, if it does and is not answered."""
         return admitted.at - max(self._call_s - TURN_S, 0.0)
 
+    def _probe_ends(self, admitted: Admitted) -> float:
+        """Say until when an admitted probe holds the others back, if it is not answered."""
+        return admitted.at - max(self._call_s - PROBE_S, 0.0)
+
     # -- what became of it -----------------------------------------------------------------------
 
     def count(self, now: float, calls: int = 1) -> Admitted:
@@ -223,7 +231,7 @@ class Ledger:
             count.take(admitted.at, admitted.calls)
         if self._alone_until == self._turn_ends(admitted):
             self._alone_until = 0.0
-        if self._probe_until == admitted.at:
+        if self._probe_until == self._probe_ends(admitted):
             self._probe_until = 0.0
 
     def settle(
@@ -243,7 +251,7 @@ class Ledger:
         self._forget(now)
         for count in self._counts:
             count.add(now, count.take(admitted.at, admitted.calls))
-        if admitted.probe and self._probe_until == admitted.at:  # else there was another 429 meanwhile
+        if admitted.probe and self._probe_until == self._probe_ends(admitted):  # else there was another 429
             self._probe_until = 0.0 if answered else now + self._counts[0].window.length_s / PAUSES
             self._cool_until = None if answered else self._cool_until
         if self._alone_until == self._turn_ends(admitted):

@@ -13,7 +13,7 @@ write letters that are not among these, in the form `%.6f`, and do not know all 
 """
 
 from proxy.core.http import LONGEST_RETRY_AFTER_S
-from proxy.core.quota import PAUSES, TURN_S
+from proxy.core.quota import PAUSES, PROBE_S, TURN_S
 
 MARGIN_S = 60
 """A ledger is kept for so much longer than it counts: the hour, but for the minute only where the upstream
@@ -117,6 +117,9 @@ end
 local function pause()
   return math.min(math.max(now - (fields.X or 0), minute.length / {PAUSES}), hour.length / {PAUSES})
 end
+local function probe_ends(at)
+  return tonumber(string.format('%.6f', at - math.max(call - {PROBE_S}, 0)))
+end
 local function turn_ends(at)
   return tonumber(string.format('%.6f', at - math.max(call - {TURN_S}, 0)))
 end
@@ -215,7 +218,7 @@ if question == 'admit' or question == 'foresee' then
   local at = tonumber(string.format('%.6f', now + call))
   add(minute, at, 1)
   add(hour, at, 1)
-  if fields.C then set('P', at) elseif alone then set('A', turn_ends(at)) end
+  if fields.C then set('P', probe_ends(at)) elseif alone then set('A', turn_ends(at)) end
   if not fields.B then set('B', now) end
   expire()
   return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, is_known() and 1 or 0,
@@ -227,7 +230,7 @@ if question == 'give back' then
   take(minute, at)
   take(hour, at)
   if fields.A == turn_ends(at) then set('A', nil) end
-  if fields.P == at then set('P', nil) end
+  if fields.P == probe_ends(at) then set('P', nil) end
   return {{}}
 end
 
@@ -236,7 +239,7 @@ if question == 'settle' then
   local answered, known, limit, kept = ARGV[13] == '1', ARGV[14], tonumber(ARGV[15]), tonumber(ARGV[16])
   add(minute, now, take(minute, at))
   add(hour, now, take(hour, at))
-  if probe and fields.P == at then
+  if probe and fields.P == probe_ends(at) then
     if answered then
       set('P', nil)
       set('C', nil)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.quota import (
+    PROBE_S,
     TURN_S,
     Admitted,
     CallClass,
@@ -766,3 +767,18 @@ def test_the_ttl_never_shrinks_as_calls_run_low(one: float, other: float) -> Non
     """It is monotonic, and stays between its two ends."""
     more, less = max(one, other), min(one, other)
     assert 60 <= stretched(60, 600, more) <= stretched(60, 600, less) <= 600
+
+
+@pytest.mark.parametrize(
+    ("call_s", "held_s"), [pytest.param(18.0, 18.0, id="a-read"), pytest.param(70.0, PROBE_S, id="a-write")]
+)
+def test_a_probe_that_is_not_answered_holds_the_others_for_a_while(call_s: float, held_s: float) -> None:
+    """Its replica may have died: however long a call may take, the next probe goes after 20 s."""
+    ledger = Ledger(Limits(250, 5000, 0.05), call_s=call_s)
+    ledger.cool(NOON, None)
+    cooled = NOON + 60
+    probe = ledger.admit(cooled, WRITE)
+    assert isinstance(probe, Admitted)
+    assert probe.probe
+    assert ledger.admit(cooled, MISS) == Postponed(held_s, "turn")
+    assert isinstance(ledger.admit(cooled + held_s, MISS), Admitted)

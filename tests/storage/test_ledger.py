@@ -54,10 +54,12 @@ async def links(valkey: Valkey) -> AsyncIterator[list[Link]]:
         await link.close()
 
 
-def ledger(link: Link, limits: Limits = LIMITS, seen: list[StoreOperation] | None = None) -> RedisLedger:
+def ledger(
+    link: Link, limits: Limits = LIMITS, seen: list[StoreOperation] | None = None, *, call_s: float = CALL_S
+) -> RedisLedger:
     """Make the ledger of one replica."""
     observe = ([] if seen is None else seen).append
-    return RedisLedger(link, Keys("test"), limits, call_s=CALL_S, observe=observe)
+    return RedisLedger(link, Keys("test"), limits, call_s=call_s, observe=observe)
 
 
 def as_postponed(wait: Postponed | None) -> Postponed | None:
@@ -68,8 +70,10 @@ def as_postponed(wait: Postponed | None) -> Postponed | None:
 class Pair:
     """Both ledgers of one token; each question goes to both, and must be answered alike."""
 
-    def __init__(self, redis: RedisLedger, partition: Partition, limits: Limits = LIMITS) -> None:
-        self.python = Ledger(limits, call_s=CALL_S)
+    def __init__(
+        self, redis: RedisLedger, partition: Partition, limits: Limits = LIMITS, *, call_s: float = CALL_S
+    ) -> None:
+        self.python = Ledger(limits, call_s=call_s)
         self.redis = redis
         self.partition = partition
         self.pending: list[Admitted] = []
@@ -395,6 +399,21 @@ async def test_what_is_no_ledger_is_deleted(links: list[Link], foreign: Command)
     assert seen[-1] == StoreOperation("quota", "corrupt")
     assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Admission)
     assert seen[-1] == StoreOperation("quota", "ok")
+
+
+async def test_a_probe_that_is_a_slow_write(links: list[Link]) -> None:
+    """Both let the next probe go before a write's whole time is over, and know whose answer ends it."""
+    both = Pair(ledger(links[0], call_s=70.0), SOMEBODY, call_s=70.0)
+    for at, *steps in (
+        (0.0, ("admit", CallClass.MISS), ("settle", 19, True, True), ("cool", 10)),
+        (70.0, ("admit", CallClass.WRITE), ("admit", CallClass.MISS)),
+        (89.0, ("admit", CallClass.MISS)),
+        (90.5, ("admit", CallClass.MISS), ("settle", None, True, True), ("admit", CallClass.MISS)),
+        (91.0, ("settle", None, True, True), ("admit", CallClass.MISS)),
+    ):
+        for step in steps:
+            await both.ask(1_000_000.0 + at, step)
+    assert both.pending
 
 
 @pytest.mark.parametrize(
