@@ -32,7 +32,7 @@ from proxy.core.errors import (
 )
 from proxy.core.events import Route
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after, retry_after
-from proxy.core.operations import operation
+from proxy.core.operations import MOST_SAID_BYTES, operation
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
     EndsWhatBodyNames,
@@ -50,9 +50,6 @@ from proxy.flights import Abandoned, Flights, Owner
 from proxy.invalidator import Invalidator
 from proxy.shield import Shield
 from proxy.upstream import Streamed, Upstream, ratelimit
-
-_MOST_PEEKED_BYTES = 4096
-"""Of a 429's body so much is read before it is passed on: it may say what the API limits."""
 
 
 class Passthrough:
@@ -264,13 +261,16 @@ def _refuses(status: int) -> bool:
 
 
 async def _peek(answer: _Answer) -> tuple[_Answer, bytes]:
-    """Read the beginning of an answer's body, inflated where it is gzip. Gives the whole answer, too."""
+    """Read the beginning of a 429's body, inflated where it is gzip: it may say what the API limits.
+
+    Gives the whole answer, too.
+    """
     seen: list[bytes] = []
     failure: UpstreamError | None = None
     try:
         async for chunk in answer.chunks:
             seen.append(chunk)
-            if sum(map(len, seen)) >= _MOST_PEEKED_BYTES:
+            if sum(map(len, seen)) >= MOST_SAID_BYTES:
                 break
     except UpstreamError as error:
         failure = error
@@ -286,8 +286,8 @@ async def _peek(answer: _Answer) -> tuple[_Answer, bytes]:
     said = b"".join(seen)
     if answer.headers.get("Content-Encoding", "").strip().lower() == "gzip":
         with suppress(zlib.error):
-            said = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(said, _MOST_PEEKED_BYTES)
-    return answer._replace(chunks=chunks()), said[:_MOST_PEEKED_BYTES]
+            said = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(said, MOST_SAID_BYTES)
+    return answer._replace(chunks=chunks()), said[:MOST_SAID_BYTES]
 
 
 def _break_off(request: web.BaseRequest) -> None:
