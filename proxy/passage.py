@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from proxy.accounts import Settlement
 from proxy.closing import Closing
-from proxy.core.errors import UpstreamError, UpstreamGivenUp, UpstreamUnreachable
+from proxy.core.errors import UpstreamDisconnected, UpstreamError, UpstreamGivenUp, UpstreamUnreachable
 from proxy.core.events import GIVEN_UP
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import is_of_operation
@@ -119,7 +119,9 @@ def error_type(failure: BaseException | None) -> str:
     match failure:
         case None:
             return ""
-        case UpstreamError() if not isinstance(failure, UpstreamGivenUp):
+        case UpstreamGivenUp() | UpstreamDisconnected(kept=True):
+            return GIVEN_UP
+        case UpstreamError():
             return failure.proxy_error
         case _:
             return GIVEN_UP

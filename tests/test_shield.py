@@ -25,7 +25,7 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import CallSettled, Route, Standing
+from proxy.core.events import GIVEN_UP, CallSettled, Route, Standing
 from proxy.core.identity import ListKey, Partition, Token
 from proxy.core.operations import operation
 from proxy.core.policy import Answer
@@ -852,7 +852,7 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
 
 
 def test_a_kept_connection_that_ended_is_no_trouble() -> None:
-    """An edge may close what is idle at any time: such a call counts for the quota, not for the breaker."""
+    """An edge may close what is idle at any time: it counts for the quota, not for the breaker nor the log."""
 
     async def main() -> None:
         it = gate(per_minute=1000)
@@ -860,6 +860,7 @@ def test_a_kept_connection_that_ended_is_no_trouble() -> None:
         for number in range(2 * FAILURES):
             assert await outcome(ask(it, number)) == (UpstreamDisconnected, 0.0)
         assert not it.shield.breaker_open
+        assert it.settled == [CallSettled(Route.SNAPSHOT, "other", None, GIVEN_UP)] * (2 * FAILURES)
         assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - 2 * FAILURES
         it.api.answer = None
         assert (await it.shield.ask(call(), new_connection=True)).status == 200
