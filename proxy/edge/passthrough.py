@@ -92,15 +92,15 @@ class Passthrough:
     ) -> web.StreamResponse | ProxyError:
         """Forward a read, and once more where the connection ended before an answer began. Runs in a flight.
 
-        One with a body is not repeated: it is not kept.
+        One with a body goes over a new one at once: its body is not kept, and so it cannot be repeated.
         """
         body = self._body_of(request)
         try:
+            if body is not None:
+                return await self._stream(request, forwarding, body, new_connection=True)
             try:
                 return await self._stream(request, forwarding, body)
             except UpstreamDisconnected:
-                if body is not None:
-                    raise
                 return await self._stream(request, forwarding, body, new_connection=True)
         except ProxyError as failure:
             return failure
