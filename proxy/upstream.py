@@ -43,7 +43,7 @@ _TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.
 """They tell of the token, and end or stop something: what they say in words is the least of it."""
 
 _WORDS_S = 1.0
-"""For those words a status of `_TELLING` waits so long at most: until it counts, other calls of the token go up."""
+"""So long such a status waits for its words at most: until it counts, other calls of the token go up."""
 
 _LONGEST_VALIDATOR = 255
 _GZIP = 16 + zlib.MAX_WBITS

@@ -852,7 +852,7 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
 
 
 def test_a_kept_connection_that_ended_is_no_trouble() -> None:
-    """An edge may close what is idle at any time: it counts for the quota, not for the breaker nor the log."""
+    """An edge may close what is idle at any time: it counts for the quota, not for breaker and log."""
 
     async def main() -> None:
         it = gate(per_minute=1000)
@@ -1270,6 +1270,7 @@ def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> 
         pytest.param(lambda: answer(404), 404, "", False, id="refused"),
         pytest.param(lambda: answer(500), 500, "", True, id="500"),
         pytest.param(lambda: answer(503), 503, "", True, id="503"),
+        pytest.param(lambda: replace(answer(503), retry_after_s=7), 503, "", False, id="503-that-says-when"),
         pytest.param(fails("connection_refused"), None, "connection_refused", False, id="nothing-there"),
         pytest.param(fails("dns_error"), None, "dns_error", False, id="no-name"),
         pytest.param(fails("tls_certificate_error"), None, "tls_certificate_error", False, id="untrusted"),

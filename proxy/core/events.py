@@ -151,8 +151,8 @@ class QuotaWait:
 
 
 GIVEN_UP = "given_up"
-"""Why no answer came where that is no failure of the upstream: this replica stops, the caller broke off, or the
-connection had been kept and had ended."""
+"""Why no answer came where that is no failure of the upstream: this replica stops, the caller broke off, or
+the connection had been kept and had ended."""
 
 
 @dataclass(frozen=True, slots=True)
