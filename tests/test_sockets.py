@@ -170,7 +170,7 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 async def test_the_service_on_both_families(client: aiohttp.ClientSession) -> None:
     """Either listener, on the port that it prints; the health check reaches it."""
     async with app("server.host=::", "admin.host=::") as at:
-        for url, path, status in ((at.api, "/nothing", 404), (at.admin, "/healthz", 200)):
+        for url, path, status in ((at.api, "/nothing", 421), (at.admin, "/healthz", 200)):
             assert url.startswith("http://[::]:")
             port = url.rpartition(":")[2]
             for address in ("127.0.0.1", "[::1]"):
