@@ -11,9 +11,10 @@ import aiohttp
 import pytest
 from support import app, free_port
 
-from proxy import healthcheck, sockets
+from proxy import healthcheck
 from proxy.settings import Admin
-from proxy.sockets import listen
+from proxy.system import sockets
+from proxy.system.sockets import listen
 
 REAL = socket.socket
 ANY_IPV4 = "0.0.0.0"  # noqa: S104 # what is tested

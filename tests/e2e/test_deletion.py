@@ -56,9 +56,9 @@ from proxy.simulator import (
     Token,
     World,
 )
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import Command, Link, Unavailable
 from proxy.storage.keys import Keys
-from proxy.storage.link import Command, Link, Unavailable
 from proxy.storage.store import Store
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
