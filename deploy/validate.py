@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from proxy.metrics import Metrics
+from proxy.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

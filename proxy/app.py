@@ -15,13 +15,11 @@ from aiohttp import http_parser, web
 from redis.asyncio import Redis
 
 from proxy import __version__
-from proxy.access import access_log
-from proxy.accounts import Accounts
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
-from proxy.callers import Callers
-from proxy.closing import Closing
-from proxy.connections import Connections
+from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.readthrough import read_through
 from proxy.core.address import address_of
 from proxy.core.errors import ProxyError, SettingsError
 from proxy.core.events import CallSettled, QuotaWait, RequestDone
@@ -32,26 +30,28 @@ from proxy.edge.api import Api
 from proxy.edge.connection import Limits, Listener
 from proxy.edge.handler import plain_server
 from proxy.edge.passthrough import Passthrough
-from proxy.fetching import Fetched, is_failure
 from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit
-from proxy.flights import MOST_OF_ONE, Flights
-from proxy.incidents import Incidents
-from proxy.invalidator import Invalidator
+from proxy.gate.connections import Connections
+from proxy.gate.gate import Shield
+from proxy.gate.ledgers import Accounts
 from proxy.logs import announce, configure, event
-from proxy.metrics import Metrics
-from proxy.readthrough import read_through
 from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_password, read_secret
-from proxy.shield import Shield
-from proxy.sockets import Bound, listen
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import Link
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
-from proxy.storage.link import Link
 from proxy.storage.readiness import trial
 from proxy.storage.store import Store
-from proxy.tls import Certificate, certificate
-from proxy.upstream import Upstream, UpstreamOptions
+from proxy.system.sockets import Bound, listen
+from proxy.system.tls import Certificate, certificate
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import MOST_OF_ONE, Flights
+from proxy.telemetry.access import access_log
+from proxy.telemetry.aliases import Callers
+from proxy.telemetry.incidents import Incidents
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.client import Upstream, UpstreamOptions
 
 _FETCHES_PER_CONNECTION = 2  # a caller may leave while its fetch goes on
 _HANDSHAKE_S = 5.0  # what is no connection of ours yet holds a descriptor for so long at most

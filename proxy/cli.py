@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from proxy import __version__, process
+from proxy import __version__
 from proxy.core.errors import BadRequest, SettingsError
 from proxy.core.identity import SnapshotId
 from proxy.settings import Loaded, Settings, check_files, load, to_toml
+from proxy.system import process
 
 FINE, FAILED, MISUSED = 0, 1, 2
 

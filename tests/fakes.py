@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
-from proxy.accounts import Accounts
-from proxy.closing import Closing
-from proxy.connections import Connections
 from proxy.core.events import CallSettled, QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.operations import Operations
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.shield import Shield
+from proxy.gate.connections import Connections
+from proxy.gate.gate import Shield
+from proxy.gate.ledgers import Accounts
+from proxy.tasks.drain import Closing
 
 SOMEBODY = Partition("a" * 32)
 CALL_S = 2.0

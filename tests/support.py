@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -270,6 +271,20 @@ def total(metrics: Mapping[str, float], name: str, **labels: str) -> float:
         if series.partition("{")[0] == name
         and all(f'{label}="{wanted}"' in series for label, wanted in labels.items())
     )
+
+
+def resetting() -> aiohttp.TCPConnector:
+    """Make connections, one for each request, that a caller who leaves resets.
+
+    A FIN alone so soon after a request may be a half-close, and is answered.
+    """
+
+    def made(address: aiohttp.AddrInfoType) -> socket.socket:
+        there = socket.socket(address[0], address[1])
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return there
+
+    return aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=made)
 
 
 async def raw_exchange(url: str, request: bytes, *, eof: bool = False) -> bytes:

@@ -6,9 +6,9 @@ from typing import Literal
 
 import pytest
 
-from proxy.access import access_log
 from proxy.core.events import Outcome, RequestDone, Route
 from proxy.logs import Formatter, Line
+from proxy.telemetry.access import access_log
 
 DONE = RequestDone(Route.SNAPSHOT, Outcome.MISS, 200, "team-a", 0.012_34, "request-1")
 

@@ -8,9 +8,9 @@ import pytest
 from fakes import CALL_S, SOMEBODY, FakeLedger, accounts
 from virtual import now, run
 
-from proxy.accounts import Account, Accounts, Settlement, Turn
 from proxy.core.identity import Partition
 from proxy.core.quota import CallClass, Limits, Postponed
+from proxy.gate.ledgers import Account, Accounts, Settlement, Turn
 
 LIMITS = Limits(per_minute=60, per_hour=5000, reserve=0.1, minute_s=6.0, hour_s=360.0)
 ACCOUNT = Account(SOMEBODY, "other")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from support import until
 
-from proxy import callers as callers_module
-from proxy.callers import MOST_ALIASES, Callers, read_aliases
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Token
+from proxy.telemetry import aliases as callers_module
+from proxy.telemetry.aliases import MOST_ALIASES, Callers, read_aliases
 
 
 def digest(token: str) -> str:

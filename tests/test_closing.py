@@ -6,7 +6,7 @@ import math
 import pytest
 from virtual import now, run
 
-from proxy.closing import Closing
+from proxy.tasks.drain import Closing
 
 
 @pytest.mark.parametrize("announced_at_s", [0.0, 1.0], ids=["before-the-wait", "during-the-wait"])

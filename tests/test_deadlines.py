@@ -14,8 +14,9 @@ from fakes import FakeLedger, accounts
 from virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
-from proxy.closing import Closing
-from proxy.connections import Connections
+from proxy.cache.fetch import LONGEST_POLL_S, Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.entry import Leased
 from proxy.core.errors import (
     ProxyError,
@@ -28,11 +29,10 @@ from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.fetching import LONGEST_POLL_S, Fetched, is_failure
-from proxy.flights import Flights
-from proxy.invalidator import Invalidator
-from proxy.readthrough import Failed, ReadThrough, Served, read_through
-from proxy.shield import Shield
+from proxy.gate.connections import Connections
+from proxy.gate.gate import Shield
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import Flights
 
 CALLER = Partition("a" * 32)
 MAX_WAIT_S, TOTAL_TIMEOUT_S, REST_S = 10.0, 8.0, 2.0

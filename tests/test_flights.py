@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from proxy import flights as flights_module
 from proxy.core.errors import Overloaded
 from proxy.core.identity import Partition
-from proxy.flights import MOST_OF_ONE, Abandoned, Flights, Landed, Owner, end_if_abandoned, while_awaited
+from proxy.tasks import flights as flights_module
+from proxy.tasks.flights import (
+    MOST_OF_ONE,
+    Abandoned,
+    Flights,
+    Landed,
+    Owner,
+    end_if_abandoned,
+    while_awaited,
+)
 
 MOST = 10
 OWNER = Owner(Partition("a" * 32))

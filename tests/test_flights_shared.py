@@ -10,7 +10,7 @@ import pytest
 
 from proxy.core.errors import Overloaded
 from proxy.core.identity import Partition
-from proxy.flights import LINGER_S, Flights, Landed, Owner
+from proxy.tasks.flights import LINGER_S, Flights, Landed, Owner
 
 KEY = "key"
 OWNER = Owner(Partition("a" * 32))

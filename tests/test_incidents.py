@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from proxy import incidents as incidents_module
 from proxy.core.breaker import FAILURES
 from proxy.core.events import GIVEN_UP, CallSettled, Outcome, RequestDone, Route
-from proxy.incidents import QUIET_S, Incidents
+from proxy.telemetry import incidents as incidents_module
+from proxy.telemetry.incidents import QUIET_S, Incidents
 
 WHERE = "api.example.net:443"
 OK = CallSettled(Route.SNAPSHOT, "other", 200)
@@ -47,7 +47,7 @@ class Watched:
         return [
             (record.levelname, record.getMessage(), {**vars(record)["fields"]})
             for record in records
-            if record.name == "proxy.incidents"
+            if record.name == "proxy.telemetry.incidents"
         ]
 
 

@@ -17,19 +17,19 @@ from fakes import CALL_S, Admission, FakeLedger, accounts
 from virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
-from proxy.closing import Closing
-from proxy.connections import Connections
+from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
-from proxy.fetching import Fetched, is_failure
-from proxy.flights import Flights
-from proxy.invalidator import Invalidator
-from proxy.readthrough import Failed, ReadThrough, Served, read_through
-from proxy.shield import Shield
+from proxy.gate.connections import Connections
+from proxy.gate.gate import Shield
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import Flights
 
 _NUMBERS = count()
 CALLER = Partition("a" * 32)

@@ -7,7 +7,7 @@ import time
 import pytest
 from virtual import now, run
 
-from proxy.listening import ListeningTimeout
+from proxy.tasks.listening import ListeningTimeout
 
 BUSY_S = 0.15
 

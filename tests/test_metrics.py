@@ -9,7 +9,6 @@ from typing import Any, get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.callers import MOST_ALIASES
 from proxy.core.events import (
     Avoided,
     Invalidation,
@@ -23,7 +22,8 @@ from proxy.core.events import (
     UnknownValue,
     UpstreamCall,
 )
-from proxy.metrics import Metrics, status_label
+from proxy.telemetry.aliases import MOST_ALIASES
+from proxy.telemetry.metrics import Metrics, status_label
 
 STATUSES = {"2xx", "304", "401", "403", "404", "429", "4xx", "5xx"}
 OUTCOMES = {*("hit", "seeded", "stale", "negative", "miss", "revalidated", "collapsed", "bypass", "none")}
@@ -352,7 +352,7 @@ def test_no_counter_or_histogram_begins_later() -> None:
     assert kinds.keys() - FROM_THE_START.keys() == states | UNKNOWN_BEFORE_A_CALL
 
 
-@pytest.mark.parametrize("name", UNKNOWN_BEFORE_A_CALL)
+@pytest.mark.parametrize("name", sorted(UNKNOWN_BEFORE_A_CALL))
 def test_what_a_caller_has_left_is_not_guessed(name: str) -> None:
     """Zero calls left would be an alarm."""
     metrics = Metrics("1.2.3")

@@ -19,10 +19,10 @@ from fakes import FakeLedger
 from virtual import now, run
 
 from benchmarks.day.redis import Key, MemoryStore
-from proxy.accounts import Accounts
 from proxy.app import cache_policy
-from proxy.closing import Closing
-from proxy.connections import Connections
+from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.readthrough import Failed, ReadThrough, read_through
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
@@ -31,12 +31,12 @@ from proxy.core.policy import Answer
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.edge.answers import failed_response, served_response
-from proxy.fetching import Fetched, is_failure
-from proxy.flights import Flights
-from proxy.invalidator import Invalidator
-from proxy.readthrough import Failed, ReadThrough, read_through
+from proxy.gate.connections import Connections
+from proxy.gate.gate import Shield
+from proxy.gate.ledgers import Accounts
 from proxy.settings import Settings
-from proxy.shield import Shield
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import Flights
 
 SETTINGS = Settings()
 CACHE, QUOTA, TIMEOUT_S = SETTINGS.cache, SETTINGS.quota, SETTINGS.upstream.total_timeout_s

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 import pytest
 from virtual import now, run
 
-from proxy.closing import Closing
+from proxy.cache.fetch import LONGEST_POLL_S, STALE_PATIENCE_S, Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.readthrough import Failed, Served, read_through
 from proxy.core.entry import (
     UNAVAILABLE,
     Basis,
@@ -48,10 +50,8 @@ from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
-from proxy.fetching import LONGEST_POLL_S, STALE_PATIENCE_S, Fetched, is_failure
-from proxy.flights import LINGER_S, MOST_OF_ONE, Flights
-from proxy.invalidator import Invalidator
-from proxy.readthrough import Failed, Served, read_through
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import LINGER_S, MOST_OF_ONE, Flights
 
 NOW = 1_000_000.0
 TOTAL_TIMEOUT_S = 8.0

@@ -11,9 +11,10 @@ import aiohttp
 import pytest
 from support import app, free_port
 
-from proxy import healthcheck, sockets
+from proxy import healthcheck
 from proxy.settings import Admin
-from proxy.sockets import listen
+from proxy.system import sockets
+from proxy.system.sockets import listen
 
 REAL = socket.socket
 ANY_IPV4 = "0.0.0.0"  # noqa: S104 # what is tested
@@ -170,7 +171,7 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 async def test_the_service_on_both_families(client: aiohttp.ClientSession) -> None:
     """Either listener, on the port that it prints; the health check reaches it."""
     async with app("server.host=::", "admin.host=::") as at:
-        for url, path, status in ((at.api, "/nothing", 404), (at.admin, "/healthz", 200)):
+        for url, path, status in ((at.api, "/nothing", 421), (at.admin, "/healthz", 200)):
             assert url.startswith("http://[::]:")
             port = url.rpartition(":")[2]
             for address in ("127.0.0.1", "[::1]"):

@@ -4,11 +4,10 @@ A fleet reads snapshots for a day: directly, through plain caches, and through t
 who reads what and when, `api.py` is DigitalOcean with its two limits, `systems.py` what stands between,
 `run.py` lets them do the same day and checks the books.
 
-Of this proxy everything is real that decides: the main path (`proxy.readthrough`), its flights, the gate
-with its lines, ledgers and breaker (`proxy.shield`, `proxy.accounts`), and the whole of `proxy.core`. They
-run on an event loop whose time is a number (`clock.py`), so a day takes as long as its work. None of their
-steps is written again here; only Redis is (`redis.py`), as dictionaries: a test
-holds its store equal to the real one.
+Of this proxy everything is real that decides: the main path (`proxy.cache`), its flights (`proxy.tasks`), the
+gate with its lines, ledgers and breaker (`proxy.gate`), and the whole of `proxy.core`. They run on an event
+loop whose time is a number (`clock.py`), so a day takes as long as its work. None of their steps is written
+again here; only Redis is (`redis.py`), as dictionaries: a test holds its store equal to the real one.
 
 What is simpler than the world:
 

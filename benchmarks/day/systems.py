@@ -13,21 +13,21 @@ from benchmarks.day.api import LIST_S, SINGLE_S, Api, Reply
 from benchmarks.day.clock import VirtualLoop, begin
 from benchmarks.day.fleet import Fleet, Read
 from benchmarks.day.redis import Books, Kept, MemoryStore
-from proxy.accounts import Accounts
 from proxy.app import cache_policy
-from proxy.closing import Closing
-from proxy.connections import Connections
+from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.errors import ProxyError, UpstreamUnreachable
 from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import Limits
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.fetching import Fetched, is_failure
-from proxy.flights import Flights
-from proxy.invalidator import Invalidator
-from proxy.readthrough import Failed, ReadThrough, Served, read_through
+from proxy.gate.connections import Connections
+from proxy.gate.gate import Shield
+from proxy.gate.ledgers import Accounts
 from proxy.settings import Settings
-from proxy.shield import Shield
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import Flights
 
 REPEAT_S = 5.0
 """For so long a replica that answered from a fresh entry is not asked again, while the entry stands there."""

@@ -12,12 +12,12 @@ from time import time
 from typing import Any
 
 from proxy.app import StartError, refuse_slow_parser
-from proxy.callers import read_aliases
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.files import TooFewFiles, raise_limit
 from proxy.settings import Settings, read_admin_token
-from proxy.sockets import Bound, is_any_ipv6, listen
-from proxy.tls import certificate as load_certificate
+from proxy.system.sockets import Bound, is_any_ipv6, listen
+from proxy.system.tls import certificate as load_certificate
+from proxy.telemetry.aliases import read_aliases
 
 _DAY_S = 86_400
 _EXPIRES_SOON_DAYS = 14

@@ -17,12 +17,12 @@ from proxy.app import redis_connector
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
-from proxy.openssl import mended_by, openssl_words
 from proxy.settings import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
 from proxy.storage.readiness import refusal, trial, words
+from proxy.system.openssl import mended_by, openssl_words
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
 _PINGS = 20

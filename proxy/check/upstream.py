@@ -13,9 +13,9 @@ from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import error_envelope
-from proxy.openssl import mended_by
 from proxy.settings import Settings
-from proxy.upstream import Upstream
+from proxy.system.openssl import mended_by
+from proxy.upstream.client import Upstream
 
 _NOBODYS_TOKEN = Token("snapshot-proxy-check")
 _SNAPSHOT_ID = SnapshotId.parse("1")

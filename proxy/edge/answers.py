@@ -8,9 +8,9 @@ from http import HTTPStatus
 from aiohttp import web
 from multidict import CIMultiDict
 
+from proxy.cache.readthrough import Failed, Served
 from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError
 from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status, retry_after
-from proxy.readthrough import Failed, Served
 
 _JSON = "application/json; charset=utf-8"
 

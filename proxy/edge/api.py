@@ -14,6 +14,7 @@ from typing import Literal
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 
+from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.errors import (
     BadRequest,
     HeadersTooLarge,
@@ -49,7 +50,6 @@ from proxy.edge.answers import error_response, failed_response, new_request_id, 
 from proxy.edge.handler import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
 from proxy.edge.passthrough import Passthrough
 from proxy.logs import event
-from proxy.readthrough import Failed, ReadThrough, Served
 
 MAX_BODY_BYTES = 16_384
 """Real clients send `{}` and `null` with requests that need no body: so much is read and ignored."""

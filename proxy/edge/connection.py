@@ -33,8 +33,8 @@ from aiohttp.http import RawRequestMessage
 from proxy.core.errors import Overloaded, ProxyError
 from proxy.edge.answers import new_request_id, refusal
 from proxy.edge.handler import MAX_FIELD_BYTES, MAX_HEADERS, MAX_LINE_BYTES, Handler, NoAccessLog
-from proxy.listening import LAST_LOOKS
 from proxy.logs import event
+from proxy.tasks.listening import LAST_LOOKS
 
 MOST_REFUSED = 100
 """Connections over the limit that are held until they have asked and are told 503. One more takes the place

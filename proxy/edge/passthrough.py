@@ -16,6 +16,8 @@ from typing import NamedTuple, Self
 from aiohttp import ClientConnectionError, HttpVersion11, web
 from multidict import CIMultiDict
 
+from proxy.cache.fetch import Fetched
+from proxy.cache.invalidator import Invalidator
 from proxy.core.errors import (
     EDGE_FAILED,
     RETRYABLE,
@@ -45,11 +47,9 @@ from proxy.core.passthrough import (
 from proxy.core.quota import CallClass
 from proxy.edge.answers import NO_RETRY
 from proxy.edge.handler import Handler
-from proxy.fetching import Fetched
-from proxy.flights import Abandoned, Flights, Owner
-from proxy.invalidator import Invalidator
-from proxy.shield import Shield
-from proxy.upstream import Streamed, Upstream, ratelimit
+from proxy.gate.gate import Shield
+from proxy.tasks.flights import Abandoned, Flights, Owner
+from proxy.upstream.client import Streamed, Upstream, ratelimit
 
 
 class Passthrough:

@@ -36,7 +36,7 @@ from urllib.parse import quote
 
 from proxy.core.errors import SettingsError
 from proxy.logs import event
-from proxy.process import IGNORED
+from proxy.system.process import IGNORED
 
 _LOG = logging.getLogger(__name__)
 

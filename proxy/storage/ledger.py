@@ -11,9 +11,9 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition
 from proxy.core.quota import Admitted, CallClass, Limits, Postponed
 from proxy.core.windows import shares
+from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.ledger_script import CORRUPT, SCRIPT
-from proxy.storage.link import Link, Unavailable
 from proxy.storage.readiness import Command
 
 

@@ -19,7 +19,7 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
-from proxy.openssl import openssl_words
+from proxy.system.openssl import openssl_words
 
 Command = tuple[str | bytes | int, ...]
 

@@ -38,8 +38,8 @@ from proxy.core.events import Operation, StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.core.incident import Incident
 from proxy.logs import event
+from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import EntryKeys, Keys
-from proxy.storage.link import Link, Unavailable
 from proxy.storage.membership import Membership
 from proxy.storage.readiness import Command
 

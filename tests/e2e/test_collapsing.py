@@ -7,15 +7,23 @@ look-up that is given up makes a second call, as it should.
 
 import asyncio
 import json
-import socket
-import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from random import Random
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, bearer, raw_exchange, scrape, total
+from support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    MANY_STRANGERS,
+    Serve,
+    bearer,
+    raw_exchange,
+    resetting,
+    scrape,
+    total,
+)
 
 from proxy.core.series import requests_of
 from proxy.simulator import VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token, World
@@ -34,18 +42,8 @@ LABELS = {
 
 @pytest.fixture
 async def crowd() -> AsyncIterator[aiohttp.ClientSession]:
-    """Give a client that opens a connection for every request, as many at once as wanted.
-
-    Whoever leaves does so with a TCP reset: a mere FIN so soon after a request might be a half-close.
-    """
-
-    def made(address: aiohttp.AddrInfoType) -> socket.socket:
-        there = socket.socket(address[0], address[1])
-        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return there
-
-    connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=made)
-    async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
+    """Give a client that opens a connection for every request, as many at once as wanted."""
+    async with aiohttp.ClientSession(connector=resetting(), cookie_jar=aiohttp.DummyCookieJar()) as session:
         yield session
 
 

@@ -19,9 +19,9 @@ import pytest
 import trustme
 from support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
 
-from proxy import tls as tls_module
 from proxy.app import Addresses
 from proxy.simulator import Simulator, Token
+from proxy.system import tls as tls_module
 
 HEADER_S, IDLE_S = 0.5, 1.0
 LATE_S = 3.0

@@ -34,6 +34,7 @@ from support import (
     app,
     bearer,
     introduce,
+    resetting,
     scrape,
     total,
     until,
@@ -55,9 +56,9 @@ from proxy.simulator import (
     Token,
     World,
 )
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import Command, Link, Unavailable
 from proxy.storage.keys import Keys
-from proxy.storage.link import Command, Link, Unavailable
 from proxy.storage.store import Store
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -647,7 +648,10 @@ async def test_the_caller_leaves(upstream: Simulator) -> None:
         async def gone() -> bool:
             return total(await scrape(at.admin), "snapshot_proxy_connections") == 1
 
-        async with aiohttp.ClientSession() as leaving, upstream.hold(method="DELETE", stage="after") as gate:
+        async with (
+            aiohttp.ClientSession(connector=resetting()) as leaving,
+            upstream.hold(method="DELETE", stage="after") as gate,
+        ):
             await abandon(leaving, gate, at.api + DROPLET_PATH, caller, gone)
             assert (await ask(reading, at.api + DROPLET_PATH, other)).is_hit
 
@@ -682,7 +686,7 @@ async def test_the_caller_leaves_and_the_replica_stops(
             async def gone() -> bool:
                 return total(await scrape(stopping.admin), "snapshot_proxy_connections") == 0
 
-            async with aiohttp.ClientSession() as leaving:
+            async with aiohttp.ClientSession(connector=resetting()) as leaving:
                 await abandon(leaving, gate, stopping.api + DROPLET_PATH, caller, gone)
             assert await stopping.stop(signal.SIGINT) == 0
             gate.release()

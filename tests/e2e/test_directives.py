@@ -20,7 +20,6 @@ import pytest_asyncio
 from multidict import CIMultiDictProxy
 from support import DROPLET_PATH, MANY_STRANGERS, NO_STALE, app, bearer
 
-from proxy import upstream
 from proxy.app import Addresses
 from proxy.simulator import (
     DROPLET_ID,
@@ -32,6 +31,7 @@ from proxy.simulator import (
     Token,
     World,
 )
+from proxy.upstream import client as upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -17,9 +17,9 @@ import pytest_asyncio
 from support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, app, scrape, total, until
 
 from proxy import __version__
+from proxy.cache.readthrough import ReadThrough
 from proxy.core.request import Call
 from proxy.logs import Formatter
-from proxy.readthrough import ReadThrough
 from proxy.simulator import VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

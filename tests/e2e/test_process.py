@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 from support import DEADLINE_S, DROPLET_PATH, TROUBLE, Serve, bearer, free_port
 
-from proxy.process import IGNORED
 from proxy.simulator import Simulator, Token
+from proxy.system.process import IGNORED
 
 CLOSED = [
     pytest.param("<&-", id="stdin"),

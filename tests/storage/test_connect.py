@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, ConnectionError as RedisConnectionError
 from support import Valkey
 
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
 
 
 @asynccontextmanager

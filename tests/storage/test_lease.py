@@ -15,9 +15,9 @@ from support import Valkey
 from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lifetimes, Record, Superseded
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, Partition
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
-from proxy.storage.link import Link
 from proxy.storage.store import LEASE_MS, RECORD_MS, Store
 
 KEY = EntryKey(Partition("0" * 32), "6372321")

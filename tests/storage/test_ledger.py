@@ -13,10 +13,10 @@ from support import Valkey, until
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import Command, Link
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import Admission, RedisLedger
-from proxy.storage.link import Command, Link
 
 LIMITS = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
 CALL_S = 2.0

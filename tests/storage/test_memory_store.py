@@ -13,9 +13,9 @@ from benchmarks.day.redis import Key, MemoryStore
 from proxy.core.entry import Basis, Entry, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.storage import store as store_module
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
-from proxy.storage.link import Link
 from proxy.storage.store import Store
 
 NOW = 1_700_000_000.0

@@ -18,9 +18,9 @@ from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
 from proxy.storage import store as store_module
-from proxy.storage.connect import connector
+from proxy.storage.client import connector
+from proxy.storage.connection import LANES, Command, Link, Unavailable
 from proxy.storage.keys import Keys
-from proxy.storage.link import LANES, Command, Link, Unavailable
 from proxy.storage.store import Store
 
 KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")

@@ -15,9 +15,6 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Protocol
 
-from proxy.accounts import Account, Accounts, Turn
-from proxy.closing import Closing
-from proxy.connections import Connections
 from proxy.core.breaker import Breaker
 from proxy.core.errors import (
     UPSTREAM_DOWN,
@@ -35,9 +32,12 @@ from proxy.core.operations import operation
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.core.request import Call
-from proxy.flights import end_if_abandoned, while_awaited
-from proxy.line import Asker, Line
-from proxy.passage import Passage, error_type, outcome_unknown
+from proxy.gate.connections import Connections
+from proxy.gate.ledgers import Account, Accounts, Turn
+from proxy.gate.line import Asker, Line
+from proxy.gate.passage import Passage, error_type, outcome_unknown
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import end_if_abandoned, while_awaited
 
 _STRANGERS = Account(Partition("strangers"), "")
 """The account that all tokens share which the upstream never took."""

@@ -34,8 +34,8 @@ from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.passthrough import Forwarding, is_read
 from proxy.core.policy import Answer
 from proxy.core.request import Call
-from proxy.listening import ListeningTimeout
-from proxy.pool import Pool, Way, way
+from proxy.tasks.listening import ListeningTimeout
+from proxy.upstream.pool import Pool, Way, way
 
 USER_AGENT = f"snapshot-proxy/{__version__}"
 

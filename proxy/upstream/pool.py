@@ -19,8 +19,8 @@ from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
 from proxy.core.errors import UpstreamUnreachable
-from proxy.listening import ListeningTimeout
-from proxy.openssl import openssl_words
+from proxy.system.openssl import openssl_words
+from proxy.tasks.listening import ListeningTimeout
 
 
 class Way:

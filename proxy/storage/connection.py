@@ -31,9 +31,9 @@ from typing import Any, TypeVar
 from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from proxy.listening import ListeningTimeout
 from proxy.logs import event
 from proxy.storage.readiness import Command, Refusal, is_of_no_use, lost, password_of, refusal, refused
+from proxy.tasks.listening import ListeningTimeout
 
 T = TypeVar("T")
 

@@ -4,9 +4,9 @@ import asyncio
 from collections import deque
 from typing import NamedTuple
 
-from proxy.accounts import Account
 from proxy.core.errors import TokenRefused
 from proxy.core.quota import CallClass, Postponed
+from proxy.gate.ledgers import Account
 
 
 class Asker(NamedTuple):

@@ -12,7 +12,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple, Protocol
 
-from proxy.closing import Closing
+from proxy.cache.invalidator import Invalidator
 from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record, Superseded
 from proxy.core.errors import (
     UPSTREAM_DOWN,
@@ -36,8 +36,8 @@ from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition
 from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, Policy, Refused, Relay
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
-from proxy.flights import Abandoned, while_awaited
-from proxy.invalidator import Invalidator
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import Abandoned, while_awaited
 
 _LEASE_RENEWAL_S = 0.5
 _SHORTEST_POLL_S = 0.025

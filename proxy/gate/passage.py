@@ -5,8 +5,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import TypeVar
 
-from proxy.accounts import Settlement
-from proxy.closing import Closing
 from proxy.core.errors import (
     UpstreamDisconnected,
     UpstreamError,
@@ -17,6 +15,8 @@ from proxy.core.errors import (
 from proxy.core.events import GIVEN_UP
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import is_of_operation
+from proxy.gate.ledgers import Settlement
+from proxy.tasks.drain import Closing
 
 T = TypeVar("T")
 

@@ -11,14 +11,7 @@ from functools import partial
 from http import HTTPStatus
 from random import random
 
-from proxy.closing import Closing
-from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
-from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
-from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
-from proxy.core.http import Detail, Forwarded, Why, hit
-from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
-from proxy.core.request import Call
-from proxy.fetching import (
+from proxy.cache.fetch import (
     NEEDED,
     OR_STALE,
     Fetched,
@@ -29,9 +22,16 @@ from proxy.fetching import (
     is_from_elsewhere,
     is_replaceable,
 )
-from proxy.flights import Flights, Landed, Owner
-from proxy.invalidator import Invalidator
-from proxy.refreshing import Refresher
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.refresher import Refresher
+from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
+from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
+from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
+from proxy.core.http import Detail, Forwarded, Why, hit
+from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
+from proxy.core.request import Call
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import Flights, Landed, Owner
 
 _COOLING = ("cooldown", "operation")
 """What a token's calls wait for where the API asked them to: all of them, or one operation."""

@@ -9,6 +9,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Protocol
 
+from proxy.cache.fetch import FOR_NOBODY, Fetched, Fetcher
 from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere
 from proxy.core.events import Refreshed
@@ -16,8 +17,7 @@ from proxy.core.identity import EntryKey, ListKey
 from proxy.core.refresh import PAGE, Hot
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import ids_in_list
-from proxy.fetching import FOR_NOBODY, Fetched, Fetcher
-from proxy.flights import Flights, Owner
+from proxy.tasks.flights import Flights, Owner
 
 
 class Store(Protocol):

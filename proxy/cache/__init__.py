@@ -1,0 +1,1 @@
+"""The main path: look up, decide, fetch once for all, keep."""

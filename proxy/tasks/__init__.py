@@ -1,0 +1,1 @@
+"""Work in this process: one fetch for many callers, deadlines, the drain."""

@@ -1,0 +1,1 @@
+"""What operators see: metrics, logs of requests and of troubles, names of callers."""
