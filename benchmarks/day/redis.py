@@ -26,7 +26,7 @@ from proxy.core.entry import (
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
 from proxy.storage.keys import EntryKeys, Keys
-from proxy.storage.store import LEASE_MS, RECORD_MS
+from proxy.storage.leases import LEASE_MS, RECORD_MS
 
 Key = EntryKey | ListKey
 P = ParamSpec("P")

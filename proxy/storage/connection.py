@@ -23,16 +23,16 @@ waits for a lane, and then for Redis. The lanes answer every asker:
 """
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from redis.asyncio import Redis
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import NoScriptError, TimeoutError as RedisTimeoutError
 
-from proxy.logs import event
-from proxy.storage.readiness import Command, Refusal, is_of_no_use, lost, password_of, refusal, refused
+from proxy.storage.commands import Command, Script
+from proxy.storage.outage import Outage
+from proxy.storage.readiness import Refusal, is_of_no_use, lost, password_of, refusal, refused
 from proxy.tasks.listening import ListeningTimeout
 
 T = TypeVar("T")
@@ -43,9 +43,6 @@ LANES = 2
 MOST_WAITING = 10_000
 """Askers in the queue, at most; by default there are fewer callers and fetches. Beyond it asking fails."""
 
-QUIET_S = 10.0
-"""A Redis that comes and goes is logged once in so long."""
-
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 _LONGEST_PROBATION_S = 0.5
 _PING_S = 0.05
@@ -53,7 +50,6 @@ _STABLE_S = 1.0
 """After a connection that was usable for so long the back-off begins anew."""
 
 _PATIENCE_AT_START_S = 0.5
-_LOG = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
@@ -62,6 +58,11 @@ class Unavailable(Exception):
     def __init__(self, *, too_slow: bool) -> None:
         super().__init__("too slow" if too_slow else "gone")
         self.too_slow = too_slow
+
+    @property
+    def outcome(self) -> Literal["timeout", "error"]:
+        """Name it as metrics and logs do."""
+        return "timeout" if self.too_slow else "error"
 
 
 class _Ask:
@@ -103,7 +104,7 @@ class Link:
         self._connected = 0
         self._silent = False
         self._round_trips = 0
-        self._outage = _Outage(address)
+        self._outage = Outage(address)
         self._lanes: list[asyncio.Task[None]] = []
         self._tasks: dict[asyncio.Task[Any], Redis] = {}
 
@@ -136,7 +137,9 @@ class Link:
     async def ask(self, *commands: Command) -> list[Any]:
         """Run `commands` in one round trip and give their replies, errors of Redis as exception objects.
 
-        Raises Unavailable, at the latest when a pipeline before and its own have waited for `timeout_s` each.
+        Raises Unavailable, at the latest when a pipeline before and its own have waited for `timeout_s`
+        each, or its own twice: scripts that the server does not know by their digest are sent once more,
+        with their text.
         """
         if not self.up or len(self._queue) >= MOST_WAITING:
             raise Unavailable(too_slow=self._connected > 0)
@@ -263,6 +266,16 @@ class Link:
         return Refusal("refused", "") if unfit else None
 
     async def _run(self, client: Redis, commands: Sequence[Command]) -> list[Any]:
+        """Run one pipeline; send once more, with their text, the scripts that the server does not know."""
+        replies = await self._pipeline(client, commands)
+        unknown = [at for at, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:
+            again = await self._pipeline(client, [Script.with_text(commands[at]) for at in unknown])
+            for at, reply in zip(unknown, again, strict=True):
+                replies[at] = reply
+        return replies
+
+    async def _pipeline(self, client: Redis, commands: Sequence[Command]) -> list[Any]:
         pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
@@ -306,59 +319,6 @@ class Link:
         del self._tasks[task]
         if not task.cancelled():
             task.exception()  # who waited for it has seen it; nothing waits for a task that was left behind
-
-
-class _Outage:
-    """One line when Redis becomes unusable, one when it is usable again, at most once in QUIET_S."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._began: float | None = None
-        self._attempts = 0
-        self._logged: Refusal | None = None
-        self._logged_at = -QUIET_S
-
-    def goes_on(self, trouble: Refusal, now: float) -> None:
-        """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
-        if self._began is None:
-            self._began = now
-            self._attempts = 0
-            self._logged = None
-        self._attempts += 1
-        if not trouble.reason:
-            return
-        known = self._logged is not None and (self._logged.cause, self._logged.command) == (
-            trouble.cause,
-            trouble.command,
-        )
-        if known or now - self._logged_at < QUIET_S:
-            return
-        self._logged, self._logged_at = trouble, now
-        event(
-            _LOG,
-            logging.WARNING,
-            "redis-unusable",
-            cause=trouble.cause,
-            address=self._address,
-            command=trouble.command,
-            reason=trouble.reason,
-            mend=trouble.mend,
-            consequence="every request goes upstream, within this replica's share of the quota",
-        )
-
-    def ends(self, now: float) -> None:
-        """Take note that Redis is usable."""
-        began, self._began = self._began, None
-        if began is None or self._logged is not None:
-            event(
-                _LOG,
-                logging.INFO,
-                "redis-usable",
-                address=self._address,
-                seconds=0.0 if began is None else round(now - began, 3),
-                attempts=self._attempts,
-            )
-        self._logged = None
 
 
 def _fail(asks: Sequence[_Ask], error: Unavailable) -> None:

@@ -1,20 +1,42 @@
-"""The quota ledger in Redis: `core.quota.Ledger` as one atomic script, for all replicas of a token.
+"""The quota ledger in Redis: `core.quota.Ledger` as one atomic script (`ledger.lua`), for all replicas.
 
 The script reads the server's clock, so that replicas need not agree about the time. Its questions are the
-ledger's: admit, give back, settle, cool. A test holds it equal to the ledger in Python, step by step.
+ledger's: admit, foresee, give back, settle, cool. A test holds it equal to the ledger in Python, step by
+step.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from proxy.core.events import StoreOperation
+from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.identity import Partition
-from proxy.core.quota import Admitted, CallClass, Limits, Postponed
+from proxy.core.quota import PAUSES, PROBE_S, TURN_S, Admitted, CallClass, Limits, Postponed
 from proxy.core.windows import shares
+from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import Keys
-from proxy.storage.ledger_script import CORRUPT, SCRIPT
-from proxy.storage.readiness import Command
+
+MARGIN_S = 60
+"""A ledger is kept for so much longer than it counts: an hour, or a minute where the upstream did not take
+the token lately, since tokens can be made up."""
+
+KNOWN_S = 7 * 24 * 3600
+"""That the upstream took a token is kept longer than its calls: it may be used once a day."""
+
+CORRUPT = "CORRUPT"
+"""How the error begins with which the script replies to what is no ledger."""
+
+_LEDGER = Script.load(
+    "ledger",
+    CORRUPT=CORRUPT,
+    KNOWN_S=KNOWN_S,
+    LONGEST_RETRY_AFTER_S=LONGEST_RETRY_AFTER_S,
+    MARGIN_S=MARGIN_S,
+    PAUSES=PAUSES,
+    PROBE_S=PROBE_S,
+    TURN_S=TURN_S,
+)
 
 
 class Admission(NamedTuple):
@@ -158,14 +180,13 @@ class RedisLedger:
         operation: str = "",
     ) -> Any:
         replies = await self._run(
-            (
-                "EVAL",
-                SCRIPT,
-                4,
-                self._keys.quota(partition),
-                self._keys.known(partition),
-                self._keys.others(partition),
-                self._keys.operation(partition, operation),
+            _LEDGER.call(
+                [
+                    self._keys.quota(partition),
+                    self._keys.known(partition),
+                    self._keys.others(partition),
+                    self._keys.operation(partition, operation),
+                ],
                 question,
                 "" if now is None else repr(now),
                 repr(self._call_s),
@@ -180,7 +201,7 @@ class RedisLedger:
         try:
             replies = await self._link.ask(*commands)
         except Unavailable as error:
-            self._observe(StoreOperation("quota", "timeout" if error.too_slow else "error"))
+            self._observe(StoreOperation("quota", error.outcome))
             return None
         failures = [reply for reply in replies if isinstance(reply, Exception)]
         if failures:

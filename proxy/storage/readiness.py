@@ -19,11 +19,11 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from proxy.storage.commands import Command, Script
 from proxy.system.openssl import openssl_words
 
-Command = tuple[str | bytes | int, ...]
-
 _TRIAL_TTL_S = 10
+_TRIAL = Script("return redis.call('GET', KEYS[1])")
 _MOST_SHOWN = 160  # characters of a server's own words
 
 _MENDS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -87,7 +87,8 @@ def trial(prefix: str) -> list[Command]:
         ("ZREMRANGEBYSCORE", ranked, 0, 1),
         ("ZREM", ranked, "x"),
         ("TIME",),
-        ("EVAL", "return redis.call('GET', KEYS[1])", 1, text),
+        ("EVAL", _TRIAL.text, 1, text),
+        ("EVALSHA", _TRIAL.digest, 1, text),
         ("DEL", text, table, ranked),
     ]
 

@@ -784,7 +784,7 @@ async def test_more_is_owed_than_can_be_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No debt is forgotten: from then on everything is owed, in one stamp."""
-    monkeypatch.setattr("proxy.storage.store.MOST_OWED", 3)
+    monkeypatch.setattr("proxy.storage.invalidation.MOST_PENDING", 3)
     token = upstream.world.token()
     documented = upstream.world.find(DROPLET_SNAPSHOT_ID, team="default")
     assert documented is not None
@@ -872,7 +872,7 @@ class HeldLink(Link):
 
 async def test_a_debt_that_is_owed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes to be owed while the same stamp is being paid is paid once more."""
-    monkeypatch.setattr("proxy.storage.store.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("proxy.storage.heartbeat.HEARTBEAT_S", 0.01)
     async with Valkey() as valkey:
         link = HeldLink(valkey.url)
         store = Store(

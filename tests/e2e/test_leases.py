@@ -23,7 +23,7 @@ from support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, tot
 
 from proxy.app import Addresses
 from proxy.simulator import Call, Fault, FaultKind, Limits, Simulator, Token
-from proxy.storage import store
+from proxy.storage import leases as leases_module
 
 _NUMBERS = itertools.count()
 REPLICAS = 3
@@ -351,7 +351,7 @@ async def test_a_holder_that_stops_leaves_its_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A replica that stops while it asks gives its lease up at once: another one asks instead."""
-    monkeypatch.setattr(store, "LEASE_MS", 60_000)  # left to itself it would stand for too long
+    monkeypatch.setattr(leases_module, "LEASE_MS", 60_000)  # left to itself it would stand for too long
     async with contextlib.AsyncExitStack() as first:
         one = await first.enter_async_context(app(*settings, "server.drain_s=0"))
         async with app(*settings) as two, simulator.hold(path=DROPLET_PATH) as gate:

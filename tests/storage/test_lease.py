@@ -18,7 +18,8 @@ from proxy.core.identity import EntryKey, Keyring, Partition
 from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
-from proxy.storage.store import LEASE_MS, RECORD_MS, Store
+from proxy.storage.leases import LEASE_MS, RECORD_MS
+from proxy.storage.store import Store
 
 KEY = EntryKey(Partition("0" * 32), "6372321")
 OTHER_KEY = EntryKey(Partition("1" * 32), "6372321")

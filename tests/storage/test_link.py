@@ -15,6 +15,7 @@ from support import DEADLINE_S, Valkey, free_port, until
 from proxy.storage import connection as link_module
 from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Link, Unavailable
+from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal
 
 PATIENT_S = 10.0
@@ -553,7 +554,7 @@ def test_an_outage_is_told_once(
 ) -> None:
     """One line where Redis becomes unusable or the cause changes, one where it is usable; no flood."""
     caplog.set_level("INFO")
-    outage = link_module._Outage("there:6379")
+    outage = Outage("there:6379")
     for now, trouble in history:
         if trouble is None:
             outage.ends(now)

@@ -12,7 +12,7 @@ from support import Valkey
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.core.entry import Basis, Entry, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
-from proxy.storage import store as store_module
+from proxy.storage import leases
 from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
@@ -122,7 +122,7 @@ class Pair:
 async def test_they_say_the_same(real: Store, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many steps, and a look at everything after each."""
     for name in ("LEASE_MS", "RECORD_MS"):
-        monkeypatch.setattr(store_module, name, 60_000)
+        monkeypatch.setattr(leases, name, 60_000)
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
     pair = Pair(real, chance)
     for key in KEYS:

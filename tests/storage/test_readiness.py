@@ -24,7 +24,7 @@ from redis.exceptions import (
 from support import Valkey, free_port, until
 
 from proxy.core.address import address_of
-from proxy.storage import connection as link_module
+from proxy.storage import connection as link_module, outage
 from proxy.storage.client import connector
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
@@ -58,7 +58,7 @@ async def linked(url: str, **options: Any) -> AsyncIterator[Link]:
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Said:
     """Give the fields of each line of one name that the link logged."""
     caplog.set_level(logging.INFO, logger="proxy")
-    monkeypatch.setattr(link_module, "QUIET_S", 0.0)
+    monkeypatch.setattr(outage, "QUIET_S", 0.0)
     return lambda name: [record.fields for record in caplog.records if record.getMessage() == name]
 
 
@@ -178,8 +178,8 @@ def test_every_command_is_tried() -> None:
     """What the store, the scripts, the ledger and the heartbeat send stands in `trial`; nothing else does."""
     sources = "".join(
         path.read_text(encoding="utf-8")
-        for path in (ROOT / "proxy" / "storage").glob("*.py")
-        if path.stem != "readiness"
+        for path in (ROOT / "proxy" / "storage").iterdir()
+        if path.suffix in {".py", ".lua"} and path.stem != "readiness"
     )
     sent = set(re.findall(r"""(?:redis\.p?call\(|\()\s*['"]([A-Z]{3,})['"]""", sources))
     sent |= set(re.findall(r"_if_owner\(lease, \"([A-Z]+)\"", sources))
@@ -260,7 +260,7 @@ async def test_a_database_that_it_does_not_have(valkey: Valkey, said: Said) -> N
 async def test_no_server(said: Said) -> None:
     """Nothing listens: one line, however often it is tried."""
     async with linked(f"redis://127.0.0.1:{free_port()}/0") as link:
-        await until(lambda: link._outage._attempts >= 4, "tried again")
+        await until(lambda: link._outage.attempts >= 4, "tried again")
         assert [(line["cause"], line["reason"]) for line in said("redis-unusable")] == [
             ("unreachable", "Connection refused")
         ]

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
+from operator import methodcaller
 from random import Random
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from support import Valkey, until
 from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
-from proxy.storage import store as store_module
+from proxy.storage import heartbeat, invalidation
 from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Command, Link, Unavailable
 from proxy.storage.keys import Keys
@@ -110,7 +110,7 @@ async def replica(
 
 @pytest.fixture(autouse=True)
 def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "HEARTBEAT_S", 3600)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 3600)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ ENDINGS = {
     "end_snapshots": Ending(
         lambda store: store.end_snapshots([MINE.snapshot_id, "1"]), FOR_ALL, FOR_ALL, full=True
     ),
-    "end_everything": Ending(Store.end_everything, ALL, ALL, full=True),
+    "end_everything": Ending(lambda store: store.end_everything(), ALL, ALL, full=True),
 }
 each_ending = pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 
@@ -214,7 +214,7 @@ async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
     await one.fill(MINE)
     await one.fill(MY_LIST)
     await one.store.seed(MY_LIST.partition, {SIBLING.snapshot_id: ENTRY}, await one.basis(MY_LIST))
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     ttls = {name: await redis.ttl(name) for name in await redis.keys()}
     common = {KEYS.secret, KEYS.replicas}
     assert ttls.keys() == {*names_of(MINE), *names_of(MY_LIST), *names_of(SIBLING), *common}
@@ -452,11 +452,11 @@ async def test_no_order_of_events_brings_back_what_ended(
                     assert entry.body == f"{key} {endings[key]}".encode()
                     seen["list" if isinstance(key, ListKey) else "seed" if entry.seeded else "single"] += 1
                 assert basis is not None
-                flying.append(partial(Store.put, key=key, entry=made(key, step), basis=basis))
+                flying.append(methodcaller("put", key=key, entry=made(key, step), basis=basis))
                 if isinstance(key, ListKey):
                     singles = [one for one in (MINE, SIBLING, THEIRS) if one.partition == key.partition]
                     seeds = {one.snapshot_id: seed_of(made(one, step)) for one in singles}
-                    flying.append(partial(Store.seed, partition=key.partition, seeds=seeds, basis=basis))
+                    flying.append(methodcaller("seed", partition=key.partition, seeds=seeds, basis=basis))
             case "land" if flying:
                 await flying.pop(chance.randrange(len(flying)))(store)
             case "end":
@@ -747,8 +747,8 @@ async def test_an_ending_that_redis_did_not_hear_is_owed(
             assert not await hasty.store.put(key, ENTRY, in_flight[key])
     assert await hits(hasty) == ALL - ending.owed
 
-    await hasty.store._pulse()
-    assert not hasty.store._owed
+    await hasty.store._heartbeat.pulse()
+    assert not hasty.store._pending.stamps
     for key in ending.owed:
         await hasty.store.put(key, ENTRY, in_flight[key])
     for who in (hasty, two):
@@ -769,7 +769,7 @@ async def test_nothing_is_seeded_where_an_ending_is_owed(
     await hasty.connected()
     await hasty.store.seed(MINE.partition, SEEDS, in_flight)
     assert await hits(two) == set()
-    await hasty.store._pulse()
+    await hasty.store._heartbeat.pulse()
     await hasty.store.seed(MINE.partition, SEEDS, in_flight)
     assert await hits(two) == set()
     await hasty.store.seed(MINE.partition, LATER_SEEDS, await hasty.basis(MY_LIST))
@@ -782,7 +782,7 @@ async def test_only_what_is_owed_is_left_out_of_seeds(valkey: Valkey, hasty: Rep
     await hasty.store.end_snapshots([MINE.snapshot_id])
     valkey.resume()
     await hasty.connected()
-    del hasty.store._owed[KEYS.lists]  # paid; the snapshot's own is not
+    del hasty.store._pending.stamps[KEYS.lists]  # paid; the snapshot's own is not
     await hasty.store.seed(MINE.partition, SEEDS, await hasty.basis(MY_LIST))
     assert await hits(two) == {SIBLING}
 
@@ -800,7 +800,7 @@ async def test_debts_are_paid_lists_first(valkey: Valkey, one: Replica) -> None:
 
     one.link.ask = watched
     with pytest.raises(Unavailable):
-        await one.store._pulse()
+        await one.store._heartbeat.pulse()
     deleted = [name for verb, name, *_ in sent if verb == "DEL"]
     assert deleted[0] == KEYS.lists
     assert {*deleted} == {KEYS.lists, KEYS.snapshot(MINE.snapshot_id), KEYS.caller(MINE.partition)}
@@ -828,63 +828,63 @@ async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
         raise Unavailable(too_slow=False)
 
     hasty.link.ask = ask_and_lose
-    await hasty.store._pulse()
+    await hasty.store._heartbeat.pulse()
     assert await hasty.store.lookup(MINE) == UNAVAILABLE
-    await hasty.store._pulse()
-    assert not hasty.store._owed
+    await hasty.store._heartbeat.pulse()
+    assert not hasty.store._pending.stamps
     assert await two.entry(MINE) is None
 
 
 async def test_debts_are_bounded(valkey: Valkey, one: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many stamps are owed at most; one that is owed takes no more room, and others are owed as all."""
-    monkeypatch.setattr(store_module, "MOST_OWED", 2)
+    monkeypatch.setattr(invalidation, "MOST_PENDING", 2)
     await one.fill(MINE)
     await valkey.kill()
     owed = [KEYS.caller(Partition(f"{number:032}")) for number in (1, 2)]
     for number in (1, 2, 2, 1):
         await one.store.end_caller(Partition(f"{number:032}"))
-    assert [*one.store._owed] == owed
+    assert [*one.store._pending.stamps] == owed
     for number in (3, 4, 2, 1):
         await one.store.end_caller(Partition(f"{number:032}"))
-    assert [*one.store._owed] == [*owed, KEYS.everything]
+    assert [*one.store._pending.stamps] == [*owed, KEYS.everything]
     await valkey.start()
     await one.connected()
     assert await one.store.lookup(MINE) == UNAVAILABLE
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     await one.fill(MINE)
 
 
 async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without anybody's asking, debts are paid when Redis is back after a restart."""
-    monkeypatch.setattr(store_module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.01)
     async with replica(valkey.url) as one:
         await valkey.kill()
         await one.store.end_caller(MINE.partition)
         await until(lambda: not one.store.up, "the heartbeat notices")
         await one.store.end_entry(THEIRS)
-        assert len(one.store._owed) == 2
+        assert len(one.store._pending.stamps) == 2
         await valkey.start()
-        await until(lambda: not one.store._owed, "paid")
+        await until(lambda: not one.store._pending.stamps, "paid")
 
 
 async def test_pending_invalidations_are_those_that_were_asked_for(
     valkey: Valkey, one: Replica, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A read that is answered 404 or 403 while Redis is away is none; two lines tell of what is."""
-    caplog.set_level(logging.INFO, "proxy.storage.store")
+    caplog.set_level(logging.INFO, "proxy.storage.invalidation")
 
     def lines() -> list[tuple[str, str, dict[str, object]]]:
         return [
             (record.levelname, record.message, vars(record)["fields"])
             for record in caplog.records
-            if record.name == "proxy.storage.store"
+            if record.name == "proxy.storage.invalidation"
         ]
 
-    one.store._address = "127.0.0.1:6379"
+    one.store._pending._address = "127.0.0.1:6379"
     await valkey.kill()
     await one.store.end_entry(THEIRS, by_read=True)
     assert one.store.pending_invalidations == 0
-    assert one.store._owed
+    assert one.store._pending.stamps
     assert lines() == []
     assert {told.operation for told in one.told} == {"drop"}
     await one.store.end_entry(THEIRS)
@@ -897,8 +897,8 @@ async def test_pending_invalidations_are_those_that_were_asked_for(
     assert (fields["cause"], fields["address"]) == ("error", "127.0.0.1:6379")
     await valkey.start()
     await one.connected()
-    await one.store._pulse()
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
+    await one.store._heartbeat.pulse()
     assert one.store.pending_invalidations == 0
     _, (level, name, fields) = lines()
     assert (level, name, fields["count"]) == ("INFO", "invalidations-done", 3)
@@ -948,7 +948,7 @@ async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
     await one.store.seed(MINE.partition, SEEDS, list_basis)
     assert one.told == [StoreOperation(operation, "error") for operation in ("put", "lookup", "seed")]
     await one.connected()
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     assert not one.store.secret_mismatch
     await better(redis)
     await one.connected()
@@ -972,19 +972,19 @@ async def test_an_ending_that_redis_refuses_is_owed(
     if refuse is full:
         assert not await hits(two) & ending.ends
     await one.connected()
-    paying = one.store._pulse()
+    paying = one.store._heartbeat.pulse()
     if refuse is full:
         await paying
     else:
         with pytest.raises(Unavailable):
             await paying
-        assert one.store._owed
+        assert one.store._pending.stamps
     await one.connected()
     assert not await hits(one) & ending.ends
     await better(redis)
     await one.connected()
-    await one.store._pulse()
-    assert not one.store._owed
+    await one.store._heartbeat.pulse()
+    assert not one.store._pending.stamps
     for key in ending.ends:
         await one.store.put(key, ENTRY, in_flight[key])
     for who in (one, two):
@@ -1000,22 +1000,22 @@ async def test_replicas_with_other_secrets_say_so(
     valkey: Valkey, one: Replica, two: Replica, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each side says it once; it is over with the first heartbeat after the last that disagrees stopped."""
-    caplog.set_level(logging.INFO, "proxy.storage.store")
-    one.store._address = "127.0.0.1:6379"
+    caplog.set_level(logging.INFO, "proxy.storage.heartbeat")
+    one.store._heartbeat._address = "127.0.0.1:6379"
     for who in (one, two):
-        await who.store._pulse()
+        await who.store._heartbeat.pulse()
     assert caplog.records == []
     async with replica(valkey.url, ANOTHER) as other:
         for who in (other, one, two, other, one):
-            await who.store._pulse()
+            await who.store._heartbeat.pulse()
         assert [who.store.secret_mismatch for who in (one, two, other)] == [True] * 3
         assert [record.message for record in caplog.records] == ["secret-mismatch"] * 3
         assert {record.levelname for record in caplog.records} == {"WARNING"}
     assert await redis.get(KEYS.secret) == KEYRING.fingerprint.encode()
     caplog.clear()
     for who in (one, two):
-        await who.store._pulse()
-        await who.store._pulse()
+        await who.store._heartbeat.pulse()
+        await who.store._heartbeat.pulse()
         assert not who.store.secret_mismatch
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("INFO", "secret-mismatch-ended")
@@ -1029,19 +1029,19 @@ async def test_a_rotation_of_the_secret_is_expected(
     valkey: Valkey, one: Replica, two: Replica, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither those with the new secret nor those with the one before take the others for wrong."""
-    caplog.set_level(logging.INFO, "proxy.storage.store")
+    caplog.set_level(logging.INFO, "proxy.storage.heartbeat")
     async with (
         replica(valkey.url, ANOTHER, previous=KEYRING) as renewed,
         replica(valkey.url, ANOTHER, previous=KEYRING) as too,
     ):
         for who in (one, two, renewed, too) * 2:
-            await who.store._pulse()
+            await who.store._heartbeat.pulse()
             assert not who.store.secret_mismatch
         assert renewed.store.replicas == 4
         async with replica(valkey.url, A_THIRD) as wrong:
-            await wrong.store._pulse()
-            await one.store._pulse()
-            await renewed.store._pulse()
+            await wrong.store._heartbeat.pulse()
+            await one.store._heartbeat.pulse()
+            await renewed.store._heartbeat.pulse()
             assert [who.store.secret_mismatch for who in (one, renewed, wrong)] == [True] * 3
     assert [record.message for record in caplog.records] == ["secret-mismatch"] * 3
 
@@ -1051,12 +1051,12 @@ async def test_a_replica_that_died_is_there_for_ten_seconds_more(valkey: Valkey,
     other = Replica(valkey.url, ANOTHER)
     await other.store.start()
     await other.connected()
-    await other.store._pulse()
+    await other.store._heartbeat.pulse()
     await other.link.close()
     began = time.time()
     for after_s, mismatch in ((0.0, True), (9.0, True), (11.0, False)):
-        one.store._clock = lambda at=began + after_s: at
-        await one.store._pulse()
+        one.store._heartbeat._clock = lambda at=began + after_s: at
+        await one.store._heartbeat.pulse()
         assert one.store.secret_mismatch is mismatch
     await other.store.close()
 
@@ -1075,10 +1075,10 @@ async def test_a_replica_of_an_earlier_version_is_compared_by_the_common_mark(
     """It tells nothing but that it is there; without one the mark, which may be of before, says nothing."""
     if mark is not None:
         await redis.set(KEYS.secret, mark.fingerprint, ex=60)
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     assert not one.store.secret_mismatch
     await redis.zadd(KEYS.replicas, {"0123456789abcdef": time.time()})
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     assert one.store.secret_mismatch is mismatch
     assert one.store.replicas == 2
     assert await redis.ttl(KEYS.secret) > 50
@@ -1088,9 +1088,9 @@ async def test_the_heart_goes_on_where_the_list_of_replicas_is_something_else(
     one: Replica, redis: Redis
 ) -> None:
     """What was known before counts on."""
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     await redis.set(KEYS.replicas, "x")
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     assert one.store.replicas == 1
     assert not one.store.secret_mismatch
 
@@ -1109,12 +1109,12 @@ async def test_replicas_with_other_secrets_leave_each_other_alone(valkey: Valkey
 
 async def test_only_its_own_secret_is_kept_alive(valkey: Valkey, one: Replica, redis: Redis) -> None:
     """Each beat gives the shared fingerprint its time again; a replica that disagrees does not."""
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     await redis.expire(KEYS.secret, 5)
     async with replica(valkey.url, ANOTHER) as other:
-        await other.store._pulse()
+        await other.store._heartbeat.pulse()
         assert await redis.ttl(KEYS.secret) <= 5
-    await one.store._pulse()
+    await one.store._heartbeat.pulse()
     assert await redis.ttl(KEYS.secret) > 5
 
 

@@ -1,30 +1,36 @@
-"""The quota ledger in Redis, as the server runs it: the same law as `core.quota.Ledger`, in Lua.
+-- The quota ledger of one token, as the server runs it: the same rule as `core.quota.Ledger`, in one atomic step.
+--
+-- KEYS  1  the ledger (a hash)
+--       2  the mark of a token that the upstream took lately
+--       3  the calls in the hour that others made with the token (a hash: bucket of the hour → calls)
+--       4  the cool-down of one operation
+-- ARGV  1  the question: admit, foresee, give back, settle, cool
+--       2  the time in Unix seconds; empty: the server's
+--       3  the longest time of a call in seconds
+--       4, 5, 6  the minute: limit in calls, length and bucket in seconds
+--       7, 8, 9  the hour: the same
+--       10 and more  what the question needs, see there
+--
+-- Python writes these constants before the text: CORRUPT, KNOWN_S, LONGEST_RETRY_AFTER_S, MARGIN_S, PAUSES, PROBE_S,
+-- TURN_S. `storage/ledger.py` and `core/quota.py` say what they mean.
+--
+-- In the ledger, the calls of each bucket stand in `m<number>` (minute) and `h<number>` (hour). Each other field is one
+-- capital letter, a time in Unix seconds where nothing else is said:
+--   A  until then a probe in flight keeps other calls back
+--   B  when the ledger began
+--   C  until then the token cools down
+--   D  from then on one call may check what the upstream told
+--   L  the limit of the hour, in calls, as the upstream told it
+--   O  when calls of others were last seen
+--   P  until then the probe of the cool-down may take
+--   S  1: the upstream sends no `ratelimit-remaining`
+--   T  when the upstream told `ratelimit-remaining` last
+--   U  so many calls of others the minute may hold
+--   V  until then U counts
+--   X  when the upstream last told more calls of others than a minute allows
+-- Replicas of another version may write letters that are not among these, in the form `%.6f`, and may not know all
+-- of these.
 
-`KEYS` are the ledger, the mark of a token that the upstream took, the calls in the hour that others made, and
-the cool-down of one operation. `ARGV` are the question, the time (empty: the server's), the longest time of a
-call, limit, length and bucket of both windows, and what the question needs.
-
-In the ledger, buckets of the minute and of the hour are `m<number>` and `h<number>`. Each other field is one
-capital letter: A until when a call goes alone, B when the ledger began, C until when the token cools down,
-D when a call may check what was told, L the hour's limit as told, O when others were seen, P until when a
-probe is waited for, S that the upstream tells nothing, T when it told last, U and V how many calls of others
-the minute may hold until when, X since when what was told is hard to believe. Replicas of another version may
-write letters that are not among these, in the form `%.6f`, and do not know all of these.
-"""
-
-from proxy.core.http import LONGEST_RETRY_AFTER_S
-from proxy.core.quota import PAUSES, PROBE_S, TURN_S
-
-MARGIN_S = 60
-"""A ledger is kept for so much longer than it counts: the hour, but for the minute only where the upstream
-did not take the token lately. Tokens can be made up."""
-
-KNOWN_S = 7 * 24 * 3600
-"""That the upstream took a token is kept longer than its calls: it may be used once a day."""
-
-CORRUPT = "CORRUPT"
-
-SCRIPT = f"""
 local question, given, call = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = tonumber(given)
 if not now then
@@ -32,14 +38,14 @@ if not now then
   now = time[1] + time[2] / 1000000
 end
 local function window(name, prefix, first)
-  return {{name = name, prefix = prefix, limit = tonumber(ARGV[first]), length = tonumber(ARGV[first + 1]),
-          bucket = tonumber(ARGV[first + 2]), total = 0, buckets = {{}}}}
+  return {name = name, prefix = prefix, limit = tonumber(ARGV[first]), length = tonumber(ARGV[first + 1]),
+          bucket = tonumber(ARGV[first + 2]), total = 0, buckets = {}}
 end
 local minute, hour = window('minute', 'm', 4), window('hour', 'h', 7)
-local key, known_key, others_key, operation_key, fields = KEYS[1], KEYS[2], KEYS[3], KEYS[4], {{}}
+local key, known_key, others_key, operation_key, fields = KEYS[1], KEYS[2], KEYS[3], KEYS[4], {}
 
--- what is there: buckets of both windows, and moments; anything else is not ours
-local windows = {{m = minute, h = hour}}
+-- Read the ledger: buckets of both windows, and letters. With anything else in it, it is deleted.
+local windows = {m = minute, h = hour}
 local flat = redis.pcall('HGETALL', key)
 local corrupt = flat.err
 for i = 1, #flat, 2 do
@@ -55,7 +61,7 @@ for i = 1, #flat, 2 do
 end
 if corrupt then
   redis.call('DEL', key)
-  return redis.error_reply('{CORRUPT} it is deleted')
+  return redis.error_reply(CORRUPT .. ' it is deleted')
 end
 
 local function set(name, value)
@@ -73,7 +79,7 @@ local function is_known()
 end
 local function expire()
   local window = (fields.C or is_known()) and hour or minute
-  redis.call('EXPIRE', key, math.ceil(window.length + call) + {MARGIN_S})
+  redis.call('EXPIRE', key, math.ceil(window.length + call) + MARGIN_S)
 end
 local function put(window, bucket, calls, by_others)
   if calls == 0 then return end
@@ -102,7 +108,7 @@ end
 local function wait(window, ceiling, need)
   local excess = window.total + need - ceiling
   if excess <= 0 then return 0 end
-  local numbers = {{}}
+  local numbers = {}
   for number in pairs(window.buckets) do table.insert(numbers, number) end
   table.sort(numbers)
   for _, number in ipairs(numbers) do
@@ -115,23 +121,23 @@ local function ceiling(limit, kept, share)
   return math.max(math.floor(limit * kept * share), 1)
 end
 local function pause()
-  return math.min(math.max(now - (fields.X or 0), minute.length / {PAUSES}), hour.length / {PAUSES})
+  return math.min(math.max(now - (fields.X or 0), minute.length / PAUSES), hour.length / PAUSES)
 end
 local function probe_ends(at)
-  return tonumber(string.format('%.6f', at - math.max(call - {PROBE_S}, 0)))
+  return tonumber(string.format('%.6f', at - math.max(call - PROBE_S, 0)))
 end
 local function turn_ends(at)
-  return tonumber(string.format('%.6f', at - math.max(call - {TURN_S}, 0)))
+  return tonumber(string.format('%.6f', at - math.max(call - TURN_S, 0)))
 end
 local function left(window)
   return math.max(window.limit - window.total, 0)
 end
 local function postpone(seconds, why)
-  return {{0, string.format('%.6f', seconds), why, left(minute), left(hour), hour.limit}}
+  return {0, string.format('%.6f', seconds), why, left(minute), left(hour), hour.limit}
 end
--- those in the hour that were called by others, as far as we were told: by bucket, and all of them
+-- Give the calls in the hour that others made, as far as the upstream told: by bucket, and their sum.
 local function others()
-  local found, total, flat = {{}}, 0, redis.pcall('HGETALL', others_key)
+  local found, total, flat = {}, 0, redis.pcall('HGETALL', others_key)
   if flat.err then
     redis.call('DEL', others_key)
     return found, 0
@@ -148,7 +154,7 @@ local function others()
   return found, total
 end
 local function take_back(found, calls)
-  local numbers = {{}}
+  local numbers = {}
   for number in pairs(found) do table.insert(numbers, number) end
   table.sort(numbers, function(one, other) return one > other end)
   for _, number in ipairs(numbers) do
@@ -160,7 +166,7 @@ local function take_back(found, calls)
   end
 end
 
--- what has left its window; and what cannot be yet, after a failover to a server whose clock is behind
+-- Drop what has left its window, and what lies in the future: after a failover the clock of the new server may be behind.
 for _, window in pairs(windows) do
   for bucket, calls in pairs(window.buckets) do
     if (bucket + 1) * window.bucket + window.length <= now or bucket * window.bucket > now + call then
@@ -171,10 +177,10 @@ for _, window in pairs(windows) do
     end
   end
 end
-local furthest = {{
-  A = {TURN_S}, C = {LONGEST_RETRY_AFTER_S}, P = math.max(call, minute.length / {PAUSES}),
-  T = 0, O = 0, V = minute.length, D = hour.length / {PAUSES}, X = 0,
-}}
+local furthest = {
+  A = TURN_S, C = LONGEST_RETRY_AFTER_S, P = math.max(call, minute.length / PAUSES),
+  T = 0, O = 0, V = minute.length, D = hour.length / PAUSES, X = 0,
+}
 for name, seconds in pairs(furthest) do
   if fields[name] and fields[name] > now + seconds + minute.bucket then
     set(name, name == 'C' and now or nil)
@@ -185,7 +191,7 @@ if fields.L and fields.L >= 1 then hour.limit = fields.L end
 
 if question == 'admit' or question == 'foresee' then
   local cools = redis.call('PTTL', operation_key)
-  if cools == -1 or cools > {1000 * LONGEST_RETRY_AFTER_S} then
+  if cools == -1 or cools > 1000 * LONGEST_RETRY_AFTER_S then
     redis.call('DEL', operation_key)
   elseif cools > 0 then
     return postpone(cools / 1000, 'operation')
@@ -213,7 +219,7 @@ if question == 'admit' or question == 'foresee' then
     if excess <= called then seconds = math.min(seconds, math.max((fields.D or 0) - now, 0)) end
   end
   if seconds > 0 then return postpone(seconds, 'hour') end
-  if question == 'foresee' then return {{2}} end
+  if question == 'foresee' then return {2} end
   if excess > 0 then set('D', now + pause()) end
   local at = tonumber(string.format('%.6f', now + call))
   add(minute, at, 1)
@@ -221,8 +227,8 @@ if question == 'admit' or question == 'foresee' then
   if fields.C then set('P', probe_ends(at)) elseif alone then set('A', turn_ends(at)) end
   if not fields.B then set('B', now) end
   expire()
-  return {{1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, is_known() and 1 or 0,
-          string.format('%.6f', fields.B), hour.limit}}
+  return {1, string.format('%.6f', at), left(minute), left(hour), fields.C and 1 or 0, is_known() and 1 or 0,
+          string.format('%.6f', fields.B), hour.limit}
 end
 
 if question == 'give back' then
@@ -231,7 +237,7 @@ if question == 'give back' then
   take(hour, at)
   if fields.A == turn_ends(at) then set('A', nil) end
   if fields.P == probe_ends(at) then set('P', nil) end
-  return {{}}
+  return {}
 end
 
 if question == 'settle' then
@@ -244,7 +250,7 @@ if question == 'settle' then
       set('P', nil)
       set('C', nil)
     else
-      set('P', now + minute.length / {PAUSES})
+      set('P', now + minute.length / PAUSES)
     end
   end
   if fields.A == turn_ends(at) then set('A', nil) end
@@ -288,18 +294,18 @@ if question == 'settle' then
     if missing > minute.limit then set('X', now) end
     set('T', now)
     set('D', now + pause())
-    redis.call('EXPIRE', others_key, math.ceil(hour.length + call) + {MARGIN_S})
+    redis.call('EXPIRE', others_key, math.ceil(hour.length + call) + MARGIN_S)
   end
-  if known == '1' then redis.call('SET', known_key, 1, 'EX', {KNOWN_S}) end
+  if known == '1' then redis.call('SET', known_key, 1, 'EX', KNOWN_S) end
   if known == '0' then redis.call('DEL', known_key) end
   expire()
-  return {{}}
+  return {}
 end
 
 local seconds = tonumber(ARGV[10])
 if not seconds then
   local oldest_leaves = wait(minute, math.max(minute.total, 1), 1)
-  seconds = math.min(math.max(oldest_leaves, minute.length / {PAUSES}), minute.length)
+  seconds = math.min(math.max(oldest_leaves, minute.length / PAUSES), minute.length)
 elseif minute.total < minute.limit then
   spread(minute, now - minute.length + seconds, minute.limit - minute.total)
   set('V', nil)
@@ -307,5 +313,4 @@ end
 set('C', math.max(fields.C or 0, now + seconds))
 set('P', nil)
 expire()
-return {{string.format('%.6f', fields.C - now)}}
-"""
+return {string.format('%.6f', fields.C - now)}

@@ -1,0 +1,49 @@
+"""What is sent to Redis: commands, and Lua scripts that are called by the digest of their text.
+
+Each script is one `.lua` file beside this one, read once, when the module that uses it is imported. A call
+names the script by the SHA-1 of its text (EVALSHA), so that the text is not sent each time. A server that
+does not know the digest (it is new, has restarted, or was told SCRIPT FLUSH) replies NOSCRIPT and has run
+nothing; `Link` then sends the same call once more with the text (EVAL), and from then on the server knows
+it.
+
+A constant that a script shares with Python stands in Python. `Script.load` writes it before the text, into
+the file's first line, as `local NAME = value`: so the server's errors name the lines of the file.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha1
+from importlib.resources import files
+from typing import ClassVar
+
+Command = tuple[str | bytes | int, ...]
+"""The name of a command, and its arguments."""
+
+
+class Script:
+    """One Lua script, by its text."""
+
+    _texts: ClassVar[dict[str, str]] = {}
+    """All scripts of this process, by digest."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digest = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self._texts[self.digest] = text
+
+    @classmethod
+    def load(cls, name: str, **constants: float | str) -> "Script":
+        """Read `<name>.lua`, with these constants before its text."""
+        text = files(__package__).joinpath(f"{name}.lua").read_text(encoding="utf-8")
+        if constants:
+            text = f"local {', '.join(constants)} = {', '.join(map(repr, constants.values()))} {text}"
+        return cls(text)
+
+    def call(self, keys: Sequence[bytes | str], *arguments: str | bytes | int) -> Command:
+        """Give the command that runs it on `keys`."""
+        return ("EVALSHA", self.digest, len(keys), *keys, *arguments)
+
+    @classmethod
+    def with_text(cls, call: Command) -> Command:
+        """Give the same call for a server that does not know the digest yet."""
+        _, digest, *rest = call
+        return ("EVAL", cls._texts[str(digest)], *rest)

@@ -1,0 +1,96 @@
+"""What this replica asks Redis once a second, whether or not a request comes.
+
+In one round trip it deletes the stamps of pending invalidations, says that it is there, and compares its
+secret with those of the other replicas. A connection that was lost without a sign is noticed here, too.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from proxy.core.incident import Incident
+from proxy.logs import event
+from proxy.storage.connection import Link, Unavailable
+from proxy.storage.invalidation import Pending
+from proxy.storage.membership import Membership
+
+HEARTBEAT_S = 1.0
+_LOG = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """The heartbeat of one replica. `address` says in the log where Redis is."""
+
+    def __init__(
+        self,
+        link: Link,
+        pending: Pending,
+        members: Membership,
+        *,
+        address: str = "",
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._link = link
+        self._pending = pending
+        self._members = members
+        self._address = address
+        self._clock = clock
+        self._monotonic = monotonic
+        self._mismatch = Incident()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._task = asyncio.create_task(self._beat(), name="redis-heartbeat")
+
+    async def stop(self) -> None:
+        """Stop, and take this replica out, so that the others do not count it for another ten seconds."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        with suppress(Unavailable):
+            await self._link.ask(self._members.farewell())
+
+    async def pulse(self) -> None:
+        """Do it once. Raises Unavailable."""
+        now = self._clock()
+        names = self._pending.to_delete()
+        replies = await self._link.ask(*(("DEL", name) for name in names), *self._members.heartbeat(now))
+        self._pending.settle(names, replies[: len(names)])
+        more = self._members.heard(replies[len(names) :], now)
+        self._tell_of_secrets()
+        if more:
+            await self._link.ask(*more)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self.pulse()
+            except Unavailable:
+                self._members.lost()
+
+    def _tell_of_secrets(self) -> None:
+        now = self._monotonic()
+        if not self._members.secrets_differ:
+            if over := self._mismatch.end(now):
+                event(
+                    _LOG,
+                    logging.INFO,
+                    "secret-mismatch-ended",
+                    address=self._address,
+                    seconds=round(over.seconds, 1),
+                    count=over.count,
+                )
+        elif self._mismatch.sign(now):
+            event(
+                _LOG,
+                logging.WARNING,
+                "secret-mismatch",
+                cause="a replica on this Redis has another security.secret_file",
+                address=self._address,
+                consequence="replicas do not share entries",
+            )

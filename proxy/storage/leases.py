@@ -1,0 +1,153 @@
+"""Leases in Redis: of all replicas one fetches, and the others wait for what comes of it.
+
+A lease lasts LEASE_MS and is renewed while the fetch runs; only its owner renews or releases it. What was
+fetched and not stored, a failure above all, is left in its place as a record for RECORD_MS, and answers
+those who waited. No method here raises: where Redis fails, there is no lease, and each replica fetches for
+itself.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from proxy.core.entry import (
+    SEEN_BYTES,
+    Basis,
+    CorruptValue,
+    Entry,
+    HeldElsewhere,
+    Leased,
+    Lifetimes,
+    Record,
+    Superseded,
+    is_stamp,
+    seal,
+    unseal,
+)
+from proxy.core.events import StoreOperation
+from proxy.core.identity import EntryKey, Keyring, ListKey
+from proxy.storage.commands import Script
+from proxy.storage.connection import Link, Unavailable
+from proxy.storage.keys import Keys
+from proxy.storage.values import as_bytes, new_stamp, refuse_error
+
+LEASE_MS = 2000
+"""A lease that is not renewed lasts for so long: its replica is then taken for dead."""
+
+RECORD_MS = 1000
+"""A record answers the other replicas for so long."""
+
+_FOR_EVER = -1  # what PTTL says of a key that does not expire
+_IF_OWNER = Script.load("if_owner")
+
+
+class Leases:
+    """The leases of all callers' fetches. `guard_s` is longer than any fetch takes."""
+
+    def __init__(
+        self,
+        link: Link,
+        keys: Keys,
+        keyring: Keyring,
+        *,
+        guard_s: int,
+        observe: Callable[[StoreOperation], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._link = link
+        self._keys = keys
+        self._keyring = keyring
+        self._guard_s = guard_s
+        self._observe = observe
+        self._clock = clock
+
+    async def lease(
+        self, key: EntryKey | ListKey, basis: Basis
+    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        """Try to be the replica that fetches `key` on this `basis`. None: Redis cannot tell. Never raises.
+
+        The holder before stored its entry first and released the lease after it. So the entry's place is
+        read after the lease is taken: where it changed since the lookup, the answer is Superseded. An entry
+        that stands there is kept for `guard_s` more at least: without it, later lookups would have another
+        basis and another lease.
+        """
+        entry = self._keys.of(key).entry
+        digest = self._keyring.mac(b"".join((*basis.stamps, basis.seen)))[:8].hex()
+        name = self._keys.lease(key, digest)
+        owner = new_stamp(name)
+        try:
+            taken, holder, ttl_ms, _, seen = await self._link.ask(
+                ("SET", name, owner, "NX", "PX", LEASE_MS),
+                ("GET", name),
+                ("PTTL", name),
+                ("EXPIRE", entry, self._guard_s, "GT"),
+                ("GETRANGE", entry, 0, SEEN_BYTES - 1),
+            )
+            refuse_error(taken)
+            if holder != owner:
+                held = await self._held(holder, ttl_ms, name)
+                self._observe(StoreOperation("lease", "corrupt" if held is None else "ok"))
+                return held
+        except Unavailable as error:
+            self._observe(StoreOperation("lease", error.outcome))
+            return None
+        self._observe(StoreOperation("lease", "ok"))
+        lease = Leased(name, owner)
+        if isinstance(seen, bytes) and seen != basis.seen:
+            await self.release(lease, None)
+            return Superseded()
+        return lease
+
+    async def renew(self, lease: Leased) -> None:
+        """Let the lease last for LEASE_MS from now. Never raises."""
+        await self._if_owner(lease, "PEXPIRE", LEASE_MS)
+
+    async def release(self, lease: Leased, record: Record | None) -> None:
+        """Give the lease up; leave `record` in its place, where nothing was stored. Never raises."""
+        if record is None:
+            await self._if_owner(lease, "DEL")
+        else:
+            value = seal(_as_entry(record, self._clock()), (), lease.name, self._keyring)
+            await self._if_owner(lease, "SET", value, "PX", RECORD_MS)
+
+    async def _held(self, value: Any, ttl_ms: Any, name: bytes) -> HeldElsewhere | Record | None:
+        """Read what stands in a lease's place: its owner, or a record. Anything else is deleted: None.
+
+        A value that expires later than any lease is not ours either: each reader would wait for it. Raises
+        Unavailable.
+        """
+        with suppress(CorruptValue):
+            held = as_bytes(value)
+            if ttl_ms != _FOR_EVER and not (isinstance(ttl_ms, int) and ttl_ms > LEASE_MS):
+                if is_stamp(held, name):
+                    return HeldElsewhere()
+                entry, _ = unseal(held, name, self._keyring)
+                return _as_record(entry)
+        if isinstance(value, bytes):  # unless another replica has deleted it, and holds its own lease there
+            await self._link.ask(_IF_OWNER.call([name], value, "DEL"))
+        else:
+            await self._link.ask(("DEL", name))
+        return None
+
+    async def _if_owner(self, lease: Leased, *command: str | bytes | int) -> None:
+        with suppress(Unavailable):
+            await self._link.ask(_IF_OWNER.call([lease.name], lease.owner, *command))
+
+
+def _as_entry(record: Record, now: float) -> Entry:
+    """Dress a record as an entry, so that it is sealed like one. Its key is a lease's: no lookup reads it."""
+    return Entry(
+        status=record.status,
+        body=record.body,
+        etag=record.error_id,
+        called_at=now,
+        lifetimes=Lifetimes(record.retry_after_s or 0),
+        validator=record.proxy_error,
+    )
+
+
+def _as_record(entry: Entry) -> Record:
+    return Record(
+        entry.status, entry.body, entry.lifetimes.fresh_s or None, entry.etag, proxy_error=entry.validator
+    )

@@ -1,0 +1,67 @@
+"""What the log says of a Redis that is not usable: one line when it begins, one when it is over.
+
+A Redis that comes and goes is logged once in QUIET_S, however often it does.
+"""
+
+import logging
+
+from proxy.core.incident import Incident
+from proxy.logs import event
+from proxy.storage.readiness import Refusal
+
+QUIET_S = 10.0
+_LOG = logging.getLogger(__name__)
+
+
+class Outage:
+    """The outages of the Redis at `address`, one after the other. Times are seconds of one clock."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._incident = Incident()
+        self._logged: Refusal | None = None
+        self._logged_at = -QUIET_S
+
+    @property
+    def attempts(self) -> int:
+        """Give how often Redis was found unusable since it last was usable."""
+        return self._incident.count
+
+    def goes_on(self, trouble: Refusal, now: float) -> None:
+        """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
+        if self._incident.sign(now):
+            self._logged = None
+        if not trouble.reason:
+            return
+        known = self._logged is not None and (self._logged.cause, self._logged.command) == (
+            trouble.cause,
+            trouble.command,
+        )
+        if known or now - self._logged_at < QUIET_S:
+            return
+        self._logged, self._logged_at = trouble, now
+        event(
+            _LOG,
+            logging.WARNING,
+            "redis-unusable",
+            cause=trouble.cause,
+            address=self._address,
+            command=trouble.command,
+            reason=trouble.reason,
+            mend=trouble.mend,
+            consequence="every request goes upstream, within this replica's share of the quota",
+        )
+
+    def ends(self, now: float) -> None:
+        """Take note that Redis is usable: logged at the start, and after an outage that was logged."""
+        over = self._incident.end(now)
+        if over is None or self._logged is not None:
+            event(
+                _LOG,
+                logging.INFO,
+                "redis-usable",
+                address=self._address,
+                seconds=0.0 if over is None else round(over.seconds, 3),
+                attempts=0 if over is None else over.count,
+            )
+        self._logged = None

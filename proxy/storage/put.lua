@@ -1,0 +1,22 @@
+-- Store one entry, unless something newer stands in its place since the lookup that its fetch rests on.
+--
+-- KEYS  1  the entry
+-- ARGV  1  the first SEEN_BYTES of what the lookup saw there; empty: nothing
+--       2  the sealed entry
+--       3  for how many seconds it is kept
+-- Gives 1 where it was stored, else 0.
+--
+-- Python writes these constants before the text (core/entry.py has the layout): SEEN_BYTES; CALLED_AT_FIRST and
+-- CALLED_AT_LAST, the bytes of `called_at` in an envelope, counted from 0; TOMBSTONE, the status of what an
+-- invalidation puts in an entry's place.
+
+local seen = redis.call('GETRANGE', KEYS[1], 0, SEEN_BYTES - 1)
+if seen ~= '' and seen ~= ARGV[1] then
+  local head = redis.call('GETRANGE', KEYS[1], SEEN_BYTES, CALLED_AT_LAST)
+  if #head < 10 or struct.unpack('>H', head) == TOMBSTONE then return 0 end
+  if struct.unpack('>d', head, 3) >= struct.unpack('>d', ARGV[2], CALLED_AT_FIRST + 1) then return 0 end
+end
+-- What takes a tombstone's place is kept for as long as the tombstone would have been: an empty place would let in
+-- the fetches that began before the invalidation.
+redis.call('SET', KEYS[1], ARGV[2], 'EX', math.max(ARGV[3], redis.call('TTL', KEYS[1])))
+return 1

@@ -1,0 +1,46 @@
+"""What stands in Redis, checked before it is believed: replies, strings, stamps.
+
+A value of another type, or one that `core.entry` did not make for this key, raises CorruptValue; any other
+refusal of a command raises Unavailable.
+"""
+
+import secrets
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from proxy.core.entry import NONCE_BYTES, CorruptValue, is_stamp, make_stamp
+from proxy.storage.connection import Unavailable
+
+TOMBSTONE = 0
+"""The status of what an invalidation puts in an entry's place: no fetch from before it is stored there."""
+
+
+def new_stamp(name: bytes) -> bytes:
+    """Make a random stamp for the key `name`."""
+    return make_stamp(name, secrets.token_bytes(NONCE_BYTES))
+
+
+def as_stamp(reply: Any, name: bytes) -> bytes:
+    """Take the stamp that was read from the key `name`. Raises CorruptValue, Unavailable."""
+    stamp = as_bytes(reply)
+    if not is_stamp(stamp, name):
+        raise CorruptValue
+    return stamp
+
+
+def as_bytes(reply: Any) -> bytes:
+    """Take a string that was read. Raises CorruptValue for a key of another type, else Unavailable."""
+    match reply:
+        case bytes():
+            return reply
+        case ResponseError() if str(reply).startswith("WRONGTYPE"):
+            raise CorruptValue
+        case _:
+            raise Unavailable(too_slow=False)
+
+
+def refuse_error(reply: Any) -> None:
+    """Raise Unavailable where Redis refused the command."""
+    if isinstance(reply, Exception):
+        raise Unavailable(too_slow=False)
