@@ -48,7 +48,10 @@ class Reader:
 async def service(simulator: Simulator) -> AsyncIterator[Serve]:
     """Run the service as a process, with all that it logs but its requests."""
     async with Serve(
-        f"upstream.base_url={simulator.url}", "upstream.total_timeout_s=2", "log.access=off"
+        f"upstream.base_url={simulator.url}",
+        "upstream.total_timeout_s=2",
+        "upstream.write_timeout_s=2",
+        "log.access=off",
     ) as running:
         yield running
         for line in running.raw.decode().splitlines():
@@ -120,7 +123,7 @@ async def test_a_delete_of_unknown_outcome(
     """The first is told with its cause, those that follow within a minute are counted."""
     await reader.read(1)
     simulator.faults.add(Fault(kind), method="DELETE", times=2)
-    assert {await reader.delete() for _ in range(2)} <= {502, 504}
+    assert {await reader.delete() for _ in range(2)} == {502}
     line = await service.event("write-outcome-unknown")
     assert reader.warnings() == [line]
     assert line.items() >= {"event": "write-outcome-unknown", "route": "delete"}.items()
