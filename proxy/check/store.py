@@ -17,6 +17,7 @@ from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
 from proxy.storage.readiness import refusal, refused, trial, words
+from proxy.system.openssl import mended_by, openssl_words
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
 _PINGS = 20

@@ -333,7 +333,7 @@ class _Outage:
         self._began: float | None = None
         self._attempts = 0
         self._logged: Refusal | None = None
-        self._logged_at = -QUIET_S
+        self._logged_at = self._usable_at = -QUIET_S
 
     def goes_on(self, trouble: Refusal, now: float) -> None:
         """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
@@ -342,8 +342,8 @@ class _Outage:
             self._attempts = 0
             self._logged = None
         self._attempts += 1
-        if not trouble.reason:
-            return
+        if not trouble.reason or trouble.cause == "lost":
+            return  # the next connection says more
         known = self._logged is not None and (self._logged.cause, self._logged.command) == (
             trouble.cause,
             trouble.command,
@@ -366,7 +366,8 @@ class _Outage:
     def ends(self, now: float) -> None:
         """Take note that Redis is usable."""
         began, self._began = self._began, None
-        if began is None or self._logged is not None:
+        if began is None or self._logged is not None or now - self._usable_at >= QUIET_S:
+            self._usable_at = now
             event(
                 _LOG,
                 logging.INFO,
