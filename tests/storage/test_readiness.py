@@ -269,7 +269,8 @@ async def test_a_replica_that_comes_back_in_the_place_of_a_primary(said: Said) -
         await until(lambda: len(said("redis-unusable")) == 1, "said")
         assert not link.up
         (line,) = said("redis-unusable")
-        assert (line["cause"], line["reason"]) == ("lost", "the connection ended")
+        assert (line["cause"], line["command"]) == ("refused", "SET")
+        assert line["reason"].startswith("READONLY")
 
 
 async def test_full_without_eviction(said: Said) -> None:
