@@ -48,7 +48,7 @@ async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
     second = asyncio.create_task(signals.get())
     await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
-        stopping.cancel()  # it may be in the lame duck, with nobody to wait for
+        stopping.cancel()  # it may be in the lame duck, without a request to wait for
         await app.kill()
     second.cancel()
     await asyncio.gather(following, stopping, second, return_exceptions=True)

@@ -19,7 +19,7 @@ def admin(settings: Settings) -> Iterator[Finding]:
     where = "on every interface" if host in _EVERY_INTERFACE else f"on {host}"
     if not settings.admin.token_file:
         yield warning(
-            f"admin.host: listens {where} without admin.token_file: whoever reaches it reads metrics, and"
+            f"admin.host: listens {where} without admin.token_file: who reaches it reads metrics, and"
             " purge is refused",
             "set admin.token_file, and let only Prometheus and the health checks reach that port",
         )

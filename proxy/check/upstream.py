@@ -40,7 +40,7 @@ _MENDED_BY = {
 
 
 async def upstream(settings: Settings) -> Finding:
-    """Ask for a snapshot with a token that nobody issued: the API answers 401, in JSON.
+    """Ask for a snapshot with a token that was never issued: the API answers 401, in JSON.
 
     Raises SettingsError as `serve` does.
     """
@@ -67,7 +67,7 @@ def _mend(error: UpstreamError) -> str:
 
 
 def _what_it_suggests(answer: Answer) -> str | None:
-    """Explain an answer that is not the API's to a token that nobody issued; None where it is."""
+    """Explain an answer that is not the API's to a token that was never issued; None where it is."""
     match answer.status:
         case HTTPStatus.UNAUTHORIZED if error_envelope(answer.body, _CALL.request_id) is not None:
             return None
@@ -80,6 +80,6 @@ def _what_it_suggests(answer: Answer) -> str | None:
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return "it has trouble of its own: try again later"
         case status if status < HTTPStatus.MULTIPLE_CHOICES:
-            return "whoever takes a token that nobody issued is not the API: see to upstream.base_url"
+            return "what takes a token that was never issued is not the API: see to upstream.base_url"
         case _:
-            return "somebody else than the API answers: see to upstream.base_url and upstream.http_proxy"
+            return "something else than the API answers: see to upstream.base_url and upstream.http_proxy"

@@ -20,7 +20,7 @@ def connector(
 
     `username` and `password` win over the URL's where they are not empty; `ca_file` replaces the system's
     authorities for `rediss://`. A client whose connection has ended is of no more use: redis-py would open
-    another one by itself, to a server that nobody has tried, such as a replica after a failover.
+    another one by itself, to a server that was not tried, such as a replica after a failover.
     """
     options: dict[str, Any] = {"username": username, "password": password}
     if url.startswith("rediss://"):
