@@ -35,7 +35,9 @@ from proxy.gate.connections import Connections
 from proxy.gate.gate import Shield
 from proxy.gate.ledgers import Accounts
 from proxy.logs import announce, configure, event
-from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_password, read_secret
+from proxy.settings.rules import is_loopback
+from proxy.settings.secrets import read_admin_token, read_password, read_secret
+from proxy.settings.sections import KEYS, Settings
 from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.embedded import EmbeddedServer

@@ -27,7 +27,7 @@ from proxy import __version__, logs
 from proxy.app import Addresses, App, StartError
 from proxy.core.errors import UpstreamUnreachable
 from proxy.core.http import CACHE_NAME
-from proxy.settings import load
+from proxy.settings.load import load
 from proxy.simulator import DROPLET_SNAPSHOT_ID, READ_ONLY, VOLUME_SNAPSHOT_ID, Limits, Simulator, World
 from proxy.storage.embedded import EmbeddedServerError
 

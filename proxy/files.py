@@ -8,7 +8,7 @@ import resource
 from dataclasses import dataclass
 
 from proxy.edge.connection import MOST_REFUSED, Limits
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 
 ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8)
 

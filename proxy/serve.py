@@ -8,7 +8,7 @@ from collections.abc import Callable
 from proxy import logs
 from proxy.app import App, StartError
 from proxy.core.errors import SettingsError
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServerError
 
 _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"

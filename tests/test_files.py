@@ -10,7 +10,7 @@ from support import DEADLINE_S, DROPLET_PATH, Serve
 
 from proxy import files
 from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit, share_out
-from proxy.settings import load
+from proxy.settings.load import load
 
 
 def shares(limit: int, *overrides: str) -> OpenFiles:

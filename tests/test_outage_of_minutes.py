@@ -34,7 +34,7 @@ from proxy.edge.answers import failed_response, served_response
 from proxy.gate.connections import Connections
 from proxy.gate.gate import Shield
 from proxy.gate.ledgers import Accounts
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import Flights
 

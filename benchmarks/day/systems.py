@@ -25,7 +25,7 @@ from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.gate.connections import Connections
 from proxy.gate.gate import Shield
 from proxy.gate.ledgers import Accounts
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import Flights
 

@@ -17,7 +17,7 @@ from proxy.app import redis_connector
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement

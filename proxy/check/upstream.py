@@ -13,7 +13,7 @@ from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import error_envelope
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.system.openssl import mended_by
 from proxy.upstream.client import Upstream
 

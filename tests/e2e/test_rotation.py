@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from support import DEADLINE_S, Serve, Valkey, scrape, total
 
 from proxy.check import check
-from proxy.settings import load
+from proxy.settings.load import load
 from proxy.simulator import Simulator
 
 ALARMING = ("warning", "error")
