@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
-from aiohttp import http_parser, web
+from aiohttp import web
 from redis.asyncio import Redis
 
 from proxy import __version__
@@ -46,6 +46,7 @@ from proxy.storage.ledger import RedisLedger
 from proxy.storage.readiness import trial
 from proxy.storage.store import Store
 from proxy.system.sockets import Bound, listen
+from proxy.system.start import StartError, refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import MOST_OF_ONE, Flights
@@ -63,10 +64,6 @@ _IN_FLIGHT = ("log.level", "log.format", "log.access")
 """The settings that `App.reload` follows; the others are for the next start."""
 
 _LOG = logging.getLogger(__name__)
-
-
-class StartError(Exception):
-    """The service cannot start here, and the configuration is not why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,14 +407,6 @@ class App:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._cleanup.aclose()
-
-
-def refuse_slow_parser() -> None:
-    """Raise StartError on aiohttp's pure-Python parser: other limits, other faults, a tenth of the speed."""
-    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
-        raise StartError(
-            "aiohttp runs without its C parser: install its binary wheel, and unset AIOHTTP_NO_EXTENSIONS"
-        )
 
 
 def open_files(settings: Settings) -> OpenFiles:
