@@ -13,10 +13,10 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from proxy.app import redis_connector
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
+from proxy.options import redis_connector
 from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
