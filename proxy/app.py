@@ -1,9 +1,9 @@
 """The composition root: which part is made with which others, and in which order they start and stop.
 
-`App._start` is the whole wiring, in the order of making: what watches (metrics, incidents), the way up
-(upstream, gate), what is kept (Redis), what answers (cache, API), the two listeners. Each part that holds
-something open is registered with `_cleanup` when it is made, and closed in reverse order. Only this file has
-the clock. Which options a part gets from the settings is in `options.py`.
+`App._start` is the whole wiring, in the order of making: files and secrets, the client of the upstream,
+Redis, the gate, the cache, the API, the two listeners. A part that holds something open is registered with
+`_cleanup` as soon as it is made; `_close` closes them in reverse order. Which options a part gets from the
+settings is in `options.py`.
 """
 
 import asyncio

@@ -28,7 +28,7 @@ _MINUTE_S: Final = 60.0
 _HOUR_S: Final = 3600.0
 _SECRET_BYTES: Final = 32
 _MARGIN_S: Final = 60
-"""A fetch that waits, asks and writes to Redis takes no longer than its own deadlines and this."""
+"""Added to the deadlines of a fetch: for writing its entry, and for a process that is busy."""
 
 
 def cache_policy(settings: Settings) -> Policy:
