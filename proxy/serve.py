@@ -6,10 +6,11 @@ import signal
 from collections.abc import Callable
 
 from proxy import logs
-from proxy.app import App, StartError
+from proxy.app import App
 from proxy.core.errors import SettingsError
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServerError
+from proxy.system.start import StartError
 
 _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
 _LOG = logging.getLogger(__name__)

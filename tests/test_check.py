@@ -30,7 +30,7 @@ from proxy.check.machine import _cannot_listen
 from proxy.check.store import _limits, _quickness
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
-from proxy.settings import load
+from proxy.settings.load import load
 from proxy.simulator import Fault, FaultKind, Simulator
 from proxy.system.openssl import mended_by, openssl_words
 

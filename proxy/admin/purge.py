@@ -16,7 +16,7 @@ from aiohttp import web
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
 from proxy.core.identity import SnapshotId
 from proxy.edge.answers import error_response
-from proxy.settings import is_loopback
+from proxy.settings.rules import is_loopback
 
 MOST_IDS = 1000
 

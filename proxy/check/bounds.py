@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from proxy.check.finding import Finding, ok, warning
-from proxy.settings import Settings, is_loopback
+from proxy.settings.rules import is_loopback
+from proxy.settings.sections import Settings
 
 _EVERY_INTERFACE = {"0.0.0.0", "::"}  # noqa: S104 # what a listener may be bound to
 _LAST_WORDS_S = 2.0

@@ -8,11 +8,11 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from proxy.app import redis_connector
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
-from proxy.settings import Settings
+from proxy.options import redis_connector
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement

@@ -5,7 +5,6 @@ import secrets
 from http import HTTPStatus
 from time import perf_counter
 
-from proxy.app import upstream_options
 from proxy.check.finding import Finding, ok, problem
 from proxy.core.errors import EDGE_FAILED, UpstreamError
 from proxy.core.events import OTHER_CALLER
@@ -13,7 +12,8 @@ from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import error_envelope
-from proxy.settings import Settings
+from proxy.options import upstream_options
+from proxy.settings.sections import Settings
 from proxy.system.openssl import mended_by
 from proxy.upstream.client import Upstream
 

@@ -15,7 +15,7 @@ from proxy.core.errors import SettingsError
 from proxy.core.events import OTHER_CALLER
 from proxy.core.identity import Token
 from proxy.logs import event
-from proxy.settings import read_toml
+from proxy.settings.load import read_toml
 
 MOST_ALIASES = 64
 
