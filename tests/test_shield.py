@@ -25,7 +25,7 @@ from proxy.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from proxy.core.events import CallSettled, Route, Standing
+from proxy.core.events import GIVEN_UP, CallSettled, Route, Standing
 from proxy.core.identity import ListKey, Partition, Token
 from proxy.core.operations import operation
 from proxy.core.policy import Answer
@@ -852,7 +852,7 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
 
 
 def test_a_kept_connection_that_ended_is_no_trouble() -> None:
-    """An edge may close what is idle at any time: such a call counts for the quota, not for the breaker."""
+    """An edge may close what is idle at any time: it counts for the quota, not for breaker and log."""
 
     async def main() -> None:
         it = gate(per_minute=1000)
@@ -860,6 +860,7 @@ def test_a_kept_connection_that_ended_is_no_trouble() -> None:
         for number in range(2 * FAILURES):
             assert await outcome(ask(it, number)) == (UpstreamDisconnected, 0.0)
         assert not it.shield.breaker_open
+        assert it.settled == [CallSettled(Route.SNAPSHOT, "other", None, GIVEN_UP)] * (2 * FAILURES)
         assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - 2 * FAILURES
         it.api.answer = None
         assert (await it.shield.ask(call(), new_connection=True)).status == 200
@@ -1269,6 +1270,7 @@ def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> 
         pytest.param(lambda: answer(404), 404, "", False, id="refused"),
         pytest.param(lambda: answer(500), 500, "", True, id="500"),
         pytest.param(lambda: answer(503), 503, "", True, id="503"),
+        pytest.param(lambda: replace(answer(503), retry_after_s=7), 503, "", False, id="503-that-says-when"),
         pytest.param(fails("connection_refused"), None, "connection_refused", False, id="nothing-there"),
         pytest.param(fails("dns_error"), None, "dns_error", False, id="no-name"),
         pytest.param(fails("tls_certificate_error"), None, "tls_certificate_error", False, id="untrusted"),

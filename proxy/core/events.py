@@ -151,7 +151,8 @@ class QuotaWait:
 
 
 GIVEN_UP = "given_up"
-"""Why no answer came where that is not the upstream's fault: this replica stops, or the caller broke off."""
+"""Why no answer came where that is no failure of the upstream: this replica stops, the caller broke off, or
+the connection had been kept and had ended."""
 
 
 @dataclass(frozen=True, slots=True)

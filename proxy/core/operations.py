@@ -12,6 +12,9 @@ from http import HTTPStatus
 MOST_OPERATIONS = 64
 """Cool-downs of one token that are remembered; of more, the one that ends first is forgotten."""
 
+MOST_SAID_BYTES = 4096
+"""Of an answer so much is searched for what it limits: 2 MiB would stop the event loop for 100 ms."""
+
 _DIGEST_HEX = 32
 _OF_OPERATION = re.compile(rb"\boperation\b[^\"{}]{0,40}\brate[- ]?limit", re.IGNORECASE)
 """`this operation is rate-limited - one request per 10m0s`, and its like."""
@@ -27,11 +30,14 @@ def operation(method: str, target: str) -> str:
 def is_of_operation(status: int, remaining_told: int | None, body: bytes, *, by_remaining: bool) -> bool:
     """Tell whether an answer refuses one operation, and not the token.
 
-    Its text says so, or, where `by_remaining`, `ratelimit-remaining`: the token has calls left.
+    Its text says so, within MOST_SAID_BYTES, or, where `by_remaining`, `ratelimit-remaining`: the token has
+    calls left.
     """
     if status != HTTPStatus.TOO_MANY_REQUESTS:
         return False
-    return (by_remaining and bool(remaining_told)) or _OF_OPERATION.search(body) is not None
+    return (by_remaining and bool(remaining_told)) or _OF_OPERATION.search(
+        body, 0, MOST_SAID_BYTES
+    ) is not None
 
 
 class Operations:

@@ -34,7 +34,7 @@ from proxy.core.errors import (
 )
 from proxy.core.events import Route
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, parse_retry_after, retry_after
-from proxy.core.operations import operation
+from proxy.core.operations import MOST_SAID_BYTES, operation
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
     EndsWhatBodyNames,
@@ -45,14 +45,15 @@ from proxy.core.passthrough import (
     returned_headers,
 )
 from proxy.core.quota import CallClass
+from proxy.core.snapshot import error_envelope
 from proxy.edge.answers import NO_RETRY
 from proxy.edge.handler import Handler
 from proxy.gate.gate import Shield
 from proxy.tasks.flights import Abandoned, Flights, Owner
 from proxy.upstream.client import Streamed, Upstream, ratelimit
 
-_MOST_PEEKED_BYTES = 4096
-"""Of a 429's body so much is read before it is passed on: it may say what the API limits."""
+_PEEK_S = 1.0
+"""Longest wait for the beginning of a body that says what the answer means."""
 
 
 class Passthrough:
@@ -95,15 +96,15 @@ class Passthrough:
     ) -> web.StreamResponse | ProxyError:
         """Forward a read, and once more where the connection ended before an answer began. Runs in a flight.
 
-        One with a body is not repeated: it is not kept.
+        One with a body goes over a new one at once: its body is not kept, and so it cannot be repeated.
         """
         body = self._body_of(request)
         try:
+            if body is not None:
+                return await self._stream(request, forwarding, body, new_connection=True)
             try:
                 return await self._stream(request, forwarding, body)
             except UpstreamDisconnected:
-                if body is not None:
-                    raise
                 return await self._stream(request, forwarding, body, new_connection=True)
         except ProxyError as failure:
             return failure
@@ -132,11 +133,14 @@ class Passthrough:
         body = self._body_of(request)
         told = False
         try:
-            async with self._answer(forwarding, body, CallClass.WRITE) as answer:
+            async with self._answer(forwarding, body, CallClass.WRITE) as begun:
+                answer = begun
                 ended = await self._end_by(answer.status, forwarding, body)
                 told = True
-                if answer.status in EDGE_FAILED:  # a page, where clients expect JSON
-                    return WriteUnknown(UpstreamUnexplained(answer.status))
+                if answer.status in EDGE_FAILED:
+                    answer, said = await _peek(answer)
+                    if error_envelope(said, forwarding.request_id) is None:  # a page: clients expect JSON
+                        return WriteUnknown(UpstreamUnexplained(answer.status))
                 return await _stream_back(request, forwarding, answer, pending=ended is False)
         except (NotSent, UpstreamUnreachable) as not_sent:
             return not_sent
@@ -264,30 +268,43 @@ def _refuses(status: int) -> bool:
 
 
 async def _peek(answer: _Answer) -> tuple[_Answer, bytes]:
-    """Read the beginning of an answer's body, inflated where it is gzip. Gives the whole answer, too."""
+    """Read the beginning of a body, for a second at most, inflated where it is gzip.
+
+    A 429 may say there what the API limits, and an edge's 52x whether it speaks for the API. Gives the whole
+    answer, too.
+    """
     seen: list[bytes] = []
-    failure: UpstreamError | None = None
-    try:
+
+    async def read() -> None:
         async for chunk in answer.chunks:
             seen.append(chunk)
-            if sum(map(len, seen)) >= _MOST_PEEKED_BYTES:
-                break
-    except UpstreamError as error:
-        failure = error
+            if sum(map(len, seen)) >= MOST_SAID_BYTES:
+                return
 
-    async def chunks() -> AsyncIterator[bytes]:
-        for chunk in seen:
-            yield chunk
-        if failure is not None:
-            raise failure
-        async for chunk in answer.chunks:
-            yield chunk
-
+    reading = asyncio.create_task(read(), name="peek")
+    reading.add_done_callback(lambda task: task.cancelled() or task.exception())  # `chunks` raises it
+    try:
+        await asyncio.wait({reading}, timeout=_PEEK_S)
+    except BaseException:
+        reading.cancel()
+        raise
     said = b"".join(seen)
     if answer.headers.get("Content-Encoding", "").strip().lower() == "gzip":
         with suppress(zlib.error):
-            said = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(said, _MOST_PEEKED_BYTES)
-    return answer._replace(chunks=chunks()), said[:_MOST_PEEKED_BYTES]
+            said = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(said, MOST_SAID_BYTES)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            await asyncio.wait({reading})
+            for chunk in seen:
+                yield chunk
+            await reading
+            async for chunk in answer.chunks:
+                yield chunk
+        finally:
+            reading.cancel()
+
+    return answer._replace(chunks=chunks()), said[:MOST_SAID_BYTES]
 
 
 def _break_off(request: web.BaseRequest) -> None:

@@ -388,7 +388,8 @@ class Shield:
                         account.caller,
                         passage.status,
                         error=error_type(failure),
-                        outcome_unknown=is_write and outcome_unknown(passage.status, failure),
+                        outcome_unknown=is_write
+                        and outcome_unknown(passage.status, passage.retry_after_s, failure),
                         breaker_open=breaker.is_open,
                         cooldown_s=0.0 if passage.of_operation else self._accounts.cooldown_s(account),
                     )

@@ -5,7 +5,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import TypeVar
 
-from proxy.core.errors import UpstreamError, UpstreamGivenUp, UpstreamUnreachable
+from proxy.core.errors import (
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamGivenUp,
+    UpstreamUnreachable,
+    tells_outcome,
+)
 from proxy.core.events import GIVEN_UP
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import is_of_operation
@@ -119,17 +125,19 @@ def error_type(failure: BaseException | None) -> str:
     match failure:
         case None:
             return ""
-        case UpstreamError() if not isinstance(failure, UpstreamGivenUp):
+        case UpstreamGivenUp() | UpstreamDisconnected(kept=True):
+            return GIVEN_UP
+        case UpstreamError():
             return failure.proxy_error
         case _:
             return GIVEN_UP
 
 
-def outcome_unknown(status: int | None, failure: BaseException | None) -> bool:
-    """Tell whether a write may or may not have been carried out: 5xx, or sent without an answer."""
+def outcome_unknown(status: int | None, retry_after_s: int | None, failure: BaseException | None) -> bool:
+    """Tell whether a write may or may not have been carried out: by its answer, or sent without one."""
     match failure:
         case _ if status is not None:
-            return status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            return not tells_outcome(status, retry_after_s)
         case UpstreamUnreachable():  # not sent
             return False
         case UpstreamError():

@@ -42,6 +42,9 @@ USER_AGENT = f"snapshot-proxy/{__version__}"
 _TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 """They tell of the token, and end or stop something: what they say in words is the least of it."""
 
+_WORDS_S = 1.0
+"""So long such a status waits for its words at most: until it counts, other calls of the token go up."""
+
 _LONGEST_VALIDATOR = 255
 _GZIP = 16 + zlib.MAX_WBITS
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
@@ -104,6 +107,7 @@ class Upstream:
         called_at, started = time.time(), time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
         reads = call.method == "GET"
+        response: aiohttp.ClientResponse | None = None
         try:
             with way() as here:
                 try:
@@ -124,8 +128,10 @@ class Upstream:
                         )
                         async with response:
                             body = await self._body(response)
-                except (aiohttp.ClientError, OSError, zlib.error) as error:  # TimeoutError is an OSError
-                    raise self._translate(error, here, reads=reads) from None
+                except (UpstreamError, aiohttp.ClientError, OSError, zlib.error) as error:
+                    if response is None or response.status not in _TELLING:
+                        raise self._translate(error, here, reads=reads) from None
+                    body = b""
             status = response.status
         except UpstreamTimeout:
             status = "timeout"
@@ -142,13 +148,9 @@ class Upstream:
         )
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """Read an answer's body. What some statuses say counts even where that cannot be read."""
-        try:
+        """Read an answer's body."""
+        async with ListeningTimeout(_WORDS_S if response.status in _TELLING else None):
             return await _read(response, self._options.max_body_bytes, self._options.read_timeout_s)
-        except (UpstreamError, aiohttp.ClientError, OSError, zlib.error):
-            if response.status in _TELLING:
-                return b""
-            raise
 
     @asynccontextmanager
     async def stream(
@@ -223,6 +225,8 @@ class Upstream:
     def _translate(self, error: Exception, here: Way, *, reads: bool) -> UpstreamError:
         """Name what went wrong after the call began, in our words and RFC 9209's."""
         match error:
+            case UpstreamError():
+                return error
             case TimeoutError() if not here.connected:
                 return UpstreamUnreachable(
                     "the upstream cannot be reached: it did not take the connection in time",

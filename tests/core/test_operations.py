@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.core.operations import MOST_OPERATIONS, Operations, is_of_operation, operation
+from proxy.core.operations import MOST_OPERATIONS, MOST_SAID_BYTES, Operations, is_of_operation, operation
 
 SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - one request per 10m0s"}'
 EXCEEDED = b'{"id":"too_many_requests","message":"API rate limit exceeded."}'
@@ -21,6 +21,7 @@ EXCEEDED = b'{"id":"too_many_requests","message":"API rate limit exceeded."}'
         pytest.param(429, None, b"operation has been rate limited", False, True, id="in-other-words"),
         pytest.param(429, 0, EXCEEDED, True, False, id="the-tokens"),
         pytest.param(429, None, b"", True, False, id="nothing-said"),
+        pytest.param(429, None, b" " * MOST_SAID_BYTES + SAID, False, False, id="behind-what-is-read"),
         pytest.param(429, None, b'{"operation":1,"message":"rate limit"}', True, False, id="a-coincidence"),
         pytest.param(503, 4990, SAID, True, False, id="another-status"),
         pytest.param(200, 4990, SAID, True, False, id="no-refusal"),

@@ -601,6 +601,27 @@ async def test_a_no_counts_without_its_words(
     assert counts == [1, *asked]
 
 
+@pytest.mark.parametrize("total_s", [pytest.param(0.5, id="until-the-end"), pytest.param(600, id="a-second")])
+@pytest.mark.parametrize("no", [b"401 Unauthorized", b"403 Forbidden", b"429 Too Many Requests"])
+async def test_a_no_does_not_wait_long_for_its_words(
+    client: aiohttp.ClientSession, no: bytes, total_s: float
+) -> None:
+    """Its head has come: it counts, though its body never ends, and is not taken for no answer in time."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.read_request(reader)
+        writer.write(b"HTTP/1.1 " + no + b"\r\nRetry-After: 30\r\nContent-Length: 9\r\n\r\n{")
+        await reader.read()
+
+    upstream = Upstream(talk)
+    patience = (f"upstream.total_timeout_s={total_s}", "upstream.read_timeout_s=600")
+    async with upstream, app(f"upstream.base_url={upstream.url}", *SETTINGS, *patience) as at:
+        for _ in range(2):
+            async with client.get(at.api + DROPLET_PATH, headers=bearer("one")) as response:
+                assert response.status == int(no[:3])
+    assert upstream.requests == (1 if no.startswith(b"429") else 2)
+
+
 @pytest.mark.parametrize(
     "apart", [pytest.param(False, id="at-once"), pytest.param(True, id="a-moment-later")]
 )

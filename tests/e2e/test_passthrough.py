@@ -172,9 +172,11 @@ async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession, metho
     assert request.headers["Authorization"] == f"Bearer {TOKEN}"
     assert request.headers["X-A"] == "1"
     assert request.headers["X-Request-Id"] == response.headers["X-Request-Id"]
-    expected = {"host", "authorization", "x-a", "x-request-id", "content-length"}
-    # A write has a connection of its own, that nobody closed while it was kept.
-    assert names(request) == (expected if method == "GET" else expected | {"connection"})
+    # What has a body has a connection of its own, that nobody closed while it was kept.
+    assert names(request) == {
+        *("host", "authorization", "x-a", "x-request-id", "content-length"),
+        "connection",
+    }
 
 
 def names(request: web.BaseRequest) -> set[str]:
@@ -627,6 +629,22 @@ async def test_no_answer_behind_the_edge(
             assert (response.status, told["id"]) == (status, "server_error")
             assert response.headers["x-should-retry"] == "false"
             assert "the request may have been carried out" in told["message"]
+
+
+async def test_an_envelope_of_the_edge(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """A write's 52x that explains itself is passed on as it came, with a word against repeating it."""
+    envelope = {"id": "origin_timeout", "message": "the origin did not answer"}
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.json_response(envelope, status=522)
+
+    upstream.handler = answer
+    async with (
+        app(f"upstream.base_url={upstream.url}", ON) as at,
+        wire.post(f"{at.api}/v2/droplets") as response,
+    ):
+        assert (response.status, await response.json()) == (522, envelope)
+        assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(
@@ -1367,6 +1385,43 @@ async def test_whose_limit_a_429_is(
         assert ("limits this operation" in ours) is (next_status == 200)
     posts = [request for request in upstream.received if request.method == "POST"]
     assert len(posts) == 1
+
+
+async def test_a_429_whose_body_drips(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
+    """It counts within a second, though its end has not come; its caller gets all of it."""
+    told, go_on = asyncio.Event(), asyncio.Event()
+
+    async def drip(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path == "/v2/account":
+            return web.json_response({})
+        response = web.StreamResponse(status=429, headers={"Retry-After": "600", "ratelimit-remaining": "0"})
+        await response.prepare(request)
+        await response.write(b"{")
+        told.set()
+        await go_on.wait()
+        await response.write(b"}")
+        await response.write_eof()
+        return response
+
+    async def whole() -> bytes:
+        async with wire.post(f"{at.api}/v2/volumes/1/snapshots") as response:
+            return await response.read()
+
+    async def cooled() -> bool:
+        async with wire.get(f"{at.api}/v2/account") as response:
+            return response.status == 429
+
+    upstream.handler = drip
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        async with wire.get(f"{at.api}/v2/account"):
+            pass
+        slow = asyncio.create_task(whole())
+        await told.wait()
+        async with asyncio.timeout(DEADLINE_S):
+            while not await cooled():
+                assert not slow.done()
+        go_on.set()
+        assert await slow == b"{}"
 
 
 async def test_a_429_whose_body_breaks_off(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
