@@ -132,7 +132,7 @@ class ReadThrough:
                 return _unsatisfiable()
 
     async def delete(self, call: Call) -> Served | Failed:
-        """Forward one DELETE, once; when it is answered, nobody is served that snapshot from the cache."""
+        """Forward one DELETE, once; when it is answered, no caller is served that snapshot from the cache."""
         try:
             owner = Owner(call.key.partition, writes=True)
             deletion = await self._flights.alone(owner, partial(self._fetcher.delete, call))
@@ -171,11 +171,11 @@ class ReadThrough:
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):
             return answer
-        if entry.is_fresh(now):  # somebody else was luckier
+        if entry.is_fresh(now):  # another fetch has stored it meanwhile
             return _from_entry(entry, now)
         detail, in_vain = Detail.STALE_IF_ERROR, False
         match answer:
-            case Failed(QuotaSpent() as spent):  # nobody was asked; so below
+            case Failed(QuotaSpent() as spent):  # the upstream was not asked; so below
                 detail = Detail.COOLDOWN if spent.window in _COOLING else Detail.QUOTA
                 cache_status = hit(entry.ttl_s(now), detail)
             case Failed(NotSent()):
@@ -195,7 +195,7 @@ class ReadThrough:
     async def _forward(
         self, call: Call, why: Why, lookup: Lookup, since: float | None, manner: Manner = NEEDED
     ) -> Served | Failed:
-        """Answer from the upstream; `since` is when the caller began to look, None where nobody may share."""
+        """Answer from the upstream; `since` is when the look-up began, None where it may not be shared."""
         owner, basis = Owner(call.key.partition), lookup.basis
         try:
             if since is None or not self._fetcher.may_share(call):

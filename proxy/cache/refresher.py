@@ -1,4 +1,4 @@
-"""Refreshes for nobody: what answers stale is fetched behind its readers' backs, alone or by a list.
+"""Background refreshes: what was served stale is fetched without a caller that waits, alone or by a list.
 
 Which of the two `core/refresh.py` decides; here it is done, and what came of it is learned.
 """
@@ -28,7 +28,7 @@ class Store(Protocol):
 
 
 class Refresher:
-    """Begins refreshes, each in a flight that nobody waits for. `clock` gives Unix seconds."""
+    """Begins refreshes, each in a flight without a caller. `clock` gives Unix seconds."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Refresher:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
                 pass  # another replica learns
             case NotSent() | Fetched(status=HTTPStatus.TOO_MANY_REQUESTS):
-                pass  # nobody was asked, or nobody will be for a while
+                pass  # the upstream was not asked, or will not be for a while
             case Fetched(status=HTTPStatus.OK, seeded=on_page) if on_page:
                 self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
                 if call.target.text not in on_page:

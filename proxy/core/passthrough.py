@@ -107,7 +107,7 @@ class Forwarding:
 
 @dataclass(frozen=True, slots=True)
 class EndsForAll:
-    """What anybody keeps of this snapshot."""
+    """What is kept of this snapshot, for all callers."""
 
     snapshot_id: str
 

@@ -35,7 +35,7 @@ class Line:
         """So many calls of the token were answered 401."""
 
     def leave(self, place: "asyncio.Future[None]") -> None:
-        """Give up a place in the queue; whoever is first then may ask."""
+        """Give up a place in the queue; the call that is first then may ask."""
         self.queue.remove(place)
         if self.queue and not self.queue[0].done():
             self.queue[0].set_result(None)

@@ -20,7 +20,7 @@ class Outage:
         self._address = address
         self._incident = Incident()
         self._logged: Refusal | None = None
-        self._logged_at = -QUIET_S
+        self._logged_at = self._usable_at = -QUIET_S
 
     @property
     def attempts(self) -> int:
@@ -31,8 +31,8 @@ class Outage:
         """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
         if self._incident.sign(now):
             self._logged = None
-        if not trouble.reason:
-            return
+        if not trouble.reason or trouble.cause == "lost":
+            return  # the next connection says more
         known = self._logged is not None and (self._logged.cause, self._logged.command) == (
             trouble.cause,
             trouble.command,
@@ -53,9 +53,13 @@ class Outage:
         )
 
     def ends(self, now: float) -> None:
-        """Take note that Redis is usable: logged at the start, and after an outage that was logged."""
+        """Take note that Redis is usable.
+
+        It is logged at the start, after an outage that was logged, and else once in QUIET_S.
+        """
         over = self._incident.end(now)
-        if over is None or self._logged is not None:
+        if over is None or self._logged is not None or now - self._usable_at >= QUIET_S:
+            self._usable_at = now
             event(
                 _LOG,
                 logging.INFO,
