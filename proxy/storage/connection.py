@@ -16,6 +16,8 @@ waits for a lane, and then for Redis. The lanes answer every asker:
                                                      had a reply again
     a reply says that the server cannot be used      each gets its own; asking fails at once, and every
                                                      lane connects anew, so that the server is tried
+    the server does not know a script by its digest  all get theirs after one more round trip, in which
+                                                     the call is sent again with the script's text
     the connection ends                              those of that pipeline fail
     the last lane has lost its connection            those in the queue fail, asking fails at once
     ===============================================  ==============================================
