@@ -11,11 +11,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
 from proxy.core.operations import Operations
+from proxy.core.ports import CommonLedger
 from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Limits, Postponed
 
 _FOLLOWS_S = 1.0
@@ -23,57 +24,6 @@ _FOLLOWS_S = 1.0
 
 MOST_ACCOUNTS = 4096
 """Tokens that this replica keeps a ledger of; the least recently used are forgotten."""
-
-
-class Admission(Protocol):
-    """An admission by the common ledger."""
-
-    @property
-    def admitted(self) -> Admitted:
-        """The call."""
-
-    @property
-    def known(self) -> bool:
-        """Whether the upstream took the token lately."""
-
-    @property
-    def born(self) -> str:
-        """Tell this ledger of the token from one that was lost."""
-
-
-class CommonLedger(Protocol):
-    """The replicas' common ledger. None: it cannot be asked."""
-
-    async def admit(
-        self, partition: Partition, call_class: CallClass, operation: str
-    ) -> Admission | Postponed | None:
-        """Ask for one call, of an operation that may have a cool-down of its own."""
-
-    async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
-        """Ask when `need` calls will be admitted; None: now, or it cannot be asked."""
-
-    async def give_back(self, partition: Partition, admitted: Admitted) -> None:
-        """Take back an admission that was not used."""
-
-    async def settle(
-        self,
-        partition: Partition,
-        admitted: Admitted,
-        remaining_told: int | None,
-        limit_told: int | None,
-        *,
-        answered: bool,
-        known: bool | None,
-    ) -> None:
-        """Take note of what became of a call."""
-
-    async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
-        """Stop the token's calls."""
-
-    async def cool_operation(
-        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
-    ) -> bool:
-        """Stop one operation of a token. Tell whether another one was stopped `within_s` before."""
 
 
 class Account(NamedTuple):
