@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check lengths format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,12 +28,21 @@ else
 	|| { echo "proxy/core has to be covered to 100 %: see above for what is missing"; exit 1; }
 endif
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev lengths
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python deploy/validate.py
+
+# One idea a file: no product file may be longer. TOO_LONG are the files that are yet to be split.
+MOST_LINES := 350
+TOO_LONG := proxy/storage/connection.py proxy/storage/store.py
+
+lengths:
+	@find proxy -name '*.py' $(TOO_LONG:%=! -path %) -exec wc -l {} + | awk '$$2 != "total" && $$1 > $(MOST_LINES) \
+	{ print $$2 ": " $$1 " lines, where $(MOST_LINES) are allowed: split it by its ideas"; failed = 1 } \
+	END { exit failed }'
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

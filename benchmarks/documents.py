@@ -30,7 +30,7 @@ from proxy.core.errors import UpstreamInvalid
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.policy import Answer, Policy
 from proxy.core.snapshot import MOST_SNAPSHOTS
-from proxy.settings import load
+from proxy.settings.load import load
 
 T = TypeVar("T")
 

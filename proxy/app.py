@@ -1,49 +1,47 @@
-"""The composition root: who is given what, and in which order things start and stop."""
+"""The composition root: which part is made with which others, and in which order they start and stop.
+
+`App._start` is the whole wiring, in the order of making: files and secrets, the client of the upstream,
+Redis, the gate, the cache, the API, the two listeners. A part that holds something open is registered with
+`_cleanup` as soon as it is made; `_close` closes them in reverse order. Which options a part gets from the
+settings is in `options.py`.
+"""
 
 import asyncio
 import logging
-import math
-import secrets
-import ssl
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
-from aiohttp import http_parser, web
-from redis.asyncio import Redis
-
-from proxy import __version__
-from proxy.admin.listener import admin_application
-from proxy.admin.purge import Purge
+from proxy import __version__, options
+from proxy.admin.listener import serve_admin
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import read_through
 from proxy.core.address import address_of
-from proxy.core.errors import ProxyError, SettingsError
+from proxy.core.errors import ProxyError
 from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
-from proxy.core.policy import Policy
 from proxy.core.quota import Limits as QuotaLimits
+from proxy.edge.accept import Accepting, accept
 from proxy.edge.api import Api
-from proxy.edge.connection import Limits, Listener
+from proxy.edge.connection import Listener
 from proxy.edge.handler import plain_server
 from proxy.edge.passthrough import Passthrough
-from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit
+from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import Connections
 from proxy.gate.gate import Shield
 from proxy.gate.ledgers import Accounts
 from proxy.logs import announce, configure, event
-from proxy.settings import KEYS, Settings, is_loopback, read_admin_token, read_password, read_secret
-from proxy.storage.client import connector
+from proxy.settings.sections import KEYS, Settings
 from proxy.storage.connection import Link
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.readiness import trial
 from proxy.storage.store import Store
-from proxy.system.sockets import Bound, listen
+from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import MOST_OF_ONE, Flights
@@ -51,20 +49,18 @@ from proxy.telemetry.access import access_log
 from proxy.telemetry.aliases import Callers
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.client import Upstream, UpstreamOptions
+from proxy.upstream.client import Upstream
 
-_FETCHES_PER_CONNECTION = 2  # a caller may leave while its fetch goes on
-_HANDSHAKE_S = 5.0  # what is no connection of ours yet holds a descriptor for so long at most
-_MARGIN_S = 60
-_LAST_WORDS_S = 2.0  # of a drain, for all but waiting, as of any request: Redis is told, answers are written
+_FETCHES_PER_CONNECTION = 2
+"""A caller may leave while its fetch goes on, and another take its place."""
+
+_LAST_WORDS_S = 2.0
+"""Of the drain, kept for all but waiting: answers are written, and Redis is told of what was deleted."""
+
 _IN_FLIGHT = ("log.level", "log.format", "log.access")
-"""The settings that `App.reload` follows; the others are for the next start."""
+"""The settings that `App.reload` follows; the others wait for the next start."""
 
 _LOG = logging.getLogger(__name__)
-
-
-class StartError(Exception):
-    """The service cannot start here, and the configuration is not why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +85,16 @@ class App:
         self._background: list[asyncio.Task[None]] = []
         self._ready = False
         self._closing = Closing(time.monotonic)
-        self._servers: list[asyncio.Server] = []
-        self._listener: Listener
+        self._metrics = Metrics(__version__)
+        self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
+        self._keys = Keys(settings.redis.key_prefix)
+        self._log_access = access_log(settings.log.access)
         self._callers: Callers
         self._certificate: Certificate | None
-        self._log_access = access_log(settings.log.access)
+        self._listener: Listener
+        self._accepting: Accepting
+
+    # -- start, stop, reload -------------------------------------------------------------------
 
     async def start(self) -> Addresses:
         """Start everything; return when both listeners accept connections. Redis need not be there."""
@@ -107,7 +108,8 @@ class App:
     async def stop(self, *, lame_duck: bool) -> None:
         """Stop without losing a request: not ready, lame duck, drain, close.
 
-        When the drain begins, whoever waits is told by when it has to be answered.
+        When the drain begins, each request that waits gets a deadline for its answer, two seconds (or half)
+        before the drain is over.
         """
         settings = self._settings.server
         self._ready = False
@@ -115,8 +117,7 @@ class App:
         announce(_LOG, "stopping")
         if lame_duck:
             await asyncio.sleep(settings.lame_duck_s)
-        for server in self._servers:
-            server.close()
+        self._accepting.close()
         drain_s = settings.drain_s
         self._closing.announce(time.monotonic() + drain_s - min(_LAST_WORDS_S, drain_s / 2))
         await self._listener.drain(drain_s)
@@ -124,7 +125,7 @@ class App:
         announce(_LOG, "stopped")
 
     async def kill(self) -> None:
-        """Stop now, whatever runs."""
+        """Stop now; requests that run are aborted."""
         await self._listener.drain(0)
         await self._close()
 
@@ -154,19 +155,19 @@ class App:
             needs_restart=waiting,
         )
 
+    # -- the wiring ----------------------------------------------------------------------------
+
     async def _start(self) -> Addresses:
         settings = self._settings
         files = open_files(settings)
-        metrics = Metrics(__version__)
-        keyring = Keyring(self._secret())
-        self._callers = Callers(settings.callers.aliases_file, metrics.expect)
+        keyring, previous = options.keyring(settings), options.previous_keyring(settings)
+        self._callers = Callers(settings.callers.aliases_file, self._metrics.expect)
         self._certificate = certificate(settings.server)
-        upstream = Upstream(upstream_options(settings, files.upstream), metrics.observe)
-        self._cleanup.push_async_callback(upstream.close)
 
+        upstream = Upstream(options.upstream_options(settings, files.upstream), self._metrics.observe)
+        self._cleanup.push_async_callback(upstream.close)
         link = await self._link()
-        keys = Keys(settings.redis.key_prefix)
-        store = await self._store(link, keys, keyring, metrics)
+        store = await self._store(link, keyring, previous)
         flights: Flights[Fetched | ProxyError] = Flights(
             files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
@@ -174,79 +175,52 @@ class App:
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
         )
         self._cleanup.push_async_callback(flights.close)
-        incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
-        shield = self._shield(
-            upstream, files.upstream, link=link, keys=keys, store=store, metrics=metrics, incidents=incidents
-        )
-        invalidator = Invalidator(store, metrics.observe)
+        shield = self._shield(upstream, Connections(files.upstream), link, store, previous)
+        invalidator = Invalidator(store, self._metrics.observe)
         readthrough = read_through(
             store,
             shield,
             flights,
-            cache_policy(settings),
+            options.cache_policy(settings),
             invalidator,
             total_timeout_s=settings.upstream.total_timeout_s,
             max_wait_s=settings.quota.max_wait_s,
-            observe=metrics.observe,
+            observe=self._metrics.observe,
             monotonic=time.monotonic,
             closing=self._closing,
         )
-
-        def observe(done: RequestDone) -> None:
-            metrics.observe(done)
-            incidents.request(done)
-            self._log_access(done)
-
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
                 shield, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
-        api = Api(readthrough, passthrough, keyring, name_caller=self._callers.name, observe=observe)
+        api = Api(
+            readthrough, passthrough, keyring, name_caller=self._callers.name, observe=self._observe_request
+        )
         self._listener = Listener(
-            plain_server(api.respond),
-            Limits(
-                header_timeout_s=settings.server.header_timeout_s,
-                idle_timeout_s=settings.server.idle_timeout_s,
-                max_connections=files.connections,
-                max_refused=files.refused,
-            ),
-            api.malformed,
+            plain_server(api.respond), options.listener_limits(settings, files), api.malformed
         )
-        metrics.watch(
-            connections=lambda: len(self._listener.connections),
-            flights=lambda: len(flights),
-            store_up=lambda: store.up,
-            store_shared=lambda: settings.redis.url != "embedded",
-            secret_mismatch=lambda: store.secret_mismatch,
-            pending_invalidations=lambda: store.pending_invalidations,
-            breaker_open=lambda: shield.breaker_open,
-            standings=shield.standings,
-            per_minute=settings.quota.per_minute,
+        self._watch(store, shield, flights)
+
+        admin_url = await self._cleanup.enter_async_context(
+            serve_admin(
+                settings.admin,
+                scrape=self._metrics.scrape,
+                ready=lambda: self._ready,
+                purge=invalidator.purge,
+            )
         )
-        admin = await self._serve_admin(metrics, invalidator)
-        api_url = await self._serve_api(files)
+        addresses = Addresses(await self._serve_api(files), admin_url)
         self._go_on(self._callers.follow())
         if self._certificate is not None:
             self._go_on(self._certificate.follow())
-        self._go_on(incidents.follow())
+        self._go_on(self._incidents.follow())
         self._ready = True
-        addresses = Addresses(api_url, admin)
         announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
         return addresses
 
-    def _secret(self) -> bytes:
-        """Read the shared secret. An embedded store dies with this process, and so may its secret."""
-        if self._settings.security.secret_file:
-            return read_secret(self._settings.security.secret_file)
-        return secrets.token_bytes(32)
-
-    def _previous_keyring(self) -> Keyring | None:
-        path = self._settings.security.previous_secret_file
-        return Keyring(read_secret(path, setting="security.previous_secret_file")) if path else None
-
     async def _link(self) -> Link:
-        """Make the link to Redis; start the embedded one first where it is ours."""
+        """Make the link to Redis; start the embedded server first where `redis.url` names it."""
         redis = self._settings.redis
         url = redis.url
         if url == "embedded":
@@ -261,29 +235,23 @@ class App:
                 consequence="for one replica only; set redis.url to share entries between replicas",
             )
         return Link(
-            redis_connector(self._settings, url),
+            options.redis_connector(self._settings, url),
             timeout_s=redis.timeout_s,
             connect_timeout_s=redis.connect_timeout_s,
             address=address_of(url),
             trial=partial(trial, redis.key_prefix),
         )
 
-    async def _store(self, link: Link, keys: Keys, keyring: Keyring, metrics: Metrics) -> Store:
-        cache = self._settings.cache
-        fetch_s = (
-            math.ceil(self._settings.upstream.total_timeout_s + self._settings.quota.max_wait_s) + _MARGIN_S
-        )
-        longest_s = max(cache.fresh_s, cache.max_fresh_s, cache.list_fresh_s, cache.negative_s) + max(
-            cache.stale_while_revalidate_s, cache.stale_if_error_s
-        )
+    async def _store(self, link: Link, keyring: Keyring, previous: Keyring | None) -> Store:
+        fetch_s = options.longest_fetch_s(self._settings)
         store = Store(
             link,
-            keys,
+            self._keys,
             keyring,
-            stamp_ttl_s=longest_s + fetch_s,
+            stamp_ttl_s=options.longest_use_s(self._settings) + fetch_s,
             guard_s=fetch_s,
-            observe=metrics.observe,
-            previous=self._previous_keyring(),
+            observe=self._metrics.observe,
+            previous=previous,
             address=address_of(self._settings.redis.url),
         )
         self._cleanup.push_async_callback(store.close)
@@ -291,116 +259,79 @@ class App:
         return store
 
     def _shield(
-        self,
-        upstream: Upstream,
-        connections: int,
-        *,
-        link: Link,
-        keys: Keys,
-        store: Store,
-        metrics: Metrics,
-        incidents: Incidents,
+        self, upstream: Upstream, connections: Connections, link: Link, store: Store, previous: Keyring | None
     ) -> Shield:
-        quota = self._settings.quota
-        previous = self._previous_keyring()
-        total_timeout_s = self._settings.upstream.total_timeout_s
-        write_timeout_s = self._settings.upstream.write_timeout_s
-        call_s = quota.max_wait_s + max(
-            total_timeout_s, write_timeout_s
-        )  # it may wait for a connection first
-        monotonic = time.monotonic
-        limits = QuotaLimits(
-            quota.per_minute,
-            quota.per_hour,
-            quota.reserve,
-            60.0 * self._clock_scale,
-            3600.0 * self._clock_scale,
-        )
-        unknown = replace(
-            limits, per_minute=quota.unknown_per_minute, per_hour=quota.unknown_per_minute * 60, reserve=0.0
-        )
+        settings = self._settings
+        limits = options.quota_limits(settings, self._clock_scale)
 
         def accounts(limits: QuotaLimits, call_s: float) -> Accounts:
             return Accounts(
-                RedisLedger(link, keys, limits, call_s=call_s, observe=metrics.observe),
+                RedisLedger(link, self._keys, limits, call_s=call_s, observe=self._metrics.observe),
                 limits,
                 call_s=call_s,
                 replicas=lambda: store.replicas,
-                monotonic=monotonic,
+                monotonic=time.monotonic,
             )
-
-        def observe(told: QuotaWait | CallSettled) -> None:
-            match told:
-                case QuotaWait():
-                    metrics.observe(told)
-                case CallSettled():
-                    incidents.settled(told)
 
         return Shield(
             upstream,
-            accounts(limits, call_s),
-            accounts(unknown, 0.0),
+            accounts(limits, options.longest_call_s(settings)),
+            accounts(options.unverified_limits(settings, self._clock_scale), 0.0),
             limits,
-            Connections(connections),
-            max_wait_s=quota.max_wait_s,
-            total_timeout_s=total_timeout_s,
-            write_timeout_s=write_timeout_s,
+            connections,
+            max_wait_s=settings.quota.max_wait_s,
+            total_timeout_s=settings.upstream.total_timeout_s,
+            write_timeout_s=settings.upstream.write_timeout_s,
             previous_partition=None if previous is None else previous.partition,
-            observe=observe,
-            monotonic=monotonic,
+            observe=self._observe_call,
+            monotonic=time.monotonic,
             closing=self._closing,
+        )
+
+    # -- who is told of what -------------------------------------------------------------------
+
+    def _observe_request(self, done: RequestDone) -> None:
+        self._metrics.observe(done)
+        self._incidents.request(done)
+        self._log_access(done)
+
+    def _observe_call(self, told: QuotaWait | CallSettled) -> None:
+        match told:
+            case QuotaWait():
+                self._metrics.observe(told)
+            case CallSettled():
+                self._incidents.settled(told)
+
+    def _watch(self, store: Store, shield: Shield, flights: Flights[Fetched | ProxyError]) -> None:
+        """Tell the metrics where their gauges are read."""
+        self._metrics.watch(
+            connections=lambda: len(self._listener.connections),
+            flights=lambda: len(flights),
+            store_up=lambda: store.up,
+            store_shared=lambda: self._settings.redis.url != "embedded",
+            secret_mismatch=lambda: store.secret_mismatch,
+            pending_invalidations=lambda: store.pending_invalidations,
+            breaker_open=lambda: shield.breaker_open,
+            standings=shield.standings,
+            per_minute=self._settings.quota.per_minute,
         )
 
     async def _serve_api(self, files: OpenFiles) -> str:
         server = self._settings.server
-        tls = self._certificate
-        bound = await _listen(
-            "server", server.host, server.port, reuse_port=server.reuse_port, backlog=files.backlog
+        self._accepting = await accept(
+            "server",
+            server.host,
+            server.port,
+            self._listener,
+            backlog=files.backlog,
+            reuse_port=server.reuse_port,
+            tls=None if self._certificate is None else self._certificate.context,
         )
-        self._cleanup.callback(bound.close)
-        for each in bound.sockets:
-            self._servers.append(
-                await asyncio.get_running_loop().create_server(
-                    self._listener,
-                    sock=each,
-                    ssl=None if tls is None else tls.context,
-                    backlog=files.backlog,
-                    ssl_handshake_timeout=None if tls is None else min(server.header_timeout_s, _HANDSHAKE_S),
-                    ssl_shutdown_timeout=None if tls is None else 1.0,
-                )
-            )
-            self._cleanup.callback(self._servers[-1].close)
-        return bound.url("http" if tls is None else "https", server.host)
-
-    async def _serve_admin(self, metrics: Metrics, invalidator: Invalidator) -> str:
-        admin = self._settings.admin
-        purge = Purge(
-            invalidator.purge,
-            token=read_admin_token(admin.token_file),
-            on_loopback=is_loopback(admin.host),
-        )
-        runner = web.AppRunner(
-            admin_application(scrape=metrics.scrape, ready=lambda: self._ready, purge=purge),
-            access_log=None,
-        )
-        await runner.setup()
-        self._cleanup.push_async_callback(runner.cleanup)
-        assert runner.server is not None
-        # The same connections as the API's: deadlines, a limit, and no echo of what the parser refuses.
-        listener = Listener(runner.server, ADMIN_LIMITS, lambda _error, _request_id: None)
-        bound = await _listen(
-            "admin", admin.host, admin.port, reuse_port=False, backlog=ADMIN_LIMITS.max_connections
-        )
-        self._cleanup.callback(bound.close)
-        self._cleanup.push_async_callback(listener.drain, 1.0)
-        for each in bound.sockets:
-            server = await asyncio.get_running_loop().create_server(
-                listener, sock=each, backlog=ADMIN_LIMITS.max_connections
-            )
-            self._cleanup.callback(server.close)
-        return bound.url("http", admin.host)
+        self._cleanup.callback(self._accepting.close)
+        return self._accepting.url
 
     def _go_on(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` beside the requests, until the service is closed."""
         self._background.append(asyncio.create_task(work))
 
     async def _close(self) -> None:
@@ -408,99 +339,3 @@ class App:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._cleanup.aclose()
-
-
-def refuse_slow_parser() -> None:
-    """Raise StartError on aiohttp's pure-Python parser: other limits, other faults, a tenth of the speed."""
-    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
-        raise StartError(
-            "aiohttp runs without its C parser: install its binary wheel, and unset AIOHTTP_NO_EXTENSIONS"
-        )
-
-
-def open_files(settings: Settings) -> OpenFiles:
-    """Raise the limit of open files; warn where it is too low for all callers. Raises StartError."""
-    try:
-        files = raise_limit(settings)
-    except TooFewFiles as error:
-        raise StartError(str(error)) from None
-    if files.connections < settings.server.max_connections:
-        event(
-            _LOG,
-            logging.WARNING,
-            "file-limit",
-            limit=files.limit,
-            wanted=files.wanted,
-            connections=files.connections,
-            max_connections=settings.server.max_connections,
-            mend=f"raise the hard limit to {files.wanted} (ulimit -Hn; systemd: LimitNOFILE), or lower"
-            f" server.max_connections",
-        )
-    return files
-
-
-async def _listen(section: str, host: str, port: int, *, reuse_port: bool, backlog: int) -> Bound:
-    bound = await listen(host, port, reuse_port=reuse_port, backlog=backlog)
-    for address in bound.lacking:
-        event(
-            _LOG,
-            logging.WARNING,
-            "address-left-out",
-            setting=f"{section}.host",
-            address=address,
-            cause="this machine lacks it",
-        )
-    return bound
-
-
-def cache_policy(settings: Settings) -> Policy:
-    """Take the lifetimes from the settings."""
-    cache = settings.cache
-    return Policy(
-        fresh_s=cache.fresh_s,
-        list_fresh_s=cache.list_fresh_s,
-        negative_s=cache.negative_s,
-        stale_while_revalidate_s=cache.stale_while_revalidate_s,
-        stale_if_error_s=cache.stale_if_error_s,
-        max_fresh_s=cache.max_fresh_s,
-        jitter=cache.jitter,
-        public_url=settings.server.public_url,
-    )
-
-
-def upstream_options(settings: Settings, max_connections: int) -> UpstreamOptions:
-    """Take what the upstream needs to know from the settings; it gets `max_connections` at once."""
-    upstream = settings.upstream
-    return UpstreamOptions(
-        base_url=upstream.base_url,
-        connect_timeout_s=upstream.connect_timeout_s,
-        read_timeout_s=upstream.read_timeout_s,
-        total_timeout_s=upstream.total_timeout_s,
-        write_timeout_s=upstream.write_timeout_s,
-        max_body_bytes=upstream.max_body_bytes,
-        max_connections=max_connections,
-        http_proxy=upstream.http_proxy,
-        ca_file=upstream.ca_file,
-    )
-
-
-def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
-    """Make what opens clients to the store at `url`, as the section `redis` says. May raise SettingsError."""
-    redis = settings.redis
-    password = b""
-    if redis.password_file:
-        password = read_password(redis.password_file, setting="redis.password_file")
-    if redis.ca_file:
-        try:
-            ssl.create_default_context(cafile=redis.ca_file)
-        except OSError:  # ssl.SSLError is one
-            raise SettingsError(
-                f"redis.ca_file = {redis.ca_file!r}: must be a file of PEM certificates"
-            ) from None
-    return connector(
-        url,
-        connect_timeout_s=redis.connect_timeout_s,
-        username=redis.username,
-        password=password.decode(errors="replace"),
-        ca_file=redis.ca_file,
-    )

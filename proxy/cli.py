@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 from proxy import __version__
 from proxy.core.errors import BadRequest, SettingsError
 from proxy.core.identity import SnapshotId
-from proxy.settings import Loaded, Settings, check_files, load, to_toml
+from proxy.settings.load import check_files, load
+from proxy.settings.sections import Loaded, Settings
+from proxy.settings.show import to_toml
 from proxy.system import process
 
 FINE, FAILED, MISUSED = 0, 1, 2

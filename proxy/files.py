@@ -1,25 +1,29 @@
 """Open files: how many the system allows, and for how many callers they suffice.
 
-A connection that cannot be accepted is a health check that fails and a container that is restarted. So the
-callers get what is left of the limit after the upstream, Redis, the admin listener and some to spare.
+A process without a free descriptor cannot accept the health check's connection, and its container is
+restarted. So callers get what is left of the limit after the upstream, Redis, the admin listener and 32 to
+spare; where that is fewer than `server.max_connections`, a warning says so.
 """
 
+import logging
 import resource
 from dataclasses import dataclass
 
-from proxy.edge.connection import MOST_REFUSED, Limits
-from proxy.settings import Settings
-
-ADMIN_LIMITS = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8)
+from proxy.admin.listener import ADMIN_LIMITS
+from proxy.edge.connection import MOST_REFUSED
+from proxy.logs import event
+from proxy.settings.sections import Settings
+from proxy.system.start import StartError
 
 _BACKLOG = 1024
 _REDIS = 16
 _SPARE = 32  # standard streams, the event loop's own, listeners, name lookups, the embedded server, files
 _LEAST_CALLERS = 8
+_LOG = logging.getLogger(__name__)
 
 
-class TooFewFiles(Exception):
-    """The limit of open files does not even suffice for a few callers; the message says what to do."""
+class TooFewFiles(StartError):
+    """The limit of open files does not suffice for eight callers; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,24 @@ class OpenFiles:
     refused: int
     backlog: int
     upstream: int
+
+
+def open_files(settings: Settings) -> OpenFiles:
+    """Raise the limit, and warn where it is too low for all callers. Raises TooFewFiles."""
+    files = raise_limit(settings)
+    if files.connections < settings.server.max_connections:
+        event(
+            _LOG,
+            logging.WARNING,
+            "file-limit",
+            limit=files.limit,
+            wanted=files.wanted,
+            connections=files.connections,
+            max_connections=settings.server.max_connections,
+            mend=f"raise the hard limit to {files.wanted} (ulimit -Hn; systemd: LimitNOFILE), or lower"
+            f" server.max_connections",
+        )
+    return files
 
 
 def share_out(limit: int, settings: Settings) -> OpenFiles:

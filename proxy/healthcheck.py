@@ -6,7 +6,7 @@ from http.client import HTTPConnection, HTTPException
 from ipaddress import ip_address
 
 from proxy.core.errors import SettingsError
-from proxy.settings import Admin
+from proxy.settings.sections import Admin
 
 _TIMEOUT_S = 10.0
 """A replica under load answers late, and lives: restarted, it would send its load to the others. The image

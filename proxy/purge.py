@@ -10,7 +10,8 @@ import orjson
 
 from proxy.core.errors import SettingsError
 from proxy.healthcheck import listener, no_answer, reachable
-from proxy.settings import Admin, read_admin_token
+from proxy.settings.secrets import read_admin_token
+from proxy.settings.sections import Admin
 
 _TIMEOUT_S = 10.0
 

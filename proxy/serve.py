@@ -6,10 +6,11 @@ import signal
 from collections.abc import Callable
 
 from proxy import logs
-from proxy.app import App, StartError
+from proxy.app import App
 from proxy.core.errors import SettingsError
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServerError
+from proxy.system.start import StartError
 
 _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
 _LOG = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
     second = asyncio.create_task(signals.get())
     await asyncio.wait([stopping, second], return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
-        stopping.cancel()  # it may be in the lame duck, with nobody to wait for
+        stopping.cancel()  # it may be in the lame duck, without a request to wait for
         await app.kill()
     second.cancel()
     await asyncio.gather(following, stopping, second, return_exceptions=True)

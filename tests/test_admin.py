@@ -148,7 +148,7 @@ async def test_the_admin_listener_has_its_own_limit(client: aiohttp.ClientSessio
 
 async def test_an_admin_request_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never ends is not waited for."""
-    monkeypatch.setattr("proxy.app.ADMIN_LIMITS", Limits(0.2, 75.0, 64))
+    monkeypatch.setattr("proxy.admin.listener.ADMIN_LIMITS", Limits(0.2, 75.0, 64))
     async with app() as at:
         assert await raw_exchange(at.admin, b"GET /healthz HTTP/1.1\r\nHost: a\r\n") == b""
 

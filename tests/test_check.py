@@ -30,7 +30,7 @@ from proxy.check.machine import _cannot_listen
 from proxy.check.store import _limits, _quickness
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
-from proxy.settings import load
+from proxy.settings.load import load
 from proxy.simulator import Fault, FaultKind, Simulator
 from proxy.system.openssl import mended_by, openssl_words
 
@@ -358,12 +358,15 @@ async def test_tls_where_something_else_answers(secret: Path, look: Look) -> Non
             "wait until it has loaded",
             id="loading",
         ),
-        pytest.param(b"-ERR max number of clients reached\r\n", "max number of clients", "", id="full"),
+        pytest.param(
+            b"-ERR max number of clients reached\r\n", "max number of clients", "maxclients", id="full"
+        ),
+        pytest.param(b"-ERR DB index is out of range\r\n", "DB index", "names a database", id="database"),
         pytest.param(
             b"-ERR unknown command `HELLO`, with args beginning with: `3`, `AUTH`, `default`, `%b`, \r\n"
             % PASSWORD.encode(),
             "unknown command `HELLO`",
-            "",
+            "use Redis 7 or newer",
             id="a-server-that-repeats-arguments",
         ),
         pytest.param(b"-ERR no \x1b[31m%b\x07\r\n" % PASSWORD.encode(), "no [31m***", "", id="hostile"),
@@ -388,7 +391,7 @@ async def test_a_refusal_is_told_in_the_servers_words(
             f"redis.url=redis://:{PASSWORD}@127.0.0.1:{port}", f"security.secret_file={secret}"
         )
     assert status == 1
-    assert has(printed, Level.PROBLEM, f"Redis: no answer from 127.0.0.1:{port}: ", words, mend)
+    assert has(printed, Level.PROBLEM, f"127.0.0.1:{port}", words, mend)
     assert all(len(line) < 500 for line in printed.splitlines())
 
 
@@ -404,8 +407,8 @@ async def test_wrong_password(given: str, secret: Path, look: Look) -> None:
             f"security.secret_file={secret}",
         )
     assert status == 1
-    assert has(printed, Level.PROBLEM, "Redis: no answer", "redis.password_file")
-    assert has(printed, Level.PROBLEM, "invalid username-password pair" if given else "HELLO must be called")
+    reason = "invalid username-password pair" if given else "HELLO must be called"
+    assert has(printed, Level.PROBLEM, " refuses: ", reason, "set redis.username and redis.password_file")
 
 
 @pytest.mark.parametrize(
@@ -416,6 +419,8 @@ async def test_wrong_password(given: str, secret: Path, look: Look) -> None:
         pytest.param(
             "resetkeys ~other:*", 1, Level.PROBLEM, "refuses SET: NOPERM No permissions", id="no-keys"
         ),
+        pytest.param("-ping", 1, Level.PROBLEM, "'ping' command -> give the user this right", id="no-ping"),
+        pytest.param("-zrangebyscore", 0, Level.OK, "no other replica", id="what-serve-does-not-ask-for"),
     ],
 )
 async def test_rights(
@@ -548,8 +553,8 @@ async def test_secrets_of_other_replicas(
         (Fault(FaultKind.STATUS, status=522, envelope=False), "the edge in front of the API"),
         (Fault(FaultKind.STATUS, status=429), "too many requests from here"),
         (Fault(FaultKind.STATUS, status=200), "not the API"),
-        (Fault(FaultKind.STATUS, status=403), "somebody else"),
-        (Fault(FaultKind.REDIRECT), "somebody else"),
+        (Fault(FaultKind.STATUS, status=403), "something else"),
+        (Fault(FaultKind.REDIRECT), "something else"),
         (Fault(FaultKind.INVALID_HTTP), "it is not HTTP"),
         (Fault(FaultKind.RESET_BEFORE), "see to upstream.base_url"),
         (Fault(FaultKind.TIMEOUT), "or raise upstream.total_timeout_s"),

@@ -19,7 +19,8 @@ from support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
 
 from proxy import __version__, cli, serve
 from proxy.healthcheck import no_answer
-from proxy.settings import Admin, load
+from proxy.settings.load import load
+from proxy.settings.sections import Admin
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,
     VOLUME_SNAPSHOT_ID,

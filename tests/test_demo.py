@@ -76,8 +76,8 @@ async def test_transcript() -> None:
 async def test_notices_what_should_not_be(steps: str, said: str) -> None:
     """A demo that claims what it did not see would be worse than none."""
     code = (
-        "import sys; from proxy import cli, demo;"
-        f"demo.STEPS = (demo.{steps},); sys.exit(cli.main(['demo', '--once']))"
+        "import sys; from proxy import cli, demo; from proxy.demo import steps;"
+        f"demo.STEPS = (steps.{steps},); sys.exit(cli.main(['demo', '--once']))"
     )
     status, output = await run("-c", code)
     assert status == 1
@@ -88,8 +88,8 @@ async def test_notices_what_should_not_be(steps: str, said: str) -> None:
 async def test_cannot_start() -> None:
     """One line that says why."""
     code = (
-        "import sys; from proxy import app, cli, demo;"
-        "app.http_parser.HttpRequestParser = app.http_parser.HttpRequestParserPy;"
+        "import sys; from aiohttp import http_parser; from proxy import cli;"
+        "http_parser.HttpRequestParser = http_parser.HttpRequestParserPy;"
         "sys.exit(cli.main(['demo', '--once']))"
     )
     status, output = await run("-c", code)

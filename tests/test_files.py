@@ -9,8 +9,9 @@ import pytest
 from support import DEADLINE_S, DROPLET_PATH, Serve
 
 from proxy import files
-from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit, share_out
-from proxy.settings import load
+from proxy.admin.listener import ADMIN_LIMITS
+from proxy.files import OpenFiles, TooFewFiles, raise_limit, share_out
+from proxy.settings.load import load
 
 
 def shares(limit: int, *overrides: str) -> OpenFiles:

@@ -19,7 +19,6 @@ from fakes import FakeLedger
 from virtual import now, run
 
 from benchmarks.day.redis import Key, MemoryStore
-from proxy.app import cache_policy
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, read_through
@@ -34,7 +33,8 @@ from proxy.edge.answers import failed_response, served_response
 from proxy.gate.connections import Connections
 from proxy.gate.gate import Shield
 from proxy.gate.ledgers import Accounts
-from proxy.settings import Settings
+from proxy.options import cache_policy
+from proxy.settings.sections import Settings
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import Flights
 

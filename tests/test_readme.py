@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import app
 
-from proxy.settings import KEYS, Settings
+from proxy.settings.sections import KEYS, Settings
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Simulator, Token
 
 ROOT = Path(__file__).parent.parent

@@ -11,22 +11,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.errors import SettingsError
-from proxy.settings import (
-    KEYS,
-    SECTIONS,
-    Loaded,
-    Log,
-    Redis,
-    Settings,
-    check_files,
-    is_loopback,
-    load,
-    mask,
-    read_admin_token,
-    read_password,
-    read_secret,
-    to_toml,
-)
+from proxy.settings.load import check_files, load
+from proxy.settings.rules import is_loopback
+from proxy.settings.secrets import read_admin_token, read_password, read_secret
+from proxy.settings.sections import KEYS, SECTIONS, Loaded, Log, Redis, Settings
+from proxy.settings.show import mask, to_toml
 
 ANNOTATED = Path(__file__).parent.parent / "config" / "proxy.toml"
 

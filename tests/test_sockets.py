@@ -12,7 +12,7 @@ import pytest
 from support import app, free_port
 
 from proxy import healthcheck
-from proxy.settings import Admin
+from proxy.settings.sections import Admin
 from proxy.system import sockets
 from proxy.system.sockets import listen
 

@@ -21,7 +21,7 @@ from benchmarks.day.fleet import (
 )
 from benchmarks.day.run import Outcome, run
 from benchmarks.day.systems import Tally
-from proxy.settings import Settings
+from proxy.settings.sections import Settings
 from proxy.simulator.limits import Limits
 
 SAMPLES = {1: 200, 10: 20, 100: 10}

@@ -13,7 +13,6 @@ from benchmarks.day.api import LIST_S, SINGLE_S, Api, Reply
 from benchmarks.day.clock import VirtualLoop, begin
 from benchmarks.day.fleet import Fleet, Read
 from benchmarks.day.redis import Books, Kept, MemoryStore
-from proxy.app import cache_policy
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
@@ -25,7 +24,8 @@ from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.gate.connections import Connections
 from proxy.gate.gate import Shield
 from proxy.gate.ledgers import Accounts
-from proxy.settings import Settings
+from proxy.options import cache_policy
+from proxy.settings.sections import Settings
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import Flights
 

@@ -1,11 +1,56 @@
-"""The admin listener: metrics, probes, purge. It sees no token and no snapshot."""
+"""The admin listener: metrics, probes, purge. It sees no token of a caller, and no snapshot.
 
-from collections.abc import Awaitable, Callable
+Its connections are those of the API's listener: deadlines, a limit of 64, and no echo of what the parser
+refuses.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 from aiohttp import web
 
 from proxy.admin.purge import Purge
 from proxy.core.http import CACHE_NAME
+from proxy.edge.accept import accept
+from proxy.edge.connection import Limits, Listener
+from proxy.settings.rules import is_loopback
+from proxy.settings.secrets import read_admin_token
+from proxy.settings.sections import Admin
+
+ADMIN_LIMITS: Final = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8)
+
+_DRAIN_S: Final = 1.0
+"""For the requests that run when it is closed."""
+
+
+@asynccontextmanager
+async def serve_admin(
+    admin: Admin,
+    *,
+    scrape: Callable[[str], Awaitable[tuple[bytes, str]]],
+    ready: Callable[[], bool],
+    purge: Callable[[Sequence[str] | None], Awaitable[bool]],
+) -> AsyncIterator[str]:
+    """Serve it where `admin` says, give its URL, and close it in the end.
+
+    `scrape` and `ready` are those of `admin_application`; `purge` ends these snapshots, all for None, and
+    tells whether it is done. Raises SettingsError for the token's file, and OSError for the address.
+    """
+    token = read_admin_token(admin.token_file)
+    handler = Purge(purge, token=token, on_loopback=is_loopback(admin.host))
+    runner = web.AppRunner(admin_application(scrape=scrape, ready=ready, purge=handler), access_log=None)
+    await runner.setup()
+    async with AsyncExitStack() as opened:
+        opened.push_async_callback(runner.cleanup)
+        assert runner.server is not None
+        listener = Listener(runner.server, ADMIN_LIMITS, lambda _error, _request_id: None)
+        opened.push_async_callback(listener.drain, _DRAIN_S)
+        accepting = await accept(
+            "admin", admin.host, admin.port, listener, backlog=ADMIN_LIMITS.max_connections
+        )
+        opened.callback(accepting.close)
+        yield accepting.url
 
 
 def admin_application(

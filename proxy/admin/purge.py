@@ -1,7 +1,7 @@
-"""`POST /purge`: end what is cached of some snapshots, or of all, for everybody and on every replica.
+"""`POST /purge`: invalidate what is cached of some snapshots, or of all, for all callers, on every replica.
 
-Whoever may purge has the admin token; without one configured, whoever is on this machine, and not somebody
-for whom a proxy on this machine asks.
+With `admin.token_file` a purge needs that token. Without it, only a program on this machine may purge, and
+not through another proxy on this machine.
 """
 
 import hmac
@@ -16,7 +16,7 @@ from aiohttp import web
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
 from proxy.core.identity import SnapshotId
 from proxy.edge.answers import error_response
-from proxy.settings import is_loopback
+from proxy.settings.rules import is_loopback
 
 MOST_IDS = 1000
 
@@ -24,7 +24,7 @@ _FORWARDED = ("Forwarded", "X-Forwarded-For")
 
 
 class Forbidden(ProxyError):
-    """The admin listener lets nobody purge from where this comes."""
+    """The admin listener accepts no purge from where this comes."""
 
     status = HTTPStatus.FORBIDDEN
     id = "forbidden"
@@ -70,7 +70,7 @@ class Purge:
         elif not self.on_loopback:
             raise Forbidden("set admin.token_file, or bind the admin listener to loopback")
         elif not is_loopback(request.url.host or ""):
-            # A foreign name that resolves to this machine: somebody's page asks by its reader's browser.
+            # A foreign name that resolves to this machine: a web page asks by its reader's browser.
             raise Forbidden("ask by a loopback address, or set admin.token_file")
         elif any(header in request.headers for header in _FORWARDED):
             raise Forbidden("set admin.token_file to purge through another proxy")

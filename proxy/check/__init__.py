@@ -11,7 +11,8 @@ from proxy.check.finding import Finding, Level
 from proxy.check.machine import aliases, certificate, listeners, machine, privacy
 from proxy.check.store import store
 from proxy.check.upstream import upstream
-from proxy.settings import Settings, read_secret
+from proxy.settings.secrets import read_secret
+from proxy.settings.sections import Settings
 
 
 async def check(settings: Settings) -> int:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from proxy.check.finding import Finding, ok, warning
-from proxy.settings import Settings, is_loopback
+from proxy.settings.rules import is_loopback
+from proxy.settings.sections import Settings
 
 _EVERY_INTERFACE = {"0.0.0.0", "::"}  # noqa: S104 # what a listener may be bound to
 _LAST_WORDS_S = 2.0
@@ -19,7 +20,7 @@ def admin(settings: Settings) -> Iterator[Finding]:
     where = "on every interface" if host in _EVERY_INTERFACE else f"on {host}"
     if not settings.admin.token_file:
         yield warning(
-            f"admin.host: listens {where} without admin.token_file: whoever reaches it reads metrics, and"
+            f"admin.host: listens {where} without admin.token_file: who reaches it reads metrics, and"
             " purge is refused",
             "set admin.token_file, and let only Prometheus and the health checks reach that port",
         )

@@ -11,11 +11,12 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from proxy.app import StartError, refuse_slow_parser
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.files import TooFewFiles, raise_limit
-from proxy.settings import Settings, read_admin_token
+from proxy.settings.secrets import read_admin_token
+from proxy.settings.sections import Settings
 from proxy.system.sockets import Bound, is_any_ipv6, listen
+from proxy.system.start import StartError, refuse_slow_parser
 from proxy.system.tls import certificate as load_certificate
 from proxy.telemetry.aliases import read_aliases
 

@@ -6,22 +6,17 @@ from time import perf_counter, time
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import RedisError, ResponseError
 
-from proxy.app import redis_connector
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
-from proxy.settings import Settings
+from proxy.options import redis_connector
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
-from proxy.storage.readiness import refusal, trial, words
+from proxy.storage.readiness import refusal, refused, trial, words
 from proxy.system.openssl import mended_by, openssl_words
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
@@ -83,13 +78,18 @@ async def _redis(
             "see to version, maxmemory and eviction by other means",
         )
     keys = Keys(settings.redis.key_prefix)
-    members: list[Any] = await client.zrangebyscore(keys.replicas, time() - PRESENT_S, "+inf")
+    since: Any = time() - PRESENT_S
+    until: Any = "+inf"  # scores, though redis-py declares positions
+    members: list[Any] = await client.zrange(keys.replicas, since, until, byscore=True)
     others = [Member.parse(member) for member in members]
     yield _secret(others, await client.get(keys.secret), secret, previous)
     yield _quickness(await _latency(client), settings.redis.timeout_s)
 
 
 def _no_answer(error: Exception, url: str, password: str) -> Finding:
+    found = refused(error, password=password)
+    if found.cause == "refused":
+        return problem(f"Redis: {address_of(url)} refuses: {found.reason}", found.mend)
     tls_words = openssl_words(error)
     match error:
         case _ if tls_words and url.startswith("rediss://"):
@@ -98,10 +98,6 @@ def _no_answer(error: Exception, url: str, password: str) -> Finding:
                 if _NO_TLS in tls_words
                 else mended_by(tls_words, authorities="redis.ca_file", address="redis.url")
             )
-        case AuthenticationError():
-            mend = "set redis.username and redis.password_file"
-        case BusyLoadingError():
-            mend = "wait until it has loaded its data; until then serve asks upstream for every request"
         case _ if url.startswith("rediss://"):
             mend = "start it, or set redis.url; use redis:// where it speaks no TLS"
         case _:

@@ -5,7 +5,6 @@ import secrets
 from http import HTTPStatus
 from time import perf_counter
 
-from proxy.app import upstream_options
 from proxy.check.finding import Finding, ok, problem
 from proxy.core.errors import EDGE_FAILED, UpstreamError
 from proxy.core.events import OTHER_CALLER
@@ -13,7 +12,8 @@ from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import error_envelope
-from proxy.settings import Settings
+from proxy.options import upstream_options
+from proxy.settings.sections import Settings
 from proxy.system.openssl import mended_by
 from proxy.upstream.client import Upstream
 
@@ -40,7 +40,7 @@ _MENDED_BY = {
 
 
 async def upstream(settings: Settings) -> Finding:
-    """Ask for a snapshot with a token that nobody issued: the API answers 401, in JSON.
+    """Ask for a snapshot with a token that was never issued: the API answers 401, in JSON.
 
     Raises SettingsError as `serve` does.
     """
@@ -67,7 +67,7 @@ def _mend(error: UpstreamError) -> str:
 
 
 def _what_it_suggests(answer: Answer) -> str | None:
-    """Explain an answer that is not the API's to a token that nobody issued; None where it is."""
+    """Explain an answer that is not the API's to a token that was never issued; None where it is."""
     match answer.status:
         case HTTPStatus.UNAUTHORIZED if error_envelope(answer.body, _CALL.request_id) is not None:
             return None
@@ -80,6 +80,6 @@ def _what_it_suggests(answer: Answer) -> str | None:
         case status if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return "it has trouble of its own: try again later"
         case status if status < HTTPStatus.MULTIPLE_CHOICES:
-            return "whoever takes a token that nobody issued is not the API: see to upstream.base_url"
+            return "what takes a token that was never issued is not the API: see to upstream.base_url"
         case _:
-            return "somebody else than the API answers: see to upstream.base_url and upstream.http_proxy"
+            return "something else than the API answers: see to upstream.base_url and upstream.http_proxy"

@@ -7,10 +7,10 @@ probes; any answer closes it. There is one for each kind of call.
 
 FAILURES = 5
 LONGEST_S = 10.0
-"""For so long after the upstream is back, whoever has nothing left to serve still gets errors."""
+"""The longest time between two probes: so long after the upstream is back, misses may still get errors."""
 
 NEWS_S = 60.0
-"""Where nobody asks any more, nobody hears that the upstream is back: so long an old failure is news."""
+"""Without calls there is no probe that could close it: so long after its last failure it counts as open."""
 
 _FIRST_S = 1.0
 
@@ -31,7 +31,7 @@ class Breaker:
         return self._failures >= FAILURES
 
     def is_news(self, now: float) -> bool:
-        """Tell whether it is open, and whether anybody asked lately."""
+        """Tell whether it is open, and was asked for a call within `NEWS_S`."""
         return self.is_open and now < self._until + NEWS_S
 
     def wait_s(self, now: float) -> float:
@@ -42,7 +42,7 @@ class Breaker:
         """Take note that a call goes, where it may. Tell whether it is the probe: no other goes meanwhile."""
         if not self.is_open:
             return False
-        self._until = now + self._open_s  # a probe that nobody hears of again makes room for the next
+        self._until = now + self._open_s  # a probe whose result is lost makes room for the next
         return True
 
     def succeeded(self) -> None:

@@ -1,7 +1,7 @@
-"""How often what a key stands for has ended, as far as this replica knows.
+"""How often what a key stands for was invalidated, as far as this replica knows.
 
-Stamps tell that better, and for all replicas. These counts serve where the store is away: nobody joins a
-flight, and nothing found earlier answers, if something ended in between.
+Stamps tell that better, and for all replicas. These counts serve while Redis is away: a caller joins no
+flight that began before an invalidation, and is not answered by what was found before it.
 """
 
 from collections import OrderedDict
@@ -35,7 +35,7 @@ class Endings:
         self._count(partition)
 
     def everything(self) -> None:
-        """Take note that something ends for everybody."""
+        """Take note that something is invalidated for all callers."""
         self._all += 1
 
     def _count(self, name: Partition | EntryKey | ListKey) -> None:

@@ -8,7 +8,7 @@ another version does not verify, and is a miss.
 fill read *before* it called the upstream, and counts only while each still stands there unchanged. So
 replacing a stamp ends every entry that depends on it, the ones still being fetched included, without
 scanning, clocks or order; a stamp that was evicted is a miss and nothing worse. A stamp needs no secret:
-whoever could forge one could as well put an older one back. So replicas whose secrets differ, as they do
+a writer who could forge one could as well put an older one back. So replicas whose secrets differ, as they do
 while one is rotated, share the stamps of snapshots and of everything.
 
     envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest

@@ -22,7 +22,7 @@ UPSTREAM_DOWN = EDGE_FAILED | {
 """Statuses that say that the API itself did not answer: the circuit breaker counts them as failures."""
 
 RETRY_AFTER_S = 5
-"""Where nobody said a better number."""
+"""Where neither the upstream nor the quota gave a better number."""
 
 _IDS: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "unauthorized",

@@ -110,7 +110,7 @@ Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
 
 @dataclass(frozen=True, slots=True)
 class Invalidation:
-    """Something ended before its time, for everybody or for one caller."""
+    """Something was invalidated, for all callers or for one."""
 
     cause: Cause
 
@@ -168,7 +168,7 @@ class CallSettled:
     """Why no answer came: the error type of RFC 9209, or GIVEN_UP."""
 
     outcome_unknown: bool = False
-    """It was a write, and nobody knows whether the upstream carried it out."""
+    """It was a write, and it is unknown whether the upstream carried it out."""
 
     breaker_open: bool = False
     """The breaker of this route is open."""

@@ -1,7 +1,7 @@
 """Who asks, and for what: token, partition, snapshot id, list query, and the keys made of them.
 
 The law of this file: a token becomes a `Partition` by a keyed hash and is never compared, stored or
-shown itself; whoever wants an entry needs a partition first (`EntryKey` has no other way in).
+shown itself; there is no entry without a partition (`EntryKey` has no other way in).
 """
 
 import hmac
@@ -27,7 +27,7 @@ _FORWARDED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Token:
-    """A caller's token. Shows itself to nobody but to whoever says `reveal()`."""
+    """A caller's token, masked in every text; `reveal()` gives it."""
 
     __slots__ = ("_value",)
 

@@ -121,7 +121,7 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class EndsForAll:
-    """What anybody keeps of this snapshot."""
+    """What is kept of this snapshot, for all callers."""
 
     snapshot_id: str
 

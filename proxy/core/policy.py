@@ -70,7 +70,7 @@ def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit |
     fresh = freshness is Freshness.FRESH
     if directives.no_cache:  # RFC 9111 §5.2.1.4
         return Forward(Why.REQUEST if fresh else Why.STALE)
-    # RFC 9111 §5.2.1.1: whoever names an age, and no max-stale, does not wish to get what is stale.
+    # RFC 9111 §5.2.1.1: a request with max-age and without max-stale is not answered stale.
     if directives.max_age_s is not None and not (fresh and entry.age_s(now) <= directives.max_age_s):
         return Forward(Why.REQUEST if fresh else Why.STALE)
     match freshness:
@@ -145,7 +145,7 @@ class Relay:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """The snapshot is gone, or may be: what anybody keeps of it ends, and everybody's lists.
+    """The snapshot is gone, or may be: it is invalidated for all callers, and so are all lists.
 
     `body` is empty where the upstream said that it is gone, else its error, or None where there is none.
     """

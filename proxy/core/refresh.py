@@ -4,7 +4,8 @@ A page of the list refreshes up to 200 snapshots and costs one call, as much as 
 where a refresh is due, and its snapshot is known to be on that page, the list costs nothing more and saves
 the call of each other snapshot that comes near its expiry. Where it is not on the page, the single read has
 to follow: absence proves nothing, since there may be more pages, and a token may list less than it reads.
-What was on the page is learned from each list; whoever's list saved nothing is spared the next for a while.
+What was on the page is learned from each list. After a list that saved no call, that caller's snapshots are
+refreshed by single reads for a while.
 
 Only what this replica answered lately is known here: what is forgotten is refreshed by a single read.
 """

@@ -84,7 +84,7 @@ def error_response(error: ProxyError, request_id: str | None = None) -> web.Resp
 
 
 def refusal(error: ProxyError, request_id: str) -> bytes:
-    """Write a whole answer to whoever gets no request in: an error of ours, and the connection closes."""
+    """Write a whole answer to a caller whose request is not read: an error of ours; the connection closes."""
     body = error_body(error, request_id)
     headers = _error_headers(error, request_id)
     headers["Date"] = format_datetime(datetime.now(UTC), usegmt=True)

@@ -257,7 +257,7 @@ def _reading_ended(request: web.BaseRequest) -> None:
 
 
 async def _skip_body(request: web.BaseRequest) -> None:
-    """Read a body that nobody needs. Raises PayloadTooLarge or BadRequest."""
+    """Read and drop a body that is not used. Raises PayloadTooLarge or BadRequest."""
     too_large = PayloadTooLarge(f"this request needs no body, and yours has more than {MAX_BODY_BYTES} bytes")
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise too_large

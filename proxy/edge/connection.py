@@ -97,7 +97,7 @@ class Listener:
             self._server,
             loop=self._loop,
             access_log_class=NoAccessLog,  # ours is written where the outcome is known
-            auto_decompress=False,  # it would inflate a body that nobody wants
+            auto_decompress=False,  # it would inflate a body that is not used
             keepalive_timeout=_LONG_S,  # the deadlines are the connection's
             lingering_time=_LINGER_S,
             max_line_size=MAX_LINE_BYTES,

@@ -1,7 +1,7 @@
-"""The connections to the upstream: who has one, and who is the next.
+"""The connections to the upstream: how many calls may have one at once.
 
-They are given in order of arrival, and at most half of them to one token: calls that are slow, or passed
-through for as long as they last, take some of them from everybody else, and never all.
+They are given in order of arrival, and at most half of them to one token: slow calls of one token, or long
+streams that are passed through for it, leave the other half to all other tokens.
 """
 
 import asyncio

@@ -3,17 +3,13 @@
 Pure: reads and changes the World that it is given; time comes in. It decides, in this order: is there such a
 path, may the token, does the thing exist. What it does not know: headers, limits, faults.
 
-Where the specification is silent: a `per_page` above 200 counts as 200, a page or `per_page` that is no
-positive number as not given; a tag comes into being with its first resource; HEAD is answered like GET.
+Where the specification is silent: a tag comes into being with its first resource; HEAD is answered like GET.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
-from urllib.parse import parse_qsl, urlencode
-
-import orjson
+from collections.abc import Callable
+from typing import Final, Literal
+from urllib.parse import parse_qsl
 
 from proxy.simulator.answers import (
     FORBIDDEN,
@@ -25,12 +21,10 @@ from proxy.simulator.answers import (
     Problem,
     encode,
 )
-from proxy.simulator.world import ResourceType, Snapshot, Token, World
+from proxy.simulator.ask import Ask, one_page, one_snapshot
+from proxy.simulator.world import ResourceType, Snapshot, Token
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
-
-_PER_PAGE: Final = 20
-_PER_PAGE_MAX: Final = 200
 
 # Any one of these scopes suffices.
 _READS: Final[dict[ResourceType, tuple[str, ...]]] = {
@@ -41,24 +35,6 @@ _DELETES: Final[dict[ResourceType, tuple[str, ...]]] = {
     "droplet": ("snapshot:delete", "image:delete"),
     "volume": ("snapshot:delete", "block_storage_snapshot:delete"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request. `path` is raw, without query; `url` begins absolute links; `now` is Unix seconds."""
-
-    world: World
-    token: Token
-    method: str
-    path: str
-    query: str
-    body: bytes
-    url: str
-    now: float
-
-    def may(self, *scopes: str) -> bool:
-        """Tell whether the token has one of `scopes`."""
-        return not self.token.scopes.isdisjoint(scopes)
 
 
 def answer(ask: Ask) -> Answer | Problem:
@@ -80,7 +56,7 @@ def _get_snapshot(ask: Ask, snapshot_id: str) -> Answer | Problem:
     found = _found(ask, snapshot_id)
     if isinstance(found, Problem):
         return found
-    return _single(ask, found) if ask.may(*_READS[found.resource_type]) else FORBIDDEN
+    return one_snapshot(ask, found) if ask.may(*_READS[found.resource_type]) else FORBIDDEN
 
 
 def _delete_snapshot(ask: Ask, snapshot_id: str) -> Answer | Problem:
@@ -105,7 +81,7 @@ def _list_snapshots(ask: Ask, _: str) -> Answer | Problem:
             wanted = "volume"
         case _:
             return Problem(400, "bad_request", "resource_type is droplet or volume")
-    return _page(ask, ask.world.snapshots(team=ask.token.team, resource_type=wanted))
+    return one_page(ask, ask.world.snapshots(team=ask.token.team, resource_type=wanted))
 
 
 def _found(ask: Ask, snapshot_id: str) -> Snapshot | Problem:
@@ -115,20 +91,25 @@ def _found(ask: Ask, snapshot_id: str) -> Snapshot | Problem:
     return NOT_A_SNAPSHOT if ask.world.has_resource(snapshot_id, team=team) else NOT_FOUND
 
 
+def _delete(ask: Ask, snapshot: Snapshot) -> Answer:
+    ask.world.delete(snapshot)
+    return NO_CONTENT
+
+
 # Volumes and their snapshots
 
 
 def _get_volume_snapshot(ask: Ask, snapshot_id: str) -> Answer | Problem:
     if not ask.may("block_storage_snapshot:read"):
         return FORBIDDEN
-    snapshot = _of_type(ask, snapshot_id, "volume")
-    return _single(ask, snapshot) if snapshot else NOT_FOUND
+    snapshot = ask.snapshot(snapshot_id, "volume")
+    return one_snapshot(ask, snapshot) if snapshot else NOT_FOUND
 
 
 def _delete_volume_snapshot(ask: Ask, snapshot_id: str) -> Answer | Problem:
     if not ask.may("block_storage_snapshot:delete"):
         return FORBIDDEN
-    snapshot = _of_type(ask, snapshot_id, "volume")
+    snapshot = ask.snapshot(snapshot_id, "volume")
     return _delete(ask, snapshot) if snapshot else NOT_FOUND
 
 
@@ -138,7 +119,7 @@ def _list_of_volume(ask: Ask, volume_id: str) -> Answer | Problem:
     if not ask.world.has_resource(volume_id, team=ask.token.team):
         return NOT_FOUND
     chosen = ask.world.snapshots(team=ask.token.team, resource_type="volume", resource_id=volume_id.lower())
-    return _page(ask, chosen)
+    return one_page(ask, chosen)
 
 
 def _create_of_volume(ask: Ask, volume_id: str) -> Answer | Problem:
@@ -146,7 +127,7 @@ def _create_of_volume(ask: Ask, volume_id: str) -> Answer | Problem:
         return FORBIDDEN
     if not ask.world.has_resource(volume_id, team=ask.token.team):
         return NOT_FOUND
-    match _parsed(ask.body):
+    match ask.json():
         case {"name": str(name), **rest}:
             tags = rest.get("tags")
         case _:
@@ -154,7 +135,7 @@ def _create_of_volume(ask: Ask, volume_id: str) -> Answer | Problem:
     if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
         return UNREADABLE
     made = ask.world.create(team=ask.token.team, volume_id=volume_id, name=name, tags=tags, now=ask.now)
-    return Answer(201, b'{"snapshot":%b}' % made.fragment(ask.token))
+    return one_snapshot(ask, made, 201)
 
 
 # Droplets and images: the other names of a Droplet snapshot
@@ -166,23 +147,23 @@ def _list_of_droplet(ask: Ask, droplet_id: str) -> Answer | Problem:
     if not ask.world.has_resource(droplet_id, team=ask.token.team):
         return NOT_FOUND
     chosen = ask.world.snapshots(team=ask.token.team, resource_type="droplet", resource_id=droplet_id)
-    return _page(ask, chosen, _as_droplet_snapshot)
+    return one_page(ask, chosen, _as_droplet_snapshot)
 
 
 def _get_image(ask: Ask, image_id: str) -> Answer | Problem:
     if not ask.may("image:read"):
         return FORBIDDEN
-    snapshot = _of_type(ask, image_id, "droplet")
+    snapshot = ask.snapshot(image_id, "droplet")
     return _image(ask, snapshot) if snapshot else NOT_FOUND
 
 
 def _rename_image(ask: Ask, image_id: str) -> Answer | Problem:
     if not ask.may("image:update"):
         return FORBIDDEN
-    snapshot = _of_type(ask, image_id, "droplet")
+    snapshot = ask.snapshot(image_id, "droplet")
     if snapshot is None:
         return NOT_FOUND
-    match _parsed(ask.body):
+    match ask.json():
         case {"name": str(name)}:
             return _image(ask, ask.world.change(snapshot, name=name))
         case _:
@@ -192,7 +173,7 @@ def _rename_image(ask: Ask, image_id: str) -> Answer | Problem:
 def _delete_image(ask: Ask, image_id: str) -> Answer | Problem:
     if not ask.may("image:delete"):
         return FORBIDDEN
-    snapshot = _of_type(ask, image_id, "droplet")
+    snapshot = ask.snapshot(image_id, "droplet")
     return _delete(ask, snapshot) if snapshot else NOT_FOUND
 
 
@@ -242,16 +223,16 @@ def _untag(ask: Ask, tag: str) -> Answer | Problem:
 
 
 def _retag(ask: Ask, change: Callable[[list[str]], list[str]]) -> Answer | Problem:
-    parsed = _parsed(ask.body)
+    parsed = ask.json()
     if not isinstance(parsed, dict) or not isinstance(parsed.get("resources"), list):
         return UNREADABLE
     chosen: list[Snapshot] = []
     for resource in parsed["resources"]:
         match resource:
             case {"resource_id": str(name), "resource_type": "image"}:
-                snapshot = _of_type(ask, name, "droplet")
+                snapshot = ask.snapshot(name, "droplet")
             case {"resource_id": str(name), "resource_type": "volume_snapshot"}:
-                snapshot = _of_type(ask, name, "volume")
+                snapshot = ask.snapshot(name, "volume")
             case _:
                 return UNREADABLE
         if snapshot is None:
@@ -290,62 +271,6 @@ def _cdn_endpoints(ask: Ask, _: str) -> Answer | Problem:
 
 def _none_of(ask: Ask, scope: str, name: str) -> Answer | Problem:
     return Answer(200, encode({name: [], "links": {}, "meta": {"total": 0}})) if ask.may(scope) else FORBIDDEN
-
-
-# What they share
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None
-
-
-def _of_type(ask: Ask, snapshot_id: str, resource_type: ResourceType) -> Snapshot | None:
-    snapshot = ask.world.find(snapshot_id, team=ask.token.team)
-    return snapshot if snapshot and snapshot.resource_type == resource_type else None
-
-
-def _single(ask: Ask, snapshot: Snapshot) -> Answer:
-    return Answer(200, b'{"snapshot":%b}' % snapshot.fragment(ask.token))
-
-
-def _delete(ask: Ask, snapshot: Snapshot) -> Answer:
-    ask.world.delete(snapshot)
-    return NO_CONTENT
-
-
-def _page(
-    ask: Ask,
-    snapshots: Sequence[Snapshot],
-    fragment: Callable[[Snapshot, Token], bytes] = Snapshot.fragment,
-) -> Answer:
-    query = dict(parse_qsl(ask.query))
-    page = _positive(query.get("page")) or 1
-    per_page = min(_positive(query.get("per_page")) or _PER_PAGE, _PER_PAGE_MAX)
-    total = len(snapshots)
-    shown = snapshots[(page - 1) * per_page : page * per_page]
-    last = max(1, -(-total // per_page))
-
-    def link(number: int) -> str:
-        return f"{ask.url}{ask.path.removesuffix('/')}?{urlencode({**query, 'page': number})}"
-
-    pages: dict[str, str] = {}
-    if page > 1:
-        pages |= {"first": link(1), "prev": link(min(page - 1, last))}
-    if page < last:
-        pages |= {"next": link(page + 1), "last": link(last)}
-    body = b'{"snapshots":[%b],"links":%b,"meta":{"total":%d}}' % (
-        b",".join(fragment(snapshot, ask.token) for snapshot in shown),
-        encode({"pages": pages} if pages else {}),
-        total,
-    )
-    return Answer(200, body)
-
-
-def _positive(text: str | None) -> int | None:
-    return int(text) if text and re.fullmatch("[1-9][0-9]{0,8}", text) else None
 
 
 Action = Callable[[Ask, str], Answer | Problem]

@@ -95,6 +95,6 @@ class Gates:
             await gate.pass_through(call, stage)
 
     def open_all(self) -> None:
-        """Release everybody."""
+        """Release all that wait."""
         for gate in list(self._gates):
             gate.release()

@@ -16,7 +16,7 @@ from proxy.simulator.service import DEFAULT_LIMITS, Latency, Service
 from proxy.simulator.wire import Connection
 from proxy.simulator.world import World
 
-# A logger of its own that nobody configures: aiohttp's access log halves the throughput.
+# A logger of its own, without configuration: aiohttp's access log halves the throughput.
 _SILENT = logging.Logger("simulator", logging.CRITICAL)  # noqa: LOG001 - not registered, on purpose
 
 

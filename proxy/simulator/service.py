@@ -23,6 +23,7 @@ from proxy.simulator.answers import (
     Problem,
     entity_tag,
 )
+from proxy.simulator.ask import Ask
 from proxy.simulator.faults import Fault, Faults, Truth, falsify
 from proxy.simulator.gates import Gate, Gates, Stage
 from proxy.simulator.limits import (
@@ -238,7 +239,7 @@ class Service:
             return self._envelope(UNAUTHORIZED, exchange)
         path, _, query = exchange.call.target.partition("?")
         outcome = api.answer(
-            api.Ask(
+            Ask(
                 world=self.world,
                 token=exchange.token,
                 method=exchange.call.method,

@@ -1,11 +1,12 @@
-"""Clients by URL, for `Link`: one connection each, no repetition, no patience of their own."""
+"""Clients by URL, for `Link`: one connection each, opened once, no repetition, no patience of their own."""
 
 from collections.abc import Callable
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.maint_notifications import MaintNotificationsConfig
 
 _BACKSTOP_S = 60.0
@@ -18,7 +19,8 @@ def connector(
     """Make what opens clients to `redis://`, `rediss://` or `unix://` (redis-py's own URL syntax).
 
     `username` and `password` win over the URL's where they are not empty; `ca_file` replaces the system's
-    authorities for `rediss://`.
+    authorities for `rediss://`. A client whose connection has ended is of no more use: redis-py would open
+    another one by itself, to a server that was not tried, such as a replica after a failover.
     """
     options: dict[str, Any] = {"username": username, "password": password}
     if url.startswith("rediss://"):
@@ -26,6 +28,15 @@ def connector(
     options = {name: value for name, value in options.items() if value}
 
     def connect() -> Redis:
+        opened = False
+
+        async def open_once(connection: Connection) -> None:
+            nonlocal opened
+            if opened:
+                raise RedisConnectionError("the connection ended")
+            opened = True
+            await connection.on_connect()
+
         client: Redis = Redis.from_url(
             url,
             max_connections=1,
@@ -33,6 +44,7 @@ def connector(
             retry=Retry(NoBackoff(), 0),  # redis-py's own: ten attempts, a minute for one command
             socket_connect_timeout=connect_timeout_s,
             socket_timeout=_BACKSTOP_S,
+            redis_connect_func=open_once,
             # Valkey, and Redis before version 8, answer its command with an error, once a connection.
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )

@@ -14,7 +14,8 @@ waits for a lane, and then for Redis. The lanes answer every asker:
     no lane has had a reply for `timeout_s`          those of that pipeline and those in the queue
                                                      fail, and asking fails at once until a lane has
                                                      had a reply again
-    a reply says that the server cannot be used      each gets its own; the lane connects anew
+    a reply says that the server cannot be used      each gets its own; asking fails at once, and every
+                                                     lane connects anew, so that the server is tried
     the connection ends                              those of that pipeline fail
     the last lane has lost its connection            those in the queue fail, asking fails at once
     ===============================================  ==============================================
@@ -101,6 +102,8 @@ class Link:
         self._usable = asyncio.Event()
         self._closing = False
         self._connected = 0
+        """Lanes that are connected, and tried since the server last said that it cannot be used."""
+        self._refusals = 0
         self._silent = False
         self._round_trips = 0
         self._outage = _Outage(address)
@@ -197,12 +200,14 @@ class Link:
         self._connected += 1
         self._replied()
         self._first_attempt.set()
+        tried = self._refusals
         trouble: Refusal | None = None
         try:
             while trouble is None:
-                trouble = await self._take(client)
+                trouble = await self._take(client, tried)
         finally:
-            self._connected -= 1
+            if tried == self._refusals:
+                self._connected -= 1
             if not self.up:
                 self._note(trouble)
 
@@ -222,16 +227,23 @@ class Link:
         if trouble is not None and not self._closing:
             self._outage.goes_on(trouble, asyncio.get_running_loop().time())
 
-    async def _take(self, client: Redis) -> Refusal | None:
-        """Wait for something to do, and do it. A Refusal: the connection is not to be used again."""
-        await self._asked.wait()
+    async def _take(self, client: Redis, tried: int) -> Refusal | None:
+        """Wait for something to do, and do it. A Refusal: the connection is not to be used again.
+
+        So it is where another lane was refused since this one was `tried`: a replica answers this one's
+        lookups as before.
+        """
+        if tried == self._refusals:
+            await self._asked.wait()
+        if tried != self._refusals:
+            return Refusal("refused", "")
         self._asked.clear()
         batch = tuple(self._queue)
         self._queue.clear()
         # Another lane found Redis silent: whether it is so on this connection, too, only a round trip tells.
-        return await self._exchange(client, batch) if batch or self._silent else None
+        return await self._exchange(client, batch, tried) if batch or self._silent else None
 
-    async def _exchange(self, client: Redis, batch: Sequence[_Ask]) -> Refusal | None:
+    async def _exchange(self, client: Redis, batch: Sequence[_Ask], tried: int) -> Refusal | None:
         """Run one pipeline and hand out the replies. A Refusal: the connection is not to be used again."""
         before = self._round_trips
         commands = [command for ask in batch for command in ask.commands]
@@ -251,7 +263,8 @@ class Link:
         except BaseException:
             _fail(batch, Unavailable(too_slow=False))
             raise
-        self._replied()
+        if tried == self._refusals:
+            self._replied()
         start = 0
         for ask in batch:
             end = start + len(ask.commands)
@@ -260,6 +273,10 @@ class Link:
             start = end
         # A server that was demoted, is full or loads its data: what the next connection is refused says more.
         unfit = any(isinstance(reply, Exception) and is_of_no_use(reply) for reply in replies)
+        if unfit and tried == self._refusals:
+            self._refusals += 1
+            self._connected = 0
+            self._asked.set()  # for the lanes that are idle
         return Refusal("refused", "") if unfit else None
 
     async def _run(self, client: Redis, commands: Sequence[Command]) -> list[Any]:
@@ -316,7 +333,7 @@ class _Outage:
         self._began: float | None = None
         self._attempts = 0
         self._logged: Refusal | None = None
-        self._logged_at = -QUIET_S
+        self._logged_at = self._usable_at = -QUIET_S
 
     def goes_on(self, trouble: Refusal, now: float) -> None:
         """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
@@ -325,8 +342,8 @@ class _Outage:
             self._attempts = 0
             self._logged = None
         self._attempts += 1
-        if not trouble.reason:
-            return
+        if not trouble.reason or trouble.cause == "lost":
+            return  # the next connection says more
         known = self._logged is not None and (self._logged.cause, self._logged.command) == (
             trouble.cause,
             trouble.command,
@@ -349,7 +366,8 @@ class _Outage:
     def ends(self, now: float) -> None:
         """Take note that Redis is usable."""
         began, self._began = self._began, None
-        if began is None or self._logged is not None:
+        if began is None or self._logged is not None or now - self._usable_at >= QUIET_S:
+            self._usable_at = now
             event(
                 _LOG,
                 logging.INFO,

@@ -194,14 +194,14 @@ class _Life:
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self.process.wait()
-        except TimeoutError:  # somebody killed the shell
+        except TimeoutError:  # the shell was killed
             self.process.kill()
             await self.process.wait()
         await self._reap()
 
     async def release(self) -> None:
         """End the shell of a server that has ended; the directory stays."""
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the shell
+        with contextlib.suppress(BrokenPipeError):  # the shell was killed
             self.lifeline.write(b"\n")
         self.lifeline.close()
         await self._reap()
@@ -243,7 +243,7 @@ async def _ping(socket: Path) -> bool:
     """Whether a server answers on `socket`."""
     try:
         reader, writer = await asyncio.open_unix_connection(socket)
-    except OSError:  # not yet there, or nobody listens yet
+    except OSError:  # not yet there, or not listening yet
         return False
     try:
         writer.write(b"PING\r\n")
@@ -288,7 +288,7 @@ def _server_binary() -> str:
 
 
 def _private_directory() -> Path:
-    """Return a path for a directory that nobody has, short enough for a socket in it."""
+    """Return a path that no directory has yet, short enough for a socket in it."""
     name = f"snapshot-proxy-{secrets.token_hex(8)}"
     try:
         usual = Path(tempfile.gettempdir(), name)
@@ -296,7 +296,7 @@ def _private_directory() -> Path:
         raise _no_directory("neither TMPDIR nor /tmp takes a file") from None
     if len(os.fsencode(usual / "valkey.sock")) <= _SOCKET_PATH_MAX_BYTES:
         return usual
-    return Path("/tmp", name)  # noqa: S108 - nobody can guess the name, and it is made as new, mode 0700
+    return Path("/tmp", name)  # noqa: S108 - the name cannot be guessed, and it is made as new, mode 0700
 
 
 def _no_directory(why: str) -> EmbeddedServerError:

@@ -74,12 +74,12 @@ class Keys:
         return f"{self._mine(partition)}:known".encode()
 
     def snapshot(self, snapshot_id: str) -> bytes:
-        """Name the stamp of what anybody keeps of one snapshot."""
+        """Name the stamp of one snapshot, for all callers."""
         return f"{self.prefix}:1:ver:{snapshot_id}".encode()
 
     @property
     def lists(self) -> bytes:
-        """Name the stamp of everybody's lists."""
+        """Name the stamp of all callers' lists."""
         return f"{self.prefix}:1:lists".encode()
 
     @property

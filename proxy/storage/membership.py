@@ -45,7 +45,7 @@ class Agreement(Enum):
     """How the secret of one replica stands to those of the others."""
 
     ALONE = auto()
-    """Nobody else is there."""
+    """There is no other replica."""
     SAME = auto()
     ROTATING = auto()
     """Some have the secret before, or the next, as the change of a secret by the book has it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from proxy.core.errors import SettingsError
 from proxy.logs import event
-from proxy.settings import Server
+from proxy.settings.sections import Server
 
 RELOAD_S = 2.0
 _LOG = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
-"""When this process ends, as far as those who wait have to know: by then each has to have its answer.
+"""The drain's deadline: the moment by which each request has to have its answer, since the process stops.
 
-Nobody knows until it is announced. From then on nothing is waited for beyond that moment, neither by those
-who come nor by those who have been waiting for long. Whoever has something else to do after its wait gives
-it up so much earlier.
+It is infinite until the drain begins. From then on no wait lasts beyond it: new waits are bounded by it, and
+waits that began earlier are shortened. A wait before other work (`spare_s`) is over so much earlier.
 """
 
 import asyncio

@@ -1,14 +1,15 @@
 """Many callers, one fetch.
 
-A *flight* is a fetch in a task of its own: callers wait on it shielded, so that nobody who leaves can cancel
-it for the others, or for what it is about to store. Only where it waits idly itself, and says so, does it end
-when the last of its callers has left. Callers with the same key share one flight. A flight that
-has landed is still shared for a moment: with those who began to look for an answer while it was in the air
-(between their look and their joining, its answer was stored), and, where it failed, with everybody: a failure
-is not repeated by each who comes upon it.
+A *flight* is a fetch in a task of its own. Its callers wait on it shielded, so a caller that leaves cancels
+neither the fetch nor what it is about to store. While a fetch waits idly (`while_awaited`: for the quota, for
+another replica), it is cancelled when its last caller has left. Callers with the same key share one flight.
 
-How many there are is bounded here, and nowhere behind it: whoever asks the upstream, or waits for its turn or
-for another replica's answer, does so in a flight.
+A flight that has landed is shared for `LINGER_S` more: with callers whose look-up began while it was in the
+air (its answer was stored between their look-up and their joining), and, where it failed, with all callers,
+so that each of them does not repeat the failure.
+
+How many flights there are is bounded here, and nowhere behind it: every call to the upstream, and every wait
+for the quota or for another replica's answer, is made in a flight.
 """
 
 import asyncio
@@ -51,7 +52,7 @@ class Landed(NamedTuple, Generic[T]):
 
 
 class Abandoned(Exception):
-    """Nobody waits any more for the flight that this runs in, and nothing was sent for it: it ends."""
+    """The last caller of this flight has left, and nothing was sent for it: the flight is cancelled."""
 
 
 class _Aboard:
@@ -76,7 +77,7 @@ class _Aboard:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             assert task is not None
-            if self.abandoned and not task.uncancel():  # else somebody else cancelled it, too
+            if self.abandoned and not task.uncancel():  # else it was cancelled from elsewhere, too
                 raise Abandoned from None
             raise
         finally:
@@ -136,7 +137,7 @@ class Flights(Generic[T]):
     """The fetches of this process: at most `most` in the air at once, and as many landed ones remembered.
 
     Of one owner there are at most `most_of_one`. `fetch` returns its failures as values: an exception is a
-    bug, and everybody who waits gets it. `monotonic` gives the seconds that a caller's `since` counts in.
+    bug, and all of its callers get it. `monotonic` gives the seconds that a caller's `since` counts in.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Flights(Generic[T]):
         return Landed(await self._take_off(owner, key, fetch).landing(), collapsed=False)
 
     def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
-        """Start the flight of `key` that nobody waits for, unless there is or just was one, or no room."""
+        """Start the flight of `key` without a caller, unless there is or just was one, or no room."""
         flight = self._by_key.get(key)
         if flight is None or flight.abandoned:
             with suppress(Overloaded):
@@ -185,7 +186,7 @@ class Flights(Generic[T]):
         return await self._start(owner, fetch).landing()
 
     async def close(self) -> None:
-        """Cancel what is still in the air; whoever waits for it is cancelled too."""
+        """Cancel what is still in the air, and with it the callers that wait."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -243,6 +244,6 @@ class Flights(Generic[T]):
 
 
 def _tell(task: asyncio.Task[Any]) -> None:
-    """Log the bug in a fetch that nobody waits for."""
+    """Log the bug in a fetch that has no caller."""
     if not task.cancelled() and (error := task.exception()) is not None:
         event(_LOG, logging.ERROR, "bug", exc=error)

@@ -15,7 +15,7 @@ from proxy.core.errors import SettingsError
 from proxy.core.events import OTHER_CALLER
 from proxy.core.identity import Token
 from proxy.logs import event
-from proxy.settings import read_toml
+from proxy.settings.load import read_toml
 
 MOST_ALIASES = 64
 
@@ -80,7 +80,7 @@ class Callers:
         except (OSError, SettingsError) as error:
             if self._is_away(error):
                 return
-            event(_LOG, logging.WARNING, "aliases-not-read", cause=type(error).__name__)
+            event(_LOG, logging.WARNING, "aliases-not-read", cause=_cause(error))
         else:
             self._away = False
             event(_LOG, logging.INFO, "aliases-read", aliases=len(self._aliases))
@@ -91,6 +91,12 @@ class Callers:
         if self._away:
             self._changed_at = None  # whatever comes back is read
         return was_away and self._away
+
+
+def _cause(error: OSError | SettingsError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error)
 
 
 def read_aliases(path: Path) -> dict[str, str]:

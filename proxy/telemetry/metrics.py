@@ -102,7 +102,7 @@ class Metrics:
             "invalidations", "Times that entries ended before their time, by what ended them.", "cause"
         )
         self._refreshes = self._counter(
-            "refreshes", "Calls that refreshed snapshots before anybody had to wait for them.", "by"
+            "refreshes", "Calls that refreshed snapshots before a caller had to wait for them.", "by"
         )
         self._refreshed = self._counter("refreshed_snapshots", "Snapshots that these calls refreshed.", "by")
         self._unknown_values = self._counter(

@@ -99,7 +99,8 @@ async def test_a_changed_file(
         assert (await service.event("aliases-read"))["aliases"] == 1
         await read(client, service, token.value)
         write_aliases(aliases, **{f"team{n}": f"{n}" for n in range(65)})
-        assert (await service.event("aliases-not-read"))["cause"] == "SettingsError"
+        cause = (await service.event("aliases-not-read"))["cause"]
+        assert cause == f"callers.aliases_file = '{aliases}': must hold at most 64 aliases"
         await read(client, service, token.value)
         metrics = await scrape(service.admin)
     assert total(metrics, REQUESTS, caller="before") == 1

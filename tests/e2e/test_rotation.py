@@ -1,16 +1,17 @@
 """The secret of three replicas is changed by the book (docs/security.md): nothing complains at any step."""
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from support import DEADLINE_S, Serve, Valkey, scrape, total
+from support import DEADLINE_S, Serve, Valkey, app, scrape, total
 
 from proxy.check import check
-from proxy.settings import load
+from proxy.settings.load import load
 from proxy.simulator import Simulator
 
 ALARMING = ("warning", "error")
@@ -99,3 +100,15 @@ async def test_by_the_book(
             assert await fleet.quiet()
             assert await fleet.check(*after) == 0
             assert "have the same secret" in capsys.readouterr().out
+
+
+async def test_the_previous_secret_may_come_through_a_pipe() -> None:
+    """It is read once: a second reader would find the pipe empty, and the start would fail."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"p" * 32)
+        os.close(writing)
+        async with app(f"security.previous_secret_file=/dev/fd/{reading}") as at:
+            assert at.api
+    finally:
+        os.close(reading)

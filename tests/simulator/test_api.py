@@ -22,7 +22,8 @@ from proxy.simulator.answers import (
     Answer,
     Problem,
 )
-from proxy.simulator.api import Ask, answer
+from proxy.simulator.api import answer
+from proxy.simulator.ask import Ask
 
 DROPLET = f"/v2/snapshots/{DROPLET_SNAPSHOT_ID}"
 VOLUME = f"/v2/snapshots/{VOLUME_SNAPSHOT_ID}"

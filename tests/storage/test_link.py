@@ -514,6 +514,7 @@ async def test_a_bad_greeting_is_survived(relay: Relay, canned: bytes) -> None:
 
 DOWN = Refusal("unreachable", "Connection refused", mend="start it")
 REPLICA = Refusal("refused", "READONLY", "SET")
+LOST = Refusal("lost", "Connection closed by server.")
 UNEXPLAINED = Refusal("refused", "")
 
 
@@ -535,6 +536,16 @@ UNEXPLAINED = Refusal("refused", "")
             [(0, UNEXPLAINED), (0.02, REPLICA), (5, None)],
             ["unusable refused", "usable 5 2"],
             id="the-reason-comes-with-the-next-connection",
+        ),
+        pytest.param(
+            [(0, LOST), (0.02, REPLICA), (5, None)],
+            ["unusable refused", "usable 5 2"],
+            id="lost-and-then-refused",
+        ),
+        pytest.param(
+            [(0, None), (60, LOST), (60.1, None), (62, LOST), (62.1, None)],
+            ["usable 0.0 0", "usable 0.1 1"],
+            id="restarted-in-a-moment",
         ),
         pytest.param(
             [each for second in range(20) for each in ((second, DOWN), (second + 0.5, None))],

@@ -236,6 +236,43 @@ async def test_a_primary_that_is_demoted(valkey: Valkey, said: Said) -> None:
         await until(lambda: link.up, "usable again")
 
 
+async def test_no_connection_to_a_demoted_primary_is_used_on(valkey: Valkey, said: Said) -> None:
+    """It refuses on one connection what the other one does not ask for: lookups there fail, too, at once."""
+    async with Valkey() as other, linked(valkey.url) as link:
+        async with Redis.from_url(valkey.url) as admin:
+            await until(lambda: link._connected == link_module.LANES, "all lanes are connected")
+            await admin.execute_command("REPLICAOF", "127.0.0.1", other.port)
+            await link.ask(("SET", "x", "1"))
+            assert not link.up
+            for _ in range(4 * link_module.LANES):
+                with pytest.raises(Unavailable):
+                    await link.ask(("GET", "x"))
+                await asyncio.sleep(0)
+            await until(lambda: said("redis-unusable"), "said")
+            assert len(said("redis-usable")) == 1
+            await admin.execute_command("REPLICAOF", "NO", "ONE")
+        await until(lambda: link._connected == link_module.LANES, "usable again, on all lanes")
+        (reply,) = await link.ask(("SET", "x", "1"))
+        assert reply is True
+
+
+async def test_a_replica_that_comes_back_in_the_place_of_a_primary(said: Said) -> None:
+    """The connections ended meanwhile; the new ones are tried before anything is looked up on them."""
+    async with Valkey() as other, Valkey() as valkey, linked(valkey.url) as link:
+        await until(lambda: link._connected == link_module.LANES, "all lanes are connected")
+        await valkey.kill()
+        valkey._options = ("--replicaof", "127.0.0.1", str(other.port))
+        await valkey.start()
+        for _ in range(2 * link_module.LANES):
+            with pytest.raises(Unavailable):
+                await link.ask(("GET", "x"))
+        await until(lambda: len(said("redis-unusable")) == 1, "said")
+        assert not link.up
+        (line,) = said("redis-unusable")
+        assert (line["cause"], line["command"]) == ("refused", "SET")
+        assert line["reason"].startswith("READONLY")
+
+
 async def test_full_without_eviction(said: Said) -> None:
     """What it refuses to store it cannot hold: not usable until there is room."""
     async with (
@@ -283,10 +320,11 @@ async def test_a_user_without_a_right(valkey: Valkey, said: Said, command: str) 
 
 
 async def test_the_documented_user(valkey: Valkey) -> None:
-    """The line of docs/operating.md gives a user all that is needed, and nothing on other keys."""
+    """The line of docs/operating.md gives a user what is needed, nothing else, and nothing on other keys."""
     (line,) = re.findall(r"^ACL SETUSER .*$", OPERATING.read_text(encoding="utf-8"), re.MULTILINE)
     async with Redis.from_url(valkey.url) as admin:
         await admin.execute_command(*line.replace(">PASSWORD", ">secret").split())
+    assert set(re.findall(r" \+(\S+)", line)) == {*COMMANDS, "ping", "select", "client|setinfo", "info"}
     async with linked(valkey.url, username="snapshot-proxy", password="secret") as link:
         assert link.up
         (reply,) = await link.ask(("SET", "elsewhere", "x"))

@@ -1,0 +1,71 @@
+"""Accepting connections: a listener on all addresses of its host.
+
+An address that this machine lacks is left out, with a warning; without any the start fails. What happens on a
+connection that was accepted is the listener's.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from proxy.edge.connection import Listener
+from proxy.logs import event
+from proxy.system.sockets import listen
+
+_HANDSHAKE_S = 5.0
+"""For a TLS handshake, at most: until then a connection holds a descriptor and is not counted yet."""
+
+_GOODBYE_S = 1.0
+"""For the caller's part of the end of a TLS connection."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepting:
+    """A listener that accepts connections at `url`. `close` accepts no more; open connections go on."""
+
+    url: str
+    close: Callable[[], None]
+
+
+async def accept(
+    section: str,
+    host: str,
+    port: int,
+    listener: Listener,
+    *,
+    backlog: int,
+    reuse_port: bool = False,
+    tls: ssl.SSLContext | None = None,
+) -> Accepting:
+    """Accept connections for `listener` at `host` and `port`, which the settings of `section` name.
+
+    `backlog` is how many connections the system holds until they are accepted. Raises OSError.
+    """
+    bound = await listen(host, port, reuse_port=reuse_port, backlog=backlog)
+    with ExitStack() as opened:
+        opened.callback(bound.close)
+        for address in bound.lacking:
+            event(
+                _LOG,
+                logging.WARNING,
+                "address-left-out",
+                setting=f"{section}.host",
+                address=address,
+                cause="this machine lacks it",
+            )
+        for each in bound.sockets:
+            server = await asyncio.get_running_loop().create_server(
+                listener,
+                sock=each,
+                ssl=tls,
+                backlog=backlog,
+                ssl_handshake_timeout=min(listener.limits.header_timeout_s, _HANDSHAKE_S) if tls else None,
+                ssl_shutdown_timeout=_GOODBYE_S if tls else None,
+            )
+            opened.callback(server.close)
+        return Accepting(bound.url("https" if tls else "http", host), opened.pop_all().close)

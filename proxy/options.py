@@ -1,0 +1,153 @@
+"""From the settings to what the parts of the service are made with, where that takes more than one value.
+
+Each function takes the settings and gives the options of one part; two also read the file that a setting
+names. Nothing is started here. `serve` and `check` use the same functions, and so try the same.
+"""
+
+import math
+import secrets
+import ssl
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from redis.asyncio import Redis
+
+from proxy.core.errors import SettingsError
+from proxy.core.identity import Keyring
+from proxy.core.policy import Policy
+from proxy.core.quota import Limits as QuotaLimits
+from proxy.edge.connection import Limits
+from proxy.files import OpenFiles
+from proxy.settings.secrets import read_password, read_secret
+from proxy.settings.sections import Settings
+from proxy.storage.client import connector
+from proxy.upstream.client import UpstreamOptions
+
+_MINUTE_S: Final = 60.0
+_HOUR_S: Final = 3600.0
+_SECRET_BYTES: Final = 32
+_MARGIN_S: Final = 60
+"""Added to the deadlines of a fetch: for writing its entry, and for a process that is busy."""
+
+
+def cache_policy(settings: Settings) -> Policy:
+    """Give the lifetimes of entries, and the URL that lists' page links are rewritten to."""
+    cache = settings.cache
+    return Policy(
+        fresh_s=cache.fresh_s,
+        list_fresh_s=cache.list_fresh_s,
+        negative_s=cache.negative_s,
+        stale_while_revalidate_s=cache.stale_while_revalidate_s,
+        stale_if_error_s=cache.stale_if_error_s,
+        max_fresh_s=cache.max_fresh_s,
+        jitter=cache.jitter,
+        public_url=settings.server.public_url,
+    )
+
+
+def listener_limits(settings: Settings, files: OpenFiles) -> Limits:
+    """Give how long and how many connections of callers there may be; the open files bound the number."""
+    return Limits(
+        header_timeout_s=settings.server.header_timeout_s,
+        idle_timeout_s=settings.server.idle_timeout_s,
+        max_connections=files.connections,
+        max_refused=files.refused,
+    )
+
+
+# -- the upstream and its quota ----------------------------------------------------------------
+
+
+def upstream_options(settings: Settings, max_connections: int) -> UpstreamOptions:
+    """Give where the API is and how long it may take; at most `max_connections` calls go there at once."""
+    upstream = settings.upstream
+    return UpstreamOptions(
+        base_url=upstream.base_url,
+        connect_timeout_s=upstream.connect_timeout_s,
+        read_timeout_s=upstream.read_timeout_s,
+        total_timeout_s=upstream.total_timeout_s,
+        write_timeout_s=upstream.write_timeout_s,
+        max_body_bytes=upstream.max_body_bytes,
+        max_connections=max_connections,
+        http_proxy=upstream.http_proxy,
+        ca_file=upstream.ca_file,
+    )
+
+
+def quota_limits(settings: Settings, clock_scale: float) -> QuotaLimits:
+    """Give the limits of one token; `clock_scale` below 1 shortens the minute and the hour, for tests."""
+    quota = settings.quota
+    return QuotaLimits(
+        quota.per_minute, quota.per_hour, quota.reserve, _MINUTE_S * clock_scale, _HOUR_S * clock_scale
+    )
+
+
+def unverified_limits(settings: Settings, clock_scale: float) -> QuotaLimits:
+    """Give the limits that all tokens share which the upstream has not accepted yet."""
+    per_minute = settings.quota.unknown_per_minute
+    return replace(
+        quota_limits(settings, clock_scale), per_minute=per_minute, per_hour=per_minute * 60, reserve=0.0
+    )
+
+
+def longest_call_s(settings: Settings) -> float:
+    """Give the longest that a call may take, its wait for a connection included."""
+    upstream = settings.upstream
+    return settings.quota.max_wait_s + max(upstream.total_timeout_s, upstream.write_timeout_s)
+
+
+# -- the store and its secrets -----------------------------------------------------------------
+
+
+def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
+    """Make the function that opens clients to the store at `url`, as the section `redis` says.
+
+    Reads the password's file. Raises SettingsError for it, and for a file of authorities that is none.
+    """
+    redis = settings.redis
+    password = b""
+    if redis.password_file:
+        password = read_password(redis.password_file, setting="redis.password_file")
+    if redis.ca_file:
+        try:
+            ssl.create_default_context(cafile=redis.ca_file)
+        except OSError:  # ssl.SSLError is one
+            raise SettingsError(
+                f"redis.ca_file = {redis.ca_file!r}: must be a file of PEM certificates"
+            ) from None
+    return connector(
+        url,
+        connect_timeout_s=redis.connect_timeout_s,
+        username=redis.username,
+        password=password.decode(errors="replace"),
+        ca_file=redis.ca_file,
+    )
+
+
+def longest_fetch_s(settings: Settings) -> int:
+    """Give the longest that a fetch may take, from its lookup to its entry in Redis."""
+    return math.ceil(settings.upstream.total_timeout_s + settings.quota.max_wait_s) + _MARGIN_S
+
+
+def longest_use_s(settings: Settings) -> int:
+    """Give the longest that an entry may answer: its longest TTL and the longer of its stale times."""
+    cache = settings.cache
+    return max(cache.fresh_s, cache.max_fresh_s, cache.list_fresh_s, cache.negative_s) + max(
+        cache.stale_while_revalidate_s, cache.stale_if_error_s
+    )
+
+
+def keyring(settings: Settings) -> Keyring:
+    """Read the shared secret. Without a file make one, which dies with the embedded store.
+
+    Raises SettingsError.
+    """
+    path = settings.security.secret_file
+    return Keyring(read_secret(path) if path else secrets.token_bytes(_SECRET_BYTES))
+
+
+def previous_keyring(settings: Settings) -> Keyring | None:
+    """Read the secret before, during a rotation; None without one. Raises SettingsError."""
+    path = settings.security.previous_secret_file
+    return Keyring(read_secret(path, setting="security.previous_secret_file")) if path else None
