@@ -114,8 +114,8 @@ class Shield:
     ) -> Answer:
         """Ask, when the quota has room; without `patient` only if it has now.
 
-        The wait ends at `wait_until` and the call at `answer_by` (monotonic), if these come before their
-        usual bounds. A probe goes over a new connection, too: kept ones are as old as the outage.
+        `wait_until` bounds the wait and `answer_by` the call (both monotonic), if they come before the usual
+        bounds. A probe goes over a new connection, too: kept ones are as old as the outage.
         Raises UpstreamError or NotSent.
         """
         path = "/v2/snapshots" if isinstance(call.target, ListQuery) else f"/v2/snapshots/{call.target.text}"
