@@ -63,7 +63,7 @@ def main() -> None:
 
         - **Plain cache**: nginx's `proxy_cache` in each replica, by token and snapshot, {cache.fresh_s} s,
         with `proxy_cache_lock`; 429 and errors are passed on. **Stale too**: with `proxy_cache_use_stale`
-        and a refresh in the background, as the README shows it.
+        and a refresh in the background, as docs/nginx.md shows it.
 
         - **snapshot-proxy**: its own code with its defaults, from the main path to the ledger, on an event
         loop with virtual time. Only Redis is replaced: by dictionaries, which take no time.

@@ -133,7 +133,7 @@ class _Slot:
 class Plain:
     """What nginx does, in each replica on its own: a fixed TTL by token and snapshot, one call at a time.
 
-    Everything else is passed on, 429 too. With `stale` it is the configuration that the README shows: what
+    Everything else is passed on, 429 too. With `stale` it is the configuration that docs/nginx.md shows: what
     is not fresh answers while it is fetched behind the reader's back, and in the place of 429 and errors, as
     long as it is read every ten minutes. Kinder than nginx: who waits for a call shares its failure.
     """
