@@ -192,7 +192,7 @@ class App:
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
-                upstream, shield, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
+                shield, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
         api = Api(
             readthrough, passthrough, keyring, name_caller=self._callers.name, observe=self._observe_request

@@ -3,7 +3,8 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from proxy.core.events import CallSettled, QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.operations import Operations
+from proxy.core.passthrough import Forwarding, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -166,6 +168,22 @@ class FakeApi:
         await asyncio.sleep(self.takes_s)
         chosen = self.answers.get(call.target.text, self.answer)
         return answer(200, remaining=remaining) if chosen is None else chosen()
+
+    @asynccontextmanager
+    async def stream(
+        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+    ) -> AsyncIterator[Streamed]:
+        """Give one answer, its body in two pieces."""
+        del body
+        self.over_new.append(new_connection)
+        self.asked.append((_now(), forwarding.target))
+        told = answer(200) if self.answer is None else self.answer()
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield told.body[:5]
+            yield told.body[5:]
+
+        yield Streamed(told.status, (), told.retry_after_s, told.ratelimit, chunks())
 
 
 def answer(

@@ -14,7 +14,8 @@ from fakes import FakeLedger, accounts
 from virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
-from proxy.cache.fetch import LONGEST_POLL_S, Fetched, is_failure
+from proxy.cache.collapse import LONGEST_POLL_S
+from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.entry import Leased

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import pytest
 from virtual import now, run
 
-from proxy.cache.fetch import LONGEST_POLL_S, STALE_PATIENCE_S, Fetched, is_failure
+from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
+from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, Served, read_through
 from proxy.core.entry import (

@@ -28,6 +28,7 @@ from proxy.core.errors import (
 from proxy.core.events import GIVEN_UP, CallSettled, Route, Standing
 from proxy.core.identity import ListKey, Partition, Token
 from proxy.core.operations import operation
+from proxy.core.passthrough import Forwarding
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
@@ -634,6 +635,30 @@ def test_what_a_429_tells_counts_before_its_body_has_gone() -> None:
             assert await outcome(ask(it)) == (QuotaSpent, 60.0)
             left = it.ledger.of(SOMEBODY).remaining()
         assert it.ledger.of(SOMEBODY).remaining() == left
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "window"),
+    [pytest.param(SAID, "operation", id="of-an-operation"), pytest.param(b"{}", "cooldown", id="the-tokens")],
+)
+def test_the_gate_itself_tells_what_a_streamed_429_says(body: bytes, window: str) -> None:
+    """What is streamed is counted when it begins, by its first bytes; its caller gets all of them."""
+
+    async def main() -> None:
+        it = gate()
+        it.api.answer = lambda: answer(429, retry_after_s=60, body=body)
+        droplets = Forwarding("POST", "/v2/droplets", (), Token("token"), SOMEBODY, "id", "other")
+        async with it.shield.stream(droplets, None, new_connection=True) as streamed:
+            assert (streamed.status, it.api.over_new) == (429, [True])
+            with pytest.raises(QuotaSpent) as caught:
+                await it.shield.stream(droplets, None).__aenter__()
+            assert caught.value.window == window
+            assert b"".join([chunk async for chunk in streamed.chunks]) == body
+        it.api.answer = None
+        told = await outcome(ask(it))
+        assert told == (200 if window == "operation" else (QuotaSpent, 60.0))
 
     run(main())
 

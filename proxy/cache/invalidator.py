@@ -1,41 +1,22 @@
-"""What ends before its time: in the store for all replicas, and in a count for this one.
+"""Invalidation: the store invalidates entries for all replicas, and this replica counts what it invalidated.
 
-Each ending tells whether it was done. False: it will be once the store is back, and until then this replica
-serves nothing of it.
+Each method tells whether all replicas know of it now. False: Redis did not answer; the store invalidates as
+soon as it does, and until then this replica serves no entry of those meant.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from proxy.core.endings import Endings
 from proxy.core.entry import Entry
 from proxy.core.events import Invalidation
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
+from proxy.core.ports import Store
 from proxy.core.request import Call
 
 
-class Store(Protocol):
-    """Where entries are ended. None of these raises."""
-
-    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
-        """End one caller's entry and lists, those that are being fetched included.
-
-        `by_read`: only because a read was answered with a no; nobody asked for it.
-        """
-
-    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """End all entries of one caller; a `refusal` answers the caller's lookups while it lasts."""
-
-    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
-        """End what anybody keeps of these snapshots, and everybody's lists."""
-
-    async def end_everything(self) -> bool:
-        """End all entries of everybody."""
-
-
 class Invalidator:
-    """Ends entries, and tells `observe` why where nobody asked for them."""
+    """Invalidates entries. `observe` is told the reason, except where a read was answered with a no."""
 
     def __init__(self, store: Store, observe: Callable[[Invalidation], None]) -> None:
         self._store = store
@@ -43,38 +24,38 @@ class Invalidator:
         self._endings = Endings()
 
     def ended(self, key: EntryKey | ListKey) -> tuple[int, ...]:
-        """Tell how often this replica ended what `key` stands for: equal as long as it did not."""
+        """Give this replica's counts for `key`: they are equal as long as it invalidated nothing of it."""
         return self._endings.of(key)
 
     async def entry(self, key: EntryKey | ListKey) -> bool:
-        """End one caller's entry and lists: the upstream said no to a read."""
+        """Invalidate one caller's entry and lists: the upstream answered a read with a no."""
         self._endings.entry(key)
         return await self._store.end_entry(key, by_read=True)
 
     async def refused(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """End all entries of a caller whose token the upstream does not know any more.
+        """Invalidate all entries of a caller: the upstream answered 401.
 
-        A `refusal` answers for a while.
+        The `refusal` is an entry with that answer, which answers this caller's lookups while it lasts.
         """
         self._observe(Invalidation("unauthorized"))
         return await self._caller(partition, refusal)
 
     async def deleted(self, call: Call) -> bool:
-        """End the snapshot that a DELETE named, for everybody."""
+        """Invalidate the snapshot that a DELETE named, and all lists, for all callers."""
         self._observe(Invalidation("delete"))
         done = await self._snapshots([call.target.text])
         if call.target.cacheable:
             return done
-        # Who knows for which snapshot the upstream took it: 06372321 may be 6372321.
+        # The upstream may have taken it for another snapshot: 06372321 for 6372321.
         return await self._caller(call.key.partition) and done
 
     async def absent(self, key: EntryKey | ListKey) -> bool:
-        """End the caller's own entry and lists: a DELETE found no such snapshot."""
+        """Invalidate the caller's own entry and lists: a DELETE found no such snapshot."""
         self._observe(Invalidation("delete"))
         return await self._entry(key)
 
     async def written(self, partition: Partition, ends: Ends) -> bool:
-        """End what a write to another path of the API ended, or may have."""
+        """Invalidate what a write to another path of the API changed, or may have changed."""
         self._observe(Invalidation("passthrough"))
         match ends:
             case EndsForAll(snapshot_id):
@@ -88,7 +69,7 @@ class Invalidator:
                 return done
 
     async def purge(self, snapshot_ids: Sequence[str] | None) -> bool:
-        """End what anybody keeps of these snapshots, or of all."""
+        """Invalidate these snapshots and all lists, for all callers; None: everything."""
         self._observe(Invalidation("purge"))
         if snapshot_ids is None:
             self._endings.everything()

@@ -11,14 +11,13 @@ from functools import partial
 from http import HTTPStatus
 from random import random
 
+from proxy.cache.collapse import Collapser
 from proxy.cache.fetch import (
     NEEDED,
     OR_STALE,
     Fetched,
     Fetcher,
     Manner,
-    Store,
-    Upstream,
     is_from_elsewhere,
     is_replaceable,
 )
@@ -29,6 +28,7 @@ from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaS
 from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
 from proxy.core.http import Detail, Forwarded, Why, hit
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
+from proxy.core.ports import Gate, Store
 from proxy.core.request import Call
 from proxy.tasks.drain import Closing
 from proxy.tasks.flights import Flights, Landed, Owner
@@ -89,15 +89,17 @@ class ReadThrough:
         self,
         store: Store,
         fetcher: Fetcher,
+        collapser: Collapser,
         refresher: Refresher,
         flights: Flights[Fetched | ProxyError],
-        invalidator: Invalidator,
         *,
+        invalidator: Invalidator,
         monotonic: Callable[[], float],
         clock: Callable[[], float],
     ) -> None:
         self._store = store
         self._fetcher = fetcher
+        self._collapser = collapser
         self._refresher = refresher
         self._flights = flights
         self._invalidator = invalidator
@@ -132,7 +134,7 @@ class ReadThrough:
                 return _unsatisfiable()
 
     async def delete(self, call: Call) -> Served | Failed:
-        """Forward one DELETE, once; when it is answered, no caller is served that snapshot from the cache."""
+        """Forward one DELETE, once. When it is answered, no cache serves that snapshot any more."""
         try:
             owner = Owner(call.key.partition, writes=True)
             deletion = await self._flights.alone(owner, partial(self._fetcher.delete, call))
@@ -171,7 +173,7 @@ class ReadThrough:
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):
             return answer
-        if entry.is_fresh(now):  # another fetch has stored it meanwhile
+        if entry.is_fresh(now):  # another request's fetch succeeded meanwhile
             return _from_entry(entry, now)
         detail, in_vain = Detail.STALE_IF_ERROR, False
         match answer:
@@ -195,16 +197,16 @@ class ReadThrough:
     async def _forward(
         self, call: Call, why: Why, lookup: Lookup, since: float | None, manner: Manner = NEEDED
     ) -> Served | Failed:
-        """Answer from the upstream; `since` is when the look-up began, None where it may not be shared."""
+        """Answer from the upstream; `since` is when the caller began to look. None: it shares no flight."""
         owner, basis = Owner(call.key.partition), lookup.basis
         try:
-            if since is None or not self._fetcher.may_share(call):
+            if since is None or not self._collapser.may_share(call):
                 alone = partial(self._fetcher.fetch, call, lookup, manner)
                 landed = Landed(await self._flights.alone(owner, alone), collapsed=False)
             else:
-                fetch = partial(self._fetcher.fetch_for_all, call, lookup, manner)
+                fetch = partial(self._collapser.fetch_for_all, call, lookup, manner)
                 landed = await self._flights.join(
-                    owner, self._fetcher.name(call, basis, manner), since, fetch
+                    owner, self._collapser.name(call, basis, manner), since, fetch
                 )
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(why)))
@@ -243,7 +245,7 @@ class ReadThrough:
 
 def read_through(
     store: Store,
-    upstream: Upstream,
+    gate: Gate,
     flights: Flights[Fetched | ProxyError],
     policy: Policy,
     invalidator: Invalidator,
@@ -256,21 +258,38 @@ def read_through(
     clock: Callable[[], float] = time.time,
     draw: Callable[[], float] = random,
 ) -> ReadThrough:
-    """Put the main path together: see `Fetcher`, `Refresher` and `ReadThrough` for what each needs."""
+    """Put the main path together: see each class for what it needs."""
     fetcher = Fetcher(
         store,
-        upstream,
+        gate,
         policy,
         invalidator,
         total_timeout_s=total_timeout_s,
         max_wait_s=max_wait_s,
         observe=observe,
         monotonic=monotonic,
-        closing=closing,
         draw=draw,
     )
-    refresher = Refresher(store, fetcher, flights, observe=observe, clock=clock)
-    return ReadThrough(store, fetcher, refresher, flights, invalidator, monotonic=monotonic, clock=clock)
+    collapser = Collapser(
+        store,
+        gate,
+        fetcher,
+        invalidator,
+        total_timeout_s=total_timeout_s,
+        monotonic=monotonic,
+        closing=closing,
+    )
+    refresher = Refresher(store, collapser, flights, observe=observe, clock=clock)
+    return ReadThrough(
+        store,
+        fetcher,
+        collapser,
+        refresher,
+        flights,
+        invalidator=invalidator,
+        monotonic=monotonic,
+        clock=clock,
+    )
 
 
 def _received(failure: ProxyError) -> int | None:

@@ -1,58 +1,53 @@
-"""Background refreshes: what was served stale is fetched without a caller that waits, alone or by a list.
+"""Refreshes in the background: an entry that answered stale is fetched by itself, or with the caller's list.
 
-Which of the two `core/refresh.py` decides; here it is done, and what came of it is learned.
+`core/refresh.py` decides which of the two, and learns from what the list brought. No caller waits for a
+refresh; it is not begun if one of the same key is in flight, or the process has no room for a flight.
 """
 
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
-from typing import Protocol
 
-from proxy.cache.fetch import FOR_NOBODY, Fetched, Fetcher
+from proxy.cache.collapse import Collapser
+from proxy.cache.fetch import FOR_NOBODY, Fetched
 from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere
 from proxy.core.events import Refreshed
 from proxy.core.identity import EntryKey, ListKey
+from proxy.core.ports import Store
 from proxy.core.refresh import PAGE, Hot
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import ids_in_list
 from proxy.tasks.flights import Flights, Owner
 
 
-class Store(Protocol):
-    """Where entries are kept."""
-
-    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
-        """Find an entry, and what a fill would rest on. Never raises."""
-
-
 class Refresher:
-    """Begins refreshes, each in a flight without a caller. `clock` gives Unix seconds."""
+    """Begins refreshes, each in a flight of its own. `clock` gives Unix seconds."""
 
     def __init__(
         self,
         store: Store,
-        fetcher: Fetcher,
+        collapser: Collapser,
         flights: Flights[Fetched | ProxyError],
         *,
         observe: Callable[[Refreshed], None],
         clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._fetcher = fetcher
+        self._collapser = collapser
         self._flights = flights
         self._observe = observe
         self._clock = clock
         self._hot = Hot()
 
     def take_note(self, call: Call, entry: Entry, now: float) -> None:
-        """Remember that `entry` answered: what is read often is worth a list."""
+        """Count that `entry` answered: snapshots that are read often are worth a list."""
         if isinstance(call.key, EntryKey) and entry.status == HTTPStatus.OK:
             self._hot.read(call.key, entry, now)
 
     def refresh(self, call: Call, lookup: Lookup, now: float) -> None:
-        """Fetch what `call` reads, or the caller's list where that refreshes several at once."""
+        """Fetch what `call` reads, or the caller's list if that refreshes several snapshots in one call."""
         if not isinstance(call.key, EntryKey) or self._hot.plan(call.key, now) == "single":
             self._begin_alone(call, lookup)
             return
@@ -62,7 +57,7 @@ class Refresher:
         self._begin(page, page.key, partial(self._by_list, page, call, lookup))
 
     def _begin_alone(self, call: Call, lookup: Lookup) -> None:
-        name = self._fetcher.name(call, lookup.basis, FOR_NOBODY)
+        name = self._collapser.name(call, lookup.basis, FOR_NOBODY)
         self._begin(call, name, partial(self._alone, call, lookup))
 
     def _begin(
@@ -72,26 +67,26 @@ class Refresher:
 
     async def _alone(self, call: Call, lookup: Lookup) -> Fetched | ProxyError:
         """Refresh what `call` reads. Runs in a flight."""
-        result = await self._fetcher.fetch_for_all(call, lookup, FOR_NOBODY)
+        result = await self._collapser.fetch_for_all(call, lookup, FOR_NOBODY)
         if isinstance(result, Fetched) and result.status == HTTPStatus.OK and not result.elsewhere:
             self._observe(Refreshed("single", 1))
         return result
 
     async def _by_list(self, page: Call, call: Call, lookup: Lookup) -> Fetched | ProxyError:
-        """Refresh what is on the caller's page, and `call` alone where it is not. Runs in a flight.
+        """Refresh the snapshots on the caller's first page, and what `call` reads if it is not there.
 
-        Nothing is validated: a 304 brings no snapshots.
+        Runs in a flight. The list is not revalidated: a 304 would bring no snapshots.
         """
         partition = page.key.partition
         listed = await self._store.lookup(page.key)
-        if listed.basis is None:  # there is nowhere to put what it would bring
+        if listed.basis is None:  # Redis is away: nothing could be stored
             self._begin_alone(call, lookup)
             return NotCached("there is no store to put a list into")
         if listed.entry is not None and listed.entry.is_fresh(now := self._clock()):
             self._hot.listed(partition, ids_in_list(listed.entry.body), now)
             self._begin_alone(call, lookup)  # the list came a moment ago, and did not bring it
             return NotCached("the list is fresh")
-        result = await self._fetcher.fetch_for_all(page, listed._replace(entry=None), FOR_NOBODY)
+        result = await self._collapser.fetch_for_all(page, listed._replace(entry=None), FOR_NOBODY)
         match result:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
                 pass  # another replica learns
@@ -101,7 +96,7 @@ class Refresher:
                 self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
                 if call.target.text not in on_page:
                     self._begin_alone(call, lookup)
-            case Fetched(status=HTTPStatus.OK):  # something ended meanwhile, so nothing of it was kept
+            case Fetched(status=HTTPStatus.OK):  # nothing was stored: it was invalidated meanwhile
                 self._hot.unlisted(partition, self._clock())
                 self._begin_alone(call, lookup)
             case _:

@@ -5,7 +5,7 @@ documentation has them. What changes later than its request (a transfer, a destr
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,20 @@ class Forwarding:
     partition: Partition
     request_id: str
     caller: str
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """The answer to a `Forwarding`. `chunks` are the body's bytes as they come, in whatever content coding.
+
+    `retry_after_s` and `ratelimit` are what its `headers` say about the quota, as in `core.policy.Answer`.
+    """
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    retry_after_s: int | None
+    ratelimit: tuple[tuple[str, str], ...]
+    chunks: AsyncIterator[bytes]
 
 
 # -- what a write ends -------------------------------------------------------------------------

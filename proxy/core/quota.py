@@ -1,28 +1,29 @@
 """The upstream's limits for one token: what was called, what may be called, and until when to wait.
 
 DigitalOcean counts each request for one minute and for one hour from when it was made; both windows roll. A
-`Ledger` counts in buckets, so that its memory has a bound, and always on the safe side: a call counts as of
-the latest moment at which it can still reach the upstream; from its answer on as of that answer, since the
-upstream has counted it by then; and until the whole bucket has left the window. A replica that dies with a
-call in the air takes nothing away.
+`Ledger` counts in buckets, so that its memory has a bound, and never too little. A call counts as of the
+latest moment at which it can still reach the upstream; after its answer, as of that answer, since the
+upstream has counted it by then; and until the whole bucket has left the window. The call of a replica that
+died counts like any other.
 
 Three classes of calls share a window. Writes may use all of it; misses leave the operator's reserve;
-refreshes, which nobody waits for, leave a tenth more. What others do with the same token shows in
-`ratelimit-remaining`: whatever is missing there counts as called by them. Where that may be news, one call
-goes alone, and tells. Where nobody looked before, all of it may have been called just now: until that is a
-minute ago, calls that might not fit beside it go one by one, so that one 429 is enough to stop them.
+background refreshes leave a tenth more. Other clients of the same token show in `ratelimit-remaining`: what
+is missing there counts as called by them. After another client used the token, calls are serialized until one
+response reports `ratelimit-remaining`. So are the calls of a token about which no response has told yet. When
+the first one tells of calls by others, all of these may have been made just before: for a minute, calls that
+might not fit beside them are serialized, so that one 429 is enough to stop them.
 
-What the upstream tells may be wrong. So the calls of others are kept apart from our own: where they alone
-leave no room in the hour, one call in a while is admitted all the same, and where its answer tells of more
-room, calls of others are taken back; our own never are. The hour's limit is what `ratelimit-limit` told last.
+What the upstream tells may be wrong. So the calls of others are counted apart from our own. If they alone
+leave no room in the hour, one call in 5 s to 5 min is admitted all the same; if its answer tells of more
+room, calls of others are taken back, our own never. The hour's limit is what `ratelimit-limit` told last.
 
 `proxy/storage/ledger.py` keeps the same ledger in Redis for all replicas, as a script; a test holds the two
 equal. This one serves where Redis is away, and the simulated day.
 """
 
 import math
-from dataclasses import dataclass, field
 
+from proxy.core.admission import Admitted, Postponed
 from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.windows import CallClass, Count, Limits, Window
 
@@ -37,61 +38,27 @@ __all__ = [
 ]
 
 PAUSES = 12
-"""Part of a minute that a token rests where the upstream did not say for how long: 5 s. So soon a call checks
-what was told where that is hard to believe; later ones check it ever more seldom, at last each twelfth of an
-hour."""
+"""A token cools down for this part of a minute, 5 s, if a 429 does not say for how long. After as long, one
+call checks a number of calls left that is hard to believe; later ones check it less often, at last after this
+part of an hour, 5 min."""
 
 TURN_S = 2.0
-"""A call that goes alone holds the others back for so long at most: its replica may have died, or the news
-of its answer be lost on the way to the ledger."""
+"""A call that goes alone postpones the others for so long at most: its replica may have died, or its answer
+never reached the ledger."""
 
 PROBE_S = 20.0
-"""A probe of a cool-down holds the others back for so long at most: a write may take longer, and its replica
+"""A probe of a cool-down postpones the others for so long at most: a write may take longer, and its replica
 may have died."""
 
 _STRETCH_FROM = 0.5
 _STRETCH_TO = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The call may be made.
-
-    `at` is the moment as of which it counts until its answer is known. `remaining` are the calls left after
-    it, for the minute and for the hour, whose limit is `per_hour`; `probe` tells that it ends a cool-down, if
-    it is answered.
-    """
-
-    at: float
-    remaining: tuple[int, int]
-    per_hour: int
-    probe: bool = False
-    calls: int = 1
-    """As how many it counts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Postponed:
-    """Not now. `wait_s` is when to ask again.
-
-    `window` names what is spent (`minute`, `hour`), the `cooldown`, or `turn`: one call that tells where the
-    token stands has to come back first, which may be much sooner; an `operation` cools down by itself.
-    `remaining` are the calls left, of `per_hour` in the hour, where the common ledger said so. `replicas` is
-    0 where all calls of the token were counted; else the window is one replica's share, of so many.
-    """
-
-    wait_s: float
-    window: str
-    remaining: tuple[int, int] | None = field(default=None, compare=False)
-    per_hour: int | None = field(default=None, compare=False)
-    replicas: int = field(default=0, compare=False)
-
-
 def stretched(fresh_s: int, max_fresh_s: int, remaining_share: float) -> int:
     """Give the TTL of a fill while `remaining_share` (0 to 1) of the caller's calls is left.
 
-    Down to half nothing changes; from there it grows evenly, and is `max_fresh_s` at a tenth and below: a
-    busy token gets older answers instead of errors.
+    Down to half it is `fresh_s`; from there it grows linearly, and is `max_fresh_s` at a tenth and below. So
+    a busy token gets older answers instead of errors.
     """
     if max_fresh_s <= fresh_s or remaining_share >= _STRETCH_FROM:
         return fresh_s
@@ -110,7 +77,7 @@ class Ledger:
         self._call_s = call_s
         self._counts = tuple(Count(window) for window in limits.windows)
         self._others = Count(limits.windows[1])
-        """Those in the hour that were called by others, as far as we were told."""
+        """The calls in the hour that others made, as far as the upstream told."""
         self._suspect_since = -math.inf
         """Then the upstream told of more calls of others than fit into a minute."""
         self._check_at = 0.0
@@ -121,7 +88,7 @@ class Ledger:
         self._unknown_until = 0.0
         """Until then so many more calls may lie within the minute."""
         self._silent = False
-        """The upstream took the token and told nothing of where it stands: it does not help to ask alone."""
+        """The upstream accepted the token without `ratelimit-remaining`: it does not help to ask alone."""
         self._others_at: float | None = None
         self._alone_until = 0.0
         self._cool_until: float | None = None
@@ -191,9 +158,9 @@ class Ledger:
     def _goes_alone(self, now: float, call_class: CallClass, need: int) -> bool:
         """Tell whether the upstream has to tell first where the token stands.
 
-        That is so where it never did, and where others were seen to use the token and may have done so since:
-        refreshes then leave a margin, and need not ask. It is so, too, where `need` more calls may not fit
-        into the minute beside those that may lie in it.
+        It has to if it never did; if others used the token within the hour, and it last told longer ago than
+        a bucket (but not for a refresh, which leaves a margin); and if `need` more calls may not fit into the
+        minute beside the calls of others that may lie in it.
         """
         if not self._call_s:
             return False
@@ -218,7 +185,7 @@ class Ledger:
     # -- what became of it -----------------------------------------------------------------------
 
     def count(self, now: float, calls: int = 1) -> Admitted:
-        """Take note of a call that is made, whether or not there is room."""
+        """Count a call that is made, whether or not there is room."""
         self._forget(now)
         at = now + self._call_s
         for count in self._counts:
@@ -244,9 +211,9 @@ class Ledger:
         answered: bool = True,
         known: bool = False,
     ) -> None:
-        """Take note of what became of an admitted call, and of `ratelimit-remaining` and `ratelimit-limit`.
+        """Count an admitted call as over, and use its answer's `ratelimit-remaining` and `ratelimit-limit`.
 
-        `answered` tells whether there was an answer other than 429, `known` whether it took the token.
+        `answered`: there was an answer other than 429; `known`: the upstream accepted the token.
         """
         self._forget(now)
         for count in self._counts:
@@ -260,7 +227,7 @@ class Ledger:
             self._limit_hour(limit_told)
         if remaining_told is None:
             self._silent = self._silent or known
-        elif remaining_told == 0:  # it can mean either window: the minute is the one that ends soon
+        elif remaining_told == 0:  # it can mean either window: the minute has room again sooner
             minute = self._counts[0]
             minute.add(now, max(minute.window.limit - minute.total, 0))
         else:
@@ -306,7 +273,7 @@ class Ledger:
         self._heard(now, of_hour)
 
     def doubt(self) -> None:
-        """Take it that others may have called in the last minute: the next call goes alone, and tells."""
+        """Let the next call go alone, and tell: others may have called in the last minute."""
         self._doubted = True
 
     # -- how it stands ---------------------------------------------------------------------------
@@ -339,11 +306,11 @@ class Ledger:
     def _reconcile(self, now: float, used_told: int, asked_at: float) -> None:
         """Count as called by others what the upstream misses in the hour, and take back what it does not.
 
-        Calls in the air count as known to it: what they hide shows when they are back. When the others called
-        nobody knows: it is taken as evenly since it last told. So much of it lies within the minute, and
-        counts there as of now; unless that is more than the upstream admits. Where nobody looked before, the
-        rest of it may lie there, too. Only a call that was made after it last told can tell of more room: the
-        answers of a burst come in any order.
+        Calls in flight count as known to it: what they hide shows when they are answered. The calls of others
+        are taken as made evenly since it last told. The part of them within the minute counts there as of
+        now, unless that is more than the upstream admits. If it never told before, the rest may lie there,
+        too. Only a call that was made after it last told can tell of more room: the answers of a burst come
+        in any order.
         """
         minute, hour = self._counts
         length_s = minute.window.length_s
@@ -366,7 +333,7 @@ class Ledger:
         self._heard(now, missing)
 
     def _heard(self, now: float, missing: int) -> None:
-        """Take note that where the token stands was told just now."""
+        """Record that the upstream told just now where the token stands."""
         if missing > self._counts[0].window.limit:
             self._suspect_since = now
         self._told_at = now

@@ -1,6 +1,6 @@
 """One of the upstream's windows: who may use how much of it, and the calls in it, counted in buckets.
 
-Pure: time comes in. What the counts mean is `quota.py`'s affair.
+Pure: time comes in. `quota.py` decides by these counts which calls are admitted.
 """
 
 import math

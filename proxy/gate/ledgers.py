@@ -1,79 +1,30 @@
-"""Where each token stands: by the replicas' common ledger, and without it by what this replica knows.
+"""Where each token stands: by the common ledger of all replicas in Redis, without it by this replica's own.
 
-Besides the common ledger this replica keeps one of its own for each token, which follows it: every answer of
-the common one tells how much is left. Where the common one cannot be asked, the own one goes on from there,
-and counts each call as many times as there are replicas: what this one does, each of them may be doing. If it
-did not follow just before, one call has to tell first what it missed. For a minute after that, and where the
-common one has forgotten, a call needs the word of both.
+This replica keeps a ledger of its own for each token (4096 at most). It follows the common one, each of whose
+replies tells how many calls are left. While Redis does not answer, the own ledger decides, and counts each
+call as many times as there are replicas, since each of them may be making as many. If the last reply is older
+than 1 s, calls are serialized until one response of the API tells what the own ledger missed. After Redis did
+not answer, or lost the common ledger, that one may lack calls: until they have left the minute, both ledgers
+have to admit a call.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
 from proxy.core.operations import Operations
+from proxy.core.ports import CommonLedger
 from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Limits, Postponed
 
 _FOLLOWS_S = 1.0
-"""What the common ledger said so long ago, or less, is as good as what it would say now."""
+"""A reply of the common ledger counts as current for so long."""
 
 MOST_ACCOUNTS = 4096
-"""Tokens that this replica keeps a ledger of; the least recently used are forgotten."""
-
-
-class Admission(Protocol):
-    """An admission by the common ledger."""
-
-    @property
-    def admitted(self) -> Admitted:
-        """The call."""
-
-    @property
-    def known(self) -> bool:
-        """Whether the upstream took the token lately."""
-
-    @property
-    def born(self) -> str:
-        """Tell this ledger of the token from one that was lost."""
-
-
-class CommonLedger(Protocol):
-    """The replicas' common ledger. None: it cannot be asked."""
-
-    async def admit(
-        self, partition: Partition, call_class: CallClass, operation: str
-    ) -> Admission | Postponed | None:
-        """Ask for one call, of an operation that may have a cool-down of its own."""
-
-    async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
-        """Ask when `need` calls will be admitted; None: now, or it cannot be asked."""
-
-    async def give_back(self, partition: Partition, admitted: Admitted) -> None:
-        """Take back an admission that was not used."""
-
-    async def settle(
-        self,
-        partition: Partition,
-        admitted: Admitted,
-        remaining_told: int | None,
-        limit_told: int | None,
-        *,
-        answered: bool,
-        known: bool | None,
-    ) -> None:
-        """Take note of what became of a call."""
-
-    async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
-        """Stop the token's calls."""
-
-    async def cool_operation(
-        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
-    ) -> bool:
-        """Stop one operation of a token. Tell whether another one was stopped `within_s` before."""
+"""Tokens that this replica keeps a ledger of; the least recently used are evicted."""
 
 
 class Account(NamedTuple):
@@ -85,12 +36,12 @@ class Account(NamedTuple):
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
-        """Where the token's calls are counted in common; the current partition last."""
+        """The partitions under which the common ledger counts the token's calls; the current one last."""
         return (self.partition,) if self.previous is None else (self.previous, self.partition)
 
 
 class Turn(NamedTuple):
-    """A call that may be made. `common` are its admissions in common, none where that could not be asked.
+    """A call that may be made. `common` are the common ledger's admissions; none if Redis did not answer.
 
     `remaining` are the calls left after it in the minute and in the hour, whose limit is `per_hour`.
     """
@@ -115,7 +66,7 @@ class Settlement(NamedTuple):
     """There was an answer other than 429."""
 
     known: bool | None = None
-    """Whether the upstream took the token; None: it did not say."""
+    """Whether the upstream accepted the token; None: its answer does not tell."""
 
     refused: bool = False
     """The answer was 429, and was meant for the token."""
@@ -161,7 +112,7 @@ class Accounts:
                 if postponed.remaining is not None:
                     own.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
                 return postponed
-            case common if self._doubts(own):  # it has forgotten
+            case common if self._doubts(own):  # Redis has lost the common ledger
                 await self._give_back_in_common(account, common)
                 return await self._admit_by_both(own, account, call_class, operation)
             case common:
@@ -173,7 +124,7 @@ class Accounts:
     async def _admit_by_both(
         self, own: "_Own", account: Account, call_class: CallClass, operation: str
     ) -> Turn | Postponed:
-        """Ask the own ledger, and the common one where it can be asked."""
+        """Ask the own ledger, and the common one too; if Redis does not answer, the own one alone decides."""
         mine = self._admit_here(own, call_class)
         if isinstance(mine, Postponed):
             return mine
@@ -193,12 +144,12 @@ class Accounts:
                 return _turn(own, mine, common)
 
     def cooling(self, account: Account, operation: str) -> Postponed | None:
-        """Say for how long an operation cools down, as far as this replica knows; None: not at all."""
+        """Say for how long an operation cools down, as this replica knows; None: it does not."""
         cools_s = self._own(account).operations.wait_s(self._monotonic(), operation)
         return Postponed(cools_s, "operation") if cools_s > 0 else None
 
     async def foresee(self, account: Account, call_class: CallClass, need: int) -> Postponed | None:
-        """Ask when `need` calls will be admitted; None: now, or nobody knows."""
+        """Ask when `need` calls will be admitted; None: now, or Redis did not answer."""
         own = self._own(account)
         if self._doubts(own):
             postponed = own.ledger.foresee(self._monotonic(), call_class, need * self._replicas())
@@ -211,7 +162,7 @@ class Accounts:
         await self._give_back_in_common(account, turn.common)
 
     async def settle(self, account: Account, turn: Turn, settlement: Settlement) -> None:
-        """Take note of what became of a turn; a 429 stops what it was meant for, everywhere."""
+        """Count a turn as used; a 429 stops the token's calls, or its operation, on all replicas."""
         own = self._own(account)
         now = self._monotonic()
         own.known = own.known if settlement.known is None else settlement.known
@@ -242,7 +193,7 @@ class Accounts:
             )
 
     async def _cool_operation(self, own: "_Own", account: Account, settlement: Settlement) -> bool:
-        """Stop one operation of the token. Tell whether the token has to stop: a second one in a minute."""
+        """Stop one operation of the token. Tell whether it is the second in a minute: then stop the token."""
         name, minute_s = settlement.refused_operation, self._limits.minute_s
         seconds = settlement.retry_after_s or minute_s / PAUSES
         seen = own.operations.cool(self._monotonic(), name, seconds)
@@ -251,13 +202,13 @@ class Accounts:
         return seen
 
     def standings(self) -> Iterator[tuple[str, Standing]]:
-        """Give what is known here of each token: its caller's name, and how it stands."""
+        """Give the name of each token's caller, and where the token stands by this replica's own ledger."""
         now = self._monotonic()
         for own in self._owns.values():
             yield own.caller, Standing(*own.ledger.standing(now))
 
     def cooldown_s(self, account: Account) -> float:
-        """Give for how long the account's calls stop, as far as this replica knows."""
+        """Give the seconds for which the account's calls stop, by this replica's own ledger."""
         return self._own(account).ledger.standing(self._monotonic())[2]
 
     def _admit_here(self, own: "_Own", call_class: CallClass) -> Admitted | Postponed:
@@ -271,9 +222,9 @@ class Accounts:
         return replace(postponed, replicas=self._replicas())
 
     def _doubt(self, own: "_Own") -> None:
-        """For as long as a call that is made now may count, the common ledger may not know of it.
+        """Let both ledgers decide while a call that is made now may count: the common one may lack it.
 
-        Nor does the own one know of those that the common one admitted since it last followed.
+        If the own one last followed more than 1 s ago, it lacks calls too: then the next one goes alone.
         """
         now = self._monotonic()
         if now >= max(own.doubtful_until, own.followed_at + _FOLLOWS_S):
@@ -290,7 +241,7 @@ class Accounts:
     async def _admit_in_common(
         self, own: "_Own", account: Account, call_class: CallClass, operation: str
     ) -> tuple[Admitted, ...] | Postponed | None:
-        """Ask the common ledger, during a rotation for both partitions: one that says no says it for both."""
+        """Ask the common ledger; during a rotation of the secret both partitions have to admit the call."""
         admissions: list[Admitted] = []
         for partition in account.partitions:
             reply = await self._common.admit(partition, call_class, operation)
@@ -339,14 +290,14 @@ class _Own:
         self.followed_at = now
 
     def misses(self, now: float, born: str) -> bool:
-        """Tell whether the common ledger is a new one, though this one still counts calls that it knew."""
+        """Tell whether the common ledger was lost since, while this one still counts calls in the hour."""
         before, self.born = self.born, born
         _, hour, _, per_hour = self.ledger.standing(now)
         return before not in (None, born) and hour < per_hour
 
 
 def _turn(own: _Own, mine: Admitted, common: tuple[Admitted, ...] = ()) -> Turn:
-    """Make a turn. Where the token stands the ledger in common says; of two, the one that has less left."""
+    """Make a turn. The calls left are the common ledger's, of two the fewer; without it the own one's."""
     told = common or (mine,)
     minute = min(each.remaining[0] for each in told)
     hour, per_hour = min((each.remaining[1], each.per_hour) for each in told)

@@ -1,26 +1,46 @@
-"""Who waits for the quota: the calls of one token on this replica, in order of arrival."""
+"""What waits for the quota: calls of one token on this replica, in order of arrival, reads apart from writes.
+
+Only the first in a line asks the ledgers: again as soon as a call of the token is answered, and otherwise
+after the seconds that the ledger named, at most 1 s; after 0.05 s at most where one call has to tell first. A
+call further back is refused at once if the window will have no room for it in time. A call leaves the line
+with a turn, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to
+another call of the token meanwhile, and with Abandoned when no caller waits for its flight any more.
+"""
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
-from proxy.core.errors import TokenRefused
+from proxy.core.errors import QuotaSpent, TokenRefused
 from proxy.core.quota import CallClass, Postponed
-from proxy.gate.ledgers import Account
+from proxy.gate.ledgers import Account, Accounts, Turn
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import end_if_abandoned, while_awaited
+
+_SHORTEST_PAUSE_S = 0.005
+_TURN_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+"""The first in a line asks again after so long at the latest: another replica may have given a call back."""
 
 
 class Asker(NamedTuple):
-    """Who asks for what, and until when; `refusals` are those of its line when it came."""
+    """A call that asks for a turn, until `give_up` (monotonic); it may take `call_s` seconds afterwards.
+
+    `refusals` are those of its line when it came.
+    """
 
     account: Account
     operation: str
     call_class: CallClass
     give_up: float
+    call_s: float
     refusals: int
 
 
 class Line:
-    """The calls of one token on this replica: how many (`Flights` bounds them), and who waits, in order."""
+    """One token's calls on this replica: how many (`Flights` bounds them), and those waiting, in order."""
 
     __slots__ = ("answered", "calls", "postponed", "queue", "refusals")
 
@@ -28,7 +48,7 @@ class Line:
         self.calls = 0
         self.queue: deque[asyncio.Future[None]] = deque()
         self.postponed = Postponed(0.0, "turn")
-        """What the first of them was told last."""
+        """What the ledger told the first of them last."""
         self.answered = asyncio.Event()
         """Is set, and replaced, when a call of the token was answered."""
         self.refusals = 0
@@ -41,12 +61,12 @@ class Line:
             self.queue[0].set_result(None)
 
     def wake(self) -> None:
-        """Tell the first who waits that a call was answered."""
+        """Tell the first in the queue that a call was answered."""
         self.answered.set()
         self.answered = asyncio.Event()
 
     def refuse(self) -> None:
-        """Tell all who wait that the upstream does not know the token: it would say so to each of them."""
+        """Tell all in the queue that the upstream answered 401: it would answer each of them the same."""
         self.refusals += 1
         self.wake()
         for place in self.queue:
@@ -54,8 +74,109 @@ class Line:
                 place.set_result(None)
 
     def turn_away_if_refused(self, asker: Asker) -> None:
-        """Raise TokenRefused where the token was refused after `asker` came."""
+        """Raise TokenRefused if a call of the token was answered 401 after `asker` came."""
         if self.refusals != asker.refusals:
             raise TokenRefused(
                 "the API refused this token a moment ago, and was not asked again; send another"
             )
+
+
+class Turns:
+    """Gives turns to the calls in a line, as `accounts` admit them."""
+
+    def __init__(self, accounts: Accounts, *, monotonic: Callable[[], float], closing: Closing) -> None:
+        self._accounts = accounts
+        self._monotonic = monotonic
+        self._closing = closing
+
+    async def take(self, line: Line, asker: Asker, *, patient: bool) -> Turn:
+        """Ask at once if the line is empty, else in order of arrival; without `patient` do not wait.
+
+        Raises QuotaSpent, TokenRefused or Abandoned.
+        """
+        end_if_abandoned()
+        if not patient and asker.call_class is CallClass.MISS:
+            asker = asker._replace(call_class=CallClass.REFRESH)  # it has something to serve: others have not
+        answered = line.answered
+        decision: Turn | Postponed
+        if line.queue:
+            decision = self._accounts.cooling(asker.account, asker.operation) or line.postponed
+        else:
+            decision = await self._admit(asker)
+        if isinstance(decision, Postponed):
+            if not patient or decision.window == "operation":
+                raise spent(decision)
+            decision = await self._wait(line, asker, decision, answered)
+        return decision
+
+    async def _admit(self, asker: Asker) -> Turn | Postponed:
+        return await self._accounts.admit(asker.account, asker.call_class, asker.operation)
+
+    async def _wait(
+        self, line: Line, asker: Asker, decision: Turn | Postponed, answered: asyncio.Event
+    ) -> Turn:
+        """Stand in line, and ask until there is a turn, or none will be in time."""
+        place = asyncio.get_running_loop().create_future()
+        line.queue.append(place)
+        try:
+            if line.queue[0] is not place:
+                await self._refuse_the_hopeless(asker, len(line.queue))
+                try:
+                    with while_awaited():
+                        async with self._closing.timeout(self._left_s(asker), spare_s=asker.call_s):
+                            await place
+                except TimeoutError:
+                    raise spent(line.postponed) from None
+                answered = line.answered
+                decision = await self._ask_again(line, asker)
+            while isinstance(decision, Postponed):
+                line.postponed = decision
+                await self._pause(asker, decision, answered)
+                answered = line.answered
+                decision = await self._ask_again(line, asker)
+            return decision
+        finally:
+            line.leave(place)
+
+    async def _ask_again(self, line: Line, asker: Asker) -> Turn | Postponed:
+        """Ask, unless the token or the operation was refused since this call came. Raises NotSent."""
+        line.turn_away_if_refused(asker)
+        decision = await self._admit(asker)
+        if isinstance(decision, Postponed) and decision.window == "operation":
+            raise spent(decision)
+        try:
+            line.turn_away_if_refused(asker)
+        except TokenRefused:
+            if isinstance(decision, Turn):
+                await self._accounts.give_back(asker.account, decision)
+            raise
+        return decision
+
+    async def _refuse_the_hopeless(self, asker: Asker, need: int) -> None:
+        """Raise QuotaSpent if the window will not have room for `need` calls before `asker` gives up."""
+        postponed = await self._accounts.foresee(asker.account, asker.call_class, need)
+        if postponed is None or postponed.window == "turn":
+            return
+        if postponed.wait_s > self._left_s(asker):
+            raise spent(postponed)
+
+    async def _pause(self, asker: Asker, postponed: Postponed, answered: asyncio.Event) -> None:
+        """Wait until it makes sense to ask again: an answer may come before the time."""
+        left_s = self._left_s(asker)
+        turn = postponed.window == "turn"
+        if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not turn):
+            raise spent(postponed)
+        pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
+        pause_s = max(pause_s, _SHORTEST_PAUSE_S)
+        with suppress(TimeoutError), while_awaited():
+            async with self._closing.timeout(pause_s, spare_s=asker.call_s):
+                await answered.wait()
+
+    def _left_s(self, asker: Asker) -> float:
+        """Tell how long it may still wait: its call has to be over before the drain is."""
+        return min(asker.give_up, self._closing.due - asker.call_s) - self._monotonic()
+
+
+def spent(postponed: Postponed) -> QuotaSpent:
+    """Make the error that tells a caller what is spent, and when to ask again."""
+    return QuotaSpent(postponed.window, postponed.wait_s, postponed.replicas)

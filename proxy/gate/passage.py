@@ -1,18 +1,15 @@
-"""One call that the gate let through: how long it may take, and what its answer means for the quota."""
+"""One call that the gate admitted: how long it may take, and what its answer means for the quota.
 
-import asyncio
+A 429 stops the token's calls, or only one operation's where its text or `ratelimit-remaining` says so. How
+many calls are left is read from any answer but a 401 and a 429; whether the upstream accepts the token, from
+any but a 429 and a 5xx.
+"""
+
 from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import TypeVar
 
-from proxy.core.errors import (
-    UpstreamDisconnected,
-    UpstreamError,
-    UpstreamGivenUp,
-    UpstreamUnreachable,
-    tells_outcome,
-)
-from proxy.core.events import GIVEN_UP
+from proxy.core.errors import UpstreamGivenUp
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import is_of_operation
 from proxy.gate.ledgers import Settlement
@@ -22,9 +19,9 @@ T = TypeVar("T")
 
 
 class Passage:
-    """One admitted call. `deadline` (monotonic) is until when it may take; `answered` says how it went.
+    """One admitted call, which may last until `deadline` (monotonic); `answered` says how it went.
 
-    It is a `probe` where the circuit breaker is open and lets this one through.
+    It is a `probe` if the circuit breaker is open and lets this one through.
     `by_remaining`: a 429 beside calls that are left is meant for the `operation`, and not for the token.
     """
 
@@ -69,7 +66,7 @@ class Passage:
         self.of_operation = False
 
     async def wait_for(self, answer: Awaitable[T]) -> T:
-        """Wait for the upstream's answer until ours is due. Raises UpstreamGivenUp."""
+        """Wait for the upstream's answer, at most until the drain is over. Raises UpstreamGivenUp."""
         try:
             async with self._closing.timeout():
                 return await answer
@@ -86,25 +83,25 @@ class Passage:
         retry_after_s: int | None,
         body: bytes = b"",
     ) -> None:
-        """Take note of the answer's status and of what it says about the quota. `body` may be cut off."""
+        """Record the answer's status and what it says about the quota. `body` may be cut off."""
         self.status = status
         self.retry_after_s = retry_after_s
         told = dict(ratelimit)
         remaining = parse_remaining(told.get("ratelimit-remaining", ""))
         self.of_operation = is_of_operation(status, remaining, body, by_remaining=self._by_remaining)
-        # On a 429 it can mean either window: it says nothing about the hour. On a 401 it is of no token.
+        # On a 429 it can mean either window, so it tells nothing about the hour. On a 401 it is of no token.
         if status not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.UNAUTHORIZED):
             self.remaining_told = remaining
             self.limit_told = parse_limit(told.get("ratelimit-limit", ""), remaining)
 
     async def tell(self) -> None:
-        """Tell the ledgers what was answered, once: before a long body, or else when the call is over."""
+        """Tell the ledgers what was answered, once: before a long body, else when the call is over."""
         if not self._told:
             self._told = True
             await self.settle()
 
     def settlement(self) -> Settlement:
-        """Say what it means for the quota. A gateway's 5xx tells nothing about the token."""
+        """Say what the answer means for the quota. A gateway's 5xx tells nothing about the token."""
         status = self.status
         refused = status == HTTPStatus.TOO_MANY_REQUESTS
         return Settlement(
@@ -118,31 +115,3 @@ class Passage:
             refused_operation=self._operation if self.of_operation else "",
             retry_after_s=self.retry_after_s,
         )
-
-
-def error_type(failure: BaseException | None) -> str:
-    """Name a failure as RFC 9209 does; empty where there was none."""
-    match failure:
-        case None:
-            return ""
-        case UpstreamGivenUp() | UpstreamDisconnected(kept=True):
-            return GIVEN_UP
-        case UpstreamError():
-            return failure.proxy_error
-        case _:
-            return GIVEN_UP
-
-
-def outcome_unknown(status: int | None, retry_after_s: int | None, failure: BaseException | None) -> bool:
-    """Tell whether a write may or may not have been carried out: by its answer, or sent without one."""
-    match failure:
-        case _ if status is not None:
-            return not tells_outcome(status, retry_after_s)
-        case UpstreamUnreachable():  # not sent
-            return False
-        case UpstreamError():
-            return True
-        case asyncio.CancelledError():
-            return True
-        case _:  # its body did not come to its end: that is its caller's fault
-            return False

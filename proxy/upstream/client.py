@@ -1,9 +1,10 @@
-"""HTTP towards DigitalOcean: one question, one answer or one `UpstreamError`.
+"""HTTP towards DigitalOcean: one request, and one answer or one `UpstreamError`.
 
-The laws of this file: nothing of the caller's goes up but the token and the request id; nothing is repeated,
-redirected, remembered (cookies) or taken from the environment (proxies); no more than `max_body_bytes` of an
-answer is ever held, however it was compressed; errors of aiohttp end here, since they show headers. Deadlines
-count the time in which this process listened: aiohttp's own timers are off.
+`ask` sends of the caller only the token and the request id, and holds at most `max_body_bytes` of the answer;
+`stream` sends a caller's request as it is, and holds nothing. Neither sends a request again, follows a
+redirect, keeps a cookie or reads a proxy from the environment. No error of aiohttp leaves this package, since
+its text may show headers. Deadlines count the time in which this process listened: aiohttp's own timers are
+off. Only the gate calls this (and `check`): it counts each call against the token's quota.
 """
 
 import ssl
@@ -31,28 +32,28 @@ from proxy.core.errors import (
 from proxy.core.events import GIVEN_UP_BY_CALLER, Route, UpstreamCall
 from proxy.core.http import is_etag, parse_retry_after
 from proxy.core.identity import ListQuery, SnapshotId
-from proxy.core.passthrough import Forwarding, is_read
+from proxy.core.passthrough import Forwarding, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.request import Call
 from proxy.tasks.listening import ListeningTimeout
 from proxy.upstream.pool import Pool, Way, way
+from proxy.upstream.stream import Upload, chunks_of, read_all
 
 USER_AGENT = f"snapshot-proxy/{__version__}"
 
 _TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
-"""They tell of the token, and end or stop something: what they say in words is the least of it."""
+"""These tell of the token, and invalidate entries or stop calls: the status counts, even without its body."""
 
 _WORDS_S = 1.0
-"""So long such a status waits for its words at most: until it counts, other calls of the token go up."""
+"""Longest wait for the body of such a status: other calls of the token are made until it counts."""
 
 _LONGEST_VALIDATOR = 255
-_GZIP = 16 + zlib.MAX_WBITS
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamOptions:
-    """Where the API is, and how long it may take. Seconds and bytes, as in the section `upstream`."""
+    """Where the API is, and how long it may take: settings of section `upstream`, in seconds and bytes."""
 
     base_url: str
     connect_timeout_s: float
@@ -66,9 +67,9 @@ class UpstreamOptions:
 
 
 class Upstream:
-    """DigitalOcean's API over kept connections, and for writes and repeats over connections of their own.
+    """DigitalOcean's API: reads over kept connections, writes and repeats over connections of their own.
 
-    May raise SettingsError, for `upstream.ca_file`.
+    Raises SettingsError if `upstream.ca_file` is no file of certificates.
     """
 
     def __init__(self, options: UpstreamOptions, observe: Callable[[UpstreamCall], None]) -> None:
@@ -144,13 +145,13 @@ class Upstream:
             called_at=called_at,
             validator=_validator(response.headers.get("ETag", "")),
             retry_after_s=parse_retry_after(response.headers.get("Retry-After", ""), time.time()),
-            ratelimit=ratelimit(response.headers),
+            ratelimit=_ratelimit(response.headers),
         )
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         """Read an answer's body."""
         async with ListeningTimeout(_WORDS_S if response.status in _TELLING else None):
-            return await _read(response, self._options.max_body_bytes, self._options.read_timeout_s)
+            return await read_all(response, self._options.max_body_bytes, self._options.read_timeout_s)
 
     @asynccontextmanager
     async def stream(
@@ -159,19 +160,19 @@ class Upstream:
         body: AsyncIterable[bytes] | None,
         *,
         new_connection: bool = False,
-    ) -> AsyncIterator["Streamed"]:
+    ) -> AsyncIterator[Streamed]:
         """Send a request as it is, and give its answer while it comes; nothing of either is held.
 
-        Its head has to come within `total_timeout_s` (a write's: `write_timeout_s`) of the end of `body`, and
-        each piece of that to be taken within as long; how long a piece takes to come here is no affair of the
-        upstream's. Raises UpstreamError, also from the answer's `chunks`, and what `body` raises.
+        The upstream has `total_timeout_s` (for a write `write_timeout_s`) to take each piece of `body`, and
+        as long from its end to begin the answer; the time in which the caller sends a piece does not count.
+        Raises UpstreamError, also from the answer's `chunks`, and what `body` raises.
         """
         started = time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
         reads = is_read(forwarding.method)
         within_s = self._options.total_timeout_s if reads else self._options.write_timeout_s
         due = ListeningTimeout(within_s)
-        upload = None if body is None else _Upload(body, due, within_s)
+        upload = None if body is None else Upload(body, due, within_s)
         try:
             with way() as here:
                 try:
@@ -209,8 +210,13 @@ class Upstream:
                         upload.due = None
             status = response.status
             async with response:
-                chunks = _chunks(response, self._options.read_timeout_s)
-                yield Streamed(response.status, tuple(response.headers.items()), chunks)
+                yield Streamed(
+                    status=response.status,
+                    headers=tuple(response.headers.items()),
+                    retry_after_s=parse_retry_after(response.headers.get("Retry-After", ""), time.time()),
+                    ratelimit=_ratelimit(response.headers),
+                    chunks=chunks_of(response, self._options.read_timeout_s),
+                )
         except UpstreamTimeout:
             status = "timeout" if status == "error" else status
             raise
@@ -255,7 +261,7 @@ class Upstream:
                 )
 
     def _distrust_if(self, kept: bool) -> None:
-        """After a kept connection that gave no answer, use none again that has been idle since before."""
+        """After a kept connection that gave no answer, use none again that was idle at that time."""
         if kept:
             self._kept.distrust()
 
@@ -273,68 +279,8 @@ def _session(pool: Pool) -> aiohttp.ClientSession:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """An answer on its way. `chunks` are the bytes of its body as they come, compressed or not."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    chunks: AsyncIterator[bytes]
-
-
-class _Upload:
-    """A body on its way up: `ended`, or with the `failure` that it met where it came from.
-
-    While the caller is waited for, the upstream's time stands still; then it has all of it again. `due` is
-    None when there is an answer, or none will come any more.
-    """
-
-    def __init__(self, body: AsyncIterable[bytes], due: ListeningTimeout, within_s: float) -> None:
-        self._body = body
-        self._within_s = within_s
-        self.due: ListeningTimeout | None = due
-        self.ended = False
-        self.failure: Exception | None = None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            self._restart(None)
-            async for chunk in self._body:
-                self._restart(self._within_s)
-                yield chunk
-                self._restart(None)
-        except Exception as failure:
-            self.failure = failure
-            raise
-        self.ended = True
-        self._restart(self._within_s)
-
-    def _restart(self, within_s: float | None) -> None:
-        if self.due is not None:
-            self.due.restart(within_s)
-
-
-async def _chunks(response: aiohttp.ClientResponse, read_timeout_s: float) -> AsyncIterator[bytes]:
-    """Give the bytes of a body as they come, each within `read_timeout_s`. Raises UpstreamError."""
-    while True:
-        try:
-            async with ListeningTimeout(read_timeout_s):
-                chunk = await response.content.readany()
-        except TimeoutError:
-            response.close()
-            raise UpstreamTimeout(
-                f"the upstream's answer did not go on within {read_timeout_s:g} s (upstream.read_timeout_s)",
-                proxy_error="connection_read_timeout",
-            ) from None
-        except (aiohttp.ClientError, OSError):
-            raise _incomplete() from None
-        if not chunk:
-            return
-        yield chunk
-
-
-def ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Take the upstream's `ratelimit-*`, as far as they are numbers: a client may fail on anything else."""
+def _ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Take the upstream's `ratelimit-*` headers that are numbers: a client may fail on anything else."""
     return tuple(
         (name, value) for name in _RATELIMIT if (value := headers.get(name, "")).isascii() and value.isdigit()
     )
@@ -365,40 +311,3 @@ async def _say_once(
 
 class _Disconnected(aiohttp.ClientConnectionError):
     """The connection ended before an answer began."""
-
-
-async def _read(response: aiohttp.ClientResponse, most: int, read_timeout_s: float) -> bytes:
-    """Read and inflate a body, never holding more than `most` bytes of it and one chunk.
-
-    Where no byte comes there is nothing to inflate, whatever its header says.
-    """
-    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    inflater = zlib.decompressobj(_GZIP) if coding in ("gzip", "x-gzip") else None
-    parts: list[bytes] = []
-    size = 0
-    async for chunk in _chunks(response, read_timeout_s):
-        if inflater is None and coding != "identity":
-            raise UpstreamInvalid(
-                "its content coding was not asked for", proxy_error="http_response_content_coding"
-            )
-        part = chunk if inflater is None else inflater.decompress(chunk, most - size + 1)
-        size += len(part)
-        if inflater is not None and inflater.unused_data:
-            response.close()
-            raise UpstreamInvalid(
-                "it goes on behind the end of its gzip", proxy_error="http_response_content_coding"
-            )
-        if size > most:
-            response.close()
-            raise UpstreamInvalid(
-                f"it has more than {most} bytes (upstream.max_body_bytes)",
-                proxy_error="http_response_body_size",
-            )
-        parts.append(part)
-    if inflater is not None and parts and not inflater.eof:
-        raise _incomplete()
-    return b"".join(parts)
-
-
-def _incomplete() -> UpstreamInvalid:
-    return UpstreamInvalid("it ended before it was complete", proxy_error="http_response_incomplete")

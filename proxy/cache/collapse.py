@@ -1,0 +1,181 @@
+"""Many requests, one fetch: which may share a flight, and which replica of all fetches.
+
+Within this process requests share a flight if `Collapser.name` gives them the same name. Over all replicas
+one holds a lease of the key while it fetches: 2 s long, renewed every 0.5 s. The others look for its result
+every 0.025 to 0.2 s: an entry, or the record of an outcome that is not stored. A replica that waits gives up
+with an error of its own after 1 s where its caller has a stale entry, else when its own fetch would have
+timed out, or when the drain is over. Where Redis cannot tell who holds the lease, the replica fetches.
+"""
+
+import asyncio
+from collections.abc import Callable, Hashable, Iterator
+
+from proxy.cache.fetch import FOR_NOBODY, OR_STALE, Due, Fetched, Fetcher, Manner, is_replaceable
+from proxy.cache.invalidator import Invalidator
+from proxy.core.entry import Basis, HeldElsewhere, Leased, Lookup, Record, Superseded
+from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere, UpstreamGivenUp
+from proxy.core.ports import Gate, Store
+from proxy.core.request import Call
+from proxy.tasks.drain import Closing
+from proxy.tasks.flights import while_awaited
+
+_LEASE_RENEWAL_S = 0.5
+_SHORTEST_POLL_S = 0.025
+LONGEST_POLL_S = 0.2
+"""Between two looks at another replica's lease: many requests that wait, each for its own key, load Redis."""
+
+STALE_PATIENCE_S = 1.0
+"""A request with a stale entry waits so long for another replica: that one may be waiting for the quota."""
+
+
+class Collapser:
+    """Lets requests share fetches.
+
+    `total_timeout_s` is the longest that a call to the upstream may take, `monotonic` gives the seconds that
+    deadlines count in.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        gate: Gate,
+        fetcher: Fetcher,
+        invalidator: Invalidator,
+        *,
+        total_timeout_s: float,
+        monotonic: Callable[[], float],
+        closing: Closing,
+    ) -> None:
+        self._store = store
+        self._gate = gate
+        self._fetcher = fetcher
+        self._invalidator = invalidator
+        self._total_timeout_s = total_timeout_s
+        self._monotonic = monotonic
+        self._closing = closing
+
+    # -- within this process -------------------------------------------------------------------
+
+    def name(self, call: Call, basis: Basis | None, manner: Manner) -> Hashable:
+        """Name the flight that `call` may share: not one that began before something was invalidated.
+
+        The stamps that its lookup saw tell that; without the store, this replica's own count.
+        """
+        return call.key, manner, self._invalidator.ended(call.key) if basis is None else basis
+
+    def may_share(self, call: Call) -> bool:
+        """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""
+        wanted = call.directives
+        if wanted.no_cache or wanted.no_store:
+            return False
+        return wanted.max_age_s is None or wanted.max_age_s >= self._total_timeout_s
+
+    # -- over all replicas ---------------------------------------------------------------------
+
+    async def fetch_for_all(self, call: Call, lookup: Lookup, manner: Manner) -> Fetched | ProxyError:
+        """Fetch, unless another replica does: then wait for its result. Runs in a flight.
+
+        The wait is for the lease of the basis that this request's own lookup saw, whatever is invalidated
+        meanwhile: a fetch under that lease is as new as this request.
+        """
+        due = self._fetcher.due()
+        asked_at = due.began
+        found, basis, pauses_s = lookup.entry, lookup.basis, _pauses_s()
+        waited = False
+        while basis is not None and lookup.basis is not None:
+            match await self._store.lease(call.key, basis):
+                case Leased() as lease:
+                    return await self._fetch_leased(lease, call, lookup, manner, due)
+                case Record() as record if waited or is_replaceable(record.status):
+                    return _from_record(record)
+                case Record() | None:  # an answer, but from before this request; or Redis cannot tell
+                    break
+                case HeldElsewhere() if manner is FOR_NOBODY:
+                    return NotCached("another replica refreshes it")
+                case (HeldElsewhere() | Superseded()) as reply:
+                    if failure := await self._tired_of_waiting(call, manner, due, asked_at):
+                        return failure
+                    asked_at = self._monotonic()
+                    if reply == HeldElsewhere():
+                        waited = True
+                        with while_awaited():
+                            await asyncio.sleep(next(pauses_s))
+                    lookup = await self._store.lookup(call.key)
+                    basis = lookup.basis if reply == Superseded() else basis
+            entry = lookup.entry
+            if entry is not None and entry != found:
+                return Fetched(entry.status, entry.body, entry, stored=True, elsewhere=True)
+        return await self._fetcher.fetch(call, lookup, manner, due)
+
+    async def _tired_of_waiting(
+        self, call: Call, manner: Manner, due: Due, asked_at: float
+    ) -> ProxyError | None:
+        """Say why this replica waits no longer for the lease, for which it last asked at `asked_at`.
+
+        At the moment at which its own wait for the quota would be over it asks the gate, once: the other
+        replica may be waiting for the same quota.
+        """
+        now = self._monotonic()
+        last = due.began + STALE_PATIENCE_S if manner is OR_STALE else due.wait + self._total_timeout_s
+        if now > min(last, self._closing.due):
+            return UpstreamFailedElsewhere(
+                "another replica fetches this, and did not bring it in time; this one did not ask the API",
+                status=NotCached.status,
+                error_id=NotCached.id,
+                proxy_error="proxy_internal_response",
+                retry_after_s=None,
+            )
+        if asked_at < due.wait <= now:
+            return await self._gate.refusal(call, manner.call_class)
+        return None
+
+    async def _fetch_leased(
+        self, lease: Leased, call: Call, lookup: Lookup, manner: Manner, due: Due
+    ) -> Fetched | ProxyError:
+        """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to those who wait."""
+        renewing = asyncio.create_task(self._keep(lease), name="lease")
+        record = None
+        try:
+            result = await self._fetcher.fetch(call, lookup, manner, due)
+            record = _record(result)
+            return result
+        finally:
+            renewing.cancel()
+            await self._store.release(lease, record)
+
+    async def _keep(self, lease: Leased) -> None:
+        while True:
+            await asyncio.sleep(_LEASE_RENEWAL_S)
+            await self._store.renew(lease)
+
+
+def _pauses_s() -> Iterator[float]:
+    pause_s = _SHORTEST_POLL_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, LONGEST_POLL_S)
+
+
+def _record(result: Fetched | ProxyError) -> Record | None:
+    """Make what waiting replicas may share; None for a stored entry, and for this replica's own refusals."""
+    match result:
+        case Fetched(stored=True) | NotSent() | UpstreamGivenUp():
+            return None
+        case Fetched():
+            return Record(result.status, result.body, result.retry_after_s)
+        case ProxyError():
+            return Record(
+                result.status, str(result).encode(), result.retry_after_s, result.id, result.proxy_error
+            )
+
+
+def _from_record(record: Record) -> Fetched | ProxyError:
+    if not record.error_id:
+        return Fetched(record.status, record.body, elsewhere=True, retry_after_s=record.retry_after_s)
+    return UpstreamFailedElsewhere(
+        record.body.decode(),
+        status=record.status,
+        error_id=record.error_id,
+        proxy_error=record.proxy_error,
+        retry_after_s=record.retry_after_s,
+    )

@@ -1,0 +1,166 @@
+"""What the cache and the gate need of others, as Protocols: a store, a gate, an upstream, a ledger.
+
+`cache` and `gate` import no driver: the composition root gives them objects that fulfil these. `Store` is
+implemented in `storage/store.py`, `CommonLedger` in `storage/ledger.py`, `Upstream` in `upstream/client.py`
+and `Gate` in `gate/gate.py`; tests and the simulated day bring their own. Times called monotonic are seconds
+of the composition root's monotonic clock. Pure: signatures only.
+"""
+
+from collections.abc import AsyncIterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record, Superseded
+from proxy.core.errors import QuotaSpent
+from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.passthrough import Forwarding, Streamed
+from proxy.core.policy import Answer
+from proxy.core.quota import Admitted, CallClass, Postponed
+from proxy.core.request import Call
+
+# -- what the cache needs --------------------------------------------------------------------------
+
+
+class Store(Protocol):
+    """Where all replicas keep entries and leases, and invalidate entries. No method raises.
+
+    A store that fails finds nothing, stores nothing, and cannot tell who holds a lease.
+    """
+
+    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+        """Find an entry, and the stamps that a fill would be sealed with."""
+
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
+        """Store an entry, unless something was invalidated since the lookup that gave `basis`.
+
+        Tell whether it was stored.
+        """
+
+    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+        """Store the single entries that came with a list, by snapshot id, under the condition of `put`.
+
+        Give the ids of those that are in the store now, these entries or newer ones.
+        """
+
+    async def lease(
+        self, key: EntryKey | ListKey, basis: Basis
+    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        """Try to become the one replica that fetches `key`. None: the store cannot tell."""
+
+    async def renew(self, lease: Leased) -> None:
+        """Prolong the lease."""
+
+    async def release(self, lease: Leased, record: Record | None) -> None:
+        """Give the lease up, and leave an outcome that is not stored as a `record` for those who wait."""
+
+    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
+        """Invalidate one caller's entry and lists, and fills of them that are in flight.
+
+        `by_read`: the upstream answered a read with a no; no write or purge asked for it. Like the three
+        below, tell whether the store did it now; else it does it when Redis is back.
+        """
+
+    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
+        """Invalidate all entries of one caller; a `refusal` answers the caller's lookups while it lasts."""
+
+    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
+        """Invalidate these snapshots, and all lists, for all callers."""
+
+    async def end_everything(self) -> bool:
+        """Invalidate all entries of all callers."""
+
+
+class Gate(Protocol):
+    """The way to the upstream that counts each call against the token's quota."""
+
+    async def ask(
+        self,
+        call: Call,
+        validator: str = "",
+        *,
+        call_class: CallClass = CallClass.MISS,
+        patient: bool = True,
+        wait_until: float = ...,
+        answer_by: float = ...,
+        new_connection: bool = False,
+    ) -> Answer:
+        """Ask once, when the quota has room. With a `validator` (an entity tag) the answer may be a 304.
+
+        Without `patient` the call is made only if there is room now, else it waits until `wait_until` at
+        most; the call itself may last until `answer_by` (both monotonic). With `new_connection` it goes over
+        a connection that was opened for it. Raises UpstreamError or NotSent.
+        """
+
+    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+        """Say why a call would not be made now. None: it would, or one in flight has to tell first."""
+
+
+# -- what the gate needs ---------------------------------------------------------------------------
+
+
+class Upstream(Protocol):
+    """DigitalOcean's API. Each method sends at most one request; neither asks the quota."""
+
+    async def ask(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
+        """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
+
+    def stream(
+        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+    ) -> AbstractAsyncContextManager[Streamed]:
+        """Send a request as it is, and give its answer when that begins.
+
+        Raises UpstreamError, and what `body` raises.
+        """
+
+
+class Admission(Protocol):
+    """An admission by the common ledger."""
+
+    @property
+    def admitted(self) -> Admitted:
+        """The call."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the upstream accepted the token lately."""
+
+    @property
+    def born(self) -> str:
+        """The ledger's random name: another one means that the token's former ledger was lost."""
+
+
+class CommonLedger(Protocol):
+    """The replicas' common ledger of each token. No method raises; None: it cannot be asked."""
+
+    async def admit(
+        self, partition: Partition, call_class: CallClass, operation: str
+    ) -> Admission | Postponed | None:
+        """Ask for one call, of an `operation` (see `core/operations.py`) that may cool down by itself."""
+
+    async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
+        """Ask when `need` calls will be admitted; None: now, or it cannot be asked."""
+
+    async def give_back(self, partition: Partition, admitted: Admitted) -> None:
+        """Take back an admission whose call was not made."""
+
+    async def settle(
+        self,
+        partition: Partition,
+        admitted: Admitted,
+        remaining_told: int | None,
+        limit_told: int | None,
+        *,
+        answered: bool,
+        known: bool | None,
+    ) -> None:
+        """Count a call as answered: the parameters are those of `gate.ledgers.Settlement`."""
+
+    async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
+        """Begin a cool-down of the token. Give the seconds that it lasts."""
+
+    async def cool_operation(
+        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+    ) -> bool:
+        """Begin a cool-down of one operation. Tell whether another one's began within `within_s` before."""

@@ -1,0 +1,135 @@
+"""What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
+
+The ledgers are told once: before a long body where the gate says so (`Passage.tell`), else when the call is
+over. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A kept
+connection that the upstream closed is none: an edge may do that at any time.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+from proxy.core.breaker import Breaker
+from proxy.core.errors import (
+    UPSTREAM_DOWN,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamGivenUp,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    tells_outcome,
+)
+from proxy.core.events import GIVEN_UP, CallSettled, Route
+from proxy.gate.ledgers import Account, Accounts, Turn
+from proxy.gate.line import Line
+from proxy.gate.passage import Passage
+
+
+class Settler:
+    """Settles calls. `lines_of` gives the lines of an account that have calls."""
+
+    def __init__(
+        self,
+        accounts: Accounts,
+        lines_of: Callable[[Account], Iterable[Line]],
+        *,
+        observe: Callable[[CallSettled], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._accounts = accounts
+        self._lines_of = lines_of
+        self._observe = observe
+        self._monotonic = monotonic
+
+    @asynccontextmanager
+    async def settled(
+        self,
+        route: Route,
+        account: Account,
+        turn: Turn,
+        passage: Passage,
+        breaker: Breaker,
+        *,
+        is_write: bool,
+    ) -> AsyncIterator[None]:
+        """Settle the call that is made inside, however that goes."""
+
+        async def settle() -> None:
+            try:
+                await self._accounts.settle(account, turn, passage.settlement())
+            finally:
+                for line in self._lines_of(account):
+                    line.wake()
+
+        passage.settle = settle
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+            if _is_outage(error):
+                breaker.failed(self._monotonic(), probe=passage.probe)
+            raise
+        finally:
+            if passage.status in UPSTREAM_DOWN:
+                breaker.failed(self._monotonic(), probe=passage.probe)
+            elif passage.status is not None:
+                breaker.succeeded()
+            if passage.status == HTTPStatus.UNAUTHORIZED:
+                for line in self._lines_of(account):
+                    line.refuse()
+            try:
+                await passage.tell()
+            finally:
+                self._observe(
+                    CallSettled(
+                        route,
+                        account.caller,
+                        passage.status,
+                        error=_error_type(failure),
+                        outcome_unknown=is_write
+                        and _outcome_unknown(passage.status, passage.retry_after_s, failure),
+                        breaker_open=breaker.is_open,
+                        cooldown_s=0.0 if passage.of_operation else self._accounts.cooldown_s(account),
+                    )
+                )
+
+
+def _is_outage(failure: BaseException) -> bool:
+    """Tell whether a failure counts for the circuit breaker."""
+    match failure:
+        case UpstreamDisconnected():
+            return not failure.kept
+        case UpstreamTimeout() | UpstreamUnreachable():
+            return True
+        case _:
+            return False
+
+
+def _error_type(failure: BaseException | None) -> str:
+    """Name a failure as RFC 9209 does; empty if there was none."""
+    match failure:
+        case None:
+            return ""
+        case UpstreamGivenUp() | UpstreamDisconnected(kept=True):
+            return GIVEN_UP
+        case UpstreamError():
+            return failure.proxy_error
+        case _:
+            return GIVEN_UP
+
+
+def _outcome_unknown(status: int | None, retry_after_s: int | None, failure: BaseException | None) -> bool:
+    """Tell whether a write may have been carried out or not: by its answer, or because it had none."""
+    match failure:
+        case _ if status is not None:
+            return not tells_outcome(status, retry_after_s)
+        case UpstreamUnreachable():  # not sent
+            return False
+        case UpstreamError():
+            return True
+        case asyncio.CancelledError():
+            return True
+        case _:  # the caller did not send the body to its end
+            return False

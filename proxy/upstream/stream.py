@@ -1,0 +1,104 @@
+"""Bodies while they move: a request's body on its way up, an answer's body on its way down.
+
+Each piece has a deadline of its own, and no piece is kept. Only `read_all` collects an answer: `most` bytes
+of it at most, counted after inflating, so that a small gzip cannot fill the memory. Deadlines count the time
+in which this process listened (`tasks/listening.py`). Errors of aiohttp become UpstreamErrors here.
+"""
+
+import zlib
+from collections.abc import AsyncIterable, AsyncIterator
+
+import aiohttp
+
+from proxy.core.errors import UpstreamInvalid, UpstreamTimeout
+from proxy.tasks.listening import ListeningTimeout
+
+_GZIP = 16 + zlib.MAX_WBITS
+
+
+class Upload:
+    """A caller's body on its way up: it came to its end (`ended`), or failed where it came from (`failure`).
+
+    `due` is the upstream's deadline. It stands still while the caller is waited for, and then starts again
+    with `within_s`. It is None when the answer has begun, or will not come any more.
+    """
+
+    def __init__(self, body: AsyncIterable[bytes], due: ListeningTimeout, within_s: float) -> None:
+        self._body = body
+        self._within_s = within_s
+        self.due: ListeningTimeout | None = due
+        self.ended = False
+        self.failure: Exception | None = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            self._restart(None)
+            async for chunk in self._body:
+                self._restart(self._within_s)
+                yield chunk
+                self._restart(None)
+        except Exception as failure:
+            self.failure = failure
+            raise
+        self.ended = True
+        self._restart(self._within_s)
+
+    def _restart(self, within_s: float | None) -> None:
+        if self.due is not None:
+            self.due.restart(within_s)
+
+
+async def chunks_of(response: aiohttp.ClientResponse, read_timeout_s: float) -> AsyncIterator[bytes]:
+    """Give the bytes of a body as they come, each piece within `read_timeout_s`. Raises UpstreamError."""
+    while True:
+        try:
+            async with ListeningTimeout(read_timeout_s):
+                chunk = await response.content.readany()
+        except TimeoutError:
+            response.close()
+            raise UpstreamTimeout(
+                f"the upstream's answer did not go on within {read_timeout_s:g} s (upstream.read_timeout_s)",
+                proxy_error="connection_read_timeout",
+            ) from None
+        except (aiohttp.ClientError, OSError):
+            raise _incomplete() from None
+        if not chunk:
+            return
+        yield chunk
+
+
+async def read_all(response: aiohttp.ClientResponse, most: int, read_timeout_s: float) -> bytes:
+    """Read and inflate a body, never holding more than `most` bytes of it and one chunk.
+
+    An empty body is not inflated, whatever its header says. Raises UpstreamError, or zlib.error.
+    """
+    coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    inflater = zlib.decompressobj(_GZIP) if coding in ("gzip", "x-gzip") else None
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in chunks_of(response, read_timeout_s):
+        if inflater is None and coding != "identity":
+            raise UpstreamInvalid(
+                "its content coding was not asked for", proxy_error="http_response_content_coding"
+            )
+        part = chunk if inflater is None else inflater.decompress(chunk, most - size + 1)
+        size += len(part)
+        if inflater is not None and inflater.unused_data:
+            response.close()
+            raise UpstreamInvalid(
+                "it goes on behind the end of its gzip", proxy_error="http_response_content_coding"
+            )
+        if size > most:
+            response.close()
+            raise UpstreamInvalid(
+                f"it has more than {most} bytes (upstream.max_body_bytes)",
+                proxy_error="http_response_body_size",
+            )
+        parts.append(part)
+    if inflater is not None and parts and not inflater.eof:
+        raise _incomplete()
+    return b"".join(parts)
+
+
+def _incomplete() -> UpstreamInvalid:
+    return UpstreamInvalid("it ended before it was complete", proxy_error="http_response_incomplete")
