@@ -352,7 +352,7 @@ def test_no_counter_or_histogram_begins_later() -> None:
     assert kinds.keys() - FROM_THE_START.keys() == states | UNKNOWN_BEFORE_A_CALL
 
 
-@pytest.mark.parametrize("name", UNKNOWN_BEFORE_A_CALL)
+@pytest.mark.parametrize("name", sorted(UNKNOWN_BEFORE_A_CALL))
 def test_what_a_caller_has_left_is_not_guessed(name: str) -> None:
     """Zero calls left would be an alarm."""
     metrics = Metrics("1.2.3")

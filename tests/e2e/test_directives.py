@@ -31,7 +31,7 @@ from proxy.simulator import (
     Token,
     World,
 )
-from proxy.upstream.client import client as upstream
+from proxy.upstream import client as upstream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

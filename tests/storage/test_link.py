@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 from support import DEADLINE_S, Valkey, free_port, until
 
-from proxy.storage import link as link_module
+from proxy.storage import connection as link_module
 from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Link, Unavailable
 from proxy.storage.readiness import Refusal

@@ -24,7 +24,7 @@ from redis.exceptions import (
 from support import Valkey, free_port, until
 
 from proxy.core.address import address_of
-from proxy.storage import link as link_module
+from proxy.storage import connection as link_module
 from proxy.storage.client import connector
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
