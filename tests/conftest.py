@@ -1,7 +1,7 @@
-"""The fixtures that most tests use (the simulator, a real Valkey, a client), and what `pytest --quick` runs.
+"""The fixtures that most tests use (simulator, Valkey, client), and what `pytest --quick` runs.
 
-`--quick` runs every file but those in `WIRE`. While it runs, a test that starts a process, listens or connects fails,
-so that the list stays true: a new file is quick until its own test says otherwise.
+`--quick` runs every file but those in `WIRE`. While it runs, a test that starts a process, listens or
+connects fails, so that the list stays true: a new file is quick until one of its tests fails for that reason.
 """
 
 import asyncio
@@ -26,7 +26,10 @@ WIRE = [
     *("deploy", "e2e", "storage"),
     *(f"simulator/test_{name}.py" for name in ("command", "control", "faults", "gates", "log", "server")),
     *(f"simulator/test_{name}.py" for name in ("service", "specification")),
-    *(f"test_{name}.py" for name in ("admin", "check", "cli", "connection", "demo", "files", "logs", "readme")),
+    *(
+        f"test_{name}.py"
+        for name in ("admin", "check", "cli", "connection", "demo", "files", "logs", "readme")
+    ),
     "test_sockets.py",
 ]
 """Directories and files whose tests start processes or open sockets."""
@@ -58,7 +61,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(autouse=True)
 def _stays_inside() -> Iterator[None]:
-    """With `--quick`, fail a test that started a process, listened or connected: its file belongs in `WIRE`."""
+    """With `--quick`, fail a test that started a process, listened or connected."""
     _reached_out.clear()
     yield
     assert not _reached_out, f"{_reached_out[0]} in a quick test: add its file to WIRE in tests/conftest.py"

@@ -101,6 +101,7 @@ async def test_purge_is_counted_and_told_like_every_answer(
     assert total(metrics, "snapshot_proxy_store_operations_total", operation="end", outcome="ok") == 1
 
 
+@pytest.mark.G7
 @pytest.mark.parametrize(
     "request_head",
     [

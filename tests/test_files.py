@@ -121,6 +121,7 @@ class Limited(Serve):
         self.command = ("-c", code)
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize("fast", [True, False], ids=["uvloop", "asyncio"])
 async def test_idle_callers_leave_room_for_the_health_check(
     client: aiohttp.ClientSession, *, fast: bool

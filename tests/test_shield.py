@@ -33,6 +33,8 @@ from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
 from proxy.core.request import Call
 
+pytestmark = pytest.mark.G4
+
 OTHER = Partition("b" * 32)
 
 
@@ -338,6 +340,7 @@ def test_whoever_leaves_while_waiting_for_a_connection(place: int) -> None:
     run(main())
 
 
+@pytest.mark.G8
 def test_whoever_waits_for_a_connection_at_the_end() -> None:
     """It is told while there is time for a call yet, as whoever waits for the quota."""
 
@@ -1032,6 +1035,7 @@ def test_strangers_are_limited_without_redis_too() -> None:
 # -- the end of the process --------------------------------------------------------------------------
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize(
     ("due_s", "called_at_s", "refused_at_s"),
     [
@@ -1067,6 +1071,7 @@ def test_whoever_waits_for_the_window_at_the_end(
     run(main())
 
 
+@pytest.mark.G8
 def test_whoever_waits_for_a_turn_at_the_end() -> None:
     """First in line or not: nobody sleeps past the moment at which there is no time left for its call."""
 
@@ -1084,6 +1089,7 @@ def test_whoever_waits_for_a_turn_at_the_end() -> None:
     run(main())
 
 
+@pytest.mark.G8
 def test_whoever_comes_at_the_end() -> None:
     """Where there is room it is asked for; where there is none there is no time to wait for it."""
 
@@ -1101,6 +1107,7 @@ def test_whoever_comes_at_the_end() -> None:
     run(main())
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize("call_class", [CallClass.MISS, CallClass.WRITE], ids=["read", "write"])
 @pytest.mark.parametrize(
     ("announced_at_s", "given_up_at_s"),
@@ -1233,6 +1240,7 @@ def test_during_a_rotation_both_ledgers_count_and_either_can_refuse() -> None:
     run(main())
 
 
+@pytest.mark.G9
 def test_nothing_of_this_keeps_a_ledger_of_everybody() -> None:
     """The ledgers of the least recently used tokens are forgotten."""
 

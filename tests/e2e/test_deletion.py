@@ -61,7 +61,7 @@ from proxy.storage.connection import Command, Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.G6, pytest.mark.asyncio(loop_scope="module")]
 
 LIST = "/v2/snapshots"
 REPLICAS = 3
@@ -592,6 +592,7 @@ async def test_a_token_without_the_scope(upstream: Simulator, session: aiohttp.C
         assert all(seen.is_hit for seen in await all_reads(session, at.api, owner, reader))
 
 
+@pytest.mark.G2
 async def test_a_delete_with_a_revoked_token(upstream: Simulator, session: aiohttp.ClientSession) -> None:
     """401 ends all of that caller's, whatever it was said to, and nobody else's."""
     caller, other = upstream.world.token(), upstream.world.token()
@@ -665,6 +666,7 @@ async def test_the_caller_leaves(upstream: Simulator) -> None:
     assert upstream.count(method="DELETE") == 1
 
 
+@pytest.mark.G8
 async def test_the_caller_leaves_and_the_replica_stops(
     upstream: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:

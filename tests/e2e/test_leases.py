@@ -25,6 +25,8 @@ from proxy.app import Addresses
 from proxy.simulator import Call, Fault, FaultKind, Limits, Simulator, Token
 from proxy.storage import store
 
+pytestmark = pytest.mark.G3
+
 _NUMBERS = itertools.count()
 REPLICAS = 3
 OTHER_ID = "fbe805e8-866b-11e6-96bf-000f53315a41"
@@ -234,6 +236,7 @@ async def test_the_leader_is_killed(
     assert simulator.count(path=DROPLET_PATH) == 2
 
 
+@pytest.mark.G5
 async def test_redis_is_killed_while_callers_wait(
     settings: list[str], simulator: Simulator, valkey: Valkey, token: Token, client: aiohttp.ClientSession
 ) -> None:
@@ -310,6 +313,7 @@ async def test_a_failure_is_shared_for_a_second(
     assert simulator.count(path=DROPLET_PATH) == 2
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("ends", ["delete", "purge", "unauthorized"])
 async def test_nobody_joins_a_fetch_from_before_an_end(
     ends: str, settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession
@@ -343,6 +347,7 @@ async def test_nobody_joins_a_fetch_from_before_an_end(
         assert [(await ask(client, at.api, token)).status for at in (one, two)] == [404, 404]
 
 
+@pytest.mark.G8
 async def test_a_holder_that_stops_leaves_its_lease(
     settings: list[str],
     simulator: Simulator,
@@ -390,6 +395,7 @@ async def test_nobody_waits_longer_for_a_replica_than_for_the_upstream(
     assert all("this one did not ask the API" in json.loads(got.body)["message"] for got in answers)
 
 
+@pytest.mark.G5
 @pytest.mark.parametrize(
     "value",
     [
@@ -427,6 +433,7 @@ async def test_a_foreign_lease_holds_nobody_up(
     assert total(metrics, "snapshot_proxy_store_operations_total", operation="lease", outcome="corrupt") == 1
 
 
+@pytest.mark.G5
 async def test_a_full_redis_holds_nobody_up(
     settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession, redis: Redis
 ) -> None:

@@ -287,6 +287,7 @@ async def test_compressed_bodies_up(upstream: Upstream, wire: aiohttp.ClientSess
     assert upstream.received[0].headers["Content-Encoding"] == "gzip"
 
 
+@pytest.mark.G9
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("direction", ["up", "down"])
 async def test_nothing_is_held(upstream: Upstream, wire: aiohttp.ClientSession, direction: str) -> None:
@@ -965,6 +966,7 @@ async def test_a_caller_who_leaves_while_reading(upstream: Upstream) -> None:
         await _quiet(at)
 
 
+@pytest.mark.G8
 async def test_a_service_that_stops(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     """Whoever waits for an answer gets ours before the drain ends; one that has begun goes on to its end."""
     given_up = asyncio.Event()
@@ -1264,6 +1266,7 @@ WRITES = {
 """Each write of FACTS: method, target, body; what is left to the caller, and to another one."""
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("outcome", ["done", "unknown", "500"])
 @pytest.mark.parametrize(
     ("method", "target", "body", "callers", "others"),
@@ -1318,6 +1321,7 @@ SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - o
 """It comes in two pieces, and is longer than what is looked at of it."""
 
 
+@pytest.mark.G4
 @pytest.mark.parametrize(
     ("message", "coding", "remaining", "next_status"),
     [
@@ -1405,6 +1409,7 @@ async def test_a_refused_write_ends_nothing(
     assert await kept.kept() == {"caller": ALL, "other": ALL}
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_a_refused_token(kept: Kept, method: str) -> None:
     """401 on any request: all of that caller's entries end, on every replica, and nobody else's."""
@@ -1413,6 +1418,7 @@ async def test_a_refused_token(kept: Kept, method: str) -> None:
     assert await kept.kept() == {"caller": set(), "other": ALL}
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("kind", ["single", "list", "seed"])
 async def test_a_fill_in_flight(kept: Kept, kind: str) -> None:
     """What was fetched before a write and is stored after it is served to nobody."""
@@ -1442,6 +1448,7 @@ async def test_a_long_body_that_names_ids(kept: Kept) -> None:
     assert await kept.kept() == {"caller": set(), "other": ALL}
 
 
+@pytest.mark.G6
 async def test_a_caller_who_leaves_a_write(kept: Kept) -> None:
     """The write goes on, and what it changed ends."""
     async with kept.simulator.hold(method="DELETE", stage="after") as gate:
@@ -1479,6 +1486,7 @@ async def test_a_refused_write_whose_answer_breaks_off(
     assert total(metrics, "snapshot_proxy_invalidations_total", cause="passthrough") == 0
 
 
+@pytest.mark.G6
 async def test_redis_is_away(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ async def test_output_that_nobody_reads() -> None:
 # -- signals -----------------------------------------------------------------------------------
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize("number", [*IGNORED, signal.SIGPIPE], ids=lambda number: number.name)
 async def test_signal_that_asks_for_nothing(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, number: signal.Signals

@@ -17,7 +17,7 @@ from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, app, bearer, scrape
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Limits, Simulator, Snapshot, Token
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.G6, pytest.mark.asyncio(loop_scope="module")]
 
 LIST = "/v2/snapshots"
 VOLUME_PATH = f"{LIST}/{VOLUME_SNAPSHOT_ID}"

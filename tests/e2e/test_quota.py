@@ -25,6 +25,8 @@ from support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrap
 from proxy.app import Addresses
 from proxy.simulator import VOLUME_ID, Fault, FaultKind, Simulator, Token
 
+pytestmark = pytest.mark.G4
+
 MOMENTS = Random(4)  # noqa: S311 # when callers leave, and others call
 LIMIT, WINDOW_S = 40, 2.5
 RESERVE = 0.1
@@ -461,6 +463,7 @@ async def test_a_bad_token_costs_one_call(simulator: Simulator, client: aiohttp.
     assert sum(message.startswith("snapshot-proxy: the API refused") for message in messages) == 86
 
 
+@pytest.mark.G2
 async def test_a_refused_token_is_refused_for_a_while(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def new_token(fleet: Fleet) -> Token:
     return fleet.simulator.world.token(value=secrets.token_hex(16))
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize(
     ("filled", "asked", "calls"),
     [
@@ -149,6 +150,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("end", ENDS)
 async def test_an_end_reaches_every_replica(fleet: Fleet, token: Token, end: End) -> None:
     """From its answer on no replica serves the snapshot, or a list, that was kept before; for any caller."""
@@ -172,6 +174,7 @@ async def test_an_end_reaches_every_replica(fleet: Fleet, token: Token, end: End
         assert all((b"as it is now" in reply.body) is not gone for reply in [*singles, *lists])
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -198,6 +201,7 @@ async def test_a_refused_token_is_refused_everywhere(
         assert all(reply.cache.startswith("hit") for reply in await fleet.ask_all(asked, other))
 
 
+@pytest.mark.G8
 async def test_rolling_replacement_keeps_the_cache(tmp_path: Path) -> None:
     """All replicas are replaced, one after the other: the new ones serve what the old ones fetched."""
     async with running_fleet(tmp_path) as (fleet, settings), contextlib.AsyncExitStack() as stack:

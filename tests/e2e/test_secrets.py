@@ -22,6 +22,8 @@ from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, raw_exchang
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator
 
+pytestmark = pytest.mark.G7
+
 LIST_PATH = "/v2/snapshots"
 LISTS = (LIST_PATH, f"{LIST_PATH}?per_page=200", f"{LIST_PATH}?name=x")
 VOLUME_PATH = f"{LIST_PATH}/{VOLUME_SNAPSHOT_ID}"

@@ -34,6 +34,8 @@ from proxy.core.quota import TURN_S
 from proxy.simulator import Limits, Simulator, Snapshot, Token, World
 from proxy.storage.keys import Keys
 
+pytestmark = pytest.mark.G5
+
 PATIENT = Limits(per_minute=1_000_000, per_hour=1_000_000)  # AMPLE, on the other side
 MOST_S = TURN_S + 4.0
 """Longest for one request while Redis is of no use: redis.timeout_s is 0.1, the machine may be busy, and the
@@ -395,6 +397,7 @@ async def lookups(admin: str) -> Counter[str]:
     return Counter({outcome: int(count) for outcome, count in counted.items()})
 
 
+@pytest.mark.G1
 @pytest.mark.timeout(120)
 async def test_mutated_values(valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path) -> None:
     """Of 10,000 values that were tampered with none is served; each is counted and replaced."""
@@ -535,6 +538,7 @@ async def streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         await writer.drain()
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize(
     "talk",
     [

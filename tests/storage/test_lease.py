@@ -20,6 +20,8 @@ from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.store import LEASE_MS, RECORD_MS, Store
 
+pytestmark = pytest.mark.G3
+
 KEY = EntryKey(Partition("0" * 32), "6372321")
 OTHER_KEY = EntryKey(Partition("1" * 32), "6372321")
 ENTRY = Entry(200, b'{"snapshot":{}}', '"tag"', 1_000.0, Lifetimes(60, 60, 300))
@@ -152,6 +154,7 @@ async def test_what_a_fetch_rests_on_stays(
     assert await two.lease(KEY, await two.basis()) == HeldElsewhere()
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("ends", ["entry", "caller", "snapshots", "everything"])
 async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Replica]) -> None:
     """A fetch from before an end holds nobody up who looks after it, and its record is not theirs."""
@@ -173,6 +176,7 @@ async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Rep
     assert isinstance(await two.lease(KEY, after), Leased)
 
 
+@pytest.mark.G1
 async def test_no_caller_meets_another_ones(replicas: tuple[Replica, Replica], redis: Redis) -> None:
     """Another caller's lease is another one, and a record under its name does not verify."""
     one, two = replicas

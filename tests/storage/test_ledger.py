@@ -18,6 +18,8 @@ from proxy.storage.connection import Command, Link
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import Admission, RedisLedger
 
+pytestmark = pytest.mark.G4
+
 LIMITS = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
 CALL_S = 2.0
 SOMEBODY = Partition("0" * 32)
@@ -183,6 +185,7 @@ async def test_both_find_out_of_a_wrong_value(
     assert refused > 1
 
 
+@pytest.mark.G10
 async def test_an_older_replica_leaves_the_new_fields_alone(links: list[Link]) -> None:
     """Its script takes a field of one capital letter and a number; the others' calls have a key of their own.
 
@@ -311,6 +314,7 @@ async def test_known_is_remembered(links: list[Link]) -> None:
         await second.give_back(SOMEBODY, reply.admitted)
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize(
     ("known", "cools", "kept_s"),
     [
@@ -362,6 +366,7 @@ async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link])
     await mine.give_back(SOMEBODY, admitted)
 
 
+@pytest.mark.G9
 async def test_the_hash_is_bounded_and_ends_by_itself(links: list[Link]) -> None:
     """However many calls are made, there are no more fields than buckets, and the key ends after its hour."""
     mine = ledger(links[0])

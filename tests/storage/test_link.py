@@ -17,6 +17,8 @@ from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Link, Unavailable
 from proxy.storage.readiness import Refusal
 
+pytestmark = pytest.mark.G5
+
 PATIENT_S = 10.0
 """A timeout that no test reaches."""
 
@@ -270,6 +272,7 @@ async def test_a_queue_is_no_outage(relay: Relay) -> None:
         assert link._connected == LANES
 
 
+@pytest.mark.G9
 async def test_the_queue_has_a_limit(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit asking fails at once; those within it are answered."""
     monkeypatch.setattr(link_module, "MOST_WAITING", 20)
@@ -282,6 +285,7 @@ async def test_the_queue_has_a_limit(relay: Relay, monkeypatch: pytest.MonkeyPat
 # -- cancellation ------------------------------------------------------------------------------
 
 
+@pytest.mark.G1
 async def test_cancelled_askers_never_mix_replies(valkey: Valkey) -> None:
     """However many askers leave at whatever moment, each reply is the reply to its own key."""
     chance = Random(28858)  # noqa: S311 # a failure can be repeated

@@ -29,6 +29,8 @@ from proxy.storage.client import connector
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
 
+pytestmark = pytest.mark.G5
+
 PREFIX = "snapshot-proxy"
 ROOT = Path(__file__).parents[2]
 OPERATING = ROOT / "docs" / "operating.md"
