@@ -7,8 +7,10 @@ PYTHON ?= $(shell for each in python3 python3.11 python3.12 python3.13 python3.1
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+# Tests wait more than they compute. A file's tests run in one process: they share servers.
+PARALLEL := -n 4 --dist loadfile
 
-.PHONY: help demo quick test check format bench clean
+.PHONY: help demo quick test test-long check format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,18 +21,22 @@ demo: $(VENV)/.runtime
 
 # The core, and everything else that starts no process and opens no socket: the answer in half a minute.
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest --quick -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --quick $(ARGS)
 
-# All tests with their coverage, or with ARGS what pytest is told: make test ARGS="tests/core -x".
+# All tests but the long random ones, with their coverage; or what ARGS says: make test ARGS="tests/core -x".
 test: $(VENV)/.dev
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long" --cov --cov-report=
 	$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage report --include='proxy/core/*' --format=total --fail-under=100 >/dev/null \
 	|| { echo "proxy/core has to be covered to 100 %: see above for what is missing"; exit 1; }
 endif
+
+# The random runs of `make test` again, with many more histories: they compute more than they wait.
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -472,8 +472,15 @@ async def test_the_refusal_of_a_refresh_answers_nobody(
 
 
 @pytest.mark.parametrize("simulator", [pytest.param(WIDE, id="ample")], indirect=True)
+@pytest.mark.parametrize("rounds", [40, pytest.param(100, marks=pytest.mark.long)])
 async def test_random_cancellation(
-    settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession, redis: Redis
+    settings: list[str],
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+    redis: Redis,
+    *,
+    rounds: int,
 ) -> None:
     """Callers leave, flights are cancelled, the upstream fails: nobody hangs, nothing is left behind."""
     loop = asyncio.get_running_loop()
@@ -495,7 +502,7 @@ async def test_random_cancellation(
         replicas = (one, two)
         await asyncio.gather(*(ask(client, one.api, token, path=path) for path in paths))
         callers: list[asyncio.Task[Got]] = []
-        for round_number in range(100):
+        for round_number in range(rounds):
             if round_number % 3 == 0:
                 simulator.faults.add(dice.choice(kinds), path=dice.choice(paths))
                 faults += 1
@@ -523,11 +530,11 @@ async def test_random_cancellation(
     assert len(answers) + len(left) == len(ends)
     assert {got.status for got in answers} <= {0, 200, 404, 500, 502, 504}
     assert sum(got.status == 200 for got in answers) > len(answers) / 2
-    # All of it happened, and often: about 30 faults, 50 flights, 300 callers and 400 calls are usual.
-    assert faults > 10
-    assert cancelled > 10
-    assert len(left) > 50
-    assert simulator.count() > 60
+    # All of it happened, and often: 100 rounds usually have 30 faults, 50 flights, 300 callers and 400 calls.
+    assert faults > rounds * 0.1
+    assert cancelled > rounds * 0.1
+    assert len(left) > rounds * 0.5
+    assert simulator.count() > rounds * 0.6
     gc.collect()
     await asyncio.sleep(0)
     assert not troubles

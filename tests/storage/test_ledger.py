@@ -118,13 +118,14 @@ class Pair:
                 assert cools_s == pytest.approx(self.python.standing(now)[2], abs=1e-6)
 
 
-async def test_both_ledgers_say_the_same(links: list[Link]) -> None:
+@pytest.mark.parametrize("histories", [50, pytest.param(250, marks=pytest.mark.long)])
+async def test_both_ledgers_say_the_same(links: list[Link], histories: int) -> None:
     """Over random histories of admissions, answers, losses, 429s and pauses."""
     loop = asyncio.get_running_loop()
-    redis, histories = ledger(links[0]), iter(range(10**6))
+    redis, numbers = ledger(links[0]), iter(range(10**6))
 
     async def compare(steps: list[tuple[float, tuple[Any, ...]]]) -> None:
-        pair, now = Pair(redis, Partition(f"{next(histories):032x}")), 1_000_000.0
+        pair, now = Pair(redis, Partition(f"{next(numbers):032x}")), 1_000_000.0
         for pause_s, step in steps:
             now += pause_s
             await pair.ask(now, step)
@@ -132,7 +133,7 @@ async def test_both_ledgers_say_the_same(links: list[Link]) -> None:
     def run(steps: list[tuple[float, tuple[Any, ...]]]) -> None:
         asyncio.run_coroutine_threadsafe(compare(steps), loop).result(20)
 
-    check = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    check = settings(max_examples=histories, deadline=None, suppress_health_check=list(HealthCheck))
     await asyncio.to_thread(check(given(STEPS)(run)))
 
 
