@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from hypothesis import settings
-from support import Valkey
+from kit.support import Valkey
 
 from proxy.simulator import Simulator, Token
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from fakes import CALL_S, SOMEBODY, FakeLedger, accounts
-from virtual import now, run
+from kit.fakes import CALL_S, SOMEBODY, FakeLedger, accounts
+from kit.virtual import now, run
 
 from proxy.core.identity import Partition
 from proxy.core.quota import CallClass, Limits, Postponed

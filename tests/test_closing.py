@@ -4,7 +4,7 @@ import asyncio
 import math
 
 import pytest
-from virtual import now, run
+from kit.virtual import now, run
 
 from proxy.tasks.drain import Closing
 

@@ -6,7 +6,7 @@ import sys
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, Serve
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve
 
 from proxy import files
 from proxy.files import ADMIN_LIMITS, OpenFiles, TooFewFiles, raise_limit, share_out

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pytest
-from virtual import now, run
+from kit.virtual import now, run
 
 from proxy.cache.fetch import LONGEST_POLL_S, STALE_PATIENCE_S, Fetched, is_failure
 from proxy.cache.invalidator import Invalidator

@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
-from virtual import now, run
+from kit.fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
+from kit.virtual import now, run
 
 from proxy.core.breaker import FAILURES, NEWS_S
 from proxy.core.errors import (

@@ -13,7 +13,7 @@ from random import Random
 
 import aiohttp
 import pytest
-from support import (
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     MANY_STRANGERS,

@@ -17,7 +17,7 @@ from typing import Self
 import aiohttp
 import pytest
 import trustme
-from support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
 
 from proxy.app import Addresses
 from proxy.simulator import Simulator, Token

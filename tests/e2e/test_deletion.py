@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 import pytest
 import pytest_asyncio
-from support import (
+from kit.replicas import orders, shared, together
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     MANY_STRANGERS,
@@ -38,7 +39,6 @@ from support import (
     scrape,
     total,
     until,
-    write_secret,
 )
 
 from proxy.core.breaker import FAILURES
@@ -138,25 +138,15 @@ class Look(NamedTuple):
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     """Run three replicas for all tests of the module: each uses snapshots and tokens of its own."""
-    secret = write_secret(tmp_path_factory.mktemp("deletion"))
+    directory = tmp_path_factory.mktemp("deletion")
     world = World(teams=[f"team-{number}" for number in range(TEAMS)], snapshots_per_team=3)
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(
             Simulator(world=world, limits=Limits(per_minute=10**6, per_hour=10**6))
         )
         valkey = await stack.enter_async_context(Valkey())
-        replicas = [
-            Serve(
-                f"upstream.base_url={simulator.url}",
-                f"redis.url={valkey.url}",
-                f"security.secret_file={secret}",
-                "redis.timeout_s=2",
-                "log.access=off",
-                MANY_STRANGERS,
-            )
-            for _ in range(REPLICAS)
-        ]
-        await asyncio.gather(*map(stack.enter_async_context, replicas))
+        settings = (*shared(simulator.url, valkey.url, directory), "log.access=off", MANY_STRANGERS)
+        replicas = await stack.enter_async_context(together(*(Serve(*settings) for _ in range(REPLICAS))))
         client = await stack.enter_async_context(
             aiohttp.ClientSession(
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -164,25 +154,13 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
                 timeout=aiohttp.ClientTimeout(total=30),
             )
         )
-        yield Cluster(simulator, replicas, client)
+        yield Cluster(simulator, list(replicas), client)
 
 
 # -- every order -------------------------------------------------------------------------------
 
 FILL = ("read", "answer", "write")
 END = ("delete", "end")
-
-
-def orders(*sequences: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Give every way to merge sequences of steps that keeps the order within each."""
-    if not any(sequences):
-        return [()]
-    return [
-        (sequence[0], *rest)
-        for place, sequence in enumerate(sequences)
-        if sequence
-        for rest in orders(*sequences[:place], sequence[1:], *sequences[place + 1 :])
-    ]
 
 
 def named(merged: list[tuple[str, ...]]) -> list[Any]:
@@ -674,12 +652,8 @@ async def test_the_caller_leaves_and_the_replica_stops(
     """A replica that stops while its DELETE is at the upstream does not know the outcome: it ends for all."""
     caller, other = upstream.world.token(), upstream.world.token()
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={upstream.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
-        )
-        async with app(*shared) as at, Serve(*shared) as stopping, upstream.hold(stage="after") as gate:
+        settings = shared(upstream.url, valkey.url, tmp_path)
+        async with app(*settings) as at, Serve(*settings) as stopping, upstream.hold(stage="after") as gate:
             reads = asyncio.create_task(all_reads(session, at.api, other))
             for _ in range(2):
                 await gate.arrived()
@@ -714,13 +688,11 @@ class Replicas:
 async def replicas(upstream: Simulator, tmp_path: Path) -> AsyncIterator[Replicas]:
     """Run them."""
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={upstream.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(upstream.url, valkey.url, tmp_path),
             "redis.timeout_s=0.3",
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             yield Replicas(valkey, first.api, second.api)
 
 
@@ -818,14 +790,12 @@ async def test_a_fetch_outlives_what_took_its_place(
     snapshot = upstream.world.find(DROPLET_SNAPSHOT_ID, team="default")
     assert snapshot is not None
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={upstream.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(upstream.url, valkey.url, tmp_path),
             "cache.negative_s=1",
             "redis.timeout_s=2",
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             await introduce(session, first.api, token.value)  # three calls at once go upstream
             async with upstream.hold(method="GET", path=DROPLET_PATH, stage="after") as gate:
                 late = asyncio.create_task(ask(session, first.api + DROPLET_PATH, token))

@@ -17,8 +17,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
+from kit.support import DROPLET_PATH, MANY_STRANGERS, NO_STALE, app, bearer
 from multidict import CIMultiDictProxy
-from support import DROPLET_PATH, MANY_STRANGERS, NO_STALE, app, bearer
 
 from proxy.app import Addresses
 from proxy.simulator import (

@@ -20,7 +20,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 import trustme
-from support import DROPLET_PATH, Serve, app, bearer, free_port, scrape, total
+from kit.support import DROPLET_PATH, Serve, app, bearer, free_port, scrape, total
 
 from proxy.core.breaker import FAILURES
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token

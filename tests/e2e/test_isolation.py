@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 import redis
-from support import DROPLET_PATH, Serve, Valkey, bearer, introduce, scrape, total, until, write_secret
+from kit.support import DROPLET_PATH, Serve, Valkey, bearer, introduce, scrape, total, until, write_secret
 
 from proxy.simulator import FULL_ACCESS, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
 

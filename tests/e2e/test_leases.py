@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+from kit.replicas import shared, together
+from kit.support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total
 from redis.asyncio import Redis
-from support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.app import Addresses
 from proxy.simulator import Call, Fault, FaultKind, Limits, Simulator, Token
@@ -107,9 +108,7 @@ async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
 def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> list[str]:
     """Give what replicas share."""
     return [
-        f"upstream.base_url={simulator.url}",
-        f"redis.url={valkey.url}",
-        f"security.secret_file={write_secret(tmp_path)}",
+        *shared(simulator.url, valkey.url, tmp_path),
         *PATIENT,
     ]
 
@@ -125,14 +124,10 @@ async def known(
 
 
 @contextlib.asynccontextmanager
-async def processes(settings: list[str]) -> AsyncIterator[list[Serve]]:
+async def processes(settings: list[str]) -> AsyncIterator[tuple[Serve, ...]]:
     """Run replicas as processes."""
-    replicas = [Serve(*settings) for _ in range(REPLICAS)]
-    try:
-        await asyncio.gather(*(replica.start() for replica in replicas))
+    async with together(*(Serve(*settings) for _ in range(REPLICAS)), stop=signal.SIGKILL) as replicas:
         yield replicas
-    finally:
-        await asyncio.gather(*(replica.stop(signal.SIGKILL) for replica in replicas))
 
 
 @contextlib.asynccontextmanager
@@ -156,7 +151,9 @@ async def all_is_over(replicas: Sequence[Addresses], redis: Redis) -> None:
         pass
 
 
-async def all_are_in(client: aiohttp.ClientSession, replicas: list[Serve], token: Token, each: int) -> None:
+async def all_are_in(
+    client: aiohttp.ClientSession, replicas: Sequence[Serve], token: Token, each: int
+) -> None:
     """Wait until each replica has read the requests of `each` callers: it answers one that came after."""
 
     async def connected(replica: Serve) -> bool:

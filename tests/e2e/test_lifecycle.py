@@ -17,8 +17,8 @@ from typing import Self
 
 import aiohttp
 import pytest
-from redis.asyncio import Redis
-from support import (
+from kit.replicas import shared
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     Scaled,
@@ -28,8 +28,8 @@ from support import (
     free_port,
     scrape,
     until,
-    write_secret,
 )
+from redis.asyncio import Redis
 
 from proxy.simulator import Limits, Simulator, Token
 
@@ -476,9 +476,7 @@ async def test_rolling_restart(client: aiohttp.ClientSession, valkey: Valkey, tm
     async with Simulator(limits=Limits(per_minute=10**6, per_hour=10**6), latency_s=(0, 0.02)) as simulator:
         tokens = [simulator.world.token().value for _ in range(8)]
         settings = (
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+            *shared(simulator.url, valkey.url, tmp_path),
             f"server.lame_duck_s={LAME_DUCK_S}",
             "cache.fresh_s=1",
             "log.access=off",

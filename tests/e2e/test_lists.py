@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+from kit.support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
 from multidict import CIMultiDictProxy
-from support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
 
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,

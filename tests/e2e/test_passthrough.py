@@ -17,7 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from support import (
+from kit.replicas import shared
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     Serve,
@@ -28,7 +29,6 @@ from support import (
     scrape,
     total,
     until,
-    write_secret,
 )
 
 from proxy.app import Addresses
@@ -1209,15 +1209,13 @@ class Kept:
 async def kept(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Kept]:
     """Run two services on one Valkey, with everything in the cache."""
     async with Valkey() as valkey, aiohttp.ClientSession() as session:
-        shared = (
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(simulator.url, valkey.url, tmp_path),
             "redis.timeout_s=2",
             "upstream.write_timeout_s=0.5",
             ON,
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             caller, other = (simulator.world.token() for _ in range(2))
             both = Kept(simulator, session, first.api, second.api, caller, other)
             await both.fill()
@@ -1494,9 +1492,7 @@ async def test_redis_is_away(
     async with (
         Valkey() as valkey,
         app(
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+            *shared(simulator.url, valkey.url, tmp_path),
             ON,
         ) as at,
     ):

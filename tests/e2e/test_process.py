@@ -10,7 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, TROUBLE, Serve, bearer, free_port
+from kit.support import DEADLINE_S, DROPLET_PATH, TROUBLE, Serve, bearer, free_port
 
 from proxy.simulator import Simulator, Token
 from proxy.system.process import IGNORED

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 import pytest
-from support import AMPLE, DEADLINE_S, PATIENT, app, bearer, scrape, total
+from kit.support import AMPLE, DEADLINE_S, PATIENT, app, bearer, scrape, total
 
 from proxy.simulator import READ_ONLY, Fault, FaultKind, Limits, Simulator, Snapshot, Token, World
 

@@ -1,6 +1,5 @@
 """Three replicas on one Valkey: what one fetched all have, what one ended is gone for all."""
 
-import asyncio
 import contextlib
 import secrets
 import signal
@@ -11,7 +10,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
-from support import DROPLET_PATH, Serve, Valkey, bearer, scrape, total, write_secret
+from kit.replicas import shared, together
+from kit.support import DROPLET_PATH, Serve, Valkey, bearer, scrape, total
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, Token, World
 
@@ -65,17 +65,14 @@ async def running_fleet(directory: Path) -> AsyncIterator[tuple[Fleet, tuple[str
     """Run three replicas on one Valkey with one secret; give their settings too."""
     async with Valkey() as valkey, Simulator() as simulator, contextlib.AsyncExitStack() as stack:
         settings = (
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(directory)}",
+            *shared(simulator.url, valkey.url, directory),
             "cache.list_fresh_s=60",
             "server.lame_duck_s=0",
             "redis.timeout_s=5",  # a busy machine is no reason for a miss
         )
-        replicas = [Serve(*settings) for _ in range(3)]
-        await asyncio.gather(*(stack.enter_async_context(replica) for replica in replicas))
+        replicas = await stack.enter_async_context(together(*(Serve(*settings) for _ in range(3))))
         client = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
-        yield Fleet(replicas, client, simulator), settings
+        yield Fleet(list(replicas), client, simulator), settings
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.support import DEADLINE_S, Serve, Valkey, scrape, total
 from redis.asyncio import Redis
-from support import DEADLINE_S, Serve, Valkey, scrape, total
 
 from proxy.check import check
 from proxy.settings import load

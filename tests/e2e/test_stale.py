@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, Valkey, app, bearer, scrape, total, write_secret
+from kit.support import DEADLINE_S, DROPLET_PATH, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.simulator import Fault, FaultKind, Simulator, Token
 

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import aiohttp
 import pytest
-from redis.asyncio import Redis
-from support import (
+from kit.replicas import shared
+from kit.support import (
     AMPLE,
     DEADLINE_S,
     DROPLET_PATH,
@@ -26,8 +26,8 @@ from support import (
     scrape,
     total,
     until,
-    write_secret,
 )
+from redis.asyncio import Redis
 
 from proxy.core.identity import EntryKey, Keyring, Token as CallerToken
 from proxy.core.quota import TURN_S
@@ -55,15 +55,13 @@ async def simulator() -> AsyncIterator[Simulator]:
 @pytest.fixture
 def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> tuple[str, ...]:
     """Point the service to the simulator and to a real Valkey."""
-    return shared(simulator, valkey.url, tmp_path)
+    return settings_for(simulator, valkey.url, tmp_path)
 
 
-def shared(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
+def settings_for(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
     """Point a service to the simulator and to the store at `url`."""
     return (
-        f"upstream.base_url={simulator.url}",
-        f"redis.url={url}",
-        f"security.secret_file={write_secret(directory)}",
+        *shared(simulator.url, url, directory),
         "redis.timeout_s=0.1",  # the default: here it matters
         *AMPLE,
     )
@@ -195,7 +193,7 @@ async def test_absent_at_the_start(
     valkey = Valkey()
     valkey.port = free_port()
     began = monotonic()
-    async with Serve(*shared(simulator, valkey.url, tmp_path)) as service:
+    async with Serve(*settings_for(simulator, valkey.url, tmp_path)) as service:
         assert monotonic() - began < 10
         assert (await service.event("redis-unusable"))["level"] == "warning"
         assert await cache_status(client, service.api, token) == BYPASS
@@ -210,7 +208,7 @@ async def test_absent_and_others_end_theirs(
 ) -> None:
     """Without Redis, what one team's 404s end is that team's: another's callers go on sharing one call."""
     other, away = simulator.world.token(team="other"), f"redis://127.0.0.1:{free_port()}/0"
-    async with app(*shared(simulator, away, tmp_path)) as at:
+    async with app(*settings_for(simulator, away, tmp_path)) as at:
         async with simulator.hold(path=DROPLET_PATH) as gate:
             crowd = [asyncio.create_task(cache_status(client, at.api, token))]
             await gate.arrived()
@@ -228,7 +226,7 @@ async def test_full(simulator: Simulator, client: aiohttp.ClientSession, tmp_pat
     """One MiB is less than the server needs for itself: what it refuses or evicts is asked for upstream."""
     async with (
         Valkey("--maxmemory", "1mb", "--maxmemory-policy", policy) as valkey,
-        app(*shared(simulator, valkey.url, tmp_path)) as at,
+        app(*settings_for(simulator, valkey.url, tmp_path)) as at,
         Load(client, at.api, simulator.world) as load,
     ):
         await load.more()
@@ -244,9 +242,9 @@ async def test_a_replica_of_redis(
 ) -> None:
     """It may lag behind an invalidation: nothing is served from it, and it is used once it is promoted."""
     async with (
-        app(*shared(simulator, valkey.url, tmp_path)) as primary,
+        app(*settings_for(simulator, valkey.url, tmp_path)) as primary,
         Valkey("--replicaof", "127.0.0.1", str(valkey.port)) as replica,
-        app(*shared(simulator, replica.url, tmp_path)) as at,
+        app(*settings_for(simulator, replica.url, tmp_path)) as at,
         Redis.from_url(replica.url) as admin,
     ):
         assert (await cache_status(client, primary.api, token)).endswith("; stored")
@@ -275,7 +273,7 @@ async def test_filling_up(
         simulator.world.change(snapshot, name="a" * 20_000)
     async with (
         Valkey("--maxmemory", "3mb", "--maxmemory-policy", policy) as valkey,
-        app(*shared(simulator, valkey.url, tmp_path)) as at,
+        app(*settings_for(simulator, valkey.url, tmp_path)) as at,
         Load(client, at.api, simulator.world, callers=12) as load,
         Redis.from_url(valkey.url) as redis,
     ):
@@ -291,7 +289,7 @@ async def test_wrong_password(
     password = tmp_path / "password"
     password.write_text("wrong\n")
     async with Valkey("--requirepass", "right") as valkey:
-        settings = (*shared(simulator, valkey.url, tmp_path), f"redis.password_file={password}")
+        settings = (*settings_for(simulator, valkey.url, tmp_path), f"redis.password_file={password}")
         async with app(*settings) as at:
             assert await cache_status(client, at.api, token) == BYPASS
             assert (await scrape(at.admin))["snapshot_proxy_store_up"] == 0
@@ -410,7 +408,7 @@ async def test_mutated_values(
     pairs = [(world.token(), snapshot) for snapshot in world.snapshots()]
     async with (
         Simulator(world=world, limits=PATIENT) as simulator,
-        app(*shared(simulator, valkey.url, tmp_path), "redis.timeout_s=5", "log.access=off") as at,
+        app(*settings_for(simulator, valkey.url, tmp_path), "redis.timeout_s=5", "log.access=off") as at,
         Redis.from_url(valkey.url) as redis,
     ):
 
@@ -576,7 +574,7 @@ async def test_something_else(
     """Answers are right and in time, again and again, and the service stops as it should."""
     async with (
         FakeRedis(talk) as fake,
-        app(*shared(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2") as at,
+        app(*settings_for(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2") as at,
     ):
         for _ in range(5):
             began = monotonic()
@@ -620,7 +618,9 @@ async def test_slow_but_in_time(
 
     async with (
         Middleman(valkey, on_reply) as fake,
-        app(*shared(simulator, fake.url, tmp_path), "redis.timeout_s=1", "redis.connect_timeout_s=5") as at,
+        app(
+            *settings_for(simulator, fake.url, tmp_path), "redis.timeout_s=1", "redis.connect_timeout_s=5"
+        ) as at,
     ):
         await until_up(at.admin)
         assert (await cache_status(client, at.api, token)).endswith("; stored")
@@ -646,7 +646,7 @@ async def test_hangs_up_after_each_command(
 
     async with (
         Middleman(valkey, on_reply) as fake,
-        app(*shared(simulator, fake.url, tmp_path)) as at,
+        app(*settings_for(simulator, fake.url, tmp_path)) as at,
     ):
         asked = 0
         while asked < 50 or fake.connections <= 2:
@@ -673,7 +673,7 @@ async def test_nonsense_is_forgotten_when_redis_comes(
     """Whatever stood there before, a real Redis on the same address is taken up."""
     async with contextlib.AsyncExitStack() as running:
         async with FakeRedis(says(words)) as fake:
-            settings = (*shared(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2")
+            settings = (*settings_for(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2")
             at = await running.enter_async_context(app(*settings))
             assert await cache_status(client, at.api, token) == BYPASS
             await until(lambda: fake.connections > 3, "it tries again")

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+from kit.support import Valkey
 from redis.asyncio import Redis
-from support import Valkey
 
 from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lifetimes, Record, Superseded
 from proxy.core.events import StoreOperation

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from support import Valkey, until
+from kit.support import Valkey, until
 
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition

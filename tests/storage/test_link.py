@@ -9,8 +9,8 @@ from random import Random
 from typing import Any, Self
 
 import pytest
+from kit.support import DEADLINE_S, Valkey, free_port, until
 from redis.asyncio import Redis
-from support import DEADLINE_S, Valkey, free_port, until
 
 from proxy.storage import connection as link_module
 from proxy.storage.client import connector

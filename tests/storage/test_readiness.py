@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.support import Valkey, free_port, until
 from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
@@ -21,7 +22,6 @@ from redis.exceptions import (
     ResponseError,
     TimeoutError as RedisTimeoutError,
 )
-from support import Valkey, free_port, until
 
 from proxy.core.address import address_of
 from proxy.storage import connection as link_module

@@ -11,8 +11,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
+from kit.support import Valkey, until
 from redis.asyncio import Redis
-from support import Valkey, until
 
 from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
 from proxy.core.events import StoreOperation
