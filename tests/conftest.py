@@ -1,19 +1,70 @@
-"""The fixtures that most tests want: the simulator, a real Valkey, a client."""
+"""The fixtures that most tests use (simulator, Valkey, client), and what `pytest --quick` runs.
+
+`--quick` runs every file but those in `WIRE`. While it runs, a test that starts a process, listens or
+connects fails, so that the list stays true: a new file is quick until one of its tests fails for that reason.
+"""
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from hypothesis import settings
-from support import Valkey
+from kit.support import Valkey
 
 from proxy.simulator import Simulator, Token
 
 settings.register_profile("here", deadline=None)  # a busy machine is slow now and then
 settings.load_profile("here")
+
+TESTS = Path(__file__).parent
+WIRE = [
+    *("deploy", "e2e", "storage"),
+    *(f"simulator/test_{name}.py" for name in ("command", "control", "faults", "gates", "log", "server")),
+    *(f"simulator/test_{name}.py" for name in ("service", "specification")),
+    *(
+        f"test_{name}.py"
+        for name in ("admin", "check", "cli", "connection", "demo", "files", "logs", "readme")
+    ),
+    "test_sockets.py",
+]
+"""Directories and files whose tests start processes or open sockets."""
+
+_reached_out: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--quick`."""
+    parser.addoption("--quick", action="store_true", help="run what starts no process and opens no socket")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--quick`, record each process that is started, and each socket that listens or connects."""
+
+    def hook(event: str, _: object) -> None:
+        if event in {"socket.bind", "socket.connect", "subprocess.Popen"}:
+            _reached_out.append(event)
+
+    if config.getoption("--quick"):
+        sys.addaudithook(hook)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--quick`, leave out what is in `WIRE`."""
+    wire = collection_path.is_relative_to(TESTS) and str(collection_path.relative_to(TESTS)) in WIRE
+    return True if wire and config.getoption("--quick") else None
+
+
+@pytest.fixture(autouse=True)
+def _stays_inside() -> Iterator[None]:
+    """With `--quick`, fail a test that started a process, listened or connected."""
+    _reached_out.clear()
+    yield
+    assert not _reached_out, f"{_reached_out[0]} in a quick test: add its file to WIRE in tests/conftest.py"
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from fakes import CALL_S, SOMEBODY, FakeLedger, accounts
-from virtual import now, run
+from kit.fakes import CALL_S, SOMEBODY, FakeLedger, accounts
+from kit.virtual import now, run
 
 from proxy.core.identity import Partition
 from proxy.core.quota import CallClass, Limits, Postponed
 from proxy.gate.ledgers import Account, Accounts, Settlement, Turn
+
+pytestmark = pytest.mark.G4
 
 LIMITS = Limits(per_minute=60, per_hour=5000, reserve=0.1, minute_s=6.0, hour_s=360.0)
 ACCOUNT = Account(SOMEBODY, "other")

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 from aiohttp import web
-from support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
+from kit.support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
 
 from proxy import __version__
 from proxy.admin.listener import admin_application
@@ -101,6 +101,7 @@ async def test_purge_is_counted_and_told_like_every_answer(
     assert total(metrics, "snapshot_proxy_store_operations_total", operation="end", outcome="ok") == 1
 
 
+@pytest.mark.G7
 @pytest.mark.parametrize(
     "request_head",
     [

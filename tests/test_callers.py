@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from support import until
+from kit.support import until
 
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Token

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from kit.support import Valkey, free_port, write_secret
 from redis.asyncio import Redis
-from support import Valkey, free_port, write_secret
 
 from proxy.check import check
 from proxy.check.bounds import admin, deadlines

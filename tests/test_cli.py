@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
+from kit.support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
 
 from proxy import __version__, cli, serve
 from proxy.healthcheck import no_answer

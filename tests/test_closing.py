@@ -4,9 +4,11 @@ import asyncio
 import math
 
 import pytest
-from virtual import now, run
+from kit.virtual import now, run
 
 from proxy.tasks.drain import Closing
+
+pytestmark = pytest.mark.G8
 
 
 @pytest.mark.parametrize("announced_at_s", [0.0, 1.0], ids=["before-the-wait", "during-the-wait"])

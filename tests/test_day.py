@@ -109,6 +109,7 @@ def test_the_limits_are_exact() -> None:
     assert min(refused.values()) > 100
 
 
+@pytest.mark.G4
 def test_the_proxy_admits_no_call_that_gets_a_429() -> None:
     """More is asked at once than the minute holds: some wait, the rest is refused here and not there."""
     day = Day(ONE)

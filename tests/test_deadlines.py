@@ -10,8 +10,8 @@ from itertools import count
 from typing import NamedTuple
 
 import pytest
-from fakes import FakeLedger, accounts
-from virtual import now, run
+from kit.fakes import FakeLedger, accounts
+from kit.virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
 from proxy.cache.collapse import LONGEST_POLL_S

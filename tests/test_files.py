@@ -6,7 +6,7 @@ import sys
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, Serve
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve
 
 from proxy import files
 from proxy.admin.listener import ADMIN_LIMITS
@@ -122,6 +122,7 @@ class Limited(Serve):
         self.command = ("-c", code)
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize("fast", [True, False], ids=["uvloop", "asyncio"])
 async def test_idle_callers_leave_room_for_the_health_check(
     client: aiohttp.ClientSession, *, fast: bool

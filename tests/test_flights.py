@@ -23,6 +23,8 @@ from proxy.tasks.flights import (
     while_awaited,
 )
 
+pytestmark = pytest.mark.G3
+
 MOST = 10
 OWNER = Owner(Partition("a" * 32))
 OTHERS = [Owner(OWNER.partition, writes=True), Owner(Partition("b" * 32))]
@@ -110,6 +112,7 @@ async def test_one_fetch_for_everybody(flights: Flights[object], fetch: Fetch) -
     assert len(flights) == 0
 
 
+@pytest.mark.G1
 async def test_other_keys_are_other_flights(flights: Flights[object]) -> None:
     """Nobody gets what was fetched for another key."""
     fetches = {key: Fetch(key) for key in ("mine", "theirs")}
@@ -308,6 +311,7 @@ async def test_what_is_abandoned_tidies_up_undisturbed(flights: Flights[object],
     assert (len(flights), reported) == (0, [])
 
 
+@pytest.mark.G9
 async def test_what_was_brought_is_not_held(flights: Flights[object]) -> None:
     """Without the garbage collector it is gone when its callers are: an answer may be large."""
 
@@ -451,6 +455,7 @@ def _give(result: object) -> Any:
 # -- bounds ------------------------------------------------------------------------------------
 
 
+@pytest.mark.G9
 async def test_too_many_fetches(fetch: Fetch) -> None:
     """Beyond the limit nobody starts one, alone or not; who can join one that is there still does."""
     flights: Flights[object] = Flights(2, monotonic=now)
@@ -488,6 +493,7 @@ async def test_callers_who_leave_what_waits_make_room(fetch: Fetch, idle: Fetch)
     assert idle.ended == 0
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize("other", OTHERS, ids=["its-writes", "another-caller"])
 async def test_too_many_fetches_of_one_owner(fetch: Fetch, other: Owner) -> None:
     """Beyond its limit an owner starts none, alone or not; others do, and so does it when one has landed."""

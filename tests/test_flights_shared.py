@@ -12,6 +12,8 @@ from proxy.core.errors import Overloaded
 from proxy.core.identity import Partition
 from proxy.tasks.flights import LINGER_S, Flights, Landed, Owner
 
+pytestmark = pytest.mark.G3
+
 KEY = "key"
 OWNER = Owner(Partition("a" * 32))
 

@@ -13,8 +13,8 @@ from random import Random
 from typing import Literal, NamedTuple
 
 import pytest
-from fakes import CALL_S, Admission, FakeLedger, accounts
-from virtual import now, run
+from kit.fakes import CALL_S, Admission, FakeLedger, accounts
+from kit.virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
 from proxy.cache.fetch import Fetched, is_failure

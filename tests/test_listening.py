@@ -5,7 +5,7 @@ import socket
 import time
 
 import pytest
-from virtual import now, run
+from kit.virtual import now, run
 
 from proxy.tasks.listening import ListeningTimeout
 

@@ -156,6 +156,7 @@ def test_level(capsys: pytest.CaptureFixture[str]) -> None:
 # -- everybody else ----------------------------------------------------------------------------
 
 
+@pytest.mark.G7
 def test_arguments_of_others_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """The format string that stands in the source is printed, the arguments and the error's text are not."""
     logs.configure("info", "json")
@@ -172,6 +173,7 @@ def test_arguments_of_others_are_not_printed(capsys: pytest.CaptureFixture[str])
     }
 
 
+@pytest.mark.G7
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("message", "args"),
@@ -197,6 +199,7 @@ def test_no_token_in_lines_of_others(
     assert TOKEN[4:] not in text
 
 
+@pytest.mark.G7
 async def test_no_token_in_lines_of_aiohttp(capsys: pytest.CaptureFixture[str]) -> None:
     """A malformed header, which aiohttp logs with its value, is a line without it."""
     logs.configure("debug", "json")

@@ -15,8 +15,8 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
-from fakes import FakeLedger
-from virtual import now, run
+from kit.fakes import FakeLedger
+from kit.virtual import now, run
 
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.cache.fetch import Fetched, is_failure

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from support import app
+from kit.support import app
 
 from proxy.settings.sections import KEYS, Settings
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Simulator, Token

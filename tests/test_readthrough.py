@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pytest
-from virtual import now, run
+from kit.virtual import now, run
 
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
 from proxy.cache.fetch import Fetched, is_failure
@@ -701,6 +701,7 @@ async def test_never_stale_in_the_place_of_an_answer(status: int) -> None:
     assert (served.status, served.body, served.outcome) == (status, ERROR, Outcome.MISS)
 
 
+@pytest.mark.G2
 async def test_never_stale_for_a_token_that_is_refused() -> None:
     """Nor where the upstream was not asked because it had just said no to the same token."""
     path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(REFUSED))
@@ -994,6 +995,7 @@ async def test_an_error_of_the_upstream_is_passed_on(
     assert path.noted == ([Invalidation("unauthorized")] if status == 401 else [])
 
 
+@pytest.mark.G2
 async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
     """A 401 on any request ends the caller's entries."""
     path = Path(Store(missing()), Upstream(said(401, ERROR)))
@@ -1138,6 +1140,7 @@ async def test_a_failure_is_shared() -> None:
     assert len(path.upstream.asked) == 1
 
 
+@pytest.mark.G3
 async def test_the_store_is_down_for_many_at_once() -> None:
     """Without Redis too, one process makes one call for a caller and a snapshot."""
     path = Path(Store(UNAVAILABLE), Upstream(said()))
@@ -1150,6 +1153,7 @@ async def test_the_store_is_down_for_many_at_once() -> None:
     assert len(path.upstream.asked) == 1
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize(
     "other",
     [
@@ -1168,6 +1172,7 @@ async def test_others_share_nothing(other: Call) -> None:
     assert [told[1] for told in path.store.told if told[0] == "lookup"] == [KEY, other.key]
 
 
+@pytest.mark.G6
 async def test_who_asks_after_an_invalidation_joins_nothing_older() -> None:
     """A lookup that saw other stamps makes a fetch of its own, and each is stored on its own stamps."""
     path = Path(Store(missing(), Lookup(None, LATER_BASIS)), Upstream(said()))
@@ -1550,6 +1555,7 @@ async def test_the_edge_gets_no_answer(status: int) -> None:
     assert (record.status, record.error_id) == (502, "upstream_unreachable")
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("answer", [said(204, b""), TIMEOUT], ids=["204", "timeout"])
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
 async def test_a_deletion_by_a_name_that_only_the_upstream_reads(
@@ -1585,6 +1591,7 @@ async def test_no_room_for_a_deletion() -> None:
     assert path.noted == []
 
 
+@pytest.mark.G6
 async def test_a_caller_that_leaves_during_its_deletion() -> None:
     """The snapshot goes all the same, and so does what is kept of it."""
     path = Path(Store(missing()), Upstream(said(204, b"")))
@@ -1635,6 +1642,7 @@ async def test_what_a_write_elsewhere_ends(ends: Ends, told: list[tuple[Any, ...
     assert path.noted == [Invalidation("passthrough")]
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
 @pytest.mark.parametrize("refusal", [None, REFUSAL], ids=["silently", "with-a-refusal"])
 async def test_a_token_that_is_refused_elsewhere(refusal: Entry | None, owes: bool) -> None:

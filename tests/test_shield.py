@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
-from virtual import now, run
+from kit.fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
+from kit.virtual import now, run
 
 from proxy.core.breaker import FAILURES, NEWS_S
 from proxy.core.errors import (
@@ -33,6 +33,8 @@ from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
 from proxy.core.request import Call
+
+pytestmark = pytest.mark.G4
 
 OTHER = Partition("b" * 32)
 
@@ -339,6 +341,7 @@ def test_whoever_leaves_while_waiting_for_a_connection(place: int) -> None:
     run(main())
 
 
+@pytest.mark.G8
 def test_whoever_waits_for_a_connection_at_the_end() -> None:
     """It is told while there is time for a call yet, as whoever waits for the quota."""
 
@@ -1058,6 +1061,7 @@ def test_strangers_are_limited_without_redis_too() -> None:
 # -- the end of the process --------------------------------------------------------------------------
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize(
     ("due_s", "called_at_s", "refused_at_s"),
     [
@@ -1093,6 +1097,7 @@ def test_whoever_waits_for_the_window_at_the_end(
     run(main())
 
 
+@pytest.mark.G8
 def test_whoever_waits_for_a_turn_at_the_end() -> None:
     """First in line or not: nobody sleeps past the moment at which there is no time left for its call."""
 
@@ -1110,6 +1115,7 @@ def test_whoever_waits_for_a_turn_at_the_end() -> None:
     run(main())
 
 
+@pytest.mark.G8
 def test_whoever_comes_at_the_end() -> None:
     """Where there is room it is asked for; where there is none there is no time to wait for it."""
 
@@ -1127,6 +1133,7 @@ def test_whoever_comes_at_the_end() -> None:
     run(main())
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize("call_class", [CallClass.MISS, CallClass.WRITE], ids=["read", "write"])
 @pytest.mark.parametrize(
     ("announced_at_s", "given_up_at_s"),
@@ -1259,6 +1266,7 @@ def test_during_a_rotation_both_ledgers_count_and_either_can_refuse() -> None:
     run(main())
 
 
+@pytest.mark.G9
 def test_nothing_of_this_keeps_a_ledger_of_everybody() -> None:
     """The ledgers of the least recently used tokens are forgotten."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support import app, free_port
+from kit.support import app, free_port
 
 from proxy import healthcheck
 from proxy.settings.sections import Admin

@@ -7,6 +7,8 @@ import pytest
 from proxy.core.endings import Endings
 from proxy.core.identity import EntryKey, ListKey, Partition
 
+pytestmark = pytest.mark.G6
+
 SOMEBODY, ANOTHER = Partition("a" * 32), Partition("b" * 32)
 ONE, OTHER = EntryKey(SOMEBODY, "1"), EntryKey(SOMEBODY, "2")
 LIST, THEIRS = ListKey(SOMEBODY, "page=1"), EntryKey(ANOTHER, "1")

@@ -183,6 +183,7 @@ def test_a_record_says_no_more_than_it_was_told() -> None:
 # -- the envelope ------------------------------------------------------------------------------
 
 
+@pytest.mark.G10
 def test_the_layout() -> None:
     """Adjacent versions read each other's envelopes: this one must never change under its version."""
     version, mac, rest = VALUE[:1], VALUE[1:17], VALUE[17:]
@@ -246,6 +247,8 @@ def test_no_byte_may_change(at: int) -> None:
     assert refused(VALUE[:at] + b"\x00" + VALUE[at:])
 
 
+@pytest.mark.G1
+@pytest.mark.G5
 @pytest.mark.parametrize(
     ("value", "key", "keyring"),
     [
@@ -272,6 +275,7 @@ def test_what_was_not_sealed_here(value: bytes, key: bytes, keyring: Keyring) ->
     assert refused(value, key, keyring)
 
 
+@pytest.mark.G1
 @given(entry=ENTRIES, stamps=SEALED, key=STORE_KEYS, cut=st.integers(0, 10), other=STORE_KEYS)
 @example(entry=ENTRY, stamps=STAMPS, key=b"ab", cut=1, other=b"a")
 def test_the_end_of_a_key_is_not_the_start_of_a_value(
@@ -286,6 +290,7 @@ def test_the_end_of_a_key_is_not_the_start_of_a_value(
         assert refused(value, other)
 
 
+@pytest.mark.G5
 @given(value=st.binary(max_size=200))
 def test_no_value_is_a_surprise(value: bytes) -> None:
     """Whatever stands in Redis is refused, and with no other error."""
@@ -296,6 +301,7 @@ def test_no_value_is_a_surprise(value: bytes) -> None:
 # -- stamps ------------------------------------------------------------------------------------
 
 
+@pytest.mark.G10
 def test_the_layout_of_a_stamp() -> None:
     """Adjacent versions share stamps: a nonce and a checksum over key and nonce, whatever the secret."""
     nonce = bytes(range(16))

@@ -26,6 +26,7 @@ def _call() -> Call:
     return Call("GET", SnapshotId.parse("42"), key, token, NO_DIRECTIVES, "request-1", "other")
 
 
+@pytest.mark.G7
 @pytest.mark.parametrize(
     "shown",
     [
@@ -50,6 +51,7 @@ def test_a_token_does_not_show(shown: object, thing: object) -> None:
     assert VALUE[-8:] not in text
 
 
+@pytest.mark.G7
 @pytest.mark.parametrize("thing", [Token(VALUE), Keyring(SECRET), _call()], ids=["token", "keyring", "call"])
 @pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
 def test_secrets_are_neither_pickled_nor_copied(take: object, thing: object) -> None:
@@ -63,6 +65,7 @@ def test_secrets_are_neither_pickled_nor_copied(take: object, thing: object) -> 
     assert VALUE not in str(raised.value)
 
 
+@pytest.mark.G7
 def test_a_keyring_does_not_show() -> None:
     """Neither the secret nor a key made of it is in its text."""
     keyring = Keyring(SECRET)
@@ -82,6 +85,7 @@ def test_tokens_are_never_compared() -> None:
 # -- the keyring -------------------------------------------------------------------------------
 
 
+@pytest.mark.G10
 def test_known_values() -> None:
     """Replicas of adjacent versions make equal partitions, MACs and fingerprints: these must never change."""
     keyring = Keyring(SECRET)
@@ -90,6 +94,7 @@ def test_known_values() -> None:
     assert keyring.fingerprint == "f47dfeeea1c1a488"
 
 
+@pytest.mark.G1
 @given(tokens=st.lists(st.text(string.printable[:94], min_size=1, max_size=30), unique=True, min_size=2))
 def test_every_token_has_a_partition_of_its_own(tokens: list[str]) -> None:
     """Equal tokens share a partition, different ones never do; it is 32 hexadecimal digits and no token."""
@@ -110,6 +115,7 @@ def test_another_secret_makes_everything_else() -> None:
     assert one.fingerprint != other.fingerprint
 
 
+@pytest.mark.G7
 def test_a_fingerprint_is_of_no_other_use() -> None:
     """What replicas show each other is neither the start of a MAC nor of a partition."""
     keyring = Keyring(SECRET)
@@ -184,6 +190,7 @@ def test_an_id_that_is_refused(segment: str) -> None:
 SEGMENTS = st.text(st.sampled_from("019afAFgZ-_./%\\?#;: \t\n\x00\u0661\u212a"), max_size=70)
 
 
+@pytest.mark.G1
 @given(
     segment=st.one_of(SEGMENTS, st.text(max_size=70), st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
 )
@@ -216,6 +223,7 @@ def test_every_uuid_is_cached_in_lower_case(uuid: object) -> None:
     assert SnapshotId.parse(str(uuid).upper()) == SnapshotId.parse(str(uuid)) == SnapshotId(str(uuid), True)
 
 
+@pytest.mark.G1
 def test_an_entry_key_needs_both_halves() -> None:
     """Callers with one snapshot and snapshots of one caller are different keys."""
     mine, theirs = Partition("a" * 32), Partition("b" * 32)

@@ -497,6 +497,7 @@ def test_accepts_gzip(accept_encoding: list[str], expected: bool) -> None:
 ENVELOPE = b'{"id":"x","message":"y","request_id":"theirs"}'
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("status", [*range(400, 600)])
 def test_on_delete(status: int) -> None:
     """404 ends the caller's own, 401 all of the caller's, a refusal nothing, and doubt counts as deleted."""
@@ -511,11 +512,13 @@ def test_on_delete(status: int) -> None:
     assert POLICY.on_delete(Answer(status, ENVELOPE, 0.0), request_id="r", draw=0.0) == expected
 
 
+@pytest.mark.G6
 def test_on_delete_done() -> None:
     """204 is what the API says when it is gone."""
     assert POLICY.on_delete(Answer(204, b"", 0.0), request_id="r", draw=0.0) == Deleted(b"")
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("status", [200, 201, 202, 205, 206, 301, 302, 304, 307, 308])
 def test_on_delete_undocumented(status: int) -> None:
     """No other success and no redirect is documented: nobody knows what it means, as after no answer."""

@@ -4,6 +4,8 @@ import pytest
 
 from proxy.core.operations import MOST_OPERATIONS, MOST_SAID_BYTES, Operations, is_of_operation, operation
 
+pytestmark = pytest.mark.G4
+
 SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - one request per 10m0s"}'
 EXCEEDED = b'{"id":"too_many_requests","message":"API rate limit exceeded."}'
 

@@ -334,6 +334,7 @@ def image(resource_id: Any, resource_type: str = "image") -> dict[str, Any]:
     return {"resource_id": resource_id, "resource_type": resource_type}
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

@@ -213,6 +213,7 @@ def kept(status: int, body: bytes, lifetimes: Lifetimes) -> Keep:
     return Keep(made(status, body, lifetimes))
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
@@ -308,6 +309,7 @@ def test_a_200_that_is_no_snapshot() -> None:
     assert raised.value.fact == "snapshot.name is not a string"
 
 
+@pytest.mark.G1
 def test_a_200_for_another_snapshot() -> None:
     """An answer that was mixed up on its way is served to nobody."""
     with pytest.raises(UpstreamInvalid):

@@ -18,6 +18,8 @@ from proxy.core.quota import (
     stretched,
 )
 
+pytestmark = pytest.mark.G4
+
 WRITE, MISS, REFRESH = CallClass.WRITE, CallClass.MISS, CallClass.REFRESH
 
 # A minute of 60 s in buckets of 1 s, an hour of 3,600 s in buckets of 30 s.

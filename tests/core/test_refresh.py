@@ -166,6 +166,7 @@ def test_a_list_for_somebody_forgotten() -> None:
 # -- bounds ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.G9
 def test_a_caller_has_a_page_of_them() -> None:
     """Whoever reads more loses those read least recently."""
     record = Hot()
@@ -177,6 +178,7 @@ def test_a_caller_has_a_page_of_them() -> None:
     assert record.plan(key("3"), NOON) == "single"
 
 
+@pytest.mark.G9
 def test_all_callers_have_so_many() -> None:
     """Whoever read least recently is forgotten, with all snapshots."""
     record = Hot(most=6)
@@ -190,6 +192,7 @@ def test_all_callers_have_so_many() -> None:
     assert record.plan(key("1", ANOTHER), NOON) == "single"
 
 
+@pytest.mark.G9
 def test_one_caller_may_be_all() -> None:
     """A bound below what one caller reads holds as well."""
     record = Hot(most=2)

@@ -244,6 +244,7 @@ def test_a_token_is_read(value: str, token: str) -> None:
     assert parse_authorization([value]).reveal() == token
 
 
+@pytest.mark.G7
 @pytest.mark.parametrize(
     "values",
     [

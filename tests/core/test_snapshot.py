@@ -631,6 +631,7 @@ def test_a_page_that_is_taken(snapshots: int, changes: dict[str, Any]) -> None:
     assert ids_in_list(normalized_list.body) == normalized_list.snapshots.keys()
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize(
     ("body", "fact"),
     [

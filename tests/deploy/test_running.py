@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 import yaml
+from kit.support import DROPLET_PATH, Serve, Valkey, bearer
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from support import DROPLET_PATH, Serve, Valkey, bearer
 
 from proxy.simulator import Simulator, Token
 

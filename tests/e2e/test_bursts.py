@@ -8,7 +8,7 @@ import pytest_asyncio
 from benchmarks import bursts
 from benchmarks.bursts import Burst, Fleet
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.G5, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -18,6 +18,7 @@ async def fleet() -> AsyncIterator[Fleet]:
         yield running
 
 
+@pytest.mark.G3
 @pytest.mark.parametrize(
     "burst",
     [
@@ -34,6 +35,7 @@ async def test_a_burst(fleet: Fleet, burst: Burst) -> None:
     assert not any(result.values()), result
 
 
+@pytest.mark.G4
 async def test_a_burst_within_the_quota() -> None:
     """What the quota has room for is answered, however many hits of another token are on their way."""
     async with bursts.fleet(bursts.QUOTA) as fleet:

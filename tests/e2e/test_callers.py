@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import aiohttp
-from support import DROPLET_PATH, Serve, bearer, scrape, total, until
+from kit.support import DROPLET_PATH, Serve, bearer, scrape, total, until
 
 from proxy.simulator import Simulator, Token
 

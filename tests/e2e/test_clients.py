@@ -16,7 +16,7 @@ import pydo.aio
 import pytest
 import trustme
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
-from support import app
+from kit.support import app
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator
 

@@ -13,7 +13,7 @@ from random import Random
 
 import aiohttp
 import pytest
-from support import (
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     MANY_STRANGERS,
@@ -113,6 +113,7 @@ def requests(metrics: Mapping[str, float], **labels: str) -> float:
 # -- who shares ----------------------------------------------------------------------------------
 
 
+@pytest.mark.G3
 async def test_one_call_for_all(
     simulator: Simulator, token: Token, service: Serve, crowd: aiohttp.ClientSession
 ) -> None:
@@ -138,6 +139,7 @@ async def test_one_call_for_all(
     assert total(metrics, "snapshot_proxy_flights") == 0
 
 
+@pytest.mark.G3
 async def test_one_failure_for_all(
     simulator: Simulator, token: Token, service: Serve, crowd: aiohttp.ClientSession
 ) -> None:
@@ -152,6 +154,7 @@ async def test_one_failure_for_all(
     assert simulator.count() == 1
 
 
+@pytest.mark.G3
 async def test_the_first_caller_leaves(
     simulator: Simulator, token: Token, service: Serve, crowd: aiohttp.ClientSession
 ) -> None:
@@ -192,6 +195,7 @@ async def test_all_callers_leave(
     assert simulator.count() == 1
 
 
+@pytest.mark.G1
 async def test_different_tokens_share_nothing(crowd: aiohttp.ClientSession) -> None:
     """Two hundred teams, one id: two hundred calls at once, each token its own, each body to its caller."""
     teams = [f"team-{number}" for number in range(CALLERS)]
@@ -229,6 +233,7 @@ async def test_different_tokens_share_nothing(crowd: aiohttp.ClientSession) -> N
         }
 
 
+@pytest.mark.G1
 async def test_a_crowd_of_strangers(
     simulator: Simulator, token: Token, service: Serve, crowd: aiohttp.ClientSession
 ) -> None:
@@ -244,7 +249,8 @@ async def test_a_crowd_of_strangers(
     assert simulator.count() == 21
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.G3
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3))])
 async def test_random_cancellation(
     simulator: Simulator, service: Serve, crowd: aiohttp.ClientSession, seed: int
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Self
 import aiohttp
 import pytest
 import trustme
-from support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
 
 from proxy.app import Addresses
 from proxy.simulator import Simulator, Token
@@ -222,6 +222,7 @@ async def test_pipelined_requests(at: Addresses, token: Token) -> None:
     assert [head.split(b" ")[1] for head, _ in answers] == [b"200", b"404", b"421"] * 20
 
 
+@pytest.mark.G9
 async def test_reader_that_never_reads(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
@@ -291,6 +292,7 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.G9
 @pytest.mark.usefixtures("many_files")
 async def test_a_thousand_idle_connections(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
@@ -311,6 +313,7 @@ async def test_a_thousand_idle_connections(
         assert {line["event"] for line in service.log if line["level"] != "info"} == {"embedded-store"}
 
 
+@pytest.mark.G9
 async def test_more_than_the_limit(simulator: Simulator, token: Token, client: aiohttp.ClientSession) -> None:
     """Who comes too late gets our 503 and when to come again; after one has left, it works."""
     settings = (*DEADLINES, "server.idle_timeout_s=30", "server.max_connections=3")
@@ -343,6 +346,7 @@ async def test_more_than_the_limit(simulator: Simulator, token: Token, client: a
         assert simulator.count() == 1
 
 
+@pytest.mark.G9
 @pytest.mark.usefixtures("many_files")
 async def test_many_more_than_the_limit(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
@@ -367,6 +371,7 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
+@pytest.mark.G9
 async def test_callers_who_leave(at: Addresses, simulator: Simulator, token: Token) -> None:
     """Of a hundred who do not wait for their answer nothing stays but the answer.
 

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import web
-from support import DEADLINE_S, app, bearer, scrape, total, until
+from kit.support import DEADLINE_S, app, bearer, scrape, total, until
 
 from proxy.core.breaker import FAILURES
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token

@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple
 import aiohttp
 import pytest
 import pytest_asyncio
-from support import (
+from kit.replicas import orders, shared, together
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     MANY_STRANGERS,
@@ -38,7 +39,6 @@ from support import (
     scrape,
     total,
     until,
-    write_secret,
 )
 
 from proxy.core.breaker import FAILURES
@@ -61,11 +61,10 @@ from proxy.storage.connection import Command, Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.G6, pytest.mark.asyncio(loop_scope="module")]
 
 LIST = "/v2/snapshots"
 REPLICAS = 3
-RUNS = 1000
 TOGETHER = 25
 TEAMS = 40
 SPREAD_S = 0.03
@@ -139,25 +138,15 @@ class Look(NamedTuple):
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     """Run three replicas for all tests of the module: each uses snapshots and tokens of its own."""
-    secret = write_secret(tmp_path_factory.mktemp("deletion"))
+    directory = tmp_path_factory.mktemp("deletion")
     world = World(teams=[f"team-{number}" for number in range(TEAMS)], snapshots_per_team=3)
     async with AsyncExitStack() as stack:
         simulator = await stack.enter_async_context(
             Simulator(world=world, limits=Limits(per_minute=10**6, per_hour=10**6))
         )
         valkey = await stack.enter_async_context(Valkey())
-        replicas = [
-            Serve(
-                f"upstream.base_url={simulator.url}",
-                f"redis.url={valkey.url}",
-                f"security.secret_file={secret}",
-                "redis.timeout_s=2",
-                "log.access=off",
-                MANY_STRANGERS,
-            )
-            for _ in range(REPLICAS)
-        ]
-        await asyncio.gather(*map(stack.enter_async_context, replicas))
+        settings = (*shared(simulator.url, valkey.url, directory), "log.access=off", MANY_STRANGERS)
+        replicas = await stack.enter_async_context(together(*(Serve(*settings) for _ in range(REPLICAS))))
         client = await stack.enter_async_context(
             aiohttp.ClientSession(
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -165,25 +154,13 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
                 timeout=aiohttp.ClientTimeout(total=30),
             )
         )
-        yield Cluster(simulator, replicas, client)
+        yield Cluster(simulator, list(replicas), client)
 
 
 # -- every order -------------------------------------------------------------------------------
 
 FILL = ("read", "answer", "write")
 END = ("delete", "end")
-
-
-def orders(*sequences: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Give every way to merge sequences of steps that keeps the order within each."""
-    if not any(sequences):
-        return [()]
-    return [
-        (sequence[0], *rest)
-        for place, sequence in enumerate(sequences)
-        if sequence
-        for rest in orders(*sequences[:place], sequence[1:], *sequences[place + 1 :])
-    ]
 
 
 def named(merged: list[tuple[str, ...]]) -> list[Any]:
@@ -387,15 +364,23 @@ async def random_run(cluster: Cluster, chance: random.Random, tally: Tally) -> N
     tally.resurrected += sum(await look(fills))
 
 
-@pytest.mark.timeout(150)  # 12 s on two idle cores
-async def test_a_thousand_random_runs(cluster: Cluster) -> None:
+async def seeds_stored(cluster: Cluster) -> float:
+    """Count the snapshots that lists left in the cache, on all replicas."""
+    name, labels = "snapshot_proxy_store_operations_total", {"operation": "seed", "outcome": "ok"}
+    return sum([total(await scrape(replica.admin), name, **labels) for replica in cluster.replicas])
+
+
+@pytest.mark.timeout(300)  # a thousand take 12 s on two idle cores
+@pytest.mark.parametrize("runs", [200, pytest.param(1000, marks=pytest.mark.long)])
+async def test_random_runs(cluster: Cluster, runs: int) -> None:
     """0 resurrected, 0 served after the answer, though fills and DELETEs did overlap."""
     chance, tally = random.Random(20), Tally()  # noqa: S311 # repeatable, no secret
+    seeded_before = await seeds_stored(cluster)
     cluster.simulator.latency_s = (0.0, 2 * SPREAD_S)
 
     def enough() -> Iterator[None]:
         """Go on for longer where the machine is so busy that hardly any fill ends after a DELETE."""
-        while tally.runs < RUNS or tally.dangerous <= RUNS * 0.05:
+        while tally.runs < runs or tally.dangerous <= runs * 0.05:
             tally.runs += 1
             yield
 
@@ -411,16 +396,10 @@ async def test_a_thousand_random_runs(cluster: Cluster) -> None:
         cluster.simulator.latency_s = 0.0
     assert (tally.served_after, tally.resurrected) == (0, 0)
     assert tally.overlapped > tally.runs * 0.9
-    assert tally.dangerous > RUNS * 0.05
-    seeded = 0.0
-    for replica in cluster.replicas:
-        seeded += total(
-            await scrape(replica.admin),
-            "snapshot_proxy_store_operations_total",
-            operation="seed",
-            outcome="ok",
-        )
-    assert seeded > RUNS * 0.05, "every other DELETE's end keeps seeds away: some must have been stored"
+    assert tally.dangerous > runs * 0.05
+    assert await seeds_stored(cluster) - seeded_before > runs * 0.05, (
+        "every other DELETE's end keeps seeds away: some must have been stored"
+    )
 
 
 # -- one DELETE --------------------------------------------------------------------------------
@@ -592,6 +571,7 @@ async def test_a_token_without_the_scope(upstream: Simulator, session: aiohttp.C
         assert all(seen.is_hit for seen in await all_reads(session, at.api, owner, reader))
 
 
+@pytest.mark.G2
 async def test_a_delete_with_a_revoked_token(upstream: Simulator, session: aiohttp.ClientSession) -> None:
     """401 ends all of that caller's, whatever it was said to, and nobody else's."""
     caller, other = upstream.world.token(), upstream.world.token()
@@ -665,18 +645,15 @@ async def test_the_caller_leaves(upstream: Simulator) -> None:
     assert upstream.count(method="DELETE") == 1
 
 
+@pytest.mark.G8
 async def test_the_caller_leaves_and_the_replica_stops(
     upstream: Simulator, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """A replica that stops while its DELETE is at the upstream does not know the outcome: it ends for all."""
     caller, other = upstream.world.token(), upstream.world.token()
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={upstream.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
-        )
-        async with app(*shared) as at, Serve(*shared) as stopping, upstream.hold(stage="after") as gate:
+        settings = shared(upstream.url, valkey.url, tmp_path)
+        async with app(*settings) as at, Serve(*settings) as stopping, upstream.hold(stage="after") as gate:
             reads = asyncio.create_task(all_reads(session, at.api, other))
             for _ in range(2):
                 await gate.arrived()
@@ -711,13 +688,11 @@ class Replicas:
 async def replicas(upstream: Simulator, tmp_path: Path) -> AsyncIterator[Replicas]:
     """Run them."""
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={upstream.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(upstream.url, valkey.url, tmp_path),
             "redis.timeout_s=0.3",
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             yield Replicas(valkey, first.api, second.api)
 
 
@@ -815,14 +790,12 @@ async def test_a_fetch_outlives_what_took_its_place(
     snapshot = upstream.world.find(DROPLET_SNAPSHOT_ID, team="default")
     assert snapshot is not None
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={upstream.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(upstream.url, valkey.url, tmp_path),
             "cache.negative_s=1",
             "redis.timeout_s=2",
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             await introduce(session, first.api, token.value)  # three calls at once go upstream
             async with upstream.hold(method="GET", path=DROPLET_PATH, stage="after") as gate:
                 late = asyncio.create_task(ask(session, first.api + DROPLET_PATH, token))

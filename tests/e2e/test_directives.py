@@ -17,8 +17,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
+from kit.support import DROPLET_PATH, MANY_STRANGERS, NO_STALE, app, bearer
 from multidict import CIMultiDictProxy
-from support import DROPLET_PATH, MANY_STRANGERS, NO_STALE, app, bearer
 
 from proxy.app import Addresses
 from proxy.simulator import (
@@ -398,6 +398,7 @@ async def test_vary_of_lists(proxy: Proxy) -> None:
     assert crossed.status == 200
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize("path", [DROPLET_PATH, LIST_PATH], ids=["3.5-single", "3.5-list"])
 async def test_authorization(proxy: Proxy, path: str) -> None:
     """An answer to one token is never another one's, and nobody's without a token."""

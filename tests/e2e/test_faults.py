@@ -20,7 +20,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 import trustme
-from support import DROPLET_PATH, Serve, app, bearer, free_port, scrape, total
+from kit.support import DROPLET_PATH, Serve, app, bearer, free_port, scrape, total
 
 from proxy.core.breaker import FAILURES
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
@@ -195,6 +195,7 @@ def test_no_fault_is_missing() -> None:
     assert {row.values[0].kind for row in FAULTS} == set(FaultKind)
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize("path", [DROPLET_PATH, "/v2/snapshots"], ids=["single", "list"])
 @pytest.mark.parametrize(
     ("unknown", "bound"),
@@ -967,6 +968,7 @@ async def served(simulator: Simulator) -> AsyncIterator[Serve]:
         yield service
 
 
+@pytest.mark.G9
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory")
 @pytest.mark.parametrize(
     ("fault", "fields", "status"),
@@ -1012,6 +1014,7 @@ async def test_memory(
     assert risen <= IN_FLIGHT * MOST_A_BODY
 
 
+@pytest.mark.G9
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak memory")
 async def test_memory_behind_the_end_of_gzip(client: aiohttp.ClientSession) -> None:
     """What follows the end of a compressed body is not gathered up."""

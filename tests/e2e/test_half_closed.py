@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import trustme
 import uvloop
-from support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, scrape
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, scrape
 
 from proxy.app import Addresses
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Simulator, Token

@@ -14,7 +14,7 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 import pytest_asyncio
-from support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, app, scrape, total, until
+from kit.support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, app, scrape, total, until
 
 from proxy import __version__
 from proxy.cache.readthrough import ReadThrough

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 import redis
-from support import DROPLET_PATH, Serve, Valkey, bearer, introduce, scrape, total, until, write_secret
+from kit.support import DROPLET_PATH, Serve, Valkey, bearer, introduce, scrape, total, until, write_secret
 
 from proxy.simulator import FULL_ACCESS, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
 
@@ -129,6 +129,7 @@ def issue(simulator: Simulator, *, team: str = "default", scopes: frozenset[str]
 # -- one caller and another ----------------------------------------------------------------------
 
 
+@pytest.mark.G1
 async def test_replicas_share(replicas: Replicas, simulator: Simulator, token: Token) -> None:
     """What one replica fetched, the other has."""
     one, other = replicas
@@ -138,6 +139,7 @@ async def test_replicas_share(replicas: Replicas, simulator: Simulator, token: T
     assert simulator.count() == 1
 
 
+@pytest.mark.G1
 async def test_each_token_is_asked_for_itself(replicas: Replicas, simulator: Simulator, token: Token) -> None:
     """A reader of the same team without `tag:read` sees no tags, whoever asked first and wherever."""
     reader = issue(simulator, scopes=FULL_ACCESS - {"tag:read"})
@@ -154,6 +156,7 @@ async def test_each_token_is_asked_for_itself(replicas: Replicas, simulator: Sim
     ]
 
 
+@pytest.mark.G1
 async def test_another_team(replicas: Replicas, simulator: Simulator, token: Token) -> None:
     """What is cached for one team is a 404 for the other, and its 404 hides nothing from the first."""
     stranger = issue(simulator, team="other")
@@ -164,6 +167,7 @@ async def test_another_team(replicas: Replicas, simulator: Simulator, token: Tok
     assert simulator.count(token=token.label) == simulator.count(token=stranger.label) == 1
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize(
     "variant",
     [
@@ -196,6 +200,7 @@ async def test_a_wrong_token_gets_nothing(
 # -- revoked and forbidden -----------------------------------------------------------------------
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("asked", [0, 1], ids=["on-the-same-replica", "on-the-other"])
 @pytest.mark.parametrize(
     ("path", "headers"),
@@ -225,6 +230,7 @@ async def test_one_401_ends_all(
             assert await each.holds(bystander, cached)
 
 
+@pytest.mark.G2
 async def test_403_ends_that_entry_only(replicas: Replicas, simulator: Simulator, token: Token) -> None:
     """On both replicas; the caller's other entries, and other callers' of the same snapshot, stay."""
     bystander = issue(simulator)
@@ -241,6 +247,7 @@ async def test_403_ends_that_entry_only(replicas: Replicas, simulator: Simulator
     assert await other.holds(token)
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("asked", [0, 1], ids=["on-the-same-replica", "on-the-other"])
 async def test_a_fill_in_flight_does_not_survive_a_401(
     replicas: Replicas, simulator: Simulator, token: Token, asked: int
@@ -259,6 +266,7 @@ async def test_a_fill_in_flight_does_not_survive_a_401(
         assert (await each.get(token)).status == 401
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("asked", [0, 1], ids=["on-the-same-replica", "on-the-other"])
 @pytest.mark.parametrize("cached", [True, False], ids=["renewing", "filling"])
 async def test_a_fill_in_flight_does_not_survive_a_403(
@@ -286,6 +294,7 @@ async def test_a_fill_in_flight_does_not_survive_a_403(
 # -- the secret ----------------------------------------------------------------------------------
 
 
+@pytest.mark.G1
 async def test_other_secrets_share_nothing(
     client: aiohttp.ClientSession, simulator: Simulator, token: Token, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Self
 
 import aiohttp
 import pytest
-from support import app, bearer, scrape, total, until
+from kit.support import app, bearer, scrape, total, until
 
 from proxy.core.breaker import FAILURES
 

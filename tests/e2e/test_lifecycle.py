@@ -17,8 +17,8 @@ from typing import Self
 
 import aiohttp
 import pytest
-from redis.asyncio import Redis
-from support import (
+from kit.replicas import shared
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     Scaled,
@@ -28,8 +28,8 @@ from support import (
     free_port,
     scrape,
     until,
-    write_secret,
 )
+from redis.asyncio import Redis
 
 from proxy.simulator import Limits, Simulator, Token
 
@@ -140,6 +140,7 @@ async def readiness(client: aiohttp.ClientSession, service: Serve) -> int:
         return response.status
 
 
+@pytest.mark.G8
 async def test_lame_duck(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, to_simulator: str
 ) -> None:
@@ -167,6 +168,7 @@ async def test_lame_duck(
         assert service.log[-1]["event"] == "stopped"
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_request_in_flight_is_answered(
     *,
@@ -200,6 +202,7 @@ async def get(client: aiohttp.ClientSession, url: str, token: Token) -> tuple[in
         return response.status, response.headers.get("Connection")
 
 
+@pytest.mark.G8
 async def test_whoever_waits_for_the_quota_is_answered(
     token: Token, client: aiohttp.ClientSession, to_simulator: str
 ) -> None:
@@ -256,6 +259,7 @@ async def test_whoever_waits_for_the_quota_is_answered(
             writer.close()
 
 
+@pytest.mark.G8
 async def test_drain_has_an_end(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, to_simulator: str
 ) -> None:
@@ -279,6 +283,7 @@ async def test_drain_has_an_end(
         assert (await service.event("drain-incomplete"))["connections"] == 1
 
 
+@pytest.mark.G8
 async def test_interrupt_skips_the_lame_duck(to_simulator: str) -> None:
     """Ctrl-C is for people, who do not want to wait."""
     async with Serve(to_simulator, "server.lame_duck_s=30") as service:
@@ -464,15 +469,14 @@ class Balancer:
             await asyncio.sleep(LAME_DUCK_S / 20)
 
 
+@pytest.mark.G8
 @pytest.mark.timeout(90)
 async def test_rolling_restart(client: aiohttp.ClientSession, valkey: Valkey, tmp_path: Path) -> None:
     """Two replicas behind a balancer, each restarted twice under load: every request gets its 200."""
     async with Simulator(limits=Limits(per_minute=10**6, per_hour=10**6), latency_s=(0, 0.02)) as simulator:
         tokens = [simulator.world.token().value for _ in range(8)]
         settings = (
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+            *shared(simulator.url, valkey.url, tmp_path),
             f"server.lame_duck_s={LAME_DUCK_S}",
             "cache.fresh_s=1",
             "log.access=off",

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+from kit.support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
 from multidict import CIMultiDictProxy
-from support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
 
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,
@@ -384,6 +384,7 @@ async def test_no_store_leaves_nothing(
     assert (again.status, single.status) == (504, 504)
 
 
+@pytest.mark.G1
 async def test_each_token_its_own_tags(
     simulator: Simulator, token: Token, wire: aiohttp.ClientSession
 ) -> None:
@@ -402,6 +403,7 @@ async def test_each_token_its_own_tags(
 # -- errors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.G2
 async def test_a_token_that_is_refused(
     simulator: Simulator, token: Token, wire: aiohttp.ClientSession
 ) -> None:
@@ -420,6 +422,7 @@ async def test_a_token_that_is_refused(
     assert all(seen.cache.startswith("hit") for seen in others)
 
 
+@pytest.mark.G2
 async def test_a_list_that_is_forbidden(
     simulator: Simulator, token: Token, wire: aiohttp.ClientSession
 ) -> None:

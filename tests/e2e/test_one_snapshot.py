@@ -1,7 +1,7 @@
 """The main job over real sockets: one snapshot, from the upstream once and from Valkey after that."""
 
 import aiohttp
-from support import DROPLET_PATH, app, bearer
+from kit.support import DROPLET_PATH, app, bearer
 
 from proxy.simulator import Simulator, Token
 

@@ -13,8 +13,9 @@ from typing import Self
 
 import aiohttp
 import pytest
+from kit.replicas import shared
+from kit.support import DEADLINE_S, Valkey, app, bearer, scrape, total
 from redis.asyncio import Redis
-from support import DEADLINE_S, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.app import Addresses
 from proxy.simulator import DROPLET_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
@@ -125,9 +126,7 @@ async def test_an_outage(
 ) -> None:
     """What is in its window is answered; the breaker opens, fails fast, probes, closes; there is no burst."""
     settings = (
-        f"upstream.base_url={simulator.url}",
-        f"redis.url={valkey.url}",
-        f"security.secret_file={write_secret(tmp_path)}",
+        *shared(simulator.url, valkey.url, tmp_path),
         *("redis.timeout_s=2", "cache.jitter=0", "cache.fresh_s=2", "cache.max_fresh_s=2"),
         *("cache.stale_while_revalidate_s=0", "cache.stale_if_error_s=0", f"cache.{window}=60"),
         "upstream.total_timeout_s=0.3",

@@ -6,7 +6,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support import DROPLET_PATH, Serve, bearer
+from kit.support import DROPLET_PATH, Serve, bearer
 
 from proxy.core.breaker import FAILURES
 from proxy.simulator import Fault, FaultKind, Simulator, Token

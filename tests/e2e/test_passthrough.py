@@ -17,7 +17,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from support import (
+from kit.replicas import shared
+from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     Serve,
@@ -28,7 +29,6 @@ from support import (
     scrape,
     total,
     until,
-    write_secret,
 )
 
 from proxy.app import Addresses
@@ -289,6 +289,7 @@ async def test_compressed_bodies_up(upstream: Upstream, wire: aiohttp.ClientSess
     assert upstream.received[0].headers["Content-Encoding"] == "gzip"
 
 
+@pytest.mark.G9
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("direction", ["up", "down"])
 async def test_nothing_is_held(upstream: Upstream, wire: aiohttp.ClientSession, direction: str) -> None:
@@ -983,6 +984,7 @@ async def test_a_caller_who_leaves_while_reading(upstream: Upstream) -> None:
         await _quiet(at)
 
 
+@pytest.mark.G8
 async def test_a_service_that_stops(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     """Whoever waits for an answer gets ours before the drain ends; one that has begun goes on to its end."""
     given_up = asyncio.Event()
@@ -1225,15 +1227,13 @@ class Kept:
 async def kept(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Kept]:
     """Run two services on one Valkey, with everything in the cache."""
     async with Valkey() as valkey, aiohttp.ClientSession() as session:
-        shared = (
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(simulator.url, valkey.url, tmp_path),
             "redis.timeout_s=2",
             "upstream.write_timeout_s=0.5",
             ON,
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             caller, other = (simulator.world.token() for _ in range(2))
             both = Kept(simulator, session, first.api, second.api, caller, other)
             await both.fill()
@@ -1282,6 +1282,7 @@ WRITES = {
 """Each write of FACTS: method, target, body; what is left to the caller, and to another one."""
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("outcome", ["done", "unknown", "500"])
 @pytest.mark.parametrize(
     ("method", "target", "body", "callers", "others"),
@@ -1336,6 +1337,7 @@ SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - o
 """It comes in two pieces, and is longer than what is looked at of it."""
 
 
+@pytest.mark.G4
 @pytest.mark.parametrize(
     ("message", "coding", "remaining", "next_status"),
     [
@@ -1460,6 +1462,7 @@ async def test_a_refused_write_ends_nothing(
     assert await kept.kept() == {"caller": ALL, "other": ALL}
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 async def test_a_refused_token(kept: Kept, method: str) -> None:
     """401 on any request: all of that caller's entries end, on every replica, and nobody else's."""
@@ -1468,6 +1471,7 @@ async def test_a_refused_token(kept: Kept, method: str) -> None:
     assert await kept.kept() == {"caller": set(), "other": ALL}
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("kind", ["single", "list", "seed"])
 async def test_a_fill_in_flight(kept: Kept, kind: str) -> None:
     """What was fetched before a write and is stored after it is served to nobody."""
@@ -1497,6 +1501,7 @@ async def test_a_long_body_that_names_ids(kept: Kept) -> None:
     assert await kept.kept() == {"caller": set(), "other": ALL}
 
 
+@pytest.mark.G6
 async def test_a_caller_who_leaves_a_write(kept: Kept) -> None:
     """The write goes on, and what it changed ends."""
     async with kept.simulator.hold(method="DELETE", stage="after") as gate:
@@ -1534,6 +1539,7 @@ async def test_a_refused_write_whose_answer_breaks_off(
     assert total(metrics, "snapshot_proxy_invalidations_total", cause="passthrough") == 0
 
 
+@pytest.mark.G6
 async def test_redis_is_away(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
@@ -1541,9 +1547,7 @@ async def test_redis_is_away(
     async with (
         Valkey() as valkey,
         app(
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+            *shared(simulator.url, valkey.url, tmp_path),
             ON,
         ) as at,
     ):

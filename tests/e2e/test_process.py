@@ -10,7 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, TROUBLE, Serve, bearer, free_port
+from kit.support import DEADLINE_S, DROPLET_PATH, TROUBLE, Serve, bearer, free_port
 
 from proxy.simulator import Simulator, Token
 from proxy.system.process import IGNORED
@@ -151,6 +151,7 @@ async def test_output_that_nobody_reads() -> None:
 # -- signals -----------------------------------------------------------------------------------
 
 
+@pytest.mark.G8
 @pytest.mark.parametrize("number", [*IGNORED, signal.SIGPIPE], ids=lambda number: number.name)
 async def test_signal_that_asks_for_nothing(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, number: signal.Signals

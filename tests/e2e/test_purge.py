@@ -12,12 +12,13 @@ from typing import Any, Literal
 import aiohttp
 import pytest
 import pytest_asyncio
+from kit.replicas import orders, shared, together
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total
 from redis.asyncio import Redis
-from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Limits, Simulator, Snapshot, Token
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.G6, pytest.mark.asyncio(loop_scope="module")]
 
 LIST = "/v2/snapshots"
 VOLUME_PATH = f"{LIST}/{VOLUME_SNAPSHOT_ID}"
@@ -94,20 +95,12 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
         valkey = await stack.enter_async_context(Valkey())
         async with Redis.from_url(valkey.url) as other_program:
             await other_program.mset(FOREIGN)
-        replicas = [
-            Serve(
-                f"upstream.base_url={simulator.url}",
-                f"redis.url={valkey.url}",
-                f"security.secret_file={write_secret(directory)}",
-                f"admin.token_file={directory / 'admin'}",
-                "redis.timeout_s=2",
-                "log.access=off",
-            )
-            for _ in range(3)
-        ]
-        await asyncio.gather(*map(stack.enter_async_context, replicas))
+        settings = (*shared(simulator.url, valkey.url, directory), f"admin.token_file={directory / 'admin'}")
+        replicas = await stack.enter_async_context(
+            together(*(Serve(*settings, "log.access=off") for _ in range(3)))
+        )
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        yield Cluster(simulator, valkey, replicas, session)
+        yield Cluster(simulator, valkey, list(replicas), session)
 
 
 # -- what it ends ------------------------------------------------------------------------------
@@ -147,18 +140,6 @@ async def test_on_every_replica(cluster: Cluster, ids: list[Any] | None, ended: 
     missed = {path for path, seen in again if not seen.is_hit}
     assert missed == ended
     assert cluster.simulator.count() == calls + len(ended) * len(callers)
-
-
-def orders(*sequences: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Give every way to merge sequences of steps that keeps the order within each."""
-    if not any(sequences):
-        return [()]
-    return [
-        (sequence[0], *rest)
-        for place, sequence in enumerate(sequences)
-        if sequence
-        for rest in orders(*sequences[:place], sequence[1:], *sequences[place + 1 :])
-    ]
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["ids", "all"])
@@ -339,13 +320,11 @@ async def test_redis_is_away(cluster: Cluster, tmp_path: Path, what: dict[str, A
     """503 and Retry-After; nobody here is served it meanwhile, and it is done for all when Redis is back."""
     token = cluster.simulator.world.token()
     async with Valkey() as valkey:
-        shared = (
-            f"upstream.base_url={cluster.simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(tmp_path)}",
+        settings = (
+            *shared(cluster.simulator.url, valkey.url, tmp_path),
             "redis.timeout_s=0.3",
         )
-        async with app(*shared) as first, app(*shared) as second:
+        async with app(*settings) as first, app(*settings) as second:
             for at in (first, second, first, second):
                 seen = await ask(cluster.session, at.api + DROPLET_PATH, token)
             assert seen.is_hit

@@ -8,7 +8,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -19,11 +19,14 @@ from typing import Any, Self
 
 import aiohttp
 import pytest
+from kit.replicas import shared, together
+from kit.support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
 from redis.asyncio import Redis
-from support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.app import Addresses
 from proxy.simulator import VOLUME_ID, Fault, FaultKind, Simulator, Token
+
+pytestmark = pytest.mark.G4
 
 MOMENTS = Random(4)  # noqa: S311 # when callers leave, and others call
 LIMIT, WINDOW_S = 40, 2.5
@@ -41,23 +44,16 @@ SHRUNK = (
 @asynccontextmanager
 async def replicas(
     valkey: Valkey, upstream: str, directory: Path, *overrides: str, minute_s: float = 60.0
-) -> AsyncIterator[list[Scaled]]:
+) -> AsyncIterator[tuple[Scaled, ...]]:
     """Run three replicas until the end of the block."""
     settings = (
-        f"upstream.base_url={upstream}",
-        f"redis.url={valkey.url}",
-        f"security.secret_file={write_secret(directory)}",
+        *shared(upstream, valkey.url, directory),
         "server.lame_duck_s=0",
         "log.access=off",
         *overrides,
     )
-    running = [Scaled(minute_s, *settings) for _ in range(3)]
-    try:
-        await asyncio.gather(*(replica.start() for replica in running))
+    async with together(*(Scaled(minute_s, *settings) for _ in range(3))) as running:
         yield running
-    finally:
-        ends = await asyncio.gather(*(replica.stop(signal.SIGINT) for replica in running))
-    assert ends == [0, 0, 0]
 
 
 @dataclass
@@ -98,7 +94,7 @@ class Load:
 
     client: aiohttp.ClientSession
     token: str
-    replicas: list[Scaled]
+    replicas: Sequence[Scaled]
     of_new: list[int] = field(default_factory=list)
     of_cached: list[int] = field(default_factory=list)
     _ids: Iterator[int] = field(default_factory=lambda: count(10**9))
@@ -461,15 +457,12 @@ async def test_a_bad_token_costs_one_call(simulator: Simulator, client: aiohttp.
     assert sum(message.startswith("snapshot-proxy: the API refused") for message in messages) == 86
 
 
+@pytest.mark.G2
 async def test_a_refused_token_is_refused_for_a_while(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """A 401 ends all that the caller has, on both replicas, and answers in its place for a while."""
-    settings = (
-        f"upstream.base_url={simulator.url}",
-        f"redis.url={valkey.url}",
-        f"security.secret_file={write_secret(tmp_path)}",
-    )
+    settings = shared(simulator.url, valkey.url, tmp_path)
     hour, second = (*settings, "cache.negative_s=3600"), (*settings, "cache.negative_s=1")
     async with app(*hour) as one, app(*second) as two:
 
@@ -562,9 +555,7 @@ async def two(
 ) -> AsyncIterator[tuple[Addresses, Addresses]]:
     """Run two replicas in this process until the end of the block."""
     settings = (
-        f"upstream.base_url={upstream}",
-        f"redis.url={valkey.url}",
-        f"security.secret_file={write_secret(directory)}",
+        *shared(upstream, valkey.url, directory),
         "passthrough.enabled=true",
         *overrides,
     )
@@ -729,7 +720,7 @@ async def test_without_redis_nobody_is_told_that_the_token_is_spent(
                 assert re.fullmatch(_SHARE_SPENT, message)
 
 
-async def nothing_is_left(valkey: Valkey, running: list[Scaled]) -> None:
+async def nothing_is_left(valkey: Valkey, running: Sequence[Scaled]) -> None:
     """No flight, no lease, no waiting caller, on any replica."""
     for replica in running:
         async with asyncio.timeout(10):

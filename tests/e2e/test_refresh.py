@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 import pytest
-from support import AMPLE, DEADLINE_S, PATIENT, app, bearer, scrape, total
+from kit.support import AMPLE, DEADLINE_S, PATIENT, app, bearer, scrape, total
 
 from proxy.simulator import READ_ONLY, Fault, FaultKind, Limits, Simulator, Snapshot, Token, World
 
@@ -76,6 +76,7 @@ async def test_one_list_instead_of_many_reads(
     assert total(metrics, "snapshot_proxy_refreshed_snapshots_total", by="list") >= 3
 
 
+@pytest.mark.G1
 async def test_each_caller_has_its_own(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
@@ -148,6 +149,7 @@ async def test_a_list_that_fails_is_done_without(
     assert simulator.count(path=LIST) == 1
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize(
     ("negative_s", "expected", "calls_each"),
     [

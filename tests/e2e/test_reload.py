@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import trustme
-from support import DROPLET_PATH, Serve, bearer, until
+from kit.support import DROPLET_PATH, Serve, bearer, until
 
 from proxy.simulator import Simulator, Token
 

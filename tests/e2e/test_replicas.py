@@ -1,6 +1,5 @@
 """Three replicas on one Valkey: what one fetched all have, what one ended is gone for all."""
 
-import asyncio
 import contextlib
 import secrets
 import signal
@@ -11,7 +10,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
-from support import DROPLET_PATH, Serve, Valkey, bearer, scrape, total, write_secret
+from kit.replicas import shared, together
+from kit.support import DROPLET_PATH, Serve, Valkey, bearer, scrape, total
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, Token, World
 
@@ -65,17 +65,14 @@ async def running_fleet(directory: Path) -> AsyncIterator[tuple[Fleet, tuple[str
     """Run three replicas on one Valkey with one secret; give their settings too."""
     async with Valkey() as valkey, Simulator() as simulator, contextlib.AsyncExitStack() as stack:
         settings = (
-            f"upstream.base_url={simulator.url}",
-            f"redis.url={valkey.url}",
-            f"security.secret_file={write_secret(directory)}",
+            *shared(simulator.url, valkey.url, directory),
             "cache.list_fresh_s=60",
             "server.lame_duck_s=0",
             "redis.timeout_s=5",  # a busy machine is no reason for a miss
         )
-        replicas = [Serve(*settings) for _ in range(3)]
-        await asyncio.gather(*(stack.enter_async_context(replica) for replica in replicas))
+        replicas = await stack.enter_async_context(together(*(Serve(*settings) for _ in range(3))))
         client = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
-        yield Fleet(replicas, client, simulator), settings
+        yield Fleet(list(replicas), client, simulator), settings
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -104,6 +101,7 @@ def new_token(fleet: Fleet) -> Token:
     return fleet.simulator.world.token(value=secrets.token_hex(16))
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize(
     ("filled", "asked", "calls"),
     [
@@ -149,6 +147,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("end", ENDS)
 async def test_an_end_reaches_every_replica(fleet: Fleet, token: Token, end: End) -> None:
     """From its answer on no replica serves the snapshot, or a list, that was kept before; for any caller."""
@@ -172,6 +171,7 @@ async def test_an_end_reaches_every_replica(fleet: Fleet, token: Token, end: End
         assert all((b"as it is now" in reply.body) is not gone for reply in [*singles, *lists])
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -198,6 +198,7 @@ async def test_a_refused_token_is_refused_everywhere(
         assert all(reply.cache.startswith("hit") for reply in await fleet.ask_all(asked, other))
 
 
+@pytest.mark.G8
 async def test_rolling_replacement_keeps_the_cache(tmp_path: Path) -> None:
     """All replicas are replaced, one after the other: the new ones serve what the old ones fetched."""
     async with running_fleet(tmp_path) as (fleet, settings), contextlib.AsyncExitStack() as stack:

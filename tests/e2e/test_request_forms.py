@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from support import DROPLET_PATH, Serve, raw_exchange
+from kit.support import DROPLET_PATH, Serve, raw_exchange
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, World
 

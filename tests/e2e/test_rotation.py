@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.support import DEADLINE_S, Serve, Valkey, app, scrape, total
 from redis.asyncio import Redis
-from support import DEADLINE_S, Serve, Valkey, app, scrape, total
 
 from proxy.check import check
 from proxy.settings.load import load

@@ -18,9 +18,12 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 import redis
-from support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, raw_exchange, until, write_secret
+from kit.replicas import shared
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, raw_exchange, until
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator
+
+pytestmark = pytest.mark.G7
 
 LIST_PATH = "/v2/snapshots"
 LISTS = (LIST_PATH, f"{LIST_PATH}?per_page=200", f"{LIST_PATH}?name=x")
@@ -323,9 +326,7 @@ async def test_no_trace(
     doomed = f"{LIST_PATH}/{world.put({**documented.document, 'id': '80000001'}).id}"
     (tmp_path / "admin").write_text(TOKENS["admin"] + "\n")
     service = Serve(
-        f"upstream.base_url={simulator.url}",
-        f"redis.url={valkey.url}",
-        f"security.secret_file={write_secret(tmp_path)}",
+        *shared(simulator.url, valkey.url, tmp_path),
         "log.level=debug",
         "log.access=all",
         "upstream.read_timeout_s=0.3",

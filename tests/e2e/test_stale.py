@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from support import DEADLINE_S, DROPLET_PATH, Valkey, app, bearer, scrape, total, write_secret
+from kit.support import DEADLINE_S, DROPLET_PATH, Valkey, app, bearer, scrape, total, write_secret
 
 from proxy.simulator import Fault, FaultKind, Simulator, Token
 
@@ -82,6 +82,7 @@ async def test_failing_refreshes_are_no_storm(
     assert simulator.count(status=500) == 1
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_a_refresh_that_gets_a_no_ends_what_it_refreshed(
     status: int, simulator: Simulator, token: Token, client: aiohttp.ClientSession
@@ -158,6 +159,7 @@ async def test_stale_if_error(
         assert await get(client, url, token) == (200, f"snapshot-proxy; {cache_status}", body)
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_never_stale_after_a_no(
     status: int, simulator: Simulator, token: Token, client: aiohttp.ClientSession
@@ -239,6 +241,7 @@ async def test_a_coding_of_no_body(
             assert second == (200, "snapshot-proxy; fwd=stale; fwd-status=304; stored", body)
 
 
+@pytest.mark.G6
 async def test_a_deletion_beats_a_stale_answer(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
@@ -310,6 +313,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("end", ENDS)
 async def test_what_ended_without_redis_is_not_served_stale(
     *,
@@ -343,6 +347,7 @@ async def test_what_ended_without_redis_is_not_served_stale(
         assert (await reading)[0] == 504
 
 
+@pytest.mark.G5
 async def test_redis_dies_and_the_upstream_fails(
     simulator: Simulator, valkey: Valkey, token: Token, client: aiohttp.ClientSession, secret: tuple[str]
 ) -> None:
@@ -360,6 +365,7 @@ async def test_redis_dies_and_the_upstream_fails(
     assert cache_status == "snapshot-proxy; fwd=stale; fwd-status=500; detail=stale-if-error"
 
 
+@pytest.mark.G2
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_a_no_while_redis_is_silent_counts_when_it_is_back(
     *,

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import aiohttp
 import pytest
-from redis.asyncio import Redis
-from support import (
+from kit.replicas import shared
+from kit.support import (
     AMPLE,
     DEADLINE_S,
     DROPLET_PATH,
@@ -26,13 +26,15 @@ from support import (
     scrape,
     total,
     until,
-    write_secret,
 )
+from redis.asyncio import Redis
 
 from proxy.core.identity import EntryKey, Keyring, Token as CallerToken
 from proxy.core.quota import TURN_S
 from proxy.simulator import Limits, Simulator, Snapshot, Token, World
 from proxy.storage.keys import Keys
+
+pytestmark = pytest.mark.G5
 
 PATIENT = Limits(per_minute=1_000_000, per_hour=1_000_000)  # AMPLE, on the other side
 MOST_S = TURN_S + 4.0
@@ -53,15 +55,13 @@ async def simulator() -> AsyncIterator[Simulator]:
 @pytest.fixture
 def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> tuple[str, ...]:
     """Point the service to the simulator and to a real Valkey."""
-    return shared(simulator, valkey.url, tmp_path)
+    return settings_for(simulator, valkey.url, tmp_path)
 
 
-def shared(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
+def settings_for(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
     """Point a service to the simulator and to the store at `url`."""
     return (
-        f"upstream.base_url={simulator.url}",
-        f"redis.url={url}",
-        f"security.secret_file={write_secret(directory)}",
+        *shared(simulator.url, url, directory),
         "redis.timeout_s=0.1",  # the default: here it matters
         *AMPLE,
     )
@@ -193,7 +193,7 @@ async def test_absent_at_the_start(
     valkey = Valkey()
     valkey.port = free_port()
     began = monotonic()
-    async with Serve(*shared(simulator, valkey.url, tmp_path)) as service:
+    async with Serve(*settings_for(simulator, valkey.url, tmp_path)) as service:
         assert monotonic() - began < 10
         assert (await service.event("redis-unusable"))["level"] == "warning"
         assert await cache_status(client, service.api, token) == BYPASS
@@ -208,7 +208,7 @@ async def test_absent_and_others_end_theirs(
 ) -> None:
     """Without Redis, what one team's 404s end is that team's: another's callers go on sharing one call."""
     other, away = simulator.world.token(team="other"), f"redis://127.0.0.1:{free_port()}/0"
-    async with app(*shared(simulator, away, tmp_path)) as at:
+    async with app(*settings_for(simulator, away, tmp_path)) as at:
         async with simulator.hold(path=DROPLET_PATH) as gate:
             crowd = [asyncio.create_task(cache_status(client, at.api, token))]
             await gate.arrived()
@@ -226,7 +226,7 @@ async def test_full(simulator: Simulator, client: aiohttp.ClientSession, tmp_pat
     """One MiB is less than the server needs for itself: what it refuses or evicts is asked for upstream."""
     async with (
         Valkey("--maxmemory", "1mb", "--maxmemory-policy", policy) as valkey,
-        app(*shared(simulator, valkey.url, tmp_path)) as at,
+        app(*settings_for(simulator, valkey.url, tmp_path)) as at,
         Load(client, at.api, simulator.world) as load,
     ):
         await load.more()
@@ -242,9 +242,9 @@ async def test_a_replica_of_redis(
 ) -> None:
     """It may lag behind an invalidation: nothing is served from it, and it is used once it is promoted."""
     async with (
-        app(*shared(simulator, valkey.url, tmp_path)) as primary,
+        app(*settings_for(simulator, valkey.url, tmp_path)) as primary,
         Valkey("--replicaof", "127.0.0.1", str(valkey.port)) as replica,
-        app(*shared(simulator, replica.url, tmp_path)) as at,
+        app(*settings_for(simulator, replica.url, tmp_path)) as at,
         Redis.from_url(replica.url) as admin,
     ):
         assert (await cache_status(client, primary.api, token)).endswith("; stored")
@@ -273,7 +273,7 @@ async def test_filling_up(
         simulator.world.change(snapshot, name="a" * 20_000)
     async with (
         Valkey("--maxmemory", "3mb", "--maxmemory-policy", policy) as valkey,
-        app(*shared(simulator, valkey.url, tmp_path)) as at,
+        app(*settings_for(simulator, valkey.url, tmp_path)) as at,
         Load(client, at.api, simulator.world, callers=12) as load,
         Redis.from_url(valkey.url) as redis,
     ):
@@ -289,7 +289,7 @@ async def test_wrong_password(
     password = tmp_path / "password"
     password.write_text("wrong\n")
     async with Valkey("--requirepass", "right") as valkey:
-        settings = (*shared(simulator, valkey.url, tmp_path), f"redis.password_file={password}")
+        settings = (*settings_for(simulator, valkey.url, tmp_path), f"redis.password_file={password}")
         async with app(*settings) as at:
             assert await cache_status(client, at.api, token) == BYPASS
             assert (await scrape(at.admin))["snapshot_proxy_store_up"] == 0
@@ -300,7 +300,6 @@ async def test_wrong_password(
 
 # -- values that this service did not write ------------------------------------------------------
 
-MUTATED = 10_000
 IN_BATCH = 250
 
 Mutation = Callable[[bytes, bytes, random.Random], bytes | list[bytes]]
@@ -367,10 +366,12 @@ class Case:
         return mutated
 
 
-CASES = [
-    Case(number, WHERE[number % len(WHERE)], MUTATIONS[number // len(WHERE) % len(MUTATIONS)])
-    for number in range(MUTATED)
-]
+def cases(start: int) -> list[Case]:
+    """Give a batch of them: every mutation, under every key."""
+    return [
+        Case(number, WHERE[number % len(WHERE)], MUTATIONS[number // len(WHERE) % len(MUTATIONS)])
+        for number in range(start, start + IN_BATCH)
+    ]
 
 
 async def put(redis: "Redis", values: dict[bytes, bytes | list[bytes]]) -> None:
@@ -395,15 +396,19 @@ async def lookups(admin: str) -> Counter[str]:
     return Counter({outcome: int(count) for outcome, count in counted.items()})
 
 
-@pytest.mark.timeout(120)
-async def test_mutated_values(valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """Of 10,000 values that were tampered with none is served; each is counted and replaced."""
+@pytest.mark.G1
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mutated", [1_000, pytest.param(10_000, marks=pytest.mark.long)])
+async def test_mutated_values(
+    valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path, mutated: int
+) -> None:
+    """Of so many values that were tampered with none is served; each is counted and replaced."""
     world = World(teams=("default",), snapshots_per_team=IN_BATCH - 2)
     # Caller n asks for snapshot n: exactly one look-up meets what is spoilt for it.
     pairs = [(world.token(), snapshot) for snapshot in world.snapshots()]
     async with (
         Simulator(world=world, limits=PATIENT) as simulator,
-        app(*shared(simulator, valkey.url, tmp_path), "redis.timeout_s=5", "log.access=off") as at,
+        app(*settings_for(simulator, valkey.url, tmp_path), "redis.timeout_s=5", "log.access=off") as at,
         Redis.from_url(valkey.url) as redis,
     ):
 
@@ -419,19 +424,19 @@ async def test_mutated_values(valkey: Valkey, client: aiohttp.ClientSession, tmp
 
         keys = keys_of(pairs, tmp_path / "secret")
         await ask_all()
-        for start in range(0, MUTATED, IN_BATCH):
-            cases = CASES[start : start + IN_BATCH]
-            names = [key[case.where] for key, case in zip(keys, cases, strict=True)]
+        for start in range(0, mutated, IN_BATCH):
+            batch = cases(start)
+            names = [key[case.where] for key, case in zip(keys, batch, strict=True)]
             true = await redis.mget(names)
             # The next key of the same kind: the pattern of kinds is as long as WHERE.
             others = [*true[len(WHERE) :], *true[: len(WHERE)]]
-            spoilt = [case.tamper(*values) for case, *values in zip(cases, true, others, strict=True)]
+            spoilt = [case.tamper(*values) for case, *values in zip(batch, true, others, strict=True)]
             before = await lookups(at.admin)
             await put(redis, dict(zip(names, spoilt, strict=True)))
             assert await ask_all() == {"snapshot-proxy; fwd=uri-miss; fwd-status=200; stored"}
             assert await lookups(at.admin) - before == Counter(corrupt=IN_BATCH)
         assert await ask_all() == {"snapshot-proxy; hit"}
-        assert (await lookups(at.admin))["corrupt"] == MUTATED
+        assert (await lookups(at.admin))["corrupt"] == mutated
 
 
 def keys_of(pairs: Sequence[tuple[Token, Snapshot]], secret: Path) -> list[tuple[bytes, ...]]:
@@ -535,6 +540,7 @@ async def streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         await writer.drain()
 
 
+@pytest.mark.G1
 @pytest.mark.parametrize(
     "talk",
     [
@@ -568,7 +574,7 @@ async def test_something_else(
     """Answers are right and in time, again and again, and the service stops as it should."""
     async with (
         FakeRedis(talk) as fake,
-        app(*shared(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2") as at,
+        app(*settings_for(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2") as at,
     ):
         for _ in range(5):
             began = monotonic()
@@ -612,7 +618,9 @@ async def test_slow_but_in_time(
 
     async with (
         Middleman(valkey, on_reply) as fake,
-        app(*shared(simulator, fake.url, tmp_path), "redis.timeout_s=1", "redis.connect_timeout_s=5") as at,
+        app(
+            *settings_for(simulator, fake.url, tmp_path), "redis.timeout_s=1", "redis.connect_timeout_s=5"
+        ) as at,
     ):
         await until_up(at.admin)
         assert (await cache_status(client, at.api, token)).endswith("; stored")
@@ -638,7 +646,7 @@ async def test_hangs_up_after_each_command(
 
     async with (
         Middleman(valkey, on_reply) as fake,
-        app(*shared(simulator, fake.url, tmp_path)) as at,
+        app(*settings_for(simulator, fake.url, tmp_path)) as at,
     ):
         for _ in range(50):
             began = monotonic()
@@ -664,7 +672,7 @@ async def test_nonsense_is_forgotten_when_redis_comes(
     """Whatever stood there before, a real Redis on the same address is taken up."""
     async with contextlib.AsyncExitStack() as running:
         async with FakeRedis(says(words)) as fake:
-            settings = (*shared(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2")
+            settings = (*settings_for(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2")
             at = await running.enter_async_context(app(*settings))
             assert await cache_status(client, at.api, token) == BYPASS
             await until(lambda: fake.connections > 3, "it tries again")

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from kit.support import Valkey
 from redis.asyncio import Redis
-from support import Valkey
 
 from proxy.storage import entries, leases, ledger
 from proxy.storage.client import connector

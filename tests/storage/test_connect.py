@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import trustme
+from kit.support import Valkey
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, ConnectionError as RedisConnectionError
-from support import Valkey
 
 from proxy.storage.client import connector
 

@@ -109,6 +109,7 @@ async def server() -> AsyncIterator[EmbeddedServer]:
 # -- what it is --------------------------------------------------------------------------------
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

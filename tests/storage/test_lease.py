@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+from kit.support import Valkey
 from redis.asyncio import Redis
-from support import Valkey
 
 from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lifetimes, Record, Superseded
 from proxy.core.events import StoreOperation
@@ -20,6 +20,8 @@ from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
 from proxy.storage.store import Store
+
+pytestmark = pytest.mark.G3
 
 KEY = EntryKey(Partition("0" * 32), "6372321")
 OTHER_KEY = EntryKey(Partition("1" * 32), "6372321")
@@ -153,6 +155,7 @@ async def test_what_a_fetch_rests_on_stays(
     assert await two.lease(KEY, await two.basis()) == HeldElsewhere()
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("ends", ["entry", "caller", "snapshots", "everything"])
 async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Replica]) -> None:
     """A fetch from before an end holds nobody up who looks after it, and its record is not theirs."""
@@ -174,6 +177,7 @@ async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Rep
     assert isinstance(await two.lease(KEY, after), Leased)
 
 
+@pytest.mark.G1
 async def test_no_caller_meets_another_ones(replicas: tuple[Replica, Replica], redis: Redis) -> None:
     """Another caller's lease is another one, and a record under its name does not verify."""
     one, two = replicas

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from support import Valkey, until
+from kit.support import Valkey, until
 
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition
@@ -17,6 +17,8 @@ from proxy.storage.client import connector
 from proxy.storage.connection import Command, Link
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import Admission, RedisLedger
+
+pytestmark = pytest.mark.G4
 
 LIMITS = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
 CALL_S = 2.0
@@ -116,13 +118,14 @@ class Pair:
                 assert cools_s == pytest.approx(self.python.standing(now)[2], abs=1e-6)
 
 
-async def test_both_ledgers_say_the_same(links: list[Link]) -> None:
+@pytest.mark.parametrize("histories", [50, pytest.param(250, marks=pytest.mark.long)])
+async def test_both_ledgers_say_the_same(links: list[Link], histories: int) -> None:
     """Over random histories of admissions, answers, losses, 429s and pauses."""
     loop = asyncio.get_running_loop()
-    redis, histories = ledger(links[0]), iter(range(10**6))
+    redis, numbers = ledger(links[0]), iter(range(10**6))
 
     async def compare(steps: list[tuple[float, tuple[Any, ...]]]) -> None:
-        pair, now = Pair(redis, Partition(f"{next(histories):032x}")), 1_000_000.0
+        pair, now = Pair(redis, Partition(f"{next(numbers):032x}")), 1_000_000.0
         for pause_s, step in steps:
             now += pause_s
             await pair.ask(now, step)
@@ -130,7 +133,7 @@ async def test_both_ledgers_say_the_same(links: list[Link]) -> None:
     def run(steps: list[tuple[float, tuple[Any, ...]]]) -> None:
         asyncio.run_coroutine_threadsafe(compare(steps), loop).result(20)
 
-    check = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+    check = settings(max_examples=histories, deadline=None, suppress_health_check=list(HealthCheck))
     await asyncio.to_thread(check(given(STEPS)(run)))
 
 
@@ -183,6 +186,7 @@ async def test_both_find_out_of_a_wrong_value(
     assert refused > 1
 
 
+@pytest.mark.G10
 async def test_an_older_replica_leaves_the_new_fields_alone(links: list[Link]) -> None:
     """Its script takes a field of one capital letter and a number; the others' calls have a key of their own.
 
@@ -311,6 +315,7 @@ async def test_known_is_remembered(links: list[Link]) -> None:
         await second.give_back(SOMEBODY, reply.admitted)
 
 
+@pytest.mark.G9
 @pytest.mark.parametrize(
     ("known", "cools", "kept_s"),
     [
@@ -362,6 +367,7 @@ async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link])
     await mine.give_back(SOMEBODY, admitted)
 
 
+@pytest.mark.G9
 async def test_the_hash_is_bounded_and_ends_by_itself(links: list[Link]) -> None:
     """However many calls are made, there are no more fields than buckets, and the key ends after its hour."""
     mine = ledger(links[0])

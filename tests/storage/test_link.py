@@ -9,14 +9,16 @@ from random import Random
 from typing import Any, Self
 
 import pytest
+from kit.support import DEADLINE_S, Valkey, free_port, until
 from redis.asyncio import Redis
-from support import DEADLINE_S, Valkey, free_port, until
 
 from proxy.storage import connection as link_module
 from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Link, Unavailable
 from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal
+
+pytestmark = pytest.mark.G5
 
 PATIENT_S = 10.0
 """A timeout that no test reaches."""
@@ -271,6 +273,7 @@ async def test_a_queue_is_no_outage(relay: Relay) -> None:
         assert link._connected == LANES
 
 
+@pytest.mark.G9
 async def test_the_queue_has_a_limit(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit asking fails at once; those within it are answered."""
     monkeypatch.setattr(link_module, "MOST_WAITING", 20)
@@ -283,6 +286,7 @@ async def test_the_queue_has_a_limit(relay: Relay, monkeypatch: pytest.MonkeyPat
 # -- cancellation ------------------------------------------------------------------------------
 
 
+@pytest.mark.G1
 async def test_cancelled_askers_never_mix_replies(valkey: Valkey) -> None:
     """However many askers leave at whatever moment, each reply is the reply to its own key."""
     chance = Random(28858)  # noqa: S311 # a failure can be repeated

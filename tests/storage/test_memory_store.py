@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
-from support import Valkey
+from kit.support import Valkey
 
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.core.entry import Basis, Entry, Leased, Lifetimes, Record

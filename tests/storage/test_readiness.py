@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kit.support import Valkey, free_port, until
 from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
@@ -21,13 +22,14 @@ from redis.exceptions import (
     ResponseError,
     TimeoutError as RedisTimeoutError,
 )
-from support import Valkey, free_port, until
 
 from proxy.core.address import address_of
 from proxy.storage import connection as link_module, outage
 from proxy.storage.client import connector
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
+
+pytestmark = pytest.mark.G5
 
 PREFIX = "snapshot-proxy"
 ROOT = Path(__file__).parents[2]

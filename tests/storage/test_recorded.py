@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import recorded
+from kit.support import Valkey
 from redis.asyncio import Redis
-from support import Valkey
 
 from proxy.core.entry import Entry, HeldElsewhere, Record
 from proxy.core.events import StoreOperation

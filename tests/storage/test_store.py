@@ -11,8 +11,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
+from kit.support import Valkey, until
 from redis.asyncio import Redis
-from support import Valkey, until
 
 from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
 from proxy.core.events import StoreOperation
@@ -181,6 +181,7 @@ def seed_of(entry: Entry) -> Entry:
 # -- the layout --------------------------------------------------------------------------------
 
 
+@pytest.mark.G10
 def test_the_names_of_keys() -> None:
     """The layout is DESIGN.md's: one caller's keys in one slot of a Cluster, what all share outside."""
     partition = Partition("0123456789abcdef0123456789abcdef")
@@ -238,6 +239,7 @@ async def test_what_takes_the_place_of_an_ending_guards_it_as_long(one: Replica,
         assert GUARD_S - 5 < await redis.ttl(KEYS.of(key).entry) <= GUARD_S
 
 
+@pytest.mark.G7
 async def test_nothing_in_redis_shows_a_token(one: Replica, redis: Redis) -> None:
     """Neither names nor values hold the token."""
     key = EntryKey(KEYRING.partition(Token("dop_v1_secret")), "1")
@@ -277,6 +279,7 @@ async def test_seeds_lengthen_the_life_of_their_stamps(one: Replica, redis: Redi
 # -- miss, fill, hit ---------------------------------------------------------------------------
 
 
+@pytest.mark.G1
 async def test_a_fill_is_everybodys_hit(one: Replica, two: Replica) -> None:
     """What one replica stored, another finds; another caller and another snapshot do not."""
     for key, others in ((MINE, (THEIRS, SIBLING)), (MY_LIST, (THEIR_LIST, MY_OTHER_LIST))):
@@ -341,6 +344,7 @@ async def test_put_replaces_what_is_older(
     assert await two.entry(key) == (late if replaces else ENTRY)
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["single", "list"])
 async def test_put_replaces_no_ending(one: Replica, two: Replica, key: Key) -> None:
     """Where something ended since its look, no fill is stored, whenever its call began."""
@@ -367,6 +371,7 @@ async def hits(who: Replica) -> set[Key]:
     return {key for key in KEPT if await who.entry(key) is not None}
 
 
+@pytest.mark.G6
 @each_ending
 async def test_an_ending_counts_on_every_replica(one: Replica, two: Replica, ending: Ending) -> None:
     """What one replica ended, no replica serves, and all else stays; it may be filled anew."""
@@ -381,6 +386,7 @@ async def test_an_ending_counts_on_every_replica(one: Replica, two: Replica, end
     assert await hits(one) == ALL
 
 
+@pytest.mark.G6
 @each_ending
 @pytest.mark.parametrize("before", ["nothing", "an entry", "another ending"])
 async def test_a_fill_that_began_before_an_ending_counts_for_nothing(
@@ -402,6 +408,7 @@ async def test_a_fill_that_began_before_an_ending_counts_for_nothing(
         await one.fill(key, NEWER)
 
 
+@pytest.mark.G5
 @pytest.mark.parametrize(
     ("key", "place"),
     [
@@ -425,6 +432,7 @@ async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, key: K
     await one.fill(key, NEWER)
 
 
+@pytest.mark.G6
 @pytest.mark.parametrize("seed", range(6))
 async def test_no_order_of_events_brings_back_what_ended(
     one: Replica, two: Replica, redis: Redis, seed: int
@@ -475,6 +483,7 @@ SEEDS = {MINE.snapshot_id: seed_of(ENTRY), SIBLING.snapshot_id: seed_of(NEWER)}
 LATER_SEEDS = dict.fromkeys(SEEDS, NEVER_OLDER)
 
 
+@pytest.mark.G1
 async def test_seeds_are_everybodys_hits(one: Replica, two: Replica) -> None:
     """What a list left at one replica, another finds; another caller does not."""
     await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
@@ -536,6 +545,7 @@ async def test_a_seed_where_something_foreign_stands(
     assert await one.entry(MINE) == SEEDS[MINE.snapshot_id]
 
 
+@pytest.mark.G6
 @each_ending
 async def test_seeds_that_began_before_an_ending_count_for_nothing(
     one: Replica, two: Replica, ending: Ending
@@ -549,6 +559,7 @@ async def test_seeds_that_began_before_an_ending_count_for_nothing(
     assert await hits(one) == {MINE, SIBLING}
 
 
+@pytest.mark.G6
 @each_ending
 @pytest.mark.parametrize("after", [1, 2], ids=["between-its-reading-and-its-writing", "after-its-writing"])
 async def test_seeds_that_an_ending_overtakes(one: Replica, two: Replica, ending: Ending, after: int) -> None:
@@ -637,6 +648,8 @@ PAIRS: list[tuple[Key, Key]] = [(MINE, THEIRS), (MY_LIST, THEIR_LIST)]
 DAMAGES = [_of_another_type, _flipped, _truncated, _foreign, _empty, _of_another_caller]
 
 
+@pytest.mark.G1
+@pytest.mark.G5
 @pytest.mark.parametrize(
     ("key", "place"),
     [
@@ -671,6 +684,8 @@ async def test_what_does_not_verify_is_a_miss(
     assert one.told[-1] == StoreOperation("lookup", "ok")
 
 
+@pytest.mark.G1
+@pytest.mark.G5
 async def test_an_entry_of_another_secret_is_never_read(valkey: Valkey, one: Replica, redis: Redis) -> None:
     """A replica with another secret makes other partitions; its value moved into ours does not verify."""
     foreign = EntryKey(ANOTHER.partition(Token("mine")), MINE.snapshot_id)
@@ -701,6 +716,7 @@ async def test_a_stamp_that_somebody_else_makes_meanwhile(one: Replica, redis: R
 # -- Redis is away -----------------------------------------------------------------------------
 
 
+@pytest.mark.G5
 @pytest.mark.parametrize(
     ("how", "outcome"), [("killed", "error"), ("silent", "timeout")], ids=["killed", "silent"]
 )
@@ -723,6 +739,7 @@ async def test_redis_away_is_a_miss_with_a_reason(
         await (valkey.start() if how == "killed" else asyncio.to_thread(valkey.resume))
 
 
+@pytest.mark.G6
 @each_ending
 async def test_an_ending_that_redis_did_not_hear_is_owed(
     valkey: Valkey, hasty: Replica, two: Replica, ending: Ending
@@ -787,6 +804,7 @@ async def test_only_what_is_owed_is_left_out_of_seeds(valkey: Valkey, hasty: Rep
     assert await hits(two) == {SIBLING}
 
 
+@pytest.mark.G6
 async def test_debts_are_paid_lists_first(valkey: Valkey, one: Replica) -> None:
     """Whoever seeds reads a snapshot's stamp before the lists': it relies on this order of endings."""
     await valkey.kill()
@@ -806,6 +824,7 @@ async def test_debts_are_paid_lists_first(valkey: Valkey, one: Replica) -> None:
     assert {*deleted} == {KEYS.lists, KEYS.snapshot(MINE.snapshot_id), KEYS.caller(MINE.partition)}
 
 
+@pytest.mark.G6
 async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
     valkey: Valkey, hasty: Replica, two: Replica
 ) -> None:
@@ -835,6 +854,7 @@ async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
     assert await two.entry(MINE) is None
 
 
+@pytest.mark.G9
 async def test_debts_are_bounded(valkey: Valkey, one: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many stamps are owed at most; one that is owed takes no more room, and others are owed as all."""
     monkeypatch.setattr(invalidation, "MOST_PENDING", 2)
@@ -931,6 +951,7 @@ REFUSALS = pytest.mark.parametrize("refuse", [full, demoted], ids=["full", "read
 Refusal = Callable[[Redis], Awaitable[None]]
 
 
+@pytest.mark.G5
 @REFUSALS
 async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
     one: Replica, redis: Redis, refuse: Refusal
@@ -955,6 +976,7 @@ async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
     await one.fill(SIBLING)
 
 
+@pytest.mark.G6
 @REFUSALS
 @each_ending
 async def test_an_ending_that_redis_refuses_is_owed(
@@ -1061,6 +1083,7 @@ async def test_a_replica_that_died_is_there_for_ten_seconds_more(valkey: Valkey,
     await other.store.close()
 
 
+@pytest.mark.G10
 @pytest.mark.parametrize(
     ("mark", "mismatch"),
     [

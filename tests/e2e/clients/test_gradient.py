@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from e2e.clients.steps import PATIENT
 from gradient import AsyncGradient, Gradient
-from support import DEADLINE_S, Serve, free_port, scrape, total
+from kit.support import DEADLINE_S, Serve, free_port, scrape, total
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, Token, World
 

@@ -21,9 +21,9 @@ from e2e.clients import (
     python_digitalocean_client,
 )
 from e2e.clients.steps import DROPLET_NAME, PATIENT, STEPS, VOLUME_NAME, Connect, Target, walk
+from kit.support import Serve, free_port, scrape, total
 from libcloud.common.exceptions import BaseHTTPError
 from libcloud.compute.base import StorageVolume
-from support import Serve, free_port, scrape, total
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_ID, VOLUME_SNAPSHOT_ID, Simulator, World
 

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from azure.core.exceptions import HttpResponseError
 from gradient import Gradient, InternalServerError
-from support import app
+from kit.support import app
 
 TOKEN = "dop_v1_" + "c0ffee11" * 8
 SLOW_S = 1.2

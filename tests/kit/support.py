@@ -34,7 +34,7 @@ TROUBLE = (
 )
 """What a service's output has only where something went wrong inside."""
 
-_SCALED_SERVICE = Path(__file__).parent / "e2e" / "scaled_service.py"
+_SCALED_SERVICE = Path(__file__).with_name("scaled_service.py")
 
 # What takes a feature out of the way of tests that are about another.
 NO_STALE = ("cache.stale_while_revalidate_s=0", "cache.stale_if_error_s=0")
