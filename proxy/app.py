@@ -23,15 +23,15 @@ from proxy.core.address import address_of
 from proxy.core.errors import ProxyError
 from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
-from proxy.core.quota import Limits as QuotaLimits
+from proxy.core.quota import QuotaLimits
 from proxy.edge.accept import Accepting, accept
 from proxy.edge.api import Api
 from proxy.edge.connection import Listener
 from proxy.edge.handler import plain_server
 from proxy.edge.passthrough import Passthrough
 from proxy.files import OpenFiles, open_files
-from proxy.gate.connections import Connections
-from proxy.gate.gate import Shield
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
 from proxy.logs import announce, configure, event
 from proxy.settings.sections import KEYS, Settings
@@ -43,7 +43,7 @@ from proxy.storage.readiness import trial
 from proxy.storage.store import Store
 from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import MOST_OF_ONE, Flights
 from proxy.telemetry.access import access_log
 from proxy.telemetry.aliases import Callers
@@ -84,7 +84,7 @@ class App:
         self._cleanup = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
         self._ready = False
-        self._closing = Closing(time.monotonic)
+        self._drain = DrainDeadline(time.monotonic)
         self._metrics = Metrics(__version__)
         self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
         self._keys = Keys(settings.redis.key_prefix)
@@ -119,7 +119,7 @@ class App:
             await asyncio.sleep(settings.lame_duck_s)
         self._accepting.close()
         drain_s = settings.drain_s
-        self._closing.announce(time.monotonic() + drain_s - min(_LAST_WORDS_S, drain_s / 2))
+        self._drain.announce(time.monotonic() + drain_s - min(_LAST_WORDS_S, drain_s / 2))
         await self._listener.drain(drain_s)
         await self._close()
         announce(_LOG, "stopped")
@@ -175,11 +175,11 @@ class App:
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
         )
         self._cleanup.push_async_callback(flights.close)
-        shield = self._shield(upstream, Connections(files.upstream), link, store, previous)
+        gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
         invalidator = Invalidator(store, self._metrics.observe)
         readthrough = read_through(
             store,
-            shield,
+            gate,
             flights,
             options.cache_policy(settings),
             invalidator,
@@ -187,12 +187,12 @@ class App:
             max_wait_s=settings.quota.max_wait_s,
             observe=self._metrics.observe,
             monotonic=time.monotonic,
-            closing=self._closing,
+            drain=self._drain,
         )
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
-                shield, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
+                gate, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
         api = Api(
             readthrough, passthrough, keyring, name_caller=self._callers.name, observe=self._observe_request
@@ -200,7 +200,7 @@ class App:
         self._listener = Listener(
             plain_server(api.respond), options.listener_limits(settings, files), api.malformed
         )
-        self._watch(store, shield, flights)
+        self._watch(store, gate, flights)
 
         admin_url = await self._cleanup.enter_async_context(
             serve_admin(
@@ -258,9 +258,14 @@ class App:
         await store.start()
         return store
 
-    def _shield(
-        self, upstream: Upstream, connections: Connections, link: Link, store: Store, previous: Keyring | None
-    ) -> Shield:
+    def _gate(
+        self,
+        upstream: Upstream,
+        connections: ConnectionSlots,
+        link: Link,
+        store: Store,
+        previous: Keyring | None,
+    ) -> UpstreamGate:
         settings = self._settings
         limits = options.quota_limits(settings, self._clock_scale)
 
@@ -273,7 +278,7 @@ class App:
                 monotonic=time.monotonic,
             )
 
-        return Shield(
+        return UpstreamGate(
             upstream,
             accounts(limits, options.longest_call_s(settings)),
             accounts(options.unverified_limits(settings, self._clock_scale), 0.0),
@@ -285,7 +290,7 @@ class App:
             previous_partition=None if previous is None else previous.partition,
             observe=self._observe_call,
             monotonic=time.monotonic,
-            closing=self._closing,
+            drain=self._drain,
         )
 
     # -- who is told of what -------------------------------------------------------------------
@@ -302,7 +307,7 @@ class App:
             case CallSettled():
                 self._incidents.settled(told)
 
-    def _watch(self, store: Store, shield: Shield, flights: Flights[Fetched | ProxyError]) -> None:
+    def _watch(self, store: Store, gate: UpstreamGate, flights: Flights[Fetched | ProxyError]) -> None:
         """Tell the metrics where their gauges are read."""
         self._metrics.watch(
             connections=lambda: len(self._listener.connections),
@@ -311,8 +316,8 @@ class App:
             store_shared=lambda: self._settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
             pending_invalidations=lambda: store.pending_invalidations,
-            breaker_open=lambda: shield.breaker_open,
-            standings=shield.standings,
+            breaker_open=lambda: gate.breaker_open,
+            standings=gate.standings,
             per_minute=self._settings.quota.per_minute,
         )
 

@@ -16,8 +16,8 @@ from redis.asyncio import Redis
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
-from proxy.core.quota import Limits as QuotaLimits
-from proxy.edge.connection import Limits
+from proxy.core.quota import QuotaLimits
+from proxy.edge.connection import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings
@@ -46,9 +46,9 @@ def cache_policy(settings: Settings) -> Policy:
     )
 
 
-def listener_limits(settings: Settings, files: OpenFiles) -> Limits:
+def listener_limits(settings: Settings, files: OpenFiles) -> ConnectionLimits:
     """Give how long and how many connections of callers there may be; the open files bound the number."""
-    return Limits(
+    return ConnectionLimits(
         header_timeout_s=settings.server.header_timeout_s,
         idle_timeout_s=settings.server.idle_timeout_s,
         max_connections=files.connections,

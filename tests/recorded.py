@@ -10,14 +10,14 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from proxy.core.entry import Basis, Entry, Leased, Lifetimes, Record
+from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Token
-from proxy.core.quota import Admitted, CallClass, Limits
+from proxy.core.quota import Admitted, CallClass, QuotaLimits
 
 NOW = 1_700_000_000.25
 PREFIX = "recorded"
 KEYRING = Keyring(b"recorded" * 4)
-LIMITS = Limits(per_minute=20, per_hour=100, reserve=0.2)
+LIMITS = QuotaLimits(per_minute=20, per_hour=100, reserve=0.2)
 CALL_S = 2.0
 
 CALLER, OTHER, REFUSED = (KEYRING.partition(Token(name)) for name in ("caller", "other", "refused"))
@@ -103,13 +103,13 @@ async def load(redis: Redis, values: dict[str, Any]) -> None:
         await redis.expire(name, 60)
 
 
-async def _basis(store: Any, key: EntryKey | ListKey) -> Basis:
+async def _basis(store: Any, key: EntryKey | ListKey) -> FillPrecondition:
     basis = (await store.lookup(key)).basis
-    assert isinstance(basis, Basis)
+    assert isinstance(basis, FillPrecondition)
     return basis
 
 
-async def _lease(store: Any, key: EntryKey, basis: Basis) -> Leased:
+async def _lease(store: Any, key: EntryKey, basis: FillPrecondition) -> Leased:
     lease = await store.lease(key, basis)
     assert isinstance(lease, Leased)
     return lease

@@ -9,12 +9,12 @@ from kit.fakes import CALL_S, SOMEBODY, FakeLedger, accounts
 from kit.virtual import now, run
 
 from proxy.core.identity import Partition
-from proxy.core.quota import CallClass, Limits, Postponed
-from proxy.gate.ledgers import Account, Accounts, Settlement, Turn
+from proxy.core.quota import CallClass, Postponed, QuotaLimits
+from proxy.gate.ledgers import Account, Accounts, Permit, Settlement
 
 pytestmark = pytest.mark.G4
 
-LIMITS = Limits(per_minute=60, per_hour=5000, reserve=0.1, minute_s=6.0, hour_s=360.0)
+LIMITS = QuotaLimits(per_minute=60, per_hour=5000, reserve=0.1, minute_s=6.0, hour_s=360.0)
 ACCOUNT = Account(SOMEBODY, "other")
 
 
@@ -45,7 +45,7 @@ class Fleet:
             else:
                 await self.call(replica, turn)
 
-    async def call(self, replica: Accounts, turn: Turn) -> None:
+    async def call(self, replica: Accounts, turn: Permit) -> None:
         """Make one call. An upstream that `refuses` does so beyond its limit."""
         if self.refuses and sum(at > now() - LIMITS.minute_s for at in self.called) >= LIMITS.per_minute:
             self.refused += 1
@@ -112,7 +112,7 @@ def test_each_replica_sees_the_calls_of_the_others() -> None:
         fleet = Fleet(tells=False)
         for replica in (*fleet.replicas[:2], *fleet.replicas[:2], fleet.replicas[2]):
             turn = await replica.admit(ACCOUNT, CallClass.MISS)
-            assert isinstance(turn, Turn)
+            assert isinstance(turn, Permit)
             await fleet.call(replica, turn)
         left = [standing.minute for one in fleet.replicas for _, standing in one.standings()]
         assert left == [60 - 3, 60 - 4, 60 - 5]
@@ -208,7 +208,7 @@ def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
         one = fleet.replicas[0]
         await asyncio.sleep(10)
         turn = await one.admit(ACCOUNT, CallClass.WRITE)
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Permit)
         await one.settle(ACCOUNT, turn, Settlement(refused=True, retry_after_s=7))
         assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown")
 
@@ -242,10 +242,10 @@ def test_a_refusal_of_its_share_says_so() -> None:
     run(main())
 
 
-async def self_admitted(one: Accounts) -> Turn:
+async def self_admitted(one: Accounts) -> Permit:
     """Make a call of the reserve."""
     turn = await one.admit(ACCOUNT, CallClass.WRITE)
-    assert isinstance(turn, Turn)
+    assert isinstance(turn, Permit)
     return turn
 
 
@@ -257,7 +257,7 @@ def test_the_limit_that_was_told_holds_with_and_without_the_common_ledger(*, awa
         fleet = Fleet()
         first, second, _ = fleet.replicas
         turn = await first.admit(ACCOUNT, CallClass.MISS)
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Permit)
         assert turn.per_hour == 5000
         await first.settle(ACCOUNT, turn, Settlement(29, 30, answered=True, known=True))
         await fleet.call(second, await admitted_once(second))
@@ -265,7 +265,7 @@ def test_the_limit_that_was_told_holds_with_and_without_the_common_ledger(*, awa
         await asyncio.sleep(0.5)
         fleet.tells = False
         calls = 0
-        while calls < 100 and isinstance(turn := await second.admit(ACCOUNT, CallClass.MISS), Turn):
+        while calls < 100 and isinstance(turn := await second.admit(ACCOUNT, CallClass.MISS), Permit):
             assert turn.per_hour == 30
             await second.settle(ACCOUNT, turn, Settlement(None, answered=True, known=True))
             calls += 1
@@ -277,10 +277,10 @@ def test_the_limit_that_was_told_holds_with_and_without_the_common_ledger(*, awa
     run(main())
 
 
-async def admitted_once(replica: Accounts) -> Turn:
+async def admitted_once(replica: Accounts) -> Permit:
     """Ask for one call, which there is room for."""
     turn = await replica.admit(ACCOUNT, CallClass.MISS)
-    assert isinstance(turn, Turn)
+    assert isinstance(turn, Permit)
     return turn
 
 
@@ -291,11 +291,11 @@ def test_during_a_rotation_both_ledgers_hear_of_the_limit() -> None:
         fleet = Fleet(replicas=1)
         one, both = fleet.replicas[0], Account(SOMEBODY, "other", Partition("b" * 32))
         turn = await one.admit(both, CallClass.MISS)
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Permit)
         await one.settle(both, turn, Settlement(999, 1000, answered=True, known=True))
         assert [fleet.ledger.of(each).per_hour for each in both.partitions] == [1000, 1000]
         turn = await one.admit(both, CallClass.MISS)
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, Permit)
         assert (turn.remaining, turn.per_hour) == ((58, 998), 1000)
 
     run(main())
@@ -313,11 +313,11 @@ def test_a_429_of_an_operation_stops_it_alone(*, away: bool) -> None:
         await asyncio.sleep(10)
         await refuse(first, "one", 30)
         assert await first.admit(ACCOUNT, CallClass.WRITE, "one") == Postponed(30.0, "operation")
-        assert isinstance(await first.admit(ACCOUNT, CallClass.WRITE, "another"), Turn)
+        assert isinstance(await first.admit(ACCOUNT, CallClass.WRITE, "another"), Permit)
         elsewhere = await second.admit(ACCOUNT, CallClass.WRITE, "one")
-        assert isinstance(elsewhere, Turn if away else Postponed)
+        assert isinstance(elsewhere, Permit if away else Postponed)
         await asyncio.sleep(30)
-        assert isinstance(await first.admit(ACCOUNT, CallClass.WRITE, "one"), Turn)
+        assert isinstance(await first.admit(ACCOUNT, CallClass.WRITE, "one"), Permit)
 
     run(main())
 
@@ -325,7 +325,7 @@ def test_a_429_of_an_operation_stops_it_alone(*, away: bool) -> None:
 async def refuse(replica: Accounts, operation: str, retry_after_s: int | None) -> None:
     """Let one call of an operation be answered 429, which says that it is the operation's."""
     turn = await replica.admit(ACCOUNT, CallClass.WRITE, operation)
-    assert isinstance(turn, Turn)
+    assert isinstance(turn, Permit)
     await replica.settle(ACCOUNT, turn, Settlement(refused_operation=operation, retry_after_s=retry_after_s))
 
 
@@ -362,7 +362,7 @@ def test_a_second_operation_within_a_minute_stops_the_token(*, away: bool) -> No
     run(main())
 
 
-def cancelled_admissions(fleet: Fleet) -> Iterator[asyncio.Task[Turn | Postponed]]:
+def cancelled_admissions(fleet: Fleet) -> Iterator[asyncio.Task[Permit | Postponed]]:
     """Ask on each replica, and leave while the common ledger thinks."""
     fleet.ledger.held = asyncio.Event()
     for replica in fleet.replicas:

@@ -13,7 +13,7 @@ from kit.support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
 from proxy import __version__
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
-from proxy.edge.connection import Limits
+from proxy.edge.connection import ConnectionLimits
 from proxy.simulator import Simulator, Token
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -149,7 +149,7 @@ async def test_the_admin_listener_has_its_own_limit(client: aiohttp.ClientSessio
 
 async def test_an_admin_request_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never ends is not waited for."""
-    monkeypatch.setattr("proxy.admin.listener.ADMIN_LIMITS", Limits(0.2, 75.0, 64))
+    monkeypatch.setattr("proxy.admin.listener.ADMIN_LIMITS", ConnectionLimits(0.2, 75.0, 64))
     async with app() as at:
         assert await raw_exchange(at.admin, b"GET /healthz HTTP/1.1\r\nHost: a\r\n") == b""
 

@@ -12,7 +12,7 @@ import uvloop
 from aiohttp import web
 
 from proxy.edge import connection
-from proxy.edge.connection import Limits, Listener
+from proxy.edge.connection import ConnectionLimits, Listener
 from proxy.edge.handler import Handler, plain_server
 
 DEADLINE_S = 0.05
@@ -37,7 +37,7 @@ def run(loop: Loop, work: Coroutine[Any, Any, None]) -> None:
 class Watched(Listener):
     """A listener whose handler answers `ok` when it may, and tells what becomes of it."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ConnectionLimits) -> None:
         super().__init__(plain_server(self._respond), limits, lambda _error, _request_id: None)
         self.asked, self.answer, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.answer.set()
@@ -55,7 +55,7 @@ class Watched(Listener):
 
 
 @asynccontextmanager
-async def listening(limits: Limits) -> AsyncIterator[tuple[Watched, tuple[str, int]]]:
+async def listening(limits: ConnectionLimits) -> AsyncIterator[tuple[Watched, tuple[str, int]]]:
     """Listen on a free port, and answer `ok`."""
     listener = Watched(limits)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
@@ -93,7 +93,7 @@ def test_what_arrived_in_time_is_answered(loop: Loop, before: bytes) -> None:
     """The loop was busy beyond the deadline, the caller was not late: it is not closed."""
 
     async def work() -> None:
-        async with listening(Limits(DEADLINE_S, DEADLINE_S, 10)) as (listener, at):
+        async with listening(ConnectionLimits(DEADLINE_S, DEADLINE_S, 10)) as (listener, at):
             there = await connected(listener, at)
             with there:
                 if before:
@@ -111,7 +111,7 @@ def test_who_is_late_is_closed(loop: Loop, before: bytes) -> None:
     """However busy the loop was: what did not arrive did not arrive."""
 
     async def work() -> None:
-        async with listening(Limits(DEADLINE_S, DEADLINE_S, 10)) as (listener, at):
+        async with listening(ConnectionLimits(DEADLINE_S, DEADLINE_S, 10)) as (listener, at):
             there = await connected(listener, at)
             with there:
                 there.sendall(before)
@@ -136,7 +136,7 @@ def test_a_late_end_is_that_of_who_has_left(
     monkeypatch.setattr(connection, "TICK_S", 0.01)
 
     async def work() -> None:
-        async with listening(Limits(5.0, 5.0, 10)) as (listener, at):
+        async with listening(ConnectionLimits(5.0, 5.0, 10)) as (listener, at):
             there = await connected(listener, at)
             with there:
                 listener.answer.clear()
@@ -165,7 +165,7 @@ def test_who_asks_is_refused_whoever_came_before(loop: Loop) -> None:
     """Those who hold a place among the refused and say nothing make room for one who asks."""
 
     async def work() -> None:
-        async with listening(Limits(5.0, 5.0, 1, max_refused=3)) as (listener, at):
+        async with listening(ConnectionLimits(5.0, 5.0, 1, max_refused=3)) as (listener, at):
             first, *silent = [await connected(listener, at) for _ in range(4)]
             assert (len(listener.connections), len(listener.refused)) == (1, 3)
             late = socket.create_connection(at)

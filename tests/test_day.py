@@ -13,7 +13,7 @@ from benchmarks.day.clock import VirtualLoop
 from benchmarks.day.fleet import HOUR_S, Day, Fleet, Poller, Readers
 from benchmarks.day.run import SYSTEMS, Outcome, run
 from benchmarks.day.systems import Ours, Plain
-from proxy.core.quota import CallClass, Limits as QuotaLimits
+from proxy.core.quota import CallClass, QuotaLimits
 from proxy.settings.sections import Settings
 from proxy.simulator.limits import Limits
 

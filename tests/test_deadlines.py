@@ -28,11 +28,11 @@ from proxy.core.errors import (
 )
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
-from proxy.core.quota import Limits
+from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.gate.connections import Connections
-from proxy.gate.gate import Shield
-from proxy.tasks.drain import Closing
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
 CALLER = Partition("a" * 32)
@@ -41,7 +41,7 @@ REPLICAS = 3
 STORE_S = 0.002
 _NUMBERS = count()
 
-Manner = Callable[[str, float], Awaitable[Answer]]
+FetchMode = Callable[[str, float], Awaitable[Answer]]
 
 
 class Seen(NamedTuple):
@@ -65,15 +65,15 @@ class Seen(NamedTuple):
 
 
 class Scene:
-    """Three replicas; the API answers in its `manner`."""
+    """Three replicas; the API answers in its `mode`."""
 
-    def __init__(self, manner: Manner, *, per_minute: int = 250) -> None:
-        self.manner = manner
+    def __init__(self, mode: FetchMode, *, per_minute: int = 250) -> None:
+        self.mode = mode
         self.asked: list[tuple[float, int, str]] = []
         self.seen: list[Seen] = []
         self.began = now()
         self.store = MemoryStore(now, takes_s=STORE_S)
-        limits = Limits(per_minute, 5000, 0.0)
+        limits = QuotaLimits(per_minute, 5000, 0.0)
         self.ledger = FakeLedger(limits, call_s=MAX_WAIT_S + TOTAL_TIMEOUT_S)
         self.ledger.known.add(CALLER)
         self.ledger.of(CALLER).follow(now(), (per_minute, 5000))
@@ -121,8 +121,8 @@ class Scene:
                 ), seen
 
     def _replica(self, number: int) -> ReadThrough:
-        closing = Closing(now)
-        strangers = FakeLedger(Limits(5, 5000, 0.0), call_s=0.0)
+        drain = DrainDeadline(now)
+        strangers = FakeLedger(QuotaLimits(5, 5000, 0.0), call_s=0.0)
         scene = self
 
         class Api:
@@ -135,23 +135,23 @@ class Scene:
                 scene.asked.append((now(), number, call.target.text))
                 try:
                     async with asyncio.timeout(deadline - now()):
-                        return await scene.manner(call.target.text, now() - scene.began)
+                        return await scene.mode(call.target.text, now() - scene.began)
                 except TimeoutError:
                     raise UpstreamTimeout("it is late", proxy_error="http_response_timeout") from None
 
-        shield = Shield(
+        shield = UpstreamGate(
             Api(),
             accounts(self.ledger, replicas=REPLICAS, call_s=self.ledger.call_s),
             accounts(strangers, replicas=REPLICAS, call_s=0.0),
             self.ledger.limits,
-            Connections(100),
+            ConnectionSlots(100),
             max_wait_s=MAX_WAIT_S,
             total_timeout_s=TOTAL_TIMEOUT_S,
             write_timeout_s=60.0,
             previous_partition=None,
             observe=lambda _: None,
             monotonic=now,
-            closing=closing,
+            drain=drain,
         )
         flights: Flights[Fetched | ProxyError] = Flights(1000, is_failure, monotonic=now)
         return read_through(
@@ -172,7 +172,7 @@ class Scene:
             max_wait_s=MAX_WAIT_S,
             observe=lambda _: None,
             monotonic=now,
-            closing=closing,
+            drain=drain,
             clock=now,
             draw=lambda: 0.0,
         )
@@ -195,18 +195,18 @@ def snapshot(text: str, remaining: int = 4900) -> Answer:
     return Answer(200, json.dumps({"snapshot": document}).encode(), now(), None, told)
 
 
-def refuses(times: int, retry_after_s: int) -> Manner:
+def refuses(times: int, retry_after_s: int) -> FetchMode:
     """Answer so many 429s that name a time; after them everything is well."""
     left = [None] * times
 
-    async def manner(text: str, _: float) -> Answer:
+    async def mode(text: str, _: float) -> Answer:
         await asyncio.sleep(0.05)
         if left:
             left.pop()
             return Answer(429, b"{}", now(), retry_after_s, (("ratelimit-remaining", "0"),))
         return snapshot(text)
 
-    return manner
+    return mode
 
 
 @pytest.mark.parametrize("retry_after_s", [5, 9, 10, 11, 15, 30])
@@ -271,15 +271,15 @@ def test_who_waits_longer_for_a_lease_than_for_the_quota() -> None:
     run(main())
 
 
-def disconnects_late(after_s: float) -> Manner:
+def disconnects_late(after_s: float) -> FetchMode:
     """End the first connection late, and say nothing on the second."""
     first = [True]
 
-    async def manner(text: str, _: float) -> Answer:
+    async def mode(text: str, _: float) -> Answer:
         await asyncio.sleep(after_s if first and first.pop() else 60)
         raise UpstreamDisconnected(f"gone for {text}", proxy_error="connection_terminated")
 
-    return manner
+    return mode
 
 
 @pytest.mark.parametrize("after_s", [0.5, 5.0, 7.9])

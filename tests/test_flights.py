@@ -16,8 +16,8 @@ from proxy.tasks import flights as flights_module
 from proxy.tasks.flights import (
     MOST_OF_ONE,
     Abandoned,
+    FlightResult,
     Flights,
-    Landed,
     Owner,
     end_if_abandoned,
     while_awaited,
@@ -106,8 +106,8 @@ async def test_one_fetch_for_everybody(flights: Flights[object], fetch: Fetch) -
     assert len(flights) == 1
     fetch.landing.set()
     landed = await asyncio.gather(*callers)
-    assert landed[0] == Landed("answer", collapsed=False)
-    assert set(landed[1:]) == {Landed("answer", collapsed=True)}
+    assert landed[0] == FlightResult("answer", collapsed=False)
+    assert set(landed[1:]) == {FlightResult("answer", collapsed=True)}
     assert fetch.began == 1
     assert len(flights) == 0
 
@@ -119,7 +119,7 @@ async def test_other_keys_are_other_flights(flights: Flights[object]) -> None:
     callers = await started(*(flights.join(OWNER, key, now(), fetch) for key, fetch in fetches.items()))
     for fetch in fetches.values():
         fetch.landing.set()
-    assert await asyncio.gather(*callers) == [Landed("mine", False), Landed("theirs", False)]
+    assert await asyncio.gather(*callers) == [FlightResult("mine", False), FlightResult("theirs", False)]
 
 
 async def test_a_landed_flight_is_shared_with_who_looked_before(
@@ -129,7 +129,7 @@ async def test_a_landed_flight_is_shared_with_who_looked_before(
     since = now()
     fetch.landing.set()
     await flights.join(OWNER, "key", since, fetch)
-    assert await flights.join(OWNER, "key", since, fetch) == Landed("answer", collapsed=True)
+    assert await flights.join(OWNER, "key", since, fetch) == FlightResult("answer", collapsed=True)
     assert fetch.began == 1
 
 
@@ -139,7 +139,7 @@ async def test_a_landed_flight_is_not_shared_with_who_looks_later(
     """Who began to look after the landing would have found the answer, if it was still good."""
     fetch.landing.set()
     await flights.join(OWNER, "key", now(), fetch)
-    assert await flights.join(OWNER, "key", now() + LATER, fetch) == Landed("answer", collapsed=False)
+    assert await flights.join(OWNER, "key", now() + LATER, fetch) == FlightResult("answer", collapsed=False)
     assert fetch.began == 2
 
 
@@ -162,11 +162,11 @@ async def test_whoever_comes_while_it_lands_is_answered(flights: Flights[object]
 async def test_alone_shares_with_nobody(flights: Flights[object], fetch: Fetch) -> None:
     """It neither joins a flight nor is joined."""
     joined = await started(flights.join(OWNER, "key", now(), fetch))
-    alone = await started(flights.alone(OWNER, fetch), flights.alone(OWNER, fetch))
+    alone = await started(flights.unshared(OWNER, fetch), flights.unshared(OWNER, fetch))
     after = await started(flights.join(OWNER, "other", now(), fetch))
     assert fetch.began == 4
     fetch.landing.set()
-    assert await asyncio.gather(*joined, *after) == [Landed("answer", collapsed=False)] * 2
+    assert await asyncio.gather(*joined, *after) == [FlightResult("answer", collapsed=False)] * 2
     assert await asyncio.gather(*alone) == ["answer"] * 2
 
 
@@ -178,7 +178,7 @@ async def test_the_first_caller_leaves(flights: Flights[object], fetch: Fetch) -
     first, *others = await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3)))
     await cancelled(first)
     fetch.landing.set()
-    assert await asyncio.gather(*others) == [Landed("answer", collapsed=True)] * 2
+    assert await asyncio.gather(*others) == [FlightResult("answer", collapsed=True)] * 2
 
 
 async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> None:
@@ -186,8 +186,8 @@ async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> 
     first, second, third = await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3)))
     await cancelled(second)
     fetch.landing.set()
-    assert await first == Landed("answer", collapsed=False)
-    assert await third == Landed("answer", collapsed=True)
+    assert await first == FlightResult("answer", collapsed=False)
+    assert await third == FlightResult("answer", collapsed=True)
 
 
 async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
@@ -197,13 +197,13 @@ async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
     assert len(flights) == 1
     (late,) = await started(flights.join(OWNER, "key", now(), fetch))
     fetch.landing.set()
-    assert await late == Landed("answer", collapsed=True)
+    assert await late == FlightResult("answer", collapsed=True)
     assert (fetch.began, fetch.ended) == (1, 1)
 
 
 async def test_who_is_alone_leaves(flights: Flights[object], fetch: Fetch) -> None:
     """What was sent for one caller comes to its end without it, too."""
-    (caller,) = await started(flights.alone(OWNER, fetch))
+    (caller,) = await started(flights.unshared(OWNER, fetch))
     await cancelled(caller)
     assert len(flights) == 1
     fetch.landing.set()
@@ -221,13 +221,13 @@ async def test_everybody_leaves_what_waits(flights: Flights[object], idle: Fetch
     late = asyncio.create_task(flights.join(OWNER, "key", now(), idle))
     await asyncio.wait([last])
     idle.landing.set()
-    assert await late == Landed("answer", collapsed=False)
+    assert await late == FlightResult("answer", collapsed=False)
     assert (idle.began, idle.ended, len(flights)) == (2, 1, 0)
 
 
 async def test_who_is_alone_leaves_what_waits(flights: Flights[object], idle: Fetch) -> None:
     """It ends, and its room is free again."""
-    (caller,) = await started(flights.alone(OWNER, idle))
+    (caller,) = await started(flights.unshared(OWNER, idle))
     await cancelled(caller)
     await started()
     assert (idle.ended, len(flights), flights._owned) == (0, 0, {})
@@ -238,7 +238,7 @@ async def test_who_joins_keeps_what_waits(flights: Flights[object], idle: Fetch)
     first, second = await started(*(flights.join(OWNER, "key", now(), idle) for _ in range(2)))
     await cancelled(first)
     idle.landing.set()
-    assert await second == Landed("answer", collapsed=True)
+    assert await second == FlightResult("answer", collapsed=True)
     assert idle.began == 1
 
 
@@ -273,7 +273,7 @@ async def test_who_left_before_it_waits(flights: Flights[object], fetch: Fetch, 
     fetch.landing.set()
     await started()
     assert (fetch.ended, len(flights)) == (1, 0)
-    assert await flights.join(OWNER, "key", now(), _give("new")) == Landed("new", collapsed=False)
+    assert await flights.join(OWNER, "key", now(), _give("new")) == FlightResult("new", collapsed=False)
 
 
 async def test_a_refresh_of_what_is_being_abandoned(flights: Flights[object], idle: Fetch) -> None:
@@ -283,7 +283,7 @@ async def test_a_refresh_of_what_is_being_abandoned(flights: Flights[object], id
     await asyncio.sleep(0)
     assert len(flights) == 1
     flights.begin(OWNER, "key", _give("new"))
-    assert await flights.join(OWNER, "key", now(), idle) == Landed("new", collapsed=True)
+    assert await flights.join(OWNER, "key", now(), idle) == FlightResult("new", collapsed=True)
 
 
 async def test_what_is_abandoned_tidies_up_undisturbed(flights: Flights[object], idle: Fetch) -> None:
@@ -302,7 +302,7 @@ async def test_what_is_abandoned_tidies_up_undisturbed(flights: Flights[object],
             seen.extend([type(error), task.cancelling()])
             raise
 
-    callers = await started(flights.join(OWNER, "key", now(), tidy), flights.alone(OWNER, tidy))
+    callers = await started(flights.join(OWNER, "key", now(), tidy), flights.unshared(OWNER, tidy))
     for caller in callers:
         await cancelled(caller)
     await started()
@@ -324,7 +324,7 @@ async def test_what_was_brought_is_not_held(flights: Flights[object]) -> None:
 
     gc.disable()
     try:
-        watched = weakref.ref(await flights.alone(OWNER, fetch))
+        watched = weakref.ref(await flights.unshared(OWNER, fetch))
         await started()
         assert watched() is None
     finally:
@@ -400,13 +400,15 @@ async def test_an_exception_reaches_everybody(flights: Flights[object]) -> None:
     """A bug in a fetch is a bug to each caller, and the key is free again for those who come later."""
     fetch = Fetch(ValueError("a bug"))
     callers = await started(
-        *(flights.join(OWNER, "key", now(), fetch) for _ in range(3)), flights.alone(OWNER, fetch)
+        *(flights.join(OWNER, "key", now(), fetch) for _ in range(3)), flights.unshared(OWNER, fetch)
     )
     fetch.landing.set()
     for result in await asyncio.gather(*callers, return_exceptions=True):
         assert isinstance(result, ValueError)
     assert len(flights) == 0
-    assert await flights.join(OWNER, "key", now() + LATER, _give("well")) == Landed("well", collapsed=False)
+    assert await flights.join(OWNER, "key", now() + LATER, _give("well")) == FlightResult(
+        "well", collapsed=False
+    )
 
 
 async def test_an_exception_before_the_first_await(flights: Flights[object]) -> None:
@@ -459,25 +461,25 @@ def _give(result: object) -> Any:
 async def test_too_many_fetches(fetch: Fetch) -> None:
     """Beyond the limit nobody starts one, alone or not; who can join one that is there still does."""
     flights: Flights[object] = Flights(2, monotonic=now)
-    flying = await started(flights.join(OWNER, "a", now(), fetch), flights.alone(OWNER, fetch))
+    flying = await started(flights.join(OWNER, "a", now(), fetch), flights.unshared(OWNER, fetch))
     with pytest.raises(Overloaded):
         await flights.join(OWNER, "b", now(), fetch)
     with pytest.raises(Overloaded):
-        await flights.alone(OWNER, fetch)
+        await flights.unshared(OWNER, fetch)
     joining = await started(flights.join(OWNER, "a", now(), fetch))
     assert fetch.began == 2
     fetch.landing.set()
     await asyncio.gather(*flying, *joining)
-    assert await flights.join(OWNER, "b", now(), fetch) == Landed("answer", collapsed=False)
+    assert await flights.join(OWNER, "b", now(), fetch) == FlightResult("answer", collapsed=False)
 
 
 async def test_callers_who_leave_what_was_sent_make_no_room(fetch: Fetch) -> None:
     """The limit is on fetches: those that go on without their callers still count."""
     flights: Flights[object] = Flights(1, monotonic=now)
-    (caller,) = await started(flights.alone(OWNER, fetch))
+    (caller,) = await started(flights.unshared(OWNER, fetch))
     await cancelled(caller)
     with pytest.raises(Overloaded):
-        await flights.alone(OWNER, fetch)
+        await flights.unshared(OWNER, fetch)
     fetch.landing.set()
     await asyncio.wait(set(flights._tasks))
 
@@ -485,11 +487,11 @@ async def test_callers_who_leave_what_was_sent_make_no_room(fetch: Fetch) -> Non
 async def test_callers_who_leave_what_waits_make_room(fetch: Fetch, idle: Fetch) -> None:
     """As soon as they are gone others may begin, who are not kept away by what nobody waits for."""
     flights: Flights[object] = Flights(MOST_OF_ONE, monotonic=now)
-    for caller in await started(*(flights.alone(OWNER, idle) for _ in range(MOST_OF_ONE))):
+    for caller in await started(*(flights.unshared(OWNER, idle) for _ in range(MOST_OF_ONE))):
         caller.cancel()
     await started()
     fetch.landing.set()
-    assert await flights.alone(OWNER, fetch) == "answer"
+    assert await flights.unshared(OWNER, fetch) == "answer"
     assert idle.ended == 0
 
 
@@ -499,9 +501,9 @@ async def test_too_many_fetches_of_one_owner(fetch: Fetch, other: Owner) -> None
     """Beyond its limit an owner starts none, alone or not; others do, and so does it when one has landed."""
     flights: Flights[object] = Flights(10 * MOST_OF_ONE, monotonic=now)
     last = Fetch()
-    flying = await started(*(flights.alone(OWNER, fetch) for _ in range(MOST_OF_ONE - 1)))
+    flying = await started(*(flights.unshared(OWNER, fetch) for _ in range(MOST_OF_ONE - 1)))
     flying += await started(flights.join(OWNER, "a", now(), last))
-    for refused in (flights.alone(OWNER, fetch), flights.join(OWNER, "b", now(), fetch)):
+    for refused in (flights.unshared(OWNER, fetch), flights.join(OWNER, "b", now(), fetch)):
         with pytest.raises(Overloaded, match="of this token") as caught:
             await refused
         assert caught.value.retry_after_s == 1
@@ -509,8 +511,8 @@ async def test_too_many_fetches_of_one_owner(fetch: Fetch, other: Owner) -> None
     assert len(flights) == MOST_OF_ONE
     flying += await started(flights.join(OWNER, "a", now(), last), flights.join(other, "b", now(), fetch))
     last.landing.set()
-    assert await flying[MOST_OF_ONE - 1] == Landed("answer", collapsed=False)
-    flying += await started(flights.alone(OWNER, fetch))
+    assert await flying[MOST_OF_ONE - 1] == FlightResult("answer", collapsed=False)
+    flying += await started(flights.unshared(OWNER, fetch))
     assert fetch.began == MOST_OF_ONE + 1
     fetch.landing.set()
     await asyncio.gather(*flying)
@@ -524,7 +526,7 @@ async def test_landed_flights_are_forgotten(
     monkeypatch.setattr(flights_module, "LINGER_S", 0)
     fetch.landing.set()
     await flights.join(OWNER, "key", now(), fetch)
-    assert await flights.join(OWNER, "key", now() + LATER, fetch) == Landed("answer", collapsed=False)
+    assert await flights.join(OWNER, "key", now() + LATER, fetch) == FlightResult("answer", collapsed=False)
     for _ in range(5):
         await asyncio.sleep(0)
     assert flights._by_key == {}
@@ -548,7 +550,7 @@ async def test_forgetting_the_old_keeps_the_new(flights: Flights[object], fetch:
     flights._forget("key", old)
     (second,) = await started(flights.join(OWNER, "key", now() + LATER, fetch))
     fetch.landing.set()
-    assert (await first, await second) == (Landed("answer", False), Landed("answer", True))
+    assert (await first, await second) == (FlightResult("answer", False), FlightResult("answer", True))
 
 
 # -- the end -----------------------------------------------------------------------------------
@@ -565,7 +567,7 @@ async def test_close_cancels_what_is_in_the_air(flights: Flights[object], fetch:
             await asyncio.sleep(0)
             tidied.set()
 
-    callers = await started(flights.join(OWNER, "key", now(), tidy), flights.alone(OWNER, fetch))
+    callers = await started(flights.join(OWNER, "key", now(), tidy), flights.unshared(OWNER, fetch))
     await flights.close()
     assert tidied.is_set()
     assert len(flights) == 0
@@ -583,7 +585,7 @@ async def test_close_without_flights(flights: Flights[object]) -> None:
 
 async def test_a_close_that_is_cancelled(flights: Flights[object], fetch: Fetch) -> None:
     """Who stops waiting for the end has cancelled the fetches all the same."""
-    callers = await started(flights.alone(OWNER, fetch))
+    callers = await started(flights.unshared(OWNER, fetch))
     closing = asyncio.create_task(flights.close())
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.core.errors import Overloaded
 from proxy.core.identity import Partition
-from proxy.tasks.flights import LINGER_S, Flights, Landed, Owner
+from proxy.tasks.flights import LINGER_S, FlightResult, Flights, Owner
 
 pytestmark = pytest.mark.G3
 
@@ -56,13 +56,13 @@ def flights() -> Flights[str]:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        pytest.param("failed", Landed("failed", collapsed=True), id="a-failure-answers-whoever-comes"),
-        pytest.param("fine", Landed("new", collapsed=False), id="an-answer-only-who-looked-before-it"),
+        pytest.param("failed", FlightResult("failed", collapsed=True), id="a-failure-answers-whoever-comes"),
+        pytest.param("fine", FlightResult("new", collapsed=False), id="an-answer-only-who-looked-before-it"),
     ],
 )
-async def test_a_landed_flight(flights: Flights[str], first: str, second: Landed[str]) -> None:
+async def test_a_landed_flight(flights: Flights[str], first: str, second: FlightResult[str]) -> None:
     """Who begins to look after a flight has landed shares its failure, and not its answer."""
-    assert await flights.join(OWNER, KEY, now(), at_once(first)) == Landed(first, collapsed=False)
+    assert await flights.join(OWNER, KEY, now(), at_once(first)) == FlightResult(first, collapsed=False)
     assert await flights.join(OWNER, KEY, now() + 1e-6, at_once("new")) == second
 
 
@@ -70,7 +70,7 @@ async def test_who_looked_before_it_landed_shares_it(flights: Flights[str]) -> N
     """An answer that came between a caller's look and its joining is the caller's too."""
     since = now()
     await flights.join(OWNER, KEY, since, at_once("fine"))
-    assert await flights.join(OWNER, KEY, since, at_once("new")) == Landed("fine", collapsed=True)
+    assert await flights.join(OWNER, KEY, since, at_once("new")) == FlightResult("fine", collapsed=True)
 
 
 async def test_a_failure_is_forgotten(flights: Flights[str]) -> None:
@@ -80,14 +80,16 @@ async def test_a_failure_is_forgotten(flights: Flights[str]) -> None:
     forgotten = asyncio.Event()
     loop.call_later(LINGER_S, forgotten.set)
     await forgotten.wait()
-    assert await flights.join(OWNER, KEY, now(), at_once("new")) == Landed("new", collapsed=False)
+    assert await flights.join(OWNER, KEY, now(), at_once("new")) == FlightResult("new", collapsed=False)
     assert len(flights._by_key) == 1
 
 
 async def test_a_failure_of_another_key_answers_nobody(flights: Flights[str]) -> None:
     """A caller of another key, for instance of another basis, does not get the failure."""
     await flights.join(OWNER, (KEY, "before"), now(), at_once("failed"))
-    assert await flights.join(OWNER, (KEY, "after"), now(), at_once("new")) == Landed("new", collapsed=False)
+    assert await flights.join(OWNER, (KEY, "after"), now(), at_once("new")) == FlightResult(
+        "new", collapsed=False
+    )
 
 
 async def test_begin_once(flights: Flights[str]) -> None:
@@ -98,7 +100,7 @@ async def test_begin_once(flights: Flights[str]) -> None:
     joined = asyncio.create_task(flights.join(OWNER, KEY, now(), fetch))
     await asyncio.sleep(0)
     fetch.may_land.set()
-    assert await joined == Landed("fine", collapsed=True)
+    assert await joined == FlightResult("fine", collapsed=True)
     assert (fetch.calls, len(flights)) == (1, 0)
 
 
@@ -138,7 +140,7 @@ async def test_everybody_may_leave(flights: Flights[str]) -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
     assert len(flights) == 1
     fetch.may_land.set()
-    assert await flights.join(OWNER, KEY, since, fetch) == Landed("fine", collapsed=True)
+    assert await flights.join(OWNER, KEY, since, fetch) == FlightResult("fine", collapsed=True)
     assert fetch.calls == 1
 
 
@@ -151,7 +153,9 @@ async def test_a_cancelled_flight_is_not_joined_again(flights: Flights[str]) -> 
     flight.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert await flights.join(OWNER, KEY, now() + 1e-6, at_once("new")) == Landed("new", collapsed=False)
+    assert await flights.join(OWNER, KEY, now() + 1e-6, at_once("new")) == FlightResult(
+        "new", collapsed=False
+    )
 
 
 async def test_a_bug_in_what_nobody_waits_for_is_logged(

@@ -24,11 +24,11 @@ from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
-from proxy.core.quota import CallClass, Limits, Postponed
+from proxy.core.quota import CallClass, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
-from proxy.gate.connections import Connections
-from proxy.gate.gate import Shield
-from proxy.tasks.drain import Closing
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
 _NUMBERS = count()
@@ -105,12 +105,12 @@ class Scene:
         self.sending: Callable[[int, Call], None] = lambda _, __: None
         self.noted: list[Invalidation | Refreshed | UnknownValue] = []
         self.store = MemoryStore(now, takes_s=STORE_S)
-        limits = Limits(PER_MINUTE, 5000, 0.0, minute_s=MINUTE_S, hour_s=360.0)
+        limits = QuotaLimits(PER_MINUTE, 5000, 0.0, minute_s=MINUTE_S, hour_s=360.0)
         self.ledger = Ledger(limits)
         self.ledger.known.add(CALLER)
         self.ledger.of(CALLER).follow(now(), (PER_MINUTE, 5000))
         self.flights: list[Flights[Fetched | ProxyError]] = []
-        self.shields: list[Shield] = []
+        self.shields: list[UpstreamGate] = []
         self.replicas = [self._replica(number) for number in range(2)]
 
     async def answer(self, call: Call, replica: int) -> Served | Failed:
@@ -140,21 +140,21 @@ class Scene:
         return {key.snapshot_id for key in self.store.kept if isinstance(key, EntryKey)}
 
     def _replica(self, number: int) -> ReadThrough:
-        closing = Closing(now)
-        strangers = FakeLedger(Limits(5, 5000, 0.0), call_s=0.0)
-        shield = Shield(
+        drain = DrainDeadline(now)
+        strangers = FakeLedger(QuotaLimits(5, 5000, 0.0), call_s=0.0)
+        shield = UpstreamGate(
             Api(self, number),
             accounts(self.ledger, replicas=2),
             accounts(strangers, replicas=2, call_s=0.0),
             self.ledger.limits,
-            Connections(100),
+            ConnectionSlots(100),
             max_wait_s=60.0,
             total_timeout_s=CALL_S,
             write_timeout_s=CALL_S,
             previous_partition=None,
             observe=lambda _: None,
             monotonic=now,
-            closing=closing,
+            drain=drain,
         )
         flights: Flights[Fetched | ProxyError] = Flights(1000, is_failure, monotonic=now)
         self.shields.append(shield)
@@ -177,7 +177,7 @@ class Scene:
             max_wait_s=60.0,
             observe=self.noted.append,
             monotonic=now,
-            closing=closing,
+            drain=drain,
             clock=now,
             draw=lambda: 0.0,
         )

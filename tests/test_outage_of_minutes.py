@@ -27,15 +27,15 @@ from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
 from proxy.core.identity import EntryKey, ListKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer
-from proxy.core.quota import Limits
+from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.edge.answers import failed_response, served_response
-from proxy.gate.connections import Connections
-from proxy.gate.gate import Shield
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
 from proxy.options import cache_policy
 from proxy.settings.sections import Settings
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
 SETTINGS = Settings()
@@ -89,13 +89,13 @@ async def is_unavailable(deadline: float) -> Answer:
     return Answer(503, ERROR, called_at)
 
 
-Manner = Callable[[float], Awaitable[Answer]]
+FetchMode = Callable[[float], Awaitable[Answer]]
 
 
 class Api:
     """Has each snapshot for each token, and says in it to whom and when. Only hot ones are listed."""
 
-    def __init__(self, away: Manner) -> None:
+    def __init__(self, away: FetchMode) -> None:
         self.asked: list[tuple[float, Key]] = []
         self._away = away
         self._spent: Counter[Partition] = Counter()
@@ -159,13 +159,13 @@ class Seen(NamedTuple):
 class Outage:
     """Both replicas, all callers, and what they saw."""
 
-    def __init__(self, away: Manner) -> None:
+    def __init__(self, away: FetchMode) -> None:
         self.away = away
         self.api = Api(away)
         self.seen: list[Seen] = []
         self._store = MemoryStore(unix, takes_s=0.001)
-        limits = Limits(QUOTA.per_minute, QUOTA.per_hour, QUOTA.reserve)
-        unknown = Limits(QUOTA.unknown_per_minute, QUOTA.unknown_per_minute * 60, 0.0)
+        limits = QuotaLimits(QUOTA.per_minute, QUOTA.per_hour, QUOTA.reserve)
+        unknown = QuotaLimits(QUOTA.unknown_per_minute, QUOTA.unknown_per_minute * 60, 0.0)
         self._ledgers = FakeLedger(limits, call_s=TIMEOUT_S), FakeLedger(unknown, call_s=0.0)
         self._flights: list[Flights[Fetched | ProxyError]] = []
         self._replicas = [self._replica(Random(seed)) for seed in range(REPLICAS)]  # noqa: S311 # repeatable
@@ -193,20 +193,20 @@ class Outage:
             Accounts(ledger, ledger.limits, call_s=ledger.call_s, replicas=lambda: REPLICAS, monotonic=now)
             for ledger in self._ledgers
         )
-        closing = Closing(now)
-        shield = Shield(
+        drain = DrainDeadline(now)
+        shield = UpstreamGate(
             self.api,
             known,
             unknown,
             self._ledgers[0].limits,
-            Connections(Settings().upstream.max_connections),
+            ConnectionSlots(Settings().upstream.max_connections),
             max_wait_s=QUOTA.max_wait_s,
             total_timeout_s=TIMEOUT_S,
             write_timeout_s=TIMEOUT_S,
             previous_partition=None,
             observe=lambda _: None,
             monotonic=now,
-            closing=closing,
+            drain=drain,
         )
         flights: Flights[Fetched | ProxyError] = Flights(2000, is_failure, monotonic=now)
         self._flights.append(flights)
@@ -220,7 +220,7 @@ class Outage:
             max_wait_s=QUOTA.max_wait_s,
             observe=lambda _: None,
             monotonic=now,
-            closing=closing,
+            drain=drain,
             clock=unix,
             draw=chance.random,
         )

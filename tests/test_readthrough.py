@@ -17,14 +17,14 @@ from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, Served, read_through
 from proxy.core.entry import (
     UNAVAILABLE,
-    Basis,
     Entry,
+    EntryChanged,
+    FillPrecondition,
     HeldElsewhere,
     Leased,
     Lifetimes,
     Lookup,
     Record,
-    Superseded,
 )
 from proxy.core.errors import (
     NotCached,
@@ -51,7 +51,7 @@ from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import LINGER_S, MOST_OF_ONE, Flights
 
 NOW = 1_000_000.0
@@ -79,8 +79,8 @@ STALE = replace(FRESH, called_at=NOW - 61)
 FALLBACK = replace(FRESH, called_at=NOW - 121)
 EXPIRED = replace(FRESH, called_at=NOW - 361)
 FILLED = Entry(200, BODY, etag_of(BODY), NOW, LIFETIMES)
-BASIS = Basis((b"caller", b"snapshot", b"everything"), b"")
-LATER_BASIS = Basis((b"another", b"snapshot", b"everything"), b"")
+BASIS = FillPrecondition((b"caller", b"snapshot", b"everything"), b"")
+LATER_BASIS = FillPrecondition((b"another", b"snapshot", b"everything"), b"")
 REFUSAL = Entry(401, ERROR, etag_of(ERROR), NOW, Lifetimes(10))
 LEASE = Leased(b"lease", b"owner")
 DISCONNECTED = UpstreamDisconnected("gone", proxy_error="connection_terminated")
@@ -100,8 +100,8 @@ class Store:
 
     def __init__(self, *lookups: Lookup, takes: bool = True, owes: bool = False) -> None:
         self.lookups = list(lookups)
-        self.leases: list[Leased | HeldElsewhere | Record | Superseded | None] = [LEASE]
-        self.leased: list[tuple[EntryKey | ListKey, Basis]] = []
+        self.leases: list[Leased | HeldElsewhere | Record | EntryChanged | None] = [LEASE]
+        self.leased: list[tuple[EntryKey | ListKey, FillPrecondition]] = []
         self.renewed: list[float] = []
         self.released: list[Record | None] = []
         self.takes = takes
@@ -117,21 +117,23 @@ class Store:
         await self.open.wait()
         return found
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
         """Take an entry, or do not."""
         await asyncio.sleep(0)
         self.told.append(("put", key, entry, basis))
         return self.takes
 
-    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+    async def seed(
+        self, partition: Partition, seeds: Mapping[str, Entry], basis: FillPrecondition
+    ) -> frozenset[str]:
         """Take the entries that came with a list, or do not."""
         await asyncio.sleep(0)
         self.told.append(("seed", partition, dict(seeds), basis))
         return frozenset(seeds if self.takes else ())
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: Basis
-    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        self, key: EntryKey | ListKey, basis: FillPrecondition
+    ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Give the next lease."""
         await asyncio.sleep(0)
         self.leased.append((key, basis))
@@ -258,7 +260,7 @@ class Path:
         self.store = store
         self.upstream = upstream
         self.noted: list[Invalidation | Refreshed | UnknownValue] = []
-        self.closing = Closing(now)
+        self.drain = DrainDeadline(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
         invalidator = Invalidator(store, self.noted.append)
         readthrough = read_through(
@@ -279,13 +281,13 @@ class Path:
             max_wait_s=MAX_WAIT_S,
             observe=self.noted.append,
             monotonic=now,
-            closing=self.closing,
+            drain=self.drain,
             clock=lambda: NOW,
             draw=lambda: 0.0,
         )
         self.get = readthrough.get
         self.delete = readthrough.delete
-        self.note_stale = lambda name: readthrough._refresher.take_note(call(name), STALE, NOW)
+        self.note_stale = lambda name: readthrough._refresher.record_read(call(name), STALE, NOW)
         self.end = invalidator.written
         self.refused = invalidator.refused
         self.purge = invalidator.purge
@@ -786,10 +788,14 @@ async def test_who_fetches(lease: Leased | Record | None, asked: int) -> None:
         pytest.param([missing()], [HeldElsewhere(), None], 1, BODY, id="the-store-goes"),
         pytest.param([missing(), UNAVAILABLE], [HeldElsewhere()], 1, BODY, id="the-store-goes-at-a-look"),
         pytest.param(
-            [missing(), Lookup(FRESH, LATER_BASIS)], [Superseded()], 0, b"stored", id="it-was-quicker"
+            [missing(), Lookup(FRESH, LATER_BASIS)], [EntryChanged()], 0, b"stored", id="it-was-quicker"
         ),
         pytest.param(
-            [missing(), Lookup(None, LATER_BASIS)], [Superseded(), LEASE], 1, BODY, id="it-was-and-that-ended"
+            [missing(), Lookup(None, LATER_BASIS)],
+            [EntryChanged(), LEASE],
+            1,
+            BODY,
+            id="it-was-and-that-ended",
         ),
     ],
 )
@@ -873,7 +879,7 @@ def test_nobody_waits_for_another_replica_beyond_the_end(
     async def main() -> None:
         path, began = Path(Store(Lookup(found, BASIS)), Upstream(said())), now()
         path.store.leases = [HeldElsewhere()]
-        asyncio.get_running_loop().call_later(announced_at_s, path.closing.announce, began + 0.5)
+        asyncio.get_running_loop().call_later(announced_at_s, path.drain.announce, began + 0.5)
         answer = await path.get(call())
         assert 0 <= now() - began - 0.5 <= LONGEST_POLL_S
         assert (answer.error.status if isinstance(answer, Failed) else answer.status) == status

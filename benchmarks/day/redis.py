@@ -13,18 +13,18 @@ from itertools import count
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from proxy.core.entry import (
-    Basis,
     Entry,
+    EntryChanged,
+    FillPrecondition,
     HeldElsewhere,
     Leased,
     Lifetimes,
     Lookup,
     Record,
     Stamps,
-    Superseded,
 )
 from proxy.core.identity import EntryKey, ListKey, Partition
-from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
 
@@ -92,11 +92,11 @@ class MemoryStore:
             return Lookup(refusal, None)
         stamps, kept = self._stamps_of(key), self._standing(key)
         if kept is None:
-            return Lookup(None, Basis(stamps, b""))
-        return Lookup(kept.entry if kept.stamps == stamps else None, Basis(stamps, kept.seen))
+            return Lookup(None, FillPrecondition(stamps, b""))
+        return Lookup(kept.entry if kept.stamps == stamps else None, FillPrecondition(stamps, kept.seen))
 
     @_question
-    def put(self, key: Key, entry: Entry, basis: Basis) -> bool:
+    def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Store an entry, unless it ended, or something newer was put there, since its lookup."""
         if not entry.lifetimes.retention_s:
             return False
@@ -109,7 +109,9 @@ class MemoryStore:
         return True
 
     @_question
-    def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+    def seed(
+        self, partition: Partition, seeds: Mapping[str, Entry], basis: FillPrecondition
+    ) -> frozenset[str]:
         """Store the single entries that came with a list, if no list ended since its lookup.
 
         Name those that are there now, or newer ones.
@@ -125,7 +127,7 @@ class MemoryStore:
         return frozenset(seeds)
 
     @_question
-    def lease(self, key: Key, basis: Basis) -> Leased | HeldElsewhere | Record | Superseded:
+    def lease(self, key: Key, basis: FillPrecondition) -> Leased | HeldElsewhere | Record | EntryChanged:
         """Try to be the replica that fetches this."""
         kept = self._standing(key)
         if kept is not None:
@@ -135,7 +137,7 @@ class MemoryStore:
         if held is not None and self._now() < held.until:
             return held.record or HeldElsewhere()
         if basis.seen != (b"" if kept is None else kept.seen):
-            return Superseded()
+            return EntryChanged()
         owner = next(self._nonces)
         self._leases[name] = _Lease(owner, self._now() + LEASE_MS / 1000)
         return Leased(name, owner)
@@ -229,7 +231,7 @@ class Books:
     """The replicas' common ledger of all tokens; the API took the `known` ones before."""
 
     def __init__(
-        self, limits: Limits, known: Iterable[Partition] = (), *, call_s: float, now: Callable[[], float]
+        self, limits: QuotaLimits, known: Iterable[Partition] = (), *, call_s: float, now: Callable[[], float]
     ) -> None:
         self._limits = limits
         self._call_s = call_s

@@ -19,14 +19,14 @@ from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.errors import ProxyError, UpstreamUnreachable
 from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
-from proxy.core.quota import Limits
+from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.gate.connections import Connections
-from proxy.gate.gate import Shield
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
 from proxy.options import cache_policy
 from proxy.settings.sections import Settings
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
 REPEAT_S = 5.0
@@ -209,31 +209,31 @@ class Ours:
         self._fresh: list[dict[tuple[int, int], tuple[Kept, float]]] = [{} for _ in range(fleet.replicas)]
         self._waiting = 0
         settings, now = Settings(), self._loop.time
-        closing = Closing(now)
+        drain = DrainDeadline(now)
         quota, call_s = settings.quota, settings.upstream.total_timeout_s
-        limits = Limits(quota.per_minute, quota.per_hour, quota.reserve)
-        unknown = Limits(quota.unknown_per_minute, quota.unknown_per_minute * 60, 0.0)
+        limits = QuotaLimits(quota.per_minute, quota.per_hour, quota.reserve)
+        unknown = QuotaLimits(quota.unknown_per_minute, quota.unknown_per_minute * 60, 0.0)
         self._books = Books(limits, self._tokens, call_s=call_s, now=now)
         strangers = Books(unknown, call_s=0.0, now=now)
         policy = cache_policy(settings)
 
-        def accounts(books: Books, limits: Limits, call_s: float) -> Accounts:
+        def accounts(books: Books, limits: QuotaLimits, call_s: float) -> Accounts:
             return Accounts(books, limits, call_s=call_s, replicas=lambda: fleet.replicas, monotonic=now)
 
         def replica() -> ReadThrough:
-            shield = Shield(
+            shield = UpstreamGate(
                 self,
                 accounts(self._books, limits, call_s),
                 accounts(strangers, unknown, 0.0),
                 limits,
-                Connections(settings.upstream.max_connections),
+                ConnectionSlots(settings.upstream.max_connections),
                 max_wait_s=quota.max_wait_s,
                 total_timeout_s=call_s,
                 write_timeout_s=settings.upstream.write_timeout_s,
                 previous_partition=None,
                 observe=lambda _: None,
                 monotonic=now,
-                closing=closing,
+                drain=drain,
             )
             flights: Flights[Fetched | ProxyError] = Flights(
                 2 * settings.server.max_connections, is_failure, monotonic=now
@@ -248,7 +248,7 @@ class Ours:
                 max_wait_s=quota.max_wait_s,
                 observe=lambda _: None,
                 monotonic=now,
-                closing=closing,
+                drain=drain,
                 clock=now,
                 draw=self._random.random,
             )

@@ -13,12 +13,14 @@ from aiohttp import web
 from proxy.admin.purge import Purge
 from proxy.core.http import CACHE_NAME
 from proxy.edge.accept import accept
-from proxy.edge.connection import Limits, Listener
+from proxy.edge.connection import ConnectionLimits, Listener
 from proxy.settings.rules import is_loopback
 from proxy.settings.secrets import read_admin_token
 from proxy.settings.sections import Admin
 
-ADMIN_LIMITS: Final = Limits(header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8)
+ADMIN_LIMITS: Final = ConnectionLimits(
+    header_timeout_s=15.0, idle_timeout_s=75.0, max_connections=64, max_refused=8
+)
 
 _DRAIN_S: Final = 1.0
 """For the requests that run when it is closed."""

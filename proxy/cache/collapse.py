@@ -10,13 +10,13 @@ timed out, or when the drain is over. Where Redis cannot tell who holds the leas
 import asyncio
 from collections.abc import Callable, Hashable, Iterator
 
-from proxy.cache.fetch import FOR_NOBODY, OR_STALE, Due, Fetched, Fetcher, Manner, is_replaceable
+from proxy.cache.fetch import BACKGROUND, HAS_FALLBACK, Due, Fetched, Fetcher, FetchMode, is_replaceable
 from proxy.cache.invalidator import Invalidator
-from proxy.core.entry import Basis, HeldElsewhere, Leased, Lookup, Record, Superseded
+from proxy.core.entry import EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere, UpstreamGivenUp
 from proxy.core.ports import Gate, Store
 from proxy.core.request import Call
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import while_awaited
 
 _LEASE_RENEWAL_S = 0.5
@@ -44,7 +44,7 @@ class Collapser:
         *,
         total_timeout_s: float,
         monotonic: Callable[[], float],
-        closing: Closing,
+        drain: DrainDeadline,
     ) -> None:
         self._store = store
         self._gate = gate
@@ -52,16 +52,16 @@ class Collapser:
         self._invalidator = invalidator
         self._total_timeout_s = total_timeout_s
         self._monotonic = monotonic
-        self._closing = closing
+        self._drain = drain
 
     # -- within this process -------------------------------------------------------------------
 
-    def name(self, call: Call, basis: Basis | None, manner: Manner) -> Hashable:
+    def name(self, call: Call, basis: FillPrecondition | None, mode: FetchMode) -> Hashable:
         """Name the flight that `call` may share: not one that began before something was invalidated.
 
         The stamps that its lookup saw tell that; without the store, this replica's own count.
         """
-        return call.key, manner, self._invalidator.ended(call.key) if basis is None else basis
+        return call.key, mode, self._invalidator.ended(call.key) if basis is None else basis
 
     def may_share(self, call: Call) -> bool:
         """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""
@@ -72,7 +72,7 @@ class Collapser:
 
     # -- over all replicas ---------------------------------------------------------------------
 
-    async def fetch_for_all(self, call: Call, lookup: Lookup, manner: Manner) -> Fetched | ProxyError:
+    async def fetch_for_all(self, call: Call, lookup: Lookup, mode: FetchMode) -> Fetched | ProxyError:
         """Fetch, unless another replica does: then wait for its result. Runs in a flight.
 
         The wait is for the lease of the basis that this request's own lookup saw, whatever is invalidated
@@ -85,15 +85,15 @@ class Collapser:
         while basis is not None and lookup.basis is not None:
             match await self._store.lease(call.key, basis):
                 case Leased() as lease:
-                    return await self._fetch_leased(lease, call, lookup, manner, due)
+                    return await self._fetch_leased(lease, call, lookup, mode, due)
                 case Record() as record if waited or is_replaceable(record.status):
                     return _from_record(record)
                 case Record() | None:  # an answer, but from before this request; or Redis cannot tell
                     break
-                case HeldElsewhere() if manner is FOR_NOBODY:
+                case HeldElsewhere() if mode is BACKGROUND:
                     return NotCached("another replica refreshes it")
-                case (HeldElsewhere() | Superseded()) as reply:
-                    if failure := await self._tired_of_waiting(call, manner, due, asked_at):
+                case (HeldElsewhere() | EntryChanged()) as reply:
+                    if failure := await self._tired_of_waiting(call, mode, due, asked_at):
                         return failure
                     asked_at = self._monotonic()
                     if reply == HeldElsewhere():
@@ -101,14 +101,14 @@ class Collapser:
                         with while_awaited():
                             await asyncio.sleep(next(pauses_s))
                     lookup = await self._store.lookup(call.key)
-                    basis = lookup.basis if reply == Superseded() else basis
+                    basis = lookup.basis if reply == EntryChanged() else basis
             entry = lookup.entry
             if entry is not None and entry != found:
                 return Fetched(entry.status, entry.body, entry, stored=True, elsewhere=True)
-        return await self._fetcher.fetch(call, lookup, manner, due)
+        return await self._fetcher.fetch(call, lookup, mode, due)
 
     async def _tired_of_waiting(
-        self, call: Call, manner: Manner, due: Due, asked_at: float
+        self, call: Call, mode: FetchMode, due: Due, asked_at: float
     ) -> ProxyError | None:
         """Say why this replica waits no longer for the lease, for which it last asked at `asked_at`.
 
@@ -116,8 +116,8 @@ class Collapser:
         replica may be waiting for the same quota.
         """
         now = self._monotonic()
-        last = due.began + STALE_PATIENCE_S if manner is OR_STALE else due.wait + self._total_timeout_s
-        if now > min(last, self._closing.due):
+        last = due.began + STALE_PATIENCE_S if mode is HAS_FALLBACK else due.wait + self._total_timeout_s
+        if now > min(last, self._drain.due):
             return UpstreamFailedElsewhere(
                 "another replica fetches this, and did not bring it in time; this one did not ask the API",
                 status=NotCached.status,
@@ -126,17 +126,17 @@ class Collapser:
                 retry_after_s=None,
             )
         if asked_at < due.wait <= now:
-            return await self._gate.refusal(call, manner.call_class)
+            return await self._gate.refusal(call, mode.call_class)
         return None
 
     async def _fetch_leased(
-        self, lease: Leased, call: Call, lookup: Lookup, manner: Manner, due: Due
+        self, lease: Leased, call: Call, lookup: Lookup, mode: FetchMode, due: Due
     ) -> Fetched | ProxyError:
         """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to those who wait."""
         renewing = asyncio.create_task(self._keep(lease), name="lease")
         record = None
         try:
-            result = await self._fetcher.fetch(call, lookup, manner, due)
+            result = await self._fetcher.fetch(call, lookup, mode, due)
             record = _record(result)
             return result
         finally:

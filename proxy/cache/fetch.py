@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from proxy.cache.invalidator import Invalidator
-from proxy.core.entry import Basis, Entry, Lookup
+from proxy.core.entry import Entry, FillPrecondition, Lookup
 from proxy.core.errors import (
     UPSTREAM_DOWN,
     NotSent,
@@ -32,7 +32,7 @@ from proxy.core.errors import (
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
 from proxy.core.identity import ListQuery
-from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, Policy, Refused, Relay
+from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
 from proxy.core.ports import Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
@@ -44,7 +44,7 @@ _SPARE_S = 1.0
 _REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO_MANY_REQUESTS}
 
 
-class Manner(NamedTuple):
+class FetchMode(NamedTuple):
     """How to ask: as which class of call, and whether to wait for the quota. It is part of a flight's name.
 
     Else the refusal of a refresh would answer a caller for whom the quota has room, or who can wait.
@@ -62,13 +62,13 @@ class Due(NamedTuple):
     answer: float
 
 
-FOR_NOBODY = Manner(CallClass.REFRESH, patient=False)
+BACKGROUND = FetchMode(CallClass.REFRESH, patient=False)
 """A refresh in the background: no caller waits for it."""
 
-OR_STALE = Manner(CallClass.MISS, patient=False)
+HAS_FALLBACK = FetchMode(CallClass.MISS, patient=False)
 """The caller has a stale entry to fall back on."""
 
-NEEDED = Manner(CallClass.MISS, patient=True)
+BLOCKING = FetchMode(CallClass.MISS, patient=True)
 """The caller has nothing else."""
 
 
@@ -139,7 +139,7 @@ class Fetcher:
         return Due(began, wait, wait + self._total_timeout_s + _SPARE_S)
 
     async def fetch(
-        self, call: Call, lookup: Lookup, manner: Manner, due: Due | None = None
+        self, call: Call, lookup: Lookup, mode: FetchMode, due: Due | None = None
     ) -> Fetched | ProxyError:
         """Ask the upstream; store, invalidate or leave alone what its answer tells to. Runs in a flight.
 
@@ -149,7 +149,7 @@ class Fetcher:
         basis, validated = lookup.basis, lookup.entry
         validator = "" if validated is None else validated.validator
         try:
-            answer = await self._ask(call, validator, manner, due or self.due())
+            answer = await self._ask(call, validator, mode, due or self.due())
             verdict = self._policy.on_answer(
                 answer,
                 call.target,
@@ -162,15 +162,15 @@ class Fetcher:
         match verdict:
             case Keep():
                 return await self._fill(call, basis, answer, verdict)
-            case Refused(_, refusal):
+            case TokenRejected(_, refusal):
                 await self._invalidator.refused(call.key.partition, refusal)
             case Denied():
                 await self._invalidator.entry(call.key)
-            case Relay():
+            case PassThrough():
                 pass
         return _passed_on(answer, verdict.body)
 
-    async def _fill(self, call: Call, basis: Basis | None, answer: Answer, keep: Keep) -> Fetched:
+    async def _fill(self, call: Call, basis: FillPrecondition | None, answer: Answer, keep: Keep) -> Fetched:
         """Store what `keep` holds, unless the request says `no-store` or Redis is away; compress a list."""
         for name in keep.unknown:
             self._observe(UnknownValue(name))
@@ -196,7 +196,7 @@ class Fetcher:
             ratelimit=answer.ratelimit,
         )
 
-    async def _ask(self, call: Call, validator: str, manner: Manner, due: Due) -> Answer:
+    async def _ask(self, call: Call, validator: str, mode: FetchMode, due: Due) -> Answer:
         """Ask, and once more if the connection was closed before the answer began: a read may be repeated.
 
         If the quota has no room for the repeat in time, the caller gets the error of the first call. The
@@ -206,8 +206,8 @@ class Fetcher:
             self._gate.ask,
             call,
             validator,
-            call_class=manner.call_class,
-            patient=manner.patient,
+            call_class=mode.call_class,
+            patient=mode.patient,
             wait_until=due.wait,
             answer_by=due.answer,
         )
@@ -239,9 +239,9 @@ class Fetcher:
                 ended = await self._invalidator.deleted(call)
             case Absent():
                 ended = await self._invalidator.absent(call.key)
-            case Refused(_, refusal):
+            case TokenRejected(_, refusal):
                 ended = await self._invalidator.refused(call.key.partition, refusal)
-            case Relay():
+            case PassThrough():
                 pass
         return Deletion(_passed_on(answer, verdict.body, writes=True), ended)
 

@@ -13,11 +13,11 @@ from random import random
 
 from proxy.cache.collapse import Collapser
 from proxy.cache.fetch import (
-    NEEDED,
-    OR_STALE,
+    BLOCKING,
+    HAS_FALLBACK,
     Fetched,
     Fetcher,
-    Manner,
+    FetchMode,
     is_from_elsewhere,
     is_replaceable,
 )
@@ -30,8 +30,8 @@ from proxy.core.http import Detail, Forwarded, Why, hit
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
 from proxy.core.ports import Gate, Store
 from proxy.core.request import Call
-from proxy.tasks.drain import Closing
-from proxy.tasks.flights import Flights, Landed, Owner
+from proxy.tasks.drain import DrainDeadline
+from proxy.tasks.flights import FlightResult, Flights, Owner
 
 _COOLING = ("cooldown", "operation")
 """What a token's calls wait for where the API asked them to: all of them, or one operation."""
@@ -117,10 +117,10 @@ class ReadThrough:
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
-                self._refresher.take_note(call, entry, now)
+                self._refresher.record_read(call, entry, now)
                 return _from_entry(entry, now)
             case HitThenRevalidate(entry):
-                self._refresher.take_note(call, entry, now)
+                self._refresher.record_read(call, entry, now)
                 if not call.directives.no_store:
                     self._refresher.refresh(call, lookup, now)
                 return _from_entry(entry, now)
@@ -128,7 +128,7 @@ class ReadThrough:
                 why = Why.BYPASS if lookup.unavailable else why
                 if fallback is None:
                     return await self._forward(call, why, lookup, since)
-                answer = await self._forward(call, why, lookup, since, OR_STALE)
+                answer = await self._forward(call, why, lookup, since, HAS_FALLBACK)
                 return await self._or_stale(call, answer, fallback, ended)
             case Unsatisfiable():
                 return _unsatisfiable()
@@ -137,7 +137,7 @@ class ReadThrough:
         """Forward one DELETE, once. When it is answered, no cache serves that snapshot any more."""
         try:
             owner = Owner(call.key.partition, writes=True)
-            deletion = await self._flights.alone(owner, partial(self._fetcher.delete, call))
+            deletion = await self._flights.unshared(owner, partial(self._fetcher.delete, call))
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(Why.METHOD)))
         detail = None if deletion.ended else Detail.INVALIDATION_PENDING
@@ -195,18 +195,18 @@ class ReadThrough:
         )
 
     async def _forward(
-        self, call: Call, why: Why, lookup: Lookup, since: float | None, manner: Manner = NEEDED
+        self, call: Call, why: Why, lookup: Lookup, since: float | None, mode: FetchMode = BLOCKING
     ) -> Served | Failed:
         """Answer from the upstream; `since` is when the caller began to look. None: it shares no flight."""
         owner, basis = Owner(call.key.partition), lookup.basis
         try:
             if since is None or not self._collapser.may_share(call):
-                alone = partial(self._fetcher.fetch, call, lookup, manner)
-                landed = Landed(await self._flights.alone(owner, alone), collapsed=False)
+                alone = partial(self._fetcher.fetch, call, lookup, mode)
+                landed = FlightResult(await self._flights.unshared(owner, alone), collapsed=False)
             else:
-                fetch = partial(self._collapser.fetch_for_all, call, lookup, manner)
+                fetch = partial(self._collapser.fetch_for_all, call, lookup, mode)
                 landed = await self._flights.join(
-                    owner, self._collapser.name(call, basis, manner), since, fetch
+                    owner, self._collapser.name(call, basis, mode), since, fetch
                 )
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(why)))
@@ -254,7 +254,7 @@ def read_through(
     max_wait_s: float,
     observe: Callable[[Refreshed | UnknownValue], None],
     monotonic: Callable[[], float],
-    closing: Closing,
+    drain: DrainDeadline,
     clock: Callable[[], float] = time.time,
     draw: Callable[[], float] = random,
 ) -> ReadThrough:
@@ -277,7 +277,7 @@ def read_through(
         invalidator,
         total_timeout_s=total_timeout_s,
         monotonic=monotonic,
-        closing=closing,
+        drain=drain,
     )
     refresher = Refresher(store, collapser, flights, observe=observe, clock=clock)
     return ReadThrough(

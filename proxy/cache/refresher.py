@@ -10,13 +10,13 @@ from functools import partial
 from http import HTTPStatus
 
 from proxy.cache.collapse import Collapser
-from proxy.cache.fetch import FOR_NOBODY, Fetched
+from proxy.cache.fetch import BACKGROUND, Fetched
 from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere
 from proxy.core.events import Refreshed
 from proxy.core.identity import EntryKey, ListKey
 from proxy.core.ports import Store
-from proxy.core.refresh import PAGE, Hot
+from proxy.core.refresh import PAGE, HotSet
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.snapshot import ids_in_list
 from proxy.tasks.flights import Flights, Owner
@@ -39,9 +39,9 @@ class Refresher:
         self._flights = flights
         self._observe = observe
         self._clock = clock
-        self._hot = Hot()
+        self._hot = HotSet()
 
-    def take_note(self, call: Call, entry: Entry, now: float) -> None:
+    def record_read(self, call: Call, entry: Entry, now: float) -> None:
         """Count that `entry` answered: snapshots that are read often are worth a list."""
         if isinstance(call.key, EntryKey) and entry.status == HTTPStatus.OK:
             self._hot.read(call.key, entry, now)
@@ -57,7 +57,7 @@ class Refresher:
         self._begin(page, page.key, partial(self._by_list, page, call, lookup))
 
     def _begin_alone(self, call: Call, lookup: Lookup) -> None:
-        name = self._collapser.name(call, lookup.basis, FOR_NOBODY)
+        name = self._collapser.name(call, lookup.basis, BACKGROUND)
         self._begin(call, name, partial(self._alone, call, lookup))
 
     def _begin(
@@ -67,7 +67,7 @@ class Refresher:
 
     async def _alone(self, call: Call, lookup: Lookup) -> Fetched | ProxyError:
         """Refresh what `call` reads. Runs in a flight."""
-        result = await self._collapser.fetch_for_all(call, lookup, FOR_NOBODY)
+        result = await self._collapser.fetch_for_all(call, lookup, BACKGROUND)
         if isinstance(result, Fetched) and result.status == HTTPStatus.OK and not result.elsewhere:
             self._observe(Refreshed("single", 1))
         return result
@@ -86,7 +86,7 @@ class Refresher:
             self._hot.listed(partition, ids_in_list(listed.entry.body), now)
             self._begin_alone(call, lookup)  # the list came a moment ago, and did not bring it
             return NotCached("the list is fresh")
-        result = await self._collapser.fetch_for_all(page, listed._replace(entry=None), FOR_NOBODY)
+        result = await self._collapser.fetch_for_all(page, listed._replace(entry=None), BACKGROUND)
         match result:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
                 pass  # another replica learns

@@ -125,7 +125,7 @@ class Entry:
         return self.lifetimes.fresh_s - int(self.age_s(now))
 
 
-class Basis(NamedTuple):
+class FillPrecondition(NamedTuple):
     """What a lookup saw, and what a fill has to find again to be stored.
 
     `seen` is the start of the envelope that stood there (17 bytes), or empty: a fill does not replace what
@@ -144,7 +144,7 @@ class Lookup(NamedTuple):
     """
 
     entry: Entry | None
-    basis: Basis | None
+    basis: FillPrecondition | None
 
     @property
     def unavailable(self) -> bool:
@@ -166,7 +166,7 @@ class HeldElsewhere:
 
 
 @dataclass(frozen=True, slots=True)
-class Superseded:
+class EntryChanged:
     """Something else stands there by now than what the lookup saw: look again before you fetch."""
 
 

@@ -119,7 +119,7 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class TokenRejected:
     """The upstream does not know this token: whatever is kept for this caller ends. Serve `body`.
 
     `entry` answers the caller from now on, whatever is asked, for as long as its lifetime says.
@@ -137,7 +137,7 @@ class Denied:
 
 
 @dataclass(frozen=True, slots=True)
-class Relay:
+class PassThrough:
     """Serve `body` and keep nothing."""
 
     body: bytes | None
@@ -160,7 +160,7 @@ class Absent:
     body: bytes | None
 
 
-Verdict = Keep | Refused | Denied | Relay
+Verdict = Keep | TokenRejected | Denied | PassThrough
 """A `body` is the upstream's error with a request_id; None where the upstream did not explain itself."""
 
 _END_OF_STATUSES = 600  # RFC 9110 §15
@@ -209,21 +209,21 @@ class Policy:
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
             case HTTPStatus.UNAUTHORIZED:
-                return Refused(envelope, self._negative(answer, envelope, draw))
+                return TokenRejected(envelope, self._negative(answer, envelope, draw))
             case HTTPStatus.FORBIDDEN:
                 return Denied(envelope)
             case _ if isinstance(target, ListQuery):
-                return Relay(envelope)
+                return PassThrough(envelope)
             case HTTPStatus.NOT_FOUND:
                 return self._keep_negative(answer, envelope, draw)
             case HTTPStatus.BAD_REQUEST if envelope is not None and b"not a snapshot" in envelope:
                 return self._keep_negative(answer, envelope, draw)
             case _:
-                return Relay(envelope)
+                return PassThrough(envelope)
 
     def on_delete(
         self, answer: Answer, *, request_id: str, draw: float
-    ) -> Deleted | Absent | Refused | Relay:
+    ) -> Deleted | Absent | TokenRejected | PassThrough:
         """Decide about the upstream's `answer` to a DELETE. What it does not say surely counts as deleted.
 
         Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
@@ -237,9 +237,9 @@ class Policy:
             case HTTPStatus.NOT_FOUND:
                 return Absent(envelope)
             case HTTPStatus.UNAUTHORIZED:
-                return Refused(envelope, self._negative(answer, envelope, draw))
+                return TokenRejected(envelope, self._negative(answer, envelope, draw))
             case status if status < HTTPStatus.INTERNAL_SERVER_ERROR:
-                return Relay(envelope)
+                return PassThrough(envelope)
             case _:
                 return Deleted(envelope)
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lookup, Record, Superseded
+from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import QuotaSpent
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.passthrough import Forwarding, Streamed
@@ -30,21 +30,23 @@ class Store(Protocol):
     async def lookup(self, key: EntryKey | ListKey) -> Lookup:
         """Find an entry, and the stamps that a fill would be sealed with."""
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
         """Store an entry, unless something was invalidated since the lookup that gave `basis`.
 
         Tell whether it was stored.
         """
 
-    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+    async def seed(
+        self, partition: Partition, seeds: Mapping[str, Entry], basis: FillPrecondition
+    ) -> frozenset[str]:
         """Store the single entries that came with a list, by snapshot id, under the condition of `put`.
 
         Give the ids of those that are in the store now, these entries or newer ones.
         """
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: Basis
-    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        self, key: EntryKey | ListKey, basis: FillPrecondition
+    ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to become the one replica that fetches `key`. None: the store cannot tell."""
 
     async def renew(self, lease: Leased) -> None:

@@ -25,14 +25,14 @@ import math
 
 from proxy.core.admission import Admitted, Postponed
 from proxy.core.http import LONGEST_RETRY_AFTER_S
-from proxy.core.windows import CallClass, Count, Limits, Window
+from proxy.core.windows import CallClass, Count, QuotaLimits, Window
 
 __all__ = [
     "Admitted",
     "CallClass",
     "Ledger",
-    "Limits",
     "Postponed",
+    "QuotaLimits",
     "Window",
     "stretched",
 ]
@@ -72,7 +72,7 @@ class Ledger:
     `call_s` is the longest that a call may take. 0: nothing is known of answers, and no call goes alone.
     """
 
-    def __init__(self, limits: Limits, *, call_s: float = 0.0) -> None:
+    def __init__(self, limits: QuotaLimits, *, call_s: float = 0.0) -> None:
         self.limits = limits
         self._call_s = call_s
         self._counts = tuple(Count(window) for window in limits.windows)

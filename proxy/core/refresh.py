@@ -60,7 +60,7 @@ def choose(place: Place, others: int) -> By:
     return "list" if others >= (1 if place is Place.ON_PAGE else 2) else "single"
 
 
-class Hot:
+class HotSet:
     """What callers read lately. Times are Unix seconds; nothing here reads a clock."""
 
     def __init__(self, most: int = MOST) -> None:

@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class QuotaLimits:
     """Both windows, and the part kept for writes."""
 
     per_minute: int

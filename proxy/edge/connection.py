@@ -51,7 +51,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ConnectionLimits:
     """How long and how many: seconds, and connections."""
 
     header_timeout_s: float
@@ -74,7 +74,7 @@ class Listener:
     """
 
     def __init__(
-        self, server: web.Server, limits: Limits, on_malformed: Callable[[ProxyError, str], None]
+        self, server: web.Server, limits: ConnectionLimits, on_malformed: Callable[[ProxyError, str], None]
     ) -> None:
         self._server = server
         self.limits = limits

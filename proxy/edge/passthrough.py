@@ -44,7 +44,7 @@ from proxy.core.passthrough import (
 from proxy.core.snapshot import error_envelope
 from proxy.edge.answers import NO_RETRY
 from proxy.edge.handler import Handler
-from proxy.gate.gate import Shield
+from proxy.gate.gate import UpstreamGate
 from proxy.gate.peek import peek
 from proxy.tasks.flights import Abandoned, Flights, Owner
 
@@ -54,13 +54,13 @@ class Passthrough:
 
     def __init__(
         self,
-        shield: Shield,
+        gate: UpstreamGate,
         invalidator: Invalidator,
         flights: Flights[Fetched | ProxyError],
         *,
         read_timeout_s: float,
     ) -> None:
-        self._shield = shield
+        self._gate = gate
         self._invalidator = invalidator
         self._flights = flights
         self._read_timeout_s = read_timeout_s
@@ -73,7 +73,7 @@ class Passthrough:
         work = self._read if is_read(forwarding.method) else self._write
         owner = Owner(forwarding.partition, writes=not is_read(forwarding.method))
         try:
-            answer = await self._flights.alone(owner, partial(work, request, forwarding))
+            answer = await self._flights.unshared(owner, partial(work, request, forwarding))
         except Exception:
             _break_off(request)
             raise
@@ -109,7 +109,7 @@ class Passthrough:
         new_connection: bool = False,
     ) -> web.StreamResponse:
         """Forward a read and stream its answer back."""
-        async with self._shield.stream(forwarding, body, new_connection=new_connection) as answer:
+        async with self._gate.stream(forwarding, body, new_connection=new_connection) as answer:
             if answer.status == HTTPStatus.UNAUTHORIZED:
                 pending = not await self._invalidator.refused(forwarding.partition)
                 return await _stream_back(request, forwarding, answer, pending=pending)
@@ -124,7 +124,7 @@ class Passthrough:
         body = self._body_of(request)
         told = False
         try:
-            async with self._shield.stream(forwarding, body) as begun:
+            async with self._gate.stream(forwarding, body) as begun:
                 answer = begun
                 ended = await self._end_by(answer.status, forwarding, body)
                 told = True

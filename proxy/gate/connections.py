@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from proxy.core.identity import Partition
 
 
-class Connections:
+class ConnectionSlots:
     """At most `most` at once."""
 
     def __init__(self, most: int) -> None:

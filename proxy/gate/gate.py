@@ -22,38 +22,38 @@ from proxy.core.operations import operation
 from proxy.core.passthrough import Forwarding, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.ports import Upstream
-from proxy.core.quota import CallClass, Limits
+from proxy.core.quota import CallClass, QuotaLimits
 from proxy.core.request import Call
-from proxy.gate.connections import Connections
-from proxy.gate.ledgers import Account, Accounts, Turn
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.context import CallContext
+from proxy.gate.ledgers import Account, Accounts, Permit
 from proxy.gate.line import Asker, Line, Turns, spent
-from proxy.gate.passage import Passage
 from proxy.gate.peek import peek
 from proxy.gate.settling import Settler
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import while_awaited
 
-_STRANGERS = Account(Partition("strangers"), "")
+_UNVERIFIED = Account(Partition("strangers"), "")
 """The account that all tokens share which the upstream never accepted: tokens can be made up."""
 
 _LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.DELETE})
 """Routes with operations that have a limit of their own: a 429 with calls left is meant for one of these."""
 
 
-class Shield:
+class UpstreamGate:
     """Makes calls that the quota has room for.
 
     A call waits here for `max_wait_s` at most; from when it is sent a read may last `total_timeout_s`, a
-    write `write_timeout_s`. `strangers` holds the account of tokens that the upstream never accepted.
+    write `write_timeout_s`. `unverified` holds the account of tokens that the upstream never accepted.
     """
 
     def __init__(
         self,
         upstream: Upstream,
         accounts: Accounts,
-        strangers: Accounts,
-        limits: Limits,
-        connections: Connections,
+        unverified: Accounts,
+        limits: QuotaLimits,
+        connections: ConnectionSlots,
         *,
         max_wait_s: float,
         total_timeout_s: float,
@@ -61,11 +61,11 @@ class Shield:
         previous_partition: Callable[[Token], Partition] | None,
         observe: Callable[[QuotaWait | CallSettled], None],
         monotonic: Callable[[], float],
-        closing: Closing,
+        drain: DrainDeadline,
     ) -> None:
         self._upstream = upstream
         self._accounts = accounts
-        self._strangers = strangers
+        self._unverified = unverified
         self._limits = limits
         self._connections = connections
         self._max_wait_s = max_wait_s
@@ -74,10 +74,10 @@ class Shield:
         self._previous_partition = previous_partition
         self._observe = observe
         self._monotonic = monotonic
-        self._closing = closing
+        self._drain = drain
         self._lines: dict[tuple[Partition, bool], Line] = {}
         """Of each token with calls, its reads' and its writes'."""
-        self._turns = Turns(accounts, monotonic=monotonic, closing=closing)
+        self._turns = Turns(accounts, monotonic=monotonic, drain=drain)
         self._settler = Settler(accounts, self._lines_of, observe=observe, monotonic=monotonic)
         self._breakers: defaultdict[Route, Breaker] = defaultdict(Breaker)
         """For each route: lists that are slow say nothing about single reads."""
@@ -130,14 +130,14 @@ class Shield:
             wait_until=wait_until,
             answer_by=answer_by,
         )
-        async with passing as passage:
-            answer = await passage.wait_for(
+        async with passing as context:
+            answer = await context.wait_for(
                 self._upstream.ask(
-                    call, passage.deadline, validator, new_connection=new_connection or passage.probe
+                    call, context.deadline, validator, new_connection=new_connection or context.probe
                 )
             )
-            passage.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
-            return replace(answer, remaining_share=passage.remaining_share)
+            context.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
+            return replace(answer, remaining_share=context.remaining_share)
 
     @asynccontextmanager
     async def stream(
@@ -156,15 +156,15 @@ class Shield:
             CallClass.MISS if is_read(forwarding.method) else CallClass.WRITE,
             operation=operation(forwarding.method, forwarding.target),
         )
-        async with passing as passage, AsyncExitStack() as streaming:
-            streamed = self._upstream.stream(forwarding, body, new_connection=new_connection or passage.probe)
-            answer = await passage.wait_for(streaming.enter_async_context(streamed))
+        async with passing as context, AsyncExitStack() as streaming:
+            streamed = self._upstream.stream(forwarding, body, new_connection=new_connection or context.probe)
+            answer = await context.wait_for(streaming.enter_async_context(streamed))
             said = b""
             if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
                 answer, said = await peek(answer)
-            passage.answered(answer.status, answer.ratelimit, answer.retry_after_s, said)
+            context.answered(answer.status, answer.ratelimit, answer.retry_after_s, said)
             if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-                await passage.tell()
+                await context.tell()
             yield answer
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
@@ -187,8 +187,8 @@ class Shield:
         patient: bool = True,
         wait_until: float = math.inf,
         answer_by: float = math.inf,
-    ) -> AsyncIterator[Passage]:
-        """Admit one call of an `operation`. The block makes it, and tells the passage what was answered.
+    ) -> AsyncIterator[CallContext]:
+        """Admit one call of an `operation`. The block makes it, and tells the `CallContext` what was answered.
 
         The other arguments are those of `ask`, and so is what it raises.
         """
@@ -202,32 +202,32 @@ class Shield:
         line.calls += 1
         try:
             asker = Asker(account, operation, call_class, give_up, call_s, line.refusals)
-            turn = await self._turns.take(line, asker, patient=patient)
+            permit = await self._turns.take(line, asker, patient=patient)
             self._observe(QuotaWait(self._monotonic() - asked_at))
-            if not turn.known:
-                await self._let_a_stranger_in(account, turn)
+            if not permit.known:
+                await self._let_a_stranger_in(account, permit)
             # A call that is passed through may last: those of unknown tokens share one token's connections.
-            own = turn.known or route is not Route.PASSTHROUGH
-            owner = partition if own else _STRANGERS.partition
+            own = permit.known or route is not Route.PASSTHROUGH
+            owner = partition if own else _UNVERIFIED.partition
             async with AsyncExitStack() as held:
                 try:
                     await self._connect(held, owner, give_up, spare_s=call_s)
                     self._refuse_while_paused(breaker)
                 except BaseException:  # cancelled, too: the turn was not used
-                    await self._accounts.give_back(account, turn)
+                    await self._accounts.give_back(account, permit)
                     raise
-                passage = Passage(
+                context = CallContext(
                     min(self._monotonic() + call_s, answer_by),
-                    self._share_of(turn),
-                    self._closing,
+                    self._share_of(permit),
+                    self._drain,
                     operation,
                     by_remaining=route in _LIMITED_APART,
                     probe=breaker.begin(self._monotonic()),
                 )
                 is_write = call_class is CallClass.WRITE
-                settled = self._settler.settled(route, account, turn, passage, breaker, is_write=is_write)
+                settled = self._settler.settled(route, account, permit, context, breaker, is_write=is_write)
                 async with settled:
-                    yield passage
+                    yield context
         finally:
             line.calls -= 1
             if not line.calls:
@@ -248,14 +248,14 @@ class Shield:
     def _account(self, token: Token, partition: Partition, caller: str) -> Account:
         return Account(partition, caller, self._previous_partition and self._previous_partition(token))
 
-    async def _let_a_stranger_in(self, account: Account, turn: Turn) -> None:
+    async def _let_a_stranger_in(self, account: Account, permit: Permit) -> None:
         """Count a call of a token that was never accepted in the account of such. Raises Overloaded."""
         admitted = False
         try:
-            admitted = isinstance(await self._strangers.admit(_STRANGERS, CallClass.WRITE), Turn)
+            admitted = isinstance(await self._unverified.admit(_UNVERIFIED, CallClass.WRITE), Permit)
         finally:
             if not admitted:
-                await self._accounts.give_back(account, turn)
+                await self._accounts.give_back(account, permit)
         if not admitted:
             raise Overloaded("too many tokens that the API does not know; try again in a moment")
 
@@ -265,7 +265,7 @@ class Shield:
         """Take a connection, and keep it until `held` is closed. Raises Overloaded."""
         try:
             with while_awaited():
-                async with self._closing.timeout(give_up - self._monotonic(), spare_s=spare_s):
+                async with self._drain.timeout(give_up - self._monotonic(), spare_s=spare_s):
                     await held.enter_async_context(self._connections.one(owner))
         except TimeoutError:
             raise Overloaded("all connections to the upstream are busy; try again in a moment") from None
@@ -275,7 +275,7 @@ class Shield:
             if line := self._lines.get((account.partition, is_write)):
                 yield line
 
-    def _share_of(self, turn: Turn) -> float:
+    def _share_of(self, permit: Permit) -> float:
         """Give the smaller part of both windows that is left, 0 to 1."""
-        minute, hour = turn.remaining
-        return min(minute / self._limits.per_minute, hour / turn.per_hour)
+        minute, hour = permit.remaining
+        return min(minute / self._limits.per_minute, hour / permit.per_hour)

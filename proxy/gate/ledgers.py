@@ -18,7 +18,7 @@ from proxy.core.events import Standing
 from proxy.core.identity import Partition
 from proxy.core.operations import Operations
 from proxy.core.ports import CommonLedger
-from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Postponed, QuotaLimits
 
 _FOLLOWS_S = 1.0
 """A reply of the common ledger counts as current for so long."""
@@ -40,7 +40,7 @@ class Account(NamedTuple):
         return (self.partition,) if self.previous is None else (self.previous, self.partition)
 
 
-class Turn(NamedTuple):
+class Permit(NamedTuple):
     """A call that may be made. `common` are the common ledger's admissions; none if Redis did not answer.
 
     `remaining` are the calls left after it in the minute and in the hour, whose limit is `per_hour`.
@@ -83,7 +83,7 @@ class Accounts:
     def __init__(
         self,
         common: CommonLedger,
-        limits: Limits,
+        limits: QuotaLimits,
         *,
         call_s: float,
         replicas: Callable[[], int],
@@ -96,7 +96,7 @@ class Accounts:
         self._monotonic = monotonic
         self._owns: OrderedDict[Partition, _Own] = OrderedDict()
 
-    async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Turn | Postponed:
+    async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Permit | Postponed:
         """Ask for one call. A Postponed `operation` cools down by itself: other calls of the token do not."""
         own = self._own(account)
         if cooling := self.cooling(account, operation):
@@ -107,7 +107,7 @@ class Accounts:
             case None:
                 self._doubt(own)
                 mine = self._admit_here(own, call_class)
-                return mine if isinstance(mine, Postponed) else _turn(own, mine)
+                return mine if isinstance(mine, Postponed) else _permit(own, mine)
             case Postponed() as postponed:
                 if postponed.remaining is not None:
                     own.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
@@ -117,13 +117,13 @@ class Accounts:
                 return await self._admit_by_both(own, account, call_class, operation)
             case common:
                 now = self._monotonic()
-                turn = _turn(own, own.ledger.count(now), common)
-                own.follow(now, turn.remaining, turn.per_hour)
-                return turn
+                permit = _permit(own, own.ledger.count(now), common)
+                own.follow(now, permit.remaining, permit.per_hour)
+                return permit
 
     async def _admit_by_both(
         self, own: "_Own", account: Account, call_class: CallClass, operation: str
-    ) -> Turn | Postponed:
+    ) -> Permit | Postponed:
         """Ask the own ledger, and the common one too; if Redis does not answer, the own one alone decides."""
         mine = self._admit_here(own, call_class)
         if isinstance(mine, Postponed):
@@ -137,11 +137,11 @@ class Accounts:
         match common:
             case None:
                 self._doubt(own)
-                return _turn(own, mine)
+                return _permit(own, mine)
             case Postponed():
                 return common
             case _:
-                return _turn(own, mine, common)
+                return _permit(own, mine, common)
 
     def cooling(self, account: Account, operation: str) -> Postponed | None:
         """Say for how long an operation cools down, as this replica knows; None: it does not."""
@@ -156,12 +156,12 @@ class Accounts:
             return postponed and self._by_share(postponed)
         return await self._common.foresee(account.partition, call_class, need)
 
-    async def give_back(self, account: Account, turn: Turn) -> None:
+    async def give_back(self, account: Account, permit: Permit) -> None:
         """Take back a turn that was not used."""
-        self._own(account).ledger.give_back(turn.own)
-        await self._give_back_in_common(account, turn.common)
+        self._own(account).ledger.give_back(permit.own)
+        await self._give_back_in_common(account, permit.common)
 
-    async def settle(self, account: Account, turn: Turn, settlement: Settlement) -> None:
+    async def settle(self, account: Account, permit: Permit, settlement: Settlement) -> None:
         """Count a turn as used; a 429 stops the token's calls, or its operation, on all replicas."""
         own = self._own(account)
         now = self._monotonic()
@@ -172,7 +172,7 @@ class Accounts:
         if refused:
             own.ledger.cool(now, settlement.retry_after_s)
         own.ledger.settle(
-            turn.own,
+            permit.own,
             now,
             settlement.remaining_told,
             limit_told=settlement.limit_told,
@@ -182,7 +182,7 @@ class Accounts:
         if refused:
             for partition in account.partitions:
                 await self._common.cool(partition, settlement.retry_after_s)
-        for partition, admitted in zip(account.partitions, turn.common, strict=False):
+        for partition, admitted in zip(account.partitions, permit.common, strict=False):
             await self._common.settle(
                 partition,
                 admitted,
@@ -296,9 +296,9 @@ class _Own:
         return before not in (None, born) and hour < per_hour
 
 
-def _turn(own: _Own, mine: Admitted, common: tuple[Admitted, ...] = ()) -> Turn:
+def _permit(own: _Own, mine: Admitted, common: tuple[Admitted, ...] = ()) -> Permit:
     """Make a turn. The calls left are the common ledger's, of two the fewer; without it the own one's."""
     told = common or (mine,)
     minute = min(each.remaining[0] for each in told)
     hour, per_hour = min((each.remaining[1], each.per_hour) for each in told)
-    return Turn(mine, common, own.known, (minute, hour), per_hour)
+    return Permit(mine, common, own.known, (minute, hour), per_hour)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from proxy.core.errors import QuotaSpent, TokenRefused
 from proxy.core.quota import CallClass, Postponed
-from proxy.gate.ledgers import Account, Accounts, Turn
-from proxy.tasks.drain import Closing
+from proxy.gate.ledgers import Account, Accounts, Permit
+from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import end_if_abandoned, while_awaited
 
 _SHORTEST_PAUSE_S = 0.005
@@ -84,12 +84,12 @@ class Line:
 class Turns:
     """Gives turns to the calls in a line, as `accounts` admit them."""
 
-    def __init__(self, accounts: Accounts, *, monotonic: Callable[[], float], closing: Closing) -> None:
+    def __init__(self, accounts: Accounts, *, monotonic: Callable[[], float], drain: DrainDeadline) -> None:
         self._accounts = accounts
         self._monotonic = monotonic
-        self._closing = closing
+        self._drain = drain
 
-    async def take(self, line: Line, asker: Asker, *, patient: bool) -> Turn:
+    async def take(self, line: Line, asker: Asker, *, patient: bool) -> Permit:
         """Ask at once if the line is empty, else in order of arrival; without `patient` do not wait.
 
         Raises QuotaSpent, TokenRefused or Abandoned.
@@ -98,7 +98,7 @@ class Turns:
         if not patient and asker.call_class is CallClass.MISS:
             asker = asker._replace(call_class=CallClass.REFRESH)  # it has something to serve: others have not
         answered = line.answered
-        decision: Turn | Postponed
+        decision: Permit | Postponed
         if line.queue:
             decision = self._accounts.cooling(asker.account, asker.operation) or line.postponed
         else:
@@ -109,12 +109,12 @@ class Turns:
             decision = await self._wait(line, asker, decision, answered)
         return decision
 
-    async def _admit(self, asker: Asker) -> Turn | Postponed:
+    async def _admit(self, asker: Asker) -> Permit | Postponed:
         return await self._accounts.admit(asker.account, asker.call_class, asker.operation)
 
     async def _wait(
-        self, line: Line, asker: Asker, decision: Turn | Postponed, answered: asyncio.Event
-    ) -> Turn:
+        self, line: Line, asker: Asker, decision: Permit | Postponed, answered: asyncio.Event
+    ) -> Permit:
         """Stand in line, and ask until there is a turn, or none will be in time."""
         place = asyncio.get_running_loop().create_future()
         line.queue.append(place)
@@ -123,7 +123,7 @@ class Turns:
                 await self._refuse_the_hopeless(asker, len(line.queue))
                 try:
                     with while_awaited():
-                        async with self._closing.timeout(self._left_s(asker), spare_s=asker.call_s):
+                        async with self._drain.timeout(self._left_s(asker), spare_s=asker.call_s):
                             await place
                 except TimeoutError:
                     raise spent(line.postponed) from None
@@ -138,7 +138,7 @@ class Turns:
         finally:
             line.leave(place)
 
-    async def _ask_again(self, line: Line, asker: Asker) -> Turn | Postponed:
+    async def _ask_again(self, line: Line, asker: Asker) -> Permit | Postponed:
         """Ask, unless the token or the operation was refused since this call came. Raises NotSent."""
         line.turn_away_if_refused(asker)
         decision = await self._admit(asker)
@@ -147,7 +147,7 @@ class Turns:
         try:
             line.turn_away_if_refused(asker)
         except TokenRefused:
-            if isinstance(decision, Turn):
+            if isinstance(decision, Permit):
                 await self._accounts.give_back(asker.account, decision)
             raise
         return decision
@@ -163,18 +163,18 @@ class Turns:
     async def _pause(self, asker: Asker, postponed: Postponed, answered: asyncio.Event) -> None:
         """Wait until it makes sense to ask again: an answer may come before the time."""
         left_s = self._left_s(asker)
-        turn = postponed.window == "turn"
-        if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not turn):
+        permit = postponed.window == "turn"
+        if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not permit):
             raise spent(postponed)
-        pause_s = min(postponed.wait_s, _TURN_PAUSE_S if turn else _LONGEST_PAUSE_S, left_s)
+        pause_s = min(postponed.wait_s, _TURN_PAUSE_S if permit else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
         with suppress(TimeoutError), while_awaited():
-            async with self._closing.timeout(pause_s, spare_s=asker.call_s):
+            async with self._drain.timeout(pause_s, spare_s=asker.call_s):
                 await answered.wait()
 
     def _left_s(self, asker: Asker) -> float:
         """Tell how long it may still wait: its call has to be over before the drain is."""
-        return min(asker.give_up, self._closing.due - asker.call_s) - self._monotonic()
+        return min(asker.give_up, self._drain.due - asker.call_s) - self._monotonic()
 
 
 def spent(postponed: Postponed) -> QuotaSpent:

@@ -1,6 +1,6 @@
 """What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
 
-The ledgers are told once: before a long body where the gate says so (`Passage.tell`), else when the call is
+The ledgers are told once: before a long body where the gate says so (`CallContext.tell`), else when the call is
 over. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A kept
 connection that the upstream closed is none: an edge may do that at any time.
 """
@@ -21,9 +21,9 @@ from proxy.core.errors import (
     tells_outcome,
 )
 from proxy.core.events import GIVEN_UP, CallSettled, Route
-from proxy.gate.ledgers import Account, Accounts, Turn
+from proxy.gate.context import CallContext
+from proxy.gate.ledgers import Account, Accounts, Permit
 from proxy.gate.line import Line
-from proxy.gate.passage import Passage
 
 
 class Settler:
@@ -47,8 +47,8 @@ class Settler:
         self,
         route: Route,
         account: Account,
-        turn: Turn,
-        passage: Passage,
+        permit: Permit,
+        context: CallContext,
         breaker: Breaker,
         *,
         is_write: bool,
@@ -57,41 +57,41 @@ class Settler:
 
         async def settle() -> None:
             try:
-                await self._accounts.settle(account, turn, passage.settlement())
+                await self._accounts.settle(account, permit, context.settlement())
             finally:
                 for line in self._lines_of(account):
                     line.wake()
 
-        passage.settle = settle
+        context.settle = settle
         failure: BaseException | None = None
         try:
             yield
         except BaseException as error:
             failure = error
             if _is_outage(error):
-                breaker.failed(self._monotonic(), probe=passage.probe)
+                breaker.failed(self._monotonic(), probe=context.probe)
             raise
         finally:
-            if passage.status in UPSTREAM_DOWN:
-                breaker.failed(self._monotonic(), probe=passage.probe)
-            elif passage.status is not None:
+            if context.status in UPSTREAM_DOWN:
+                breaker.failed(self._monotonic(), probe=context.probe)
+            elif context.status is not None:
                 breaker.succeeded()
-            if passage.status == HTTPStatus.UNAUTHORIZED:
+            if context.status == HTTPStatus.UNAUTHORIZED:
                 for line in self._lines_of(account):
                     line.refuse()
             try:
-                await passage.tell()
+                await context.tell()
             finally:
                 self._observe(
                     CallSettled(
                         route,
                         account.caller,
-                        passage.status,
+                        context.status,
                         error=_error_type(failure),
                         outcome_unknown=is_write
-                        and _outcome_unknown(passage.status, passage.retry_after_s, failure),
+                        and _outcome_unknown(context.status, context.retry_after_s, failure),
                         breaker_open=breaker.is_open,
-                        cooldown_s=0.0 if passage.of_operation else self._accounts.cooldown_s(account),
+                        cooldown_s=0.0 if context.of_operation else self._accounts.cooldown_s(account),
                     )
                 )
 

@@ -14,9 +14,9 @@ from proxy.core.entry import (
     CALLED_AT_BYTES,
     SEEN_BYTES,
     UNAVAILABLE,
-    Basis,
     CorruptValue,
     Entry,
+    FillPrecondition,
     Lookup,
     Stamps,
     is_stamp,
@@ -75,7 +75,7 @@ class Entries:
                     seen = value[:SEEN_BYTES]
                     if [*sealed] == stamps:
                         self._observe(StoreOperation("lookup", "ok"))
-                        return Lookup(entry, Basis(sealed, seen))
+                        return Lookup(entry, FillPrecondition(sealed, seen))
             except CorruptValue:
                 corrupt.append(keys.entry)
             refusal = self._refusal(stamps[0], keys.stamps[0])
@@ -88,9 +88,9 @@ class Entries:
             self._observe(StoreOperation("lookup", error.outcome))
             return UNAVAILABLE
         self._observe(StoreOperation("lookup", "corrupt" if corrupt else "ok"))
-        return Lookup(None, Basis(current, seen))
+        return Lookup(None, FillPrecondition(current, seen))
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: Basis) -> bool:
+    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
         """Store `entry`, unless it was invalidated, or a newer one stored, since the lookup of `basis`.
 
         Tell whether it was stored. Never raises.
@@ -111,7 +111,9 @@ class Entries:
         self._observe(StoreOperation("put", "ok"))
         return bool(stored)
 
-    async def seed(self, partition: Partition, seeds: Mapping[str, Entry], basis: Basis) -> frozenset[str]:
+    async def seed(
+        self, partition: Partition, seeds: Mapping[str, Entry], basis: FillPrecondition
+    ) -> frozenset[str]:
         """Store the single entries, by snapshot id, that came with a list whose lookup gave `basis`.
 
         Names the ids whose entries are now these or newer ones; none where nothing was stored. Never raises.

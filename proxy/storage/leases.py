@@ -13,14 +13,14 @@ from typing import Any
 
 from proxy.core.entry import (
     SEEN_BYTES,
-    Basis,
     CorruptValue,
     Entry,
+    EntryChanged,
+    FillPrecondition,
     HeldElsewhere,
     Leased,
     Lifetimes,
     Record,
-    Superseded,
     is_stamp,
     seal,
     unseal,
@@ -63,8 +63,8 @@ class Leases:
         self._clock = clock
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: Basis
-    ) -> Leased | HeldElsewhere | Record | Superseded | None:
+        self, key: EntryKey | ListKey, basis: FillPrecondition
+    ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to be the replica that fetches `key` on this `basis`. None: Redis cannot tell. Never raises.
 
         The holder before stored its entry first and released the lease after it. So the entry's place is
@@ -96,7 +96,7 @@ class Leases:
         lease = Leased(name, owner)
         if isinstance(seen, bytes) and seen != basis.seen:
             await self.release(lease, None)
-            return Superseded()
+            return EntryChanged()
         return lease
 
     async def renew(self, lease: Leased) -> None:

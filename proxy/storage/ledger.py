@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from proxy.core.events import StoreOperation
 from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.identity import Partition
-from proxy.core.quota import PAUSES, PROBE_S, TURN_S, Admitted, CallClass, Limits, Postponed
+from proxy.core.quota import PAUSES, PROBE_S, TURN_S, Admitted, CallClass, Postponed, QuotaLimits
 from proxy.core.windows import shares
 from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Link, Unavailable
@@ -61,7 +61,7 @@ class RedisLedger:
         self,
         link: Link,
         keys: Keys,
-        limits: Limits,
+        limits: QuotaLimits,
         *,
         call_s: float,
         observe: Callable[[StoreOperation], None],

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 
-class Closing:
+class DrainDeadline:
     """The moment at which all answers are `due`, in `monotonic` seconds: never, until it is announced."""
 
     def __init__(self, monotonic: Callable[[], float]) -> None:

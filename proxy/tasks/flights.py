@@ -44,7 +44,7 @@ class Owner(NamedTuple):
     writes: bool = False
 
 
-class Landed(NamedTuple, Generic[T]):
+class FlightResult(NamedTuple, Generic[T]):
     """What a flight brought; `collapsed` for all but the one who started it."""
 
     result: T
@@ -161,7 +161,7 @@ class Flights(Generic[T]):
 
     async def join(
         self, owner: Owner, key: Hashable, since: float, fetch: Callable[[], Awaitable[T]]
-    ) -> Landed[T]:
+    ) -> FlightResult[T]:
         """Wait for the flight of `key`, or start one for `owner`.
 
         `since` is the monotonic time at which the caller began to look. Raises Overloaded where there is none
@@ -169,8 +169,8 @@ class Flights(Generic[T]):
         """
         flight = self._by_key.get(key)
         if flight is not None and flight.answers(since):
-            return Landed(await flight.landing(), collapsed=True)
-        return Landed(await self._take_off(owner, key, fetch).landing(), collapsed=False)
+            return FlightResult(await flight.landing(), collapsed=True)
+        return FlightResult(await self._take_off(owner, key, fetch).landing(), collapsed=False)
 
     def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
         """Start the flight of `key` without a caller, unless there is or just was one, or no room."""
@@ -181,7 +181,7 @@ class Flights(Generic[T]):
                 flight.aboard.callers += 1  # one who never leaves
                 flight.task.add_done_callback(_tell)
 
-    async def alone(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> U:
+    async def unshared(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> U:
         """Fetch for one caller only, in a task all the same. Raises Overloaded where there is no room."""
         return await self._start(owner, fetch).landing()
 

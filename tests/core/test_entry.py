@@ -11,9 +11,10 @@ from proxy.core.entry import (
     NONCE_BYTES,
     SEEN_BYTES,
     UNAVAILABLE,
-    Basis,
     CorruptValue,
     Entry,
+    EntryChanged,
+    FillPrecondition,
     Freshness,
     HeldElsewhere,
     Leased,
@@ -21,7 +22,6 @@ from proxy.core.entry import (
     Lookup,
     Record,
     Stamps,
-    Superseded,
     is_stamp,
     make_stamp,
     seal,
@@ -141,8 +141,8 @@ def test_a_compressed_body_has_a_tag_of_its_own() -> None:
     ("lookup", "unavailable"),
     [
         pytest.param(UNAVAILABLE, True, id="could-not-be-asked"),
-        pytest.param(Lookup(None, Basis((), b"")), False, id="nothing-there"),
-        pytest.param(Lookup(ENTRY, Basis(STAMPS, VALUE[:SEEN_BYTES])), False, id="found"),
+        pytest.param(Lookup(None, FillPrecondition((), b"")), False, id="nothing-there"),
+        pytest.param(Lookup(ENTRY, FillPrecondition(STAMPS, VALUE[:SEEN_BYTES])), False, id="found"),
         pytest.param(Lookup(ENTRY, None), False, id="the-token-was-refused"),
     ],
 )
@@ -161,11 +161,11 @@ def test_what_cannot_be_asked() -> None:
     [
         pytest.param(Leased(b"lease", b"owner"), id="leased"),
         pytest.param(HeldElsewhere(), id="held-elsewhere"),
-        pytest.param(Superseded(), id="superseded"),
+        pytest.param(EntryChanged(), id="superseded"),
         pytest.param(Record(404, b"{}"), id="record"),
     ],
 )
-def test_answers_of_a_lease_do_not_change(answer: Leased | HeldElsewhere | Superseded | Record) -> None:
+def test_answers_of_a_lease_do_not_change(answer: Leased | HeldElsewhere | EntryChanged | Record) -> None:
     """They are values: equal to their copies, and nobody can alter them or add to them."""
     assert replace(answer) == answer
     assert not hasattr(answer, "__dict__")

@@ -18,9 +18,9 @@ from proxy.core.policy import (
     Deleted,
     Denied,
     Keep,
+    PassThrough,
     Policy,
-    Refused,
-    Relay,
+    TokenRejected,
 )
 from proxy.core.request import accepts_gzip
 from proxy.core.snapshot import normalize_list, normalize_snapshot
@@ -406,18 +406,18 @@ NO_SUCH = b'{"id":"x","message":"the resource is not a snapshot","request_id":"t
     [
         pytest.param(
             401,
-            Refused(NO_SUCH, Entry(401, NO_SUCH, etag_of(NO_SUCH), 0.0, Lifetimes(10))),
+            TokenRejected(NO_SUCH, Entry(401, NO_SUCH, etag_of(NO_SUCH), 0.0, Lifetimes(10))),
             id="401-ends-all",
         ),
         pytest.param(403, Denied(NO_SUCH), id="403-ends-the-lists"),
-        pytest.param(404, Relay(NO_SUCH), id="404-of-a-list-is-not-kept"),
-        pytest.param(400, Relay(NO_SUCH), id="400-of-a-list-is-not-kept"),
-        pytest.param(422, Relay(NO_SUCH), id="422"),
-        pytest.param(429, Relay(NO_SUCH), id="429"),
-        pytest.param(500, Relay(NO_SUCH), id="500"),
+        pytest.param(404, PassThrough(NO_SUCH), id="404-of-a-list-is-not-kept"),
+        pytest.param(400, PassThrough(NO_SUCH), id="400-of-a-list-is-not-kept"),
+        pytest.param(422, PassThrough(NO_SUCH), id="422"),
+        pytest.param(429, PassThrough(NO_SUCH), id="429"),
+        pytest.param(500, PassThrough(NO_SUCH), id="500"),
     ],
 )
-def test_errors_of_lists(status: int, verdict: Refused | Denied | Relay) -> None:
+def test_errors_of_lists(status: int, verdict: TokenRejected | Denied | PassThrough) -> None:
     """No error to a list is kept, also where a single read's would be; a refusal is one of the token."""
     given = POLICY.on_answer(Answer(status, NO_SUCH, 0.0), LIST, request_id="r", draw=0.0)
     assert given == verdict
@@ -501,14 +501,14 @@ ENVELOPE = b'{"id":"x","message":"y","request_id":"theirs"}'
 @pytest.mark.parametrize("status", [*range(400, 600)])
 def test_on_delete(status: int) -> None:
     """404 ends the caller's own, 401 all of the caller's, a refusal nothing, and doubt counts as deleted."""
-    expected: Deleted | Absent | Refused | Relay
+    expected: Deleted | Absent | TokenRejected | PassThrough
     match status:
         case 404:
             expected = Absent(ENVELOPE)
         case 401:
-            expected = Refused(ENVELOPE, Entry(401, ENVELOPE, etag_of(ENVELOPE), 0.0, Lifetimes(10)))
+            expected = TokenRejected(ENVELOPE, Entry(401, ENVELOPE, etag_of(ENVELOPE), 0.0, Lifetimes(10)))
         case _:
-            expected = Relay(ENVELOPE) if status < 500 else Deleted(ENVELOPE)
+            expected = PassThrough(ENVELOPE) if status < 500 else Deleted(ENVELOPE)
     assert POLICY.on_delete(Answer(status, ENVELOPE, 0.0), request_id="r", draw=0.0) == expected
 
 
@@ -530,8 +530,8 @@ def test_on_delete_undocumented(status: int) -> None:
     ("status", "body", "expected"),
     [
         pytest.param(404, b"<html>", Absent(None), id="404-without-a-reason"),
-        pytest.param(401, b"", Refused(None), id="401-without-a-reason"),
-        pytest.param(409, b"[]", Relay(None), id="409-without-a-reason"),
+        pytest.param(401, b"", TokenRejected(None), id="401-without-a-reason"),
+        pytest.param(409, b"[]", PassThrough(None), id="409-without-a-reason"),
         pytest.param(502, b"<html>", Deleted(None), id="gateway-page"),
         pytest.param(
             404,

@@ -12,8 +12,8 @@ from proxy.core.quota import (
     Admitted,
     CallClass,
     Ledger,
-    Limits,
     Postponed,
+    QuotaLimits,
     Window,
     stretched,
 )
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.G4
 WRITE, MISS, REFRESH = CallClass.WRITE, CallClass.MISS, CallClass.REFRESH
 
 # A minute of 60 s in buckets of 1 s, an hour of 3,600 s in buckets of 30 s.
-LIMITS = Limits(per_minute=10, per_hour=40, reserve=0.2)
+LIMITS = QuotaLimits(per_minute=10, per_hour=40, reserve=0.2)
 CALL_S = 8.0
 NOON = 1_000_000_020.0
 """Where a bucket of either window begins."""
 
 
-def told(limits: Limits = LIMITS, *, at: float = NOON, remaining: int | None = None) -> Ledger:
+def told(limits: QuotaLimits = LIMITS, *, at: float = NOON, remaining: int | None = None) -> Ledger:
     """Make a ledger that the upstream told at `at` where the token stands: one call, answered at once."""
     ledger = Ledger(limits, call_s=CALL_S)
     call = ledger.admit(at, WRITE)
@@ -132,7 +132,7 @@ def test_the_hour_is_spent() -> None:
 )
 def test_a_call_counts_as_of_the_latest_moment(answered_after_s: float | None, counts_until_s: float) -> None:
     """The upstream may have counted a call at any time until its answer, or its deadline."""
-    ledger = Ledger(Limits(1, 10, 0.0), call_s=CALL_S)
+    ledger = Ledger(QuotaLimits(1, 10, 0.0), call_s=CALL_S)
     call = ledger.admit(NOON, MISS)
     assert isinstance(call, Admitted)
     if answered_after_s is not None:
@@ -190,7 +190,7 @@ def test_a_call_can_count_as_several() -> None:
         ledger.settle(admitted, NOON + 1, None)
         calls += 1
     assert calls == 3
-    assert isinstance(Ledger(Limits(1, 2, 0.0)).admit(NOON, MISS, 3), Admitted)
+    assert isinstance(Ledger(QuotaLimits(1, 2, 0.0)).admit(NOON, MISS, 3), Admitted)
 
 
 @given(
@@ -212,7 +212,7 @@ def test_never_more_than_the_limit_in_any_window(
 
     Some calls are never heard of again. Checked is every true window, not the ledger's buckets.
     """
-    limits = Limits(4, 9, 0.25, minute_s=60.0, hour_s=150.0)
+    limits = QuotaLimits(4, 9, 0.25, minute_s=60.0, hour_s=150.0)
     ledger = Ledger(limits, call_s=CALL_S)
     now, counted = NOON, []
     pending: list[tuple[float, Admitted, bool]] = []
@@ -270,7 +270,7 @@ def test_calls_in_the_air_are_not_taken_for_those_of_others() -> None:
 
 def test_calls_of_others_leave_evenly() -> None:
     """What others called before the first look at a token does not block it for an hour."""
-    ledger = told(Limits(100, 1200, 0.0), remaining=1)
+    ledger = told(QuotaLimits(100, 1200, 0.0), remaining=1)
     assert ledger.remaining() == (100 - 1 - 20, 1)
     free = [ledger.standing(NOON + seconds)[1] for seconds in range(0, 3661, 30)]
     assert all(9 <= after - before <= 11 for before, after in pairwise(free[2:-1]))
@@ -306,7 +306,7 @@ def test_with_others_the_minute_holds(steps: list[tuple[float, int, int]]) -> No
 
     The upstream here counts to the call and tells its remaining hour, as the real one does.
     """
-    limits = Limits(30, 10_000, 0.2)
+    limits = QuotaLimits(30, 10_000, 0.2)
     ledger = Ledger(limits, call_s=CALL_S)
     reserve = limits.per_minute - int(limits.per_minute * 0.8)
     now, counted, unseen = NOON, list[float](), 0
@@ -326,7 +326,7 @@ def test_with_others_the_minute_holds(steps: list[tuple[float, int, int]]) -> No
 
 # -- the limit is what the upstream says -----------------------------------------------------------
 
-FULL = Limits(250, 5000, 0.05)
+FULL = QuotaLimits(250, 5000, 0.05)
 
 
 def ask(
@@ -353,7 +353,7 @@ def test_the_hours_limit_is_what_was_told_last(
     per_hour: int, limit_told: int | None, remaining_told: int | None, expected: tuple[int, int]
 ) -> None:
     """In both directions; what is used is that limit minus what remains."""
-    ledger = Ledger(Limits(250, per_hour, 0.05), call_s=CALL_S)
+    ledger = Ledger(QuotaLimits(250, per_hour, 0.05), call_s=CALL_S)
     assert ledger.per_hour == per_hour
     call = ledger.admit(NOON, MISS)
     assert isinstance(call, Admitted)
@@ -366,7 +366,7 @@ def test_the_hours_limit_is_what_was_told_last(
 @pytest.mark.parametrize(("call_class", "calls"), [(WRITE, 20), (MISS, 16), (REFRESH, 14)], ids=str)
 def test_classes_share_the_limit_that_was_told(call_class: CallClass, calls: int) -> None:
     """The reserve is a part of it, too."""
-    ledger = Ledger(Limits(100, 5000, 0.2), call_s=CALL_S)
+    ledger = Ledger(QuotaLimits(100, 5000, 0.2), call_s=CALL_S)
     ask(ledger, NOON, 19, 20)
     assert 1 + spend(ledger, NOON, call_class) == calls
 
@@ -432,7 +432,7 @@ def test_a_value_that_is_confirmed_is_checked_ever_more_seldom() -> None:
 
 def test_what_others_may_well_have_called_is_checked_seldom() -> None:
     """It fits into the time since it last told; each answer to a call of ours is news anyway."""
-    ledger = told(Limits(250, 600, 0.05))
+    ledger = told(QuotaLimits(250, 600, 0.05))
     ask(ledger, NOON + 61, 400)
     ask(ledger, NOON + 122, 200)
     ask(ledger, NOON + 183, 30)
@@ -510,7 +510,7 @@ def test_whatever_is_told_the_own_count_holds_and_nothing_is_closed_for_long(
     steps: list[tuple[float, int, bool]],
 ) -> None:
     """Our own calls are never more than the limit; after a true value our own count alone decides."""
-    limits = Limits(20, 120, 0.1)
+    limits = QuotaLimits(20, 120, 0.1)
     ledger, now, made = Ledger(limits, call_s=CALL_S), NOON, list[float]()
     for pause_s, wrong, is_true in steps:
         now += pause_s
@@ -582,7 +582,7 @@ def admitted(ledger: Ledger, now: float, call_class: CallClass = MISS) -> int:
 )
 def test_what_was_called_before_the_first_look(by_others: int, call_class: CallClass, beside: int) -> None:
     """It may all be of the last minute: what fits beside it goes at once, the rest one by one for so long."""
-    ledger = told(Limits(250, 5000, 0.05), remaining=4999 - by_others)
+    ledger = told(QuotaLimits(250, 5000, 0.05), remaining=4999 - by_others)
     assert ledger.remaining()[0] == 249 - round(by_others / 60)
     alone = beside < 100
     assert admitted(ledger, NOON, call_class) == beside + alone
@@ -596,7 +596,7 @@ def test_what_was_called_before_the_first_look(by_others: int, call_class: CallC
 
 def test_a_429_ends_that() -> None:
     """It says how full the minute was: that counts now, and leaves bit by bit."""
-    ledger = told(Limits(250, 5000, 0.05), remaining=4799)
+    ledger = told(QuotaLimits(250, 5000, 0.05), remaining=4799)
     ledger.cool(NOON + 1, 30)
     probe = ledger.admit(NOON + 50, MISS)
     assert isinstance(probe, Admitted)
@@ -613,7 +613,7 @@ def test_a_429_ends_that() -> None:
 )
 def test_doubts(told_at_s: float, lately: int) -> None:
     """A ledger that missed something lets one call go alone; what was called since may be of this minute."""
-    ledger, now = told(Limits(250, 5000, 0.05)), NOON + told_at_s
+    ledger, now = told(QuotaLimits(250, 5000, 0.05)), NOON + told_at_s
     left = ledger.standing(now)[0]
     ledger.doubt()
     assert admitted(ledger, now, REFRESH) == 1
@@ -729,7 +729,7 @@ def test_one_probe_ends_a_cool_down(
 
 def test_no_stampede_after_a_probe() -> None:
     """A 429 that names its time means a full minute: what is in it leaves bit by bit, and so the calls go."""
-    ledger = told(Limits(100, 5000, 0.0))
+    ledger = told(QuotaLimits(100, 5000, 0.0))
     ledger.cool(NOON, 10)
     went = []
     for second in range(10, 62):
@@ -776,7 +776,7 @@ def test_the_ttl_never_shrinks_as_calls_run_low(one: float, other: float) -> Non
 )
 def test_a_probe_that_is_not_answered_holds_the_others_for_a_while(call_s: float, held_s: float) -> None:
     """Its replica may have died: however long a call may take, the next probe goes after 20 s."""
-    ledger = Ledger(Limits(250, 5000, 0.05), call_s=call_s)
+    ledger = Ledger(QuotaLimits(250, 5000, 0.05), call_s=call_s)
     ledger.cool(NOON, None)
     cooled = NOON + 60
     probe = ledger.admit(cooled, WRITE)

@@ -5,7 +5,7 @@ import pytest
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import By
 from proxy.core.identity import EntryKey, ListQuery, Partition
-from proxy.core.refresh import MOST_OF_ONE, PAGE, REST_S, Hot, Place, choose
+from proxy.core.refresh import MOST_OF_ONE, PAGE, REST_S, HotSet, Place, choose
 
 NOON = 1_000_000_000.0
 FRESH_S, SWR_S = 60, 30
@@ -22,9 +22,9 @@ def key(name: str, partition: Partition = SOMEBODY) -> EntryKey:
     return EntryKey(partition, name)
 
 
-def hot(**filled_s_ago: float) -> Hot:
+def hot(**filled_s_ago: float) -> HotSet:
     """Make a record of snapshots that were read at NOON, each filled so long before."""
-    record = Hot()
+    record = HotSet()
     for name, ago_s in filled_s_ago.items():
         record.read(key(name), entry(NOON - ago_s), NOON)
     return record
@@ -148,7 +148,7 @@ def test_a_list_that_failed_is_not_repeated_soon() -> None:
     _rests(record)
 
 
-def _rests(record: Hot) -> None:
+def _rests(record: HotSet) -> None:
     for now, expected in ((NOON + REST_S - 1, "single"), (NOON + REST_S, "list")):
         for name in ("4", "5", "6"):
             record.read(key(name), entry(now - 61), now)
@@ -169,7 +169,7 @@ def test_a_list_for_somebody_forgotten() -> None:
 @pytest.mark.G9
 def test_a_caller_has_a_page_of_them() -> None:
     """Whoever reads more loses those read least recently."""
-    record = Hot()
+    record = HotSet()
     for number in range(MOST_OF_ONE + 3):
         record.read(key(str(number)), entry(NOON - 61), NOON)
         record.read(key("0"), entry(NOON - 61), NOON)
@@ -181,7 +181,7 @@ def test_a_caller_has_a_page_of_them() -> None:
 @pytest.mark.G9
 def test_all_callers_have_so_many() -> None:
     """Whoever read least recently is forgotten, with all snapshots."""
-    record = Hot(most=6)
+    record = HotSet(most=6)
     for partition in (SOMEBODY, ANOTHER, SOMEBODY):
         for name in ("1", "2", "3"):
             record.read(key(name, partition), entry(NOON - 61), NOON)
@@ -195,7 +195,7 @@ def test_all_callers_have_so_many() -> None:
 @pytest.mark.G9
 def test_one_caller_may_be_all() -> None:
     """A bound below what one caller reads holds as well."""
-    record = Hot(most=2)
+    record = HotSet(most=2)
     for name in ("1", "2", "3"):
         record.read(key(name), entry(), NOON)
     assert len(record) <= 2

@@ -14,12 +14,12 @@ from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.operations import Operations
 from proxy.core.passthrough import Forwarding, Streamed
 from proxy.core.policy import Answer
-from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.gate.connections import Connections
-from proxy.gate.gate import Shield
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 
 SOMEBODY = Partition("a" * 32)
 CALL_S = 2.0
@@ -37,7 +37,7 @@ class Admission(NamedTuple):
 class FakeLedger:
     """The common ledger in this process: `away` like a silent Redis, `lose` like one that died."""
 
-    limits: Limits
+    limits: QuotaLimits
     call_s: float = CALL_S
     away: bool = False
     known: set[Partition] = field(default_factory=set)
@@ -214,13 +214,13 @@ def accounts(ledger: FakeLedger, *, replicas: int = 1, call_s: float = CALL_S) -
 class Gate(NamedTuple):
     """A shield and what is around it."""
 
-    shield: Shield
+    shield: UpstreamGate
     api: FakeApi
     ledger: FakeLedger
     strangers: FakeLedger
     waits: list[QuotaWait]
-    closing: Closing
-    connections: Connections
+    drain: DrainDeadline
+    connections: ConnectionSlots
     settled: list[CallSettled]
 
 
@@ -237,9 +237,9 @@ def gate(
     write_timeout_s: float = CALL_S,
 ) -> Gate:
     """Make a shield whose minute lasts 6 s; unless told otherwise, for a token that the upstream knows."""
-    limits = Limits(per_minute, 5000, reserve, minute_s=6.0, hour_s=360.0)
+    limits = QuotaLimits(per_minute, 5000, reserve, minute_s=6.0, hour_s=360.0)
     api, ledger = FakeApi(), FakeLedger(limits)
-    strangers = FakeLedger(Limits(unknown_per_minute, 5000, 0.0, minute_s=6.0, hour_s=360.0), call_s=0.0)
+    strangers = FakeLedger(QuotaLimits(unknown_per_minute, 5000, 0.0, minute_s=6.0, hour_s=360.0), call_s=0.0)
     if known:
         ledger.known.add(SOMEBODY)
         ledger.of(SOMEBODY).follow(_now(), (per_minute, 5000))
@@ -252,9 +252,9 @@ def gate(
         else:
             settled.append(told)
 
-    closing = Closing(_now)
-    connections = Connections(max_connections)
-    shield = Shield(
+    drain = DrainDeadline(_now)
+    connections = ConnectionSlots(max_connections)
+    shield = UpstreamGate(
         api,
         accounts(ledger, replicas=replicas),
         accounts(strangers, replicas=replicas, call_s=0.0),
@@ -266,9 +266,9 @@ def gate(
         previous_partition=previous,
         observe=observe,
         monotonic=_now,
-        closing=closing,
+        drain=drain,
     )
-    return Gate(shield, api, ledger, strangers, waits, closing, connections, settled)
+    return Gate(shield, api, ledger, strangers, waits, drain, connections, settled)
 
 
 def _now() -> float:

@@ -12,7 +12,7 @@ import pytest
 from kit.support import Valkey
 from redis.asyncio import Redis
 
-from proxy.core.entry import Basis, Entry, HeldElsewhere, Leased, Lifetimes, Record, Superseded
+from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lifetimes, Record
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, Partition
 from proxy.storage.client import connector
@@ -37,13 +37,13 @@ class Replica(Store):
             link, Keys("test"), Keyring(bytes(32)), stamp_ttl_s=600, guard_s=60, observe=self.seen.append
         )
 
-    async def basis(self, key: EntryKey = KEY) -> Basis:
+    async def basis(self, key: EntryKey = KEY) -> FillPrecondition:
         """Look up, and give what a fill would rest on."""
         basis = (await self.lookup(key)).basis
         assert basis is not None
         return basis
 
-    async def hold(self, basis: Basis) -> Leased:
+    async def hold(self, basis: FillPrecondition) -> Leased:
         """Take the lease."""
         lease = await self.lease(KEY, basis)
         assert isinstance(lease, Leased)
@@ -135,7 +135,7 @@ async def test_who_looked_before_it_was_stored_does_not_fetch_again(
     lease = await one.hold(await one.basis())
     assert await one.put(KEY, ENTRY, early)
     await one.release(lease, None)
-    assert await two.lease(KEY, early) == Superseded()
+    assert await two.lease(KEY, early) == EntryChanged()
     assert not await redis.exists(lease.name)
     assert (await two.lookup(KEY)).entry == ENTRY
     assert isinstance(await two.lease(KEY, await two.basis()), Leased)

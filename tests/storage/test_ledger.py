@@ -12,7 +12,7 @@ from kit.support import Valkey, until
 
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition
-from proxy.core.quota import Admitted, CallClass, Ledger, Limits, Postponed
+from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.storage.client import connector
 from proxy.storage.connection import Command, Link
 from proxy.storage.keys import Keys
@@ -20,7 +20,7 @@ from proxy.storage.ledger import Admission, RedisLedger
 
 pytestmark = pytest.mark.G4
 
-LIMITS = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
+LIMITS = QuotaLimits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=60.0)
 CALL_S = 2.0
 SOMEBODY = Partition("0" * 32)
 QUOTA = Keys("test").quota(SOMEBODY)
@@ -57,7 +57,11 @@ async def links(valkey: Valkey) -> AsyncIterator[list[Link]]:
 
 
 def ledger(
-    link: Link, limits: Limits = LIMITS, seen: list[StoreOperation] | None = None, *, call_s: float = CALL_S
+    link: Link,
+    limits: QuotaLimits = LIMITS,
+    seen: list[StoreOperation] | None = None,
+    *,
+    call_s: float = CALL_S,
 ) -> RedisLedger:
     """Make the ledger of one replica."""
     observe = ([] if seen is None else seen).append
@@ -73,7 +77,12 @@ class Pair:
     """Both ledgers of one token; each question goes to both, and must be answered alike."""
 
     def __init__(
-        self, redis: RedisLedger, partition: Partition, limits: Limits = LIMITS, *, call_s: float = CALL_S
+        self,
+        redis: RedisLedger,
+        partition: Partition,
+        limits: QuotaLimits = LIMITS,
+        *,
+        call_s: float = CALL_S,
     ) -> None:
         self.python = Ledger(limits, call_s=call_s)
         self.redis = redis
@@ -147,7 +156,7 @@ async def test_both_let_a_refresh_pass_by_the_call_that_asks_for_others(links: l
     assert len(pair.pending) == 2
 
 
-LONG = Limits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=600.0)
+LONG = QuotaLimits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=600.0)
 """An hour in which a value can be checked several times."""
 
 
@@ -268,7 +277,7 @@ async def test_a_cool_down_that_no_replica_wrote_is_deleted(
 
 async def test_replicas_share_one_limit(links: list[Link]) -> None:
     """Three replicas that ask at once get as many calls as one would, to the call."""
-    limits = Limits(per_minute=50, per_hour=1000, reserve=0.1)
+    limits = QuotaLimits(per_minute=50, per_hour=1000, reserve=0.1)
     ledgers = [ledger(link, limits) for link in links]
     await settled(ledgers[0])
     replies = await asyncio.gather(

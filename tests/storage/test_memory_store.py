@@ -10,7 +10,7 @@ import pytest
 from kit.support import Valkey
 
 from benchmarks.day.redis import Key, MemoryStore
-from proxy.core.entry import Basis, Entry, Leased, Lifetimes, Record
+from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.storage import leases
 from proxy.storage.client import connector
@@ -47,7 +47,7 @@ class Pair:
     def __init__(self, real: Store, chance: Random) -> None:
         self.both = real, MemoryStore(lambda: NOW)
         self.chance = chance
-        self.bases: dict[Key, list[tuple[Basis, Basis]]] = {key: [] for key in KEYS}
+        self.bases: dict[Key, list[tuple[FillPrecondition, FillPrecondition]]] = {key: [] for key in KEYS}
         self.leases: list[tuple[Leased, Leased]] = []
 
     async def lookup(self, key: Key) -> None:
@@ -113,7 +113,7 @@ class Pair:
         body = b"%d" % self.chance.randrange(10**9)
         return Entry(200, body, '"etag"', called_at, Lifetimes(self.chance.choice([0, 60, 60, 60])))
 
-    def _bases(self, key: Key) -> tuple[Basis, Basis]:
+    def _bases(self, key: Key) -> tuple[FillPrecondition, FillPrecondition]:
         """Choose one of the last lookups of this key."""
         return self.chance.choice(self.bases[key][-3:])
 

@@ -14,7 +14,7 @@ import pytest
 from kit.support import Valkey, until
 from redis.asyncio import Redis
 
-from proxy.core.entry import UNAVAILABLE, Basis, Entry, Lifetimes
+from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
 from proxy.storage import heartbeat, invalidation
@@ -83,7 +83,7 @@ class Replica:
         """Look up what would be served."""
         return (await self.store.lookup(key)).entry
 
-    async def basis(self, key: Key) -> Basis:
+    async def basis(self, key: Key) -> FillPrecondition:
         """Look up what a fill would rest on."""
         basis = (await self.store.lookup(key)).basis
         assert basis is not None

@@ -351,7 +351,7 @@ def test_whoever_waits_for_a_connection_at_the_end() -> None:
         busy = ask(it)
         await settle_down()
         waiting = ask_as(it, TEAMS[0])
-        asyncio.get_running_loop().call_later(0.25, it.closing.announce, began + 3.0)
+        asyncio.get_running_loop().call_later(0.25, it.drain.announce, began + 3.0)
         assert await outcome(waiting) == (Overloaded, 0.0)
         assert round(now() - began, 3) == 1.0
         assert await outcome(busy) == 200
@@ -924,7 +924,7 @@ def test_a_write_is_not_begun_where_it_could_not_be_waited_for() -> None:
         assert await outcome(ask(it)) == 200
         waiting = ask(it, 1, call_class=CallClass.WRITE)
         await settle_down()
-        it.closing.announce(now() + 11.0)
+        it.drain.announce(now() + 11.0)
         assert (await outcome(waiting))[0] is QuotaSpent  # type: ignore[index]
         assert now() - began < 1.0
         assert len(it.api.asked) == 1
@@ -1088,7 +1088,7 @@ def test_whoever_waits_for_the_window_at_the_end(
             refused.append(round(now() - began, 3))
 
         await asyncio.gather(ask(it), ask(it))
-        asyncio.get_running_loop().call_later(0.25, it.closing.announce, began + due_s)
+        asyncio.get_running_loop().call_later(0.25, it.drain.announce, began + due_s)
         await asyncio.gather(*(wait(number) for number in range(5)))
         assert [round(at - began, 3) for at, _ in it.api.asked[2:]] == called_at_s
         assert refused == refused_at_s
@@ -1105,7 +1105,7 @@ def test_whoever_waits_for_a_turn_at_the_end() -> None:
         it, began = gate(known=False), now()
         it.api.takes_s = 1.9
         first, *waiting = [ask(it, number) for number in range(4)]
-        asyncio.get_running_loop().call_later(0.25, it.closing.announce, began + 3.0)
+        asyncio.get_running_loop().call_later(0.25, it.drain.announce, began + 3.0)
         await asyncio.wait(waiting)
         assert round(now() - began, 3) == 1.0
         assert [(await outcome(each))[0] for each in waiting] == [QuotaSpent] * 3  # type: ignore[index]
@@ -1121,7 +1121,7 @@ def test_whoever_comes_at_the_end() -> None:
 
     async def main() -> None:
         it, began = gate(per_minute=2), now()
-        it.closing.announce(began + 1.0)
+        it.drain.announce(began + 1.0)
         it.api.takes_s = 0.5
         going = [ask(it, number) for number in range(2)]
         await settle_down()
@@ -1151,7 +1151,7 @@ def test_what_is_in_the_air_at_the_end(
     async def main() -> None:
         it, began = gate(per_minute=2 * FAILURES), now()
         it.api.takes_s = 1.9
-        asyncio.get_running_loop().call_later(announced_at_s, it.closing.announce, began + 1.5)
+        asyncio.get_running_loop().call_later(announced_at_s, it.drain.announce, began + 1.5)
         await asyncio.sleep(0)
         asking = [ask(it, number, call_class=call_class) for number in range(FAILURES)]
         assert [await outcome(each) for each in asking] == [(UpstreamGivenUp, 0.0)] * FAILURES

@@ -13,12 +13,12 @@ from proxy.core.errors import UpstreamGivenUp
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import is_of_operation
 from proxy.gate.ledgers import Settlement
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 
 T = TypeVar("T")
 
 
-class Passage:
+class CallContext:
     """One admitted call, which may last until `deadline` (monotonic); `answered` says how it went.
 
     It is a `probe` if the circuit breaker is open and lets this one through.
@@ -27,7 +27,7 @@ class Passage:
 
     __slots__ = (
         "_by_remaining",
-        "_closing",
+        "_drain",
         "_operation",
         "_told",
         "deadline",
@@ -45,7 +45,7 @@ class Passage:
         self,
         deadline: float,
         remaining_share: float,
-        closing: Closing,
+        drain: DrainDeadline,
         operation: str,
         *,
         by_remaining: bool,
@@ -54,7 +54,7 @@ class Passage:
         self.deadline = deadline
         self.probe = probe
         self.remaining_share = remaining_share
-        self._closing = closing
+        self._drain = drain
         self._operation = operation
         self._by_remaining = by_remaining
         self._told = False
@@ -68,7 +68,7 @@ class Passage:
     async def wait_for(self, answer: Awaitable[T]) -> T:
         """Wait for the upstream's answer, at most until the drain is over. Raises UpstreamGivenUp."""
         try:
-            async with self._closing.timeout():
+            async with self._drain.timeout():
                 return await answer
         except TimeoutError:  # the upstream's own are UpstreamTimeouts
             raise UpstreamGivenUp(

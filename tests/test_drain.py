@@ -6,7 +6,7 @@ import math
 import pytest
 from kit.virtual import now, run
 
-from proxy.tasks.drain import Closing
+from proxy.tasks.drain import DrainDeadline
 
 pytestmark = pytest.mark.G8
 
@@ -28,15 +28,15 @@ def test_a_wait_ends(
     """At its own time or at the one that was announced, whichever comes first."""
 
     async def main() -> None:
-        closing, began = Closing(now), now()
+        drain, began = DrainDeadline(now), now()
         if due_s < math.inf:
-            asyncio.get_running_loop().call_later(announced_at_s, closing.announce, began + due_s)
+            asyncio.get_running_loop().call_later(announced_at_s, drain.announce, began + due_s)
             await asyncio.sleep(0)
         with pytest.raises(TimeoutError):
-            async with closing.timeout(within_s, spare_s=spare_s):
+            async with drain.timeout(within_s, spare_s=spare_s):
                 await asyncio.sleep(60)
         assert now() == began + ends_s
-        assert closing._waits == {}
+        assert drain._waits == {}
 
     run(main())
 
@@ -46,11 +46,11 @@ def test_a_wait_that_comes_too_late_ends_at_once(announced_at_s: float) -> None:
     """There is less left than what it has to spare."""
 
     async def main() -> None:
-        closing, began = Closing(now), now()
-        asyncio.get_running_loop().call_later(announced_at_s, closing.announce, began + 3)
+        drain, began = DrainDeadline(now), now()
+        asyncio.get_running_loop().call_later(announced_at_s, drain.announce, began + 3)
         await asyncio.sleep(0)
         with pytest.raises(TimeoutError):
-            async with closing.timeout(spare_s=4):
+            async with drain.timeout(spare_s=4):
                 await asyncio.sleep(60)
         assert now() == began + announced_at_s
 
@@ -61,16 +61,16 @@ def test_a_wait_that_is_over_is_left_alone() -> None:
     """What waited may still be busy with its end when the end of the process is announced."""
 
     async def main() -> None:
-        closing, began = Closing(now), now()
-        async with closing.timeout(5):
+        drain, began = DrainDeadline(now), now()
+        async with drain.timeout(5):
             await asyncio.sleep(1)
 
         async def wait() -> None:
-            async with closing.timeout(1):
+            async with drain.timeout(1):
                 try:
                     await asyncio.sleep(60)
                 finally:
-                    closing.announce(began)
+                    drain.announce(began)
 
         with pytest.raises(TimeoutError):
             await wait()
