@@ -1,6 +1,6 @@
 """What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
 
-The ledgers are told once: before a long body where the gate says so (`CallContext.tell`), else when the call is
+The ledgers are told once: before a long body where the gate says so (`tell`), else when the call is
 over. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A kept
 connection that the upstream closed is none: an edge may do that at any time.
 """
