@@ -188,7 +188,8 @@ async def test_signal_during_the_start(command: str) -> None:
     """From the first line of the command on, before anything is loaded that takes time."""
     code = (
         "import os, signal, sys\n"
-        "from proxy import cli, process\n"
+        "from proxy import cli\n"
+        "from proxy.system import process\n"
         "ignore = process.ignore_signals\n"
         "def ignore_and_send():\n"
         "    ignore()\n"
