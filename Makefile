@@ -21,7 +21,7 @@ demo: $(VENV)/.runtime
 
 # The core, and everything else that starts no process and opens no socket: the answer in half a minute.
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL) --quick $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --quick $(ARGS)
 
 # All tests but the long random ones, with their coverage; or what ARGS says: make test ARGS="tests/core -x".
 test: $(VENV)/.dev

@@ -22,6 +22,8 @@ from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.store import Store
 
+pytestmark = pytest.mark.G10
+
 SAMPLE: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "samples" / "redis-values.json").read_text(encoding="utf-8")
 )
