@@ -459,11 +459,16 @@ async def test_a_signal_ends_it_well(command: tuple[str, ...], ready: str, numbe
     assert process.stdout is not None
     assert process.stderr is not None
     said = process.stderr if command[0] == "serve" else process.stdout
-    async with asyncio.timeout(DEADLINE_S):
-        while ready not in (line := (await said.readline()).decode()):
-            assert line, await end(process)
-    process.send_signal(number)
-    status, out, err = await end(process)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while ready not in (line := (await said.readline()).decode()):
+                assert line, await end(process)
+        process.send_signal(number)
+        status, out, err = await end(process)
+    finally:  # a test that fails leaves no process behind
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert status == 0
     assert not [word for word in TROUBLE if word in out + err]
 
