@@ -22,7 +22,7 @@ def test_lengths(lines: int, said: str, tmp_path: Path) -> None:
     (room / "idea.py").write_text("#\n" * lines)
     (room / "short.py").write_text("#\n")
     done = subprocess.run(
-        ["make", "--file", str(MAKEFILE), "lengths"],  # noqa: S607 # whichever make there is
+        ["make", "--no-print-directory", "--file", str(MAKEFILE), "lengths"],  # noqa: S607 # whichever make there is
         cwd=tmp_path,
         check=False,
         capture_output=True,

@@ -100,7 +100,11 @@ class Load:
     async def more(self, answers: int = 200) -> None:
         """Return after so many more answers."""
         target = self.answers + answers
-        await until(lambda: self.answers >= target or self._ended(), f"{answers} more answers")
+        await until(
+            lambda: self.answers >= target or self._ended(),
+            f"{answers} more answers",
+            within_s=3 * DEADLINE_S,
+        )
         assert not self._ended()
 
     def _ended(self) -> bool:
