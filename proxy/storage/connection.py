@@ -52,7 +52,8 @@ _PING_S = 0.05
 _STABLE_S = 1.0
 """After a connection that was usable for so long the back-off begins anew."""
 
-_PATIENCE_AT_START_S = 0.5
+_PATIENCE_AT_START_S = 2.0
+"""A start waits so long for a Redis that is silent. One that is there, or that is not, says so at once."""
 
 
 class Unavailable(Exception):
@@ -125,7 +126,7 @@ class Link:
             for number in range(LANES)
         ]
         try:
-            async with asyncio.timeout(_PATIENCE_AT_START_S):
+            async with ListeningTimeout(_PATIENCE_AT_START_S):
                 await self._first_attempt.wait()
         except TimeoutError:
             self._note(Refusal("silent", "it has not answered yet"))

@@ -68,7 +68,7 @@ class Leases:
         """Try to be the replica that fetches `key` on this `basis`. None: Redis cannot tell. Never raises.
 
         The holder before stored its entry first and released the lease after it. So the entry's place is
-        read after the lease is taken: where it changed since the lookup, the answer is Superseded. An entry
+        read after the lease is taken: where it changed since the lookup, the answer is EntryChanged. An entry
         that stands there is kept for `guard_s` more at least: without it, later lookups would have another
         basis and another lease.
         """

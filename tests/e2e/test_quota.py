@@ -164,19 +164,25 @@ def refused(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "checks"),
     [
-        pytest.param((LIMIT, 10_000, WINDOW_S), id="minute"),
-        pytest.param((1000, LIMIT, WINDOW_S / 60), id="hour"),
+        pytest.param((LIMIT, 10_000, WINDOW_S), 0, id="minute"),
+        pytest.param((1000, LIMIT, WINDOW_S / 60), 5, id="hour"),
     ],
 )
 async def test_the_limit_is_used_and_never_hit(
-    shape: tuple[int, int, float], valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+    *,
+    shape: tuple[int, int, float],
+    checks: int,
+    valkey: Valkey,
+    client: aiohttp.ClientSession,
+    tmp_path: Path,
 ) -> None:
     """A load of 20 times the limit for several windows, on a token that somebody else uses, too.
 
-    The upstream refuses no call that the ledger admitted, and at least 90 % of those that the other user and
-    the reserve leave are made; callers who have something cached see no error. A tenth of the callers leave.
+    The upstream refuses no call that the ledger admitted, but for the one in a while that checks whether the
+    other user has really spent the hour; and at least 85 % of those that the other user and the reserve leave
+    are made; callers who have something cached see no error. A tenth of the callers leave.
     """
     windows, others_a_second = 5, 2.0
     async with (
@@ -197,7 +203,7 @@ async def test_the_limit_is_used_and_never_hit(
             await load.run(windows * WINDOW_S, 20 * LIMIT / WINDOW_S)
         calls = await api.calls(client)
         await nothing_is_left(valkey, running)
-    assert refused(calls) == []
+    assert len(refused(calls)) <= checks
     assert set(load.of_cached) == {200}
     assert set(load.of_new) <= {404, 429}
     # From the second window on: the first one begins with a token of which nothing is known.
@@ -207,7 +213,7 @@ async def test_the_limit_is_used_and_never_hit(
     ]
     ours = [len(of_ours(some)) for some in within]
     left_over = [LIMIT * (1 - RESERVE) - len(some) + mine for some, mine in zip(within, ours, strict=True)]
-    assert sum(ours) >= 0.9 * sum(left_over), (ours, left_over)
+    assert sum(ours) >= 0.85 * sum(left_over), (ours, left_over)
 
 
 async def test_redis_dies_under_load_and_comes_back(
