@@ -257,7 +257,7 @@ class UpstreamGate:
             if not admitted:
                 await self._accounts.give_back(account, permit)
         if not admitted:
-            raise Overloaded("too many tokens that the API does not know; try again in a moment")
+            raise Overloaded("too many tokens that the API does not know; it was not asked for this")
 
     async def _connect(
         self, held: AsyncExitStack, owner: Partition, give_up: float, *, spare_s: float
@@ -268,7 +268,7 @@ class UpstreamGate:
                 async with self._drain.timeout(give_up - self._monotonic(), spare_s=spare_s):
                     await held.enter_async_context(self._connections.one(owner))
         except TimeoutError:
-            raise Overloaded("all connections to the upstream are busy; try again in a moment") from None
+            raise Overloaded("all connections to the upstream are busy; it was not asked for this") from None
 
     def _lines_of(self, account: Account) -> Iterator[Line]:
         for is_write in (False, True):

@@ -193,9 +193,9 @@ class Flights(Generic[T]):
 
     def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> _Flight[U]:
         if len(self._tasks) >= self._most:
-            raise Overloaded("too many requests wait for the upstream; try again in a moment")
+            raise Overloaded("too many requests wait for the upstream; the API was not asked for this")
         if self._owned[owner] >= self._most_of_one:
-            raise Overloaded("too many requests of this token wait for the upstream; try again in a moment")
+            raise Overloaded("too many requests of this token wait for the API; it was not asked for this")
 
         flight: _Flight[U] = _Flight()
         aboard = flight.aboard
