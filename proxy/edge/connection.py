@@ -339,7 +339,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _refuse(self) -> None:
-        error = Overloaded("too many connections; try again in a moment")
+        error = Overloaded("too many connections; this request was not read")
         request_id = new_request_id()
         self.listener.on_malformed(error, request_id)
         self._transport.write(refusal(error, request_id))
