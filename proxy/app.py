@@ -207,7 +207,7 @@ class App:
                 settings.admin,
                 scrape=self._metrics.scrape,
                 ready=lambda: self._ready,
-                purge=invalidator.purge,
+                purge=partial(invalidator.invalidate, "purge"),
             )
         )
         addresses = Addresses(await self._serve_api(files), admin_url)

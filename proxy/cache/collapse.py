@@ -61,7 +61,7 @@ class Collapser:
 
         The stamps that its lookup saw tell that; without the store, this replica's own count.
         """
-        return call.key, mode, self._invalidator.ended(call.key) if basis is None else basis
+        return call.key, mode, self._invalidator.counts(call.key) if basis is None else basis
 
     def may_share(self, call: Call) -> bool:
         """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""

@@ -32,7 +32,18 @@ from proxy.core.errors import (
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
 from proxy.core.identity import ListQuery
-from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
+from proxy.core.invalidation import CallerScope, EntryScope
+from proxy.core.policy import (
+    Absent,
+    Answer,
+    Deleted,
+    Denied,
+    Keep,
+    PassThrough,
+    Policy,
+    TokenRejected,
+    scopes_of_delete,
+)
 from proxy.core.ports import Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
@@ -95,10 +106,10 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """What a DELETE brought; `ended`: what it invalidated is invalidated on all replicas by now."""
+    """What a DELETE brought, and whether what it invalidates is `invalidated` on all replicas by now."""
 
     result: Fetched | ProxyError
-    ended: bool
+    invalidated: bool
 
 
 class Fetcher:
@@ -163,9 +174,9 @@ class Fetcher:
             case Keep():
                 return await self._fill(call, basis, answer, verdict)
             case TokenRejected(_, refusal):
-                await self._invalidator.refused(call.key.partition, refusal)
+                await self._reject_token(call, refusal)
             case Denied():
-                await self._invalidator.entry(call.key)
+                await self._invalidator.invalidate("read", EntryScope(call.key))
             case PassThrough():
                 pass
         return _passed_on(answer, verdict.body)
@@ -185,7 +196,8 @@ class Fetcher:
         if storable is not None:
             stored = await self._store.put(call.key, entry, storable)
         if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
-            await self._invalidator.entry(call.key)  # a no that is not stored still invalidates
+            # A 404 that is not stored still invalidates.
+            await self._invalidator.invalidate("read", EntryScope(call.key))
         return Fetched(
             entry.status,
             entry.body,
@@ -225,25 +237,32 @@ class Fetcher:
             answer = await self._gate.ask(call, call_class=CallClass.WRITE)
             verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
         except (NotSent, UpstreamUnreachable) as not_sent:
-            return Deletion(not_sent, ended=True)
+            return Deletion(not_sent, invalidated=True)
         except UpstreamError as failure:
-            return Deletion(WriteUnknown(failure), await self._invalidator.deleted(call))
+            return Deletion(WriteUnknown(failure), await self._invalidate_deleted(call))
         except Abandoned:  # it was not sent
             raise
         except BaseException:  # the service stops, and the outcome is unknown
-            await self._invalidator.deleted(call)
+            await self._invalidate_deleted(call)
             raise
-        ended = True
+        invalidated = True
         match verdict:
             case Deleted():
-                ended = await self._invalidator.deleted(call)
+                invalidated = await self._invalidate_deleted(call)
             case Absent():
-                ended = await self._invalidator.absent(call.key)
+                invalidated = await self._invalidator.invalidate("delete", EntryScope(call.key))
             case TokenRejected(_, refusal):
-                ended = await self._invalidator.refused(call.key.partition, refusal)
+                invalidated = await self._reject_token(call, refusal)
             case PassThrough():
                 pass
-        return Deletion(_passed_on(answer, verdict.body, writes=True), ended)
+        return Deletion(_passed_on(answer, verdict.body, writes=True), invalidated)
+
+    async def _invalidate_deleted(self, call: Call) -> bool:
+        return await self._invalidator.invalidate("delete", *scopes_of_delete(call))
+
+    async def _reject_token(self, call: Call, refusal: Entry | None) -> bool:
+        scope = CallerScope(call.key.partition)
+        return await self._invalidator.invalidate("unauthorized", scope, refusal=refusal)
 
 
 async def _compressed(entry: Entry) -> Entry:

@@ -112,7 +112,7 @@ class ReadThrough:
             if call.directives.only_if_cached:
                 return _unsatisfiable()
             return await self._forward(call, Why.BYPASS, UNAVAILABLE, since=None)
-        since, ended = self._monotonic(), self._invalidator.ended(call.key)
+        since, counts = self._monotonic(), self._invalidator.counts(call.key)
         lookup = await self._store.lookup(call.key)
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
@@ -129,7 +129,7 @@ class ReadThrough:
                 if fallback is None:
                     return await self._forward(call, why, lookup, since)
                 answer = await self._forward(call, why, lookup, since, HAS_FALLBACK)
-                return await self._or_stale(call, answer, fallback, ended)
+                return await self._or_stale(call, answer, fallback, counts)
             case Unsatisfiable():
                 return _unsatisfiable()
 
@@ -140,7 +140,7 @@ class ReadThrough:
             deletion = await self._flights.unshared(owner, partial(self._fetcher.delete, call))
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(Why.METHOD)))
-        detail = None if deletion.ended else Detail.INVALIDATION_PENDING
+        detail = None if deletion.invalidated else Detail.INVALIDATION_PENDING
         match deletion.result:
             case ProxyError() as failure:
                 cache_status = str(Forwarded(Why.METHOD, _received(failure), detail=detail))
@@ -157,18 +157,18 @@ class ReadThrough:
                 )
 
     async def _or_stale(
-        self, call: Call, answer: Served | Failed, fallback: Entry, ended: tuple[int, ...]
+        self, call: Call, answer: Served | Failed, fallback: Entry, counts: tuple[int, ...]
     ) -> Served | Failed:
         """Serve `fallback` in the place of a failure, where it is still there and still good for that.
 
-        It is looked up again: what was ended while the upstream was asked is not served. Where the store
-        cannot tell any more, what was found a fetch ago counts, unless this replica `ended` it since.
+        It is looked up again: what was invalidated while the upstream was asked is not served. If Redis
+        cannot be reached by now, `fallback` is served unless this replica invalidated it since `counts`.
         """
         if not is_replaceable(answer.error.status if isinstance(answer, Failed) else answer.status):
             return answer
         lookup = await self._store.lookup(call.key)
         entry = lookup.entry
-        if lookup.unavailable and self._invalidator.ended(call.key) == ended:
+        if lookup.unavailable and self._invalidator.counts(call.key) == counts:
             entry = fallback
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):

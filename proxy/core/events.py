@@ -105,7 +105,7 @@ By = Literal["single", "list"]
 """How a snapshot is refreshed behind its callers' backs."""
 
 Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
-"""What ends something before its time."""
+"""What invalidates entries before they have expired."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,13 @@ A 401, 403 or 404, a write and a purge make scopes; the invalidator, the store a
 them. A new kind of scope is one more class here, and one more case where mypy then misses it.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from proxy.core.identity import EntryKey, ListKey, Partition
+
+MOST_COUNTED = 4096
+"""`InvalidationCounts` remembers so many names at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +53,47 @@ def covers(scope: Scope, key: EntryKey | ListKey) -> bool:
             return isinstance(key, ListKey) or key.snapshot_id in snapshot_ids
         case EverythingScope():
             return True
+
+
+class InvalidationCounts:
+    """How often this replica invalidated what a key is kept under. Counts only grow.
+
+    Stamps tell that better, and for all replicas. While Redis cannot be reached there are none, and these
+    counts tell a request which flights and which found entries are older than an invalidation.
+    """
+
+    def __init__(self, most: int = MOST_COUNTED) -> None:
+        self._most = most
+        self._for_all = 0
+        self._counts: OrderedDict[Partition | EntryKey | ListKey, int] = OrderedDict()
+
+    def of(self, key: EntryKey | ListKey) -> tuple[int, int, int]:
+        """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
+        return self._for_all, self._counts.get(key.partition, 0), self._counts.get(_counted(key), 0)
+
+    def count(self, scope: Scope) -> None:
+        """Count one invalidation."""
+        match scope:
+            case EntryScope(key):
+                self._add(_counted(key))
+                self._add(_lists(key.partition))
+            case CallerScope(partition):
+                self._add(partition)
+            case SnapshotsScope() | EverythingScope():
+                self._for_all += 1
+
+    def _add(self, name: Partition | EntryKey | ListKey) -> None:
+        """Count for `name`. Where that makes the oldest name forgotten, everything counts as invalidated."""
+        self._counts[name] = self._counts.pop(name, 0) + 1
+        if len(self._counts) > self._most:
+            self._counts.popitem(last=False)
+            self._for_all += 1
+
+
+def _counted(key: EntryKey | ListKey) -> EntryKey | ListKey:
+    """Give the name to count `key` under: a caller's lists are invalidated together."""
+    return key if isinstance(key, EntryKey) else _lists(key.partition)
+
+
+def _lists(partition: Partition) -> ListKey:
+    return ListKey(partition, "")

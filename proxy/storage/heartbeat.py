@@ -13,7 +13,7 @@ from contextlib import suppress
 from proxy.core.incident import Incident
 from proxy.logs import event
 from proxy.storage.connection import Link, Unavailable
-from proxy.storage.invalidation import Pending
+from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.membership import Membership
 
 HEARTBEAT_S = 1.0
@@ -26,7 +26,7 @@ class Heartbeat:
     def __init__(
         self,
         link: Link,
-        pending: Pending,
+        pending: PendingInvalidations,
         members: Membership,
         *,
         address: str = "",

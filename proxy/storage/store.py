@@ -13,7 +13,7 @@ from proxy.core.identity import Keyring
 from proxy.storage.connection import Link
 from proxy.storage.entries import Entries
 from proxy.storage.heartbeat import Heartbeat
-from proxy.storage.invalidation import Invalidations, Pending
+from proxy.storage.invalidation import Invalidations, PendingInvalidations
 from proxy.storage.keys import Keys
 from proxy.storage.leases import Leases
 from proxy.storage.membership import Membership
@@ -42,7 +42,7 @@ class Store:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
-        self._pending = Pending(keys, address=address, monotonic=monotonic)
+        self._pending = PendingInvalidations(keys, address=address, monotonic=monotonic)
         self._members = Membership(keys, keyring, previous)
         self._heartbeat = Heartbeat(
             link, self._pending, self._members, address=address, clock=clock, monotonic=monotonic
@@ -60,10 +60,7 @@ class Store:
         self.lease = leases.lease
         self.renew = leases.renew
         self.release = leases.release
-        self.end_entry = invalidations.end_entry
-        self.end_caller = invalidations.end_caller
-        self.end_snapshots = invalidations.end_snapshots
-        self.end_everything = invalidations.end_everything
+        self.invalidate = invalidations.invalidate
 
     @property
     def replicas(self) -> int:
