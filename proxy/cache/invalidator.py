@@ -1,6 +1,6 @@
 """Invalidation: the store invalidates for all replicas, and this replica counts what it invalidated.
 
-What a scope covers is stated in `core/invalidation.py`; who makes which scope stands with what causes it.
+`core/invalidation.py` states what a scope covers. The code that sees the cause (an answer, a purge) makes it.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What this replica asks Redis once a second, whether or not a request comes.
 
 In one round trip it deletes the stamps of pending invalidations, says that it is there, and compares its
-secret with those of the other replicas. A connection that was lost without a sign is noticed here, too.
+secret with those of the other replicas. A connection that was closed unnoticed is found here, too.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class Heartbeat:
             await self._link.ask(self._members.farewell())
 
     async def pulse(self) -> None:
-        """Do it once. Raises Unavailable."""
+        """Send one heartbeat, and take its replies. Raises Unavailable."""
         now = self._clock()
         names = self._pending.to_delete()
         replies = await self._link.ask(*(("DEL", name) for name in names), *self._members.heartbeat(now))
@@ -71,7 +71,7 @@ class Heartbeat:
             try:
                 await self.pulse()
             except Unavailable:
-                self._members.lost()
+                self._members.unreachable()
 
     def _tell_of_secrets(self) -> None:
         now = self._monotonic()

@@ -2,11 +2,11 @@
 
 Each replica writes itself into a sorted set once a second, with its time: `id:fingerprint`, and the
 fingerprint of its previous secret behind that while the secret is changed. A replica that stops takes itself
-out; one that died is left out after 10 s. So what is compared is who is there, not who was.
+out; one that died is left out after 10 s. So only replicas that run are compared.
 
 A replica of an earlier version writes its id alone, and compares its secret with the key `secret`, which the
-first replica sets and those that agree prolong. All of that is kept up for it, and the key counts here only
-while such a replica is there.
+first replica sets and those with the same secret prolong. This version does so, too, and reads the key only
+for such a replica.
 """
 
 import secrets
@@ -48,7 +48,7 @@ class Agreement(Enum):
     """There is no other replica."""
     SAME = auto()
     ROTATING = auto()
-    """Some have the secret before, or the next, as the change of a secret by the book has it."""
+    """Some have the secret before or the next one: the secret is being changed."""
     DIFFERENT = auto()
 
 
@@ -112,12 +112,12 @@ class Membership:
         """Give the command that takes this replica out."""
         return ("ZREM", self._keys.replicas, str(self.me))
 
-    def lost(self) -> None:
-        """Take note that Redis did not answer: who was counted before counts on."""
+    def unreachable(self) -> None:
+        """Take note that Redis did not answer: the replicas that were counted before still count."""
         self._fewer_since = None
 
     def _count(self, seen: int, now: float) -> None:
-        """Count more at once, fewer after a while: in an empty Redis they have yet to show themselves."""
+        """Count more replicas at once, fewer after PRESENT_S: an empty Redis hears of them one by one."""
         if seen < self.replicas and self._fewer_since is None:
             self._fewer_since = now
         elif seen >= self.replicas or now - (self._fewer_since or now) >= PRESENT_S:

@@ -1,8 +1,7 @@
 """The store that the rest of the program knows: entries, leases and invalidations on one Redis, put together.
 
-Each has a file of its own; here stands only who shares what. Pending invalidations are shared by three:
-Invalidations adds to them, Entries neither reads nor stores what they cover, the heartbeat makes up for
-them.
+Each has a file of its own; here stands only which parts share what. Three share the pending invalidations:
+Invalidations adds to them, Entries neither reads nor stores what they cover, Heartbeat sends them again.
 """
 
 import time
@@ -83,7 +82,7 @@ class Store:
         return self._link.up
 
     async def start(self) -> None:
-        """Connect, and go on trying where that does not work."""
+        """Connect, and try again and again if that fails."""
         await self._link.start()
         self._heartbeat.start()
 
