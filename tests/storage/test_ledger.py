@@ -169,6 +169,8 @@ LONG = QuotaLimits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=
         pytest.param([(19, 20), (3, 4)], [(18, 20)], id="a-lower-limit"),
         pytest.param([(99, 100), (1, 100)], [(18, 20)], id="a-lower-limit-at-the-end"),
         pytest.param([(1, 20)], [(18, None)], id="the-first-value"),
+        pytest.param([(19, 20), (0, 20)], [(18, 20)], id="none-left"),
+        pytest.param([(19, 20), (0, 20)], [(0, 20), (0, 20), (17, 20)], id="none-left-for-a-while"),
     ],
 )
 async def test_both_find_out_of_a_wrong_value(
@@ -202,14 +204,14 @@ async def test_an_older_replica_leaves_the_new_fields_alone(links: list[Link]) -
     The pattern is the one of version 0.1: what it does not match is no ledger to it, and is deleted.
     """
     mine = ledger(links[0])
-    for remaining, limit in ((29, 30), (2, 30)):
+    for remaining, limit in ((29, 30), (2, 30), (0, 30)):
         reply = await mine.admit(SOMEBODY, CallClass.WRITE)
         assert isinstance(reply, Admission)
         await mine.settle(SOMEBODY, reply.admitted, remaining, limit, answered=True, known=True)
     assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Postponed)
     flat = (await links[1].ask(("HGETALL", QUOTA)))[0]
     fields = {name.decode(): value.decode() for name, value in flat.items()}
-    assert {"D", "L", "X"} <= fields.keys()
+    assert {"D", "E", "L", "N", "X"} <= fields.keys()
     assert fields["L"] == "30.000000"
     for name, value in fields.items():
         assert re.fullmatch(r"[mh]\d+", name) or re.fullmatch(r"[A-Z]", name)
