@@ -26,7 +26,6 @@ from proxy.core.errors import UpstreamUnreachable
 from proxy.system.openssl import openssl_words
 from proxy.tasks.listening import ListeningTimeout
 
-
 _SLICE_BYTES = 16_384
 _MOST_AT_ONCE = 100
 """Answers in one slice: the one that was asked for, and interim ones (1xx) before it."""
