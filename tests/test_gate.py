@@ -1324,6 +1324,8 @@ def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> 
     ("api", "status", "error", "unknown"),
     [
         pytest.param(lambda: answer(204), 204, "", False, id="done"),
+        pytest.param(lambda: answer(202), 202, "", True, id="another-2xx"),
+        pytest.param(lambda: answer(307), 307, "", True, id="redirect"),
         pytest.param(lambda: answer(404), 404, "", False, id="refused"),
         pytest.param(lambda: answer(500), 500, "", True, id="500"),
         pytest.param(lambda: answer(503), 503, "", True, id="503"),

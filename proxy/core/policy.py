@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from proxy.core.entry import Entry, Freshness, Lifetimes
-from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid
+from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid, tells_outcome
 from proxy.core.events import EnumField
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
@@ -230,7 +230,7 @@ class Policy:
 
         Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
         """
-        if answer.status < HTTPStatus.BAD_REQUEST and answer.status != HTTPStatus.NO_CONTENT:
+        if answer.status < HTTPStatus.BAD_REQUEST and not tells_outcome(answer.status, None, deletes=True):
             raise UpstreamInvalid(f"status {answer.status} to a DELETE")
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
