@@ -1,19 +1,20 @@
 """How long one answer of the API may hold up everybody else: `python -m benchmarks.documents`.
 
 Each document is as bad as 2 MiB (`upstream.max_body_bytes`) or the proxy's own bounds allow, or just beyond
-a bound. The service runs here, on this thread's event loop; its API and its caller run on another thread.
-There are two figures for each document, in CPU time of this thread, so that a busy machine changes little:
-what it takes to read, check and normalize it, which is done at once, and the longest turn of the event loop
-while it is fetched, stored and answered. Takes about half a minute.
+a bound; the last ones are bad in how they are sent. The service runs here, on this thread's event loop; its
+API and its caller run on another thread. There are two figures for each document, in CPU time of this thread,
+so that a busy machine changes little: what it takes to read, check and normalize it, which is done at once,
+and the longest turn of the event loop while it is fetched, stored and answered. Takes about half a minute.
 """
 
 import asyncio
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from random import Random
 from statistics import median
@@ -59,24 +60,45 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One answer to a read of a single snapshot or of a list."""
+    """One answer of the API to a read of `path`, sent in HTTP chunks of `chunk_bytes`; 0: without chunks.
+
+    `before` it comes so much else.
+    """
 
     name: str
     body: bytes
-    is_list: bool = False
+    path: str
+    chunk_bytes: int = 0
+    before: bytes = b""
+
+    @property
+    def wire(self) -> bytes:
+        """The whole answer as it is sent."""
+        body, size = self.body, self.chunk_bytes
+        if not size:
+            return self.before + HEAD % len(body) + body
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", HEAD % 0)
+        pieces = (body[start : start + size] for start in range(0, len(body), size))
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        return self.before + head + chunks + b"0\r\n\r\n"
 
 
 def single(name: str, literal: str) -> Document:
     """Make a snapshot with one more field, that has this JSON for a value."""
     body = json.dumps({"snapshot": SNAPSHOT | {"x": "@"}}, separators=(",", ":")).replace('"@"', literal)
-    return Document(name, body.encode())
+    return Document(name, body.encode(), f"/v2/snapshots/{ID}")
 
 
 def page(name: str, number: int, change: Callable[[int], dict[str, Any]]) -> Document:
     """Make a list of that many snapshots, each with some fields changed."""
     snapshots = [SNAPSHOT | {"id": str(place + 2)} | change(place) for place in range(number)]
     document = {"snapshots": snapshots, "links": {}, "meta": {"total": number}}
-    return Document(name, json.dumps(document, separators=(",", ":")).encode(), is_list=True)
+    return Document(name, json.dumps(document, separators=(",", ":")).encode(), "/v2/snapshots?per_page=200")
+
+
+def passed(name: str, body: bytes) -> Document:
+    """Make an answer that is passed through as it is."""
+    return Document(name, body, "/v2/droplets/1")
 
 
 def text(size: int) -> str:
@@ -138,6 +160,15 @@ def documents() -> list[Document]:
         single("too many long numbers", f"[{'1e999,' * values}1]"),
         page("too many snapshots", MOST_SNAPSHOTS + 1, lambda _: {"tags": None}),
         single("no JSON at its end", f"[{'1.5,' * values}"),
+        replace(single("300,000 letters in chunks of one byte", f'"{text(300_000)}"'), chunk_bytes=1),
+        replace(single("2 MiB of letters in chunks of 1 KiB", f'"{text(room)}"'), chunk_bytes=1_024),
+        replace(single("after 10,000 interim answers", "1"), before=b"HTTP/1.1 103 \r\n\r\n" * 10_000),
+        passed("2 MiB", text(MOST_BYTES).encode()),
+        replace(passed("300,000 letters in chunks of one byte", text(300_000).encode()), chunk_bytes=1),
+        replace(
+            passed("after 10,000 interim answers", b"{}"),
+            before=b"HTTP/1.1 103 \r\n\r\n" * 10_000,
+        ),
     ]
 
 
@@ -146,7 +177,11 @@ def documents() -> list[Document]:
 
 def computed_ms(document: Document) -> tuple[str, float]:
     """Tell what becomes of a document, and how long that takes: the median CPU time."""
-    target = ListQuery.parse("") if document.is_list else SnapshotId(ID, cacheable=True)
+    if document.before:
+        return "refused", 0.0
+    if not document.path.startswith("/v2/snapshots"):
+        return "passed through", 0.0
+    target = ListQuery.parse("") if "?" in document.path else SnapshotId(ID, cacheable=True)
     times, fate = [], "kept"
     for _ in range(TIMES):
         started = thread_time()
@@ -159,9 +194,9 @@ def computed_ms(document: Document) -> tuple[str, float]:
 
 
 class Upstream(asyncio.Protocol):
-    """One connection to an API that says `body` to whatever is asked."""
+    """One connection to an API that says `wire` to whatever is asked."""
 
-    body = b""
+    wire = b""
     transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -170,7 +205,7 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, _: bytes) -> None:
         """Answer a request, which comes in one piece here."""
-        self.transport.write(HEAD % len(Upstream.body) + Upstream.body)
+        self.transport.write(Upstream.wire)
 
 
 class Outside:
@@ -190,12 +225,17 @@ class Outside:
         server = await self._loop.create_server(Upstream, "127.0.0.1", 0)
         return int(server.sockets[0].getsockname()[1])
 
-    async def ask(self, api: str, path: str, body: bytes) -> None:
-        """Ask the proxy for what the API says `body` to."""
-        Upstream.body = body
+    async def ask(self, api: str, document: Document) -> None:
+        """Ask the proxy for what the API says the document to."""
+        Upstream.wire = document.wire
         host, _, port = api.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        head = (f"GET {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {TOKEN}", "Connection: close")
+        head = (
+            f"GET {document.path} HTTP/1.1",
+            "Host: x",
+            f"Authorization: Bearer {TOKEN}",
+            "Connection: close",
+        )
         writer.write(
             "\r\n".join((*head, "Cache-Control: no-cache", "Accept-Encoding: gzip", "", "")).encode()
         )
@@ -205,13 +245,12 @@ class Outside:
 
 async def longest_turn_ms(document: Document, outside: Outside, api: str) -> float:
     """Fetch the document again and again; give the median of the longest turns of this loop."""
-    path = "/v2/snapshots?per_page=200" if document.is_list else f"/v2/snapshots/{ID}"
-    small = (
-        page("", 1, lambda _: {}).body if document.is_list else json.dumps({"snapshot": SNAPSHOT}).encode()
+    small = replace(
+        page("", 1, lambda _: {}) if "?" in document.path else single("", "1"), path=document.path
     )
     longest = []
     for _ in range(TIMES):
-        fetching = asyncio.ensure_future(outside.run(outside.ask(api, path, document.body)))
+        fetching = asyncio.ensure_future(outside.run(outside.ask(api, document)))
         turns, before = [0.0], thread_time()
         while not fetching.done():
             await asyncio.sleep(0)
@@ -219,7 +258,7 @@ async def longest_turn_ms(document: Document, outside: Outside, api: str) -> flo
             before = now
         longest.append(max(turns))
         await fetching
-        await outside.run(outside.ask(api, path, small))  # five failures in a row would open the breaker
+        await outside.run(outside.ask(api, small))  # five failures in a row would open the breaker
     return median(longest) * 1000
 
 
@@ -241,6 +280,7 @@ async def main() -> None:
         "server.port=0",
         "admin.port=0",
         "redis.timeout_s=2",
+        "passthrough.enabled=true",
     ]
     service = App(load(config_file=None, overrides=settings, environ={}).settings)
     addresses = await service.start()

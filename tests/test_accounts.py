@@ -9,6 +9,7 @@ from kit.fakes import CALL_S, SOMEBODY, FakeLedger, accounts
 from kit.virtual import now, run
 
 from proxy.core.identity import Partition
+from proxy.core.operations import Operation
 from proxy.core.quota import CallClass, Postponed, QuotaLimits
 from proxy.gate.ledgers import Account, Accounts, Permit, Settlement
 
@@ -325,8 +326,9 @@ def test_a_429_of_an_operation_stops_it_alone(*, away: bool) -> None:
 async def refuse(replica: Accounts, operation: str, retry_after_s: int | None) -> None:
     """Let one call of an operation be answered 429, which says that it is the operation's."""
     turn = await replica.admit(ACCOUNT, CallClass.WRITE, operation)
+    refused = Operation(operation, f"path of {operation}")
     assert isinstance(turn, Permit)
-    await replica.settle(ACCOUNT, turn, Settlement(refused_operation=operation, retry_after_s=retry_after_s))
+    await replica.settle(ACCOUNT, turn, Settlement(refused_operation=refused, retry_after_s=retry_after_s))
 
 
 def test_an_operation_that_names_no_time_rests_for_a_moment() -> None:

@@ -300,7 +300,7 @@ def test_nobody_has_all_connections(route: Route, many: list[Partition], at_s: l
 
         async def pass_by(partition: Partition) -> None:
             passing = it.shield.admitted(
-                route, Token("token"), partition, "other", CallClass.MISS, operation="GET"
+                route, Token("token"), partition, "other", CallClass.MISS, operation=operation("GET", "")
             )
             async with passing as passage:
                 passage.answered((await it.api.ask(call(0, partition), passage.deadline)).status, (), None)
@@ -597,6 +597,25 @@ def test_whose_limit_a_429_to_a_call_of_ours_is(how: dict[str, str], said: Answe
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "stops"),
+    [
+        pytest.param("GET", "/v2/volumes/1/snapshots", False, id="another-method"),
+        pytest.param("POST", "/v2/volumes/2/snapshots", True, id="another-path"),
+    ],
+)
+def test_a_second_operation_that_is_refused(method: str, target: str, *, stops: bool) -> None:
+    """On another path it stops the token; another method of the same path does not."""
+
+    async def main() -> None:
+        it, said = gate(per_minute=1000), answer(429, remaining=4990, retry_after_s=60)
+        assert await pass_through(it, "/v2/volumes/1/snapshots", said) == 429
+        assert await pass_through(it, target, said, method) == 429
+        assert await outcome(ask(it)) == ((QuotaSpent, 60) if stops else 200)
+
+    run(main())
+
+
 def test_an_operation_that_cools_down_is_refused_at_once_and_holds_nobody_back() -> None:
     """Also where others wait for the window, and where it was refused while it waited itself."""
 
@@ -630,7 +649,12 @@ def test_what_a_429_tells_counts_before_its_body_has_gone() -> None:
     async def main() -> None:
         it = gate()
         passing = it.shield.admitted(
-            Route.PASSTHROUGH, Token("token"), SOMEBODY, "other", CallClass.WRITE, operation="one"
+            Route.PASSTHROUGH,
+            Token("token"),
+            SOMEBODY,
+            "other",
+            CallClass.WRITE,
+            operation=operation("POST", "/v2/droplets"),
         )
         async with passing as passage:
             passage.answered(429, (), 60, b"")
@@ -1300,6 +1324,8 @@ def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> 
     ("api", "status", "error", "unknown"),
     [
         pytest.param(lambda: answer(204), 204, "", False, id="done"),
+        pytest.param(lambda: answer(202), 202, "", True, id="another-2xx"),
+        pytest.param(lambda: answer(307), 307, "", True, id="redirect"),
         pytest.param(lambda: answer(404), 404, "", False, id="refused"),
         pytest.param(lambda: answer(500), 500, "", True, id="500"),
         pytest.param(lambda: answer(503), 503, "", True, id="503"),

@@ -310,11 +310,14 @@ class WriteUnknown(UpstreamError):
         self.fact = failure.fact if isinstance(failure, UpstreamInvalid) else None
 
 
-def tells_outcome(status: int, retry_after_s: int | None) -> bool:
+def tells_outcome(status: int, retry_after_s: int | None, *, deletes: bool = False) -> bool:
     """Tell whether an answer of this status to a write says whether the write was carried out.
 
-    A 5xx does not, but for a 503 that says when to come again.
+    A 5xx does not, but for a 503 that says when to come again. One that `deletes` a snapshot is documented to
+    be answered 204 or with an error: another 2xx, or a redirect, says nothing.
     """
+    if deletes and status < HTTPStatus.BAD_REQUEST:
+        return status == HTTPStatus.NO_CONTENT
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return retry_after_s is not None
     return status < HTTPStatus.INTERNAL_SERVER_ERROR

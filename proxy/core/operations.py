@@ -1,13 +1,14 @@
 """Operations of the API that have a limit of their own: which of one token's cool down, and until when.
 
 A 429 of such a limit says nothing about the token's other calls, so it stops that operation only: one method
-and path, ids included. Where a second operation is refused within a minute it may be the token's limit after
+and path, ids included. Where one on another path is refused within a minute it may be the token's limit after
 all: then the token cools down. Pure: time comes in. Redis keeps the same for all replicas.
 """
 
 import hashlib
 import re
 from http import HTTPStatus
+from typing import NamedTuple
 
 MOST_OPERATIONS = 64
 """Cool-downs of one token that are remembered; of more, the one that ends first is forgotten."""
@@ -20,11 +21,22 @@ _OF_OPERATION = re.compile(rb"\boperation\b[^\"{}]{0,40}\brate[- ]?limit", re.IG
 """`this operation is rate-limited - one request per 10m0s`, and its like."""
 
 
-def operation(method: str, target: str) -> str:
-    """Name an operation by a digest, which is short. A query makes no difference, nor does HEAD."""
+class Operation(NamedTuple):
+    """One method and path: the `name` is a digest of both, `path` one of the path alone."""
+
+    name: str
+    path: str
+
+
+def operation(method: str, target: str) -> Operation:
+    """Name an operation by digests, which are short. A query makes no difference, nor does HEAD."""
     path = target.partition("?")[0].removesuffix("/")
     method = "GET" if method == "HEAD" else method
-    return hashlib.sha256(f"{method} {path}".encode()).hexdigest()[:_DIGEST_HEX]
+    return Operation(_digest(f"{method} {path}"), _digest(path))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_HEX]
 
 
 def is_of_operation(status: int, remaining_told: int | None, body: bytes, *, by_remaining: bool) -> bool:
@@ -46,17 +58,18 @@ class Operations:
     def __init__(self, minute_s: float) -> None:
         self._minute_s = minute_s
         self._until: dict[str, float] = {}
-        self._last = ""
+        self._last_path = ""
         self._last_at = 0.0
 
     def wait_s(self, now: float, name: str) -> float:
         """Tell for how long an operation cools down yet; 0: not at all."""
         return max(self._until.get(name, now) - now, 0.0)
 
-    def cool(self, now: float, name: str, retry_after_s: float) -> bool:
-        """Stop one operation. Tell whether another one was stopped within the minute before."""
-        another = self._last not in ("", name) and now - self._last_at < self._minute_s
-        self._last, self._last_at = name, now
+    def cool(self, now: float, operation: Operation, retry_after_s: float) -> bool:
+        """Stop one operation. Tell whether one on another path was stopped within the minute before."""
+        name, path = operation
+        another = self._last_path not in ("", path) and now - self._last_at < self._minute_s
+        self._last_path, self._last_at = path, now
         self._until = {each: until for each, until in self._until.items() if until > now}
         self._until[name] = max(self._until.get(name, now), now + retry_after_s)
         if len(self._until) > MOST_OPERATIONS:

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from proxy.core.entry import Entry, Freshness, Lifetimes
-from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid
+from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid, tells_outcome
 from proxy.core.events import EnumField
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.invalidation import CallerScope, Scope, SnapshotsScope
-from proxy.core.quota import stretched
 from proxy.core.request import Call, Directives
 from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot
 
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
+
+_STRETCH_FROM = 0.5
+_STRETCH_TO = 0.1
 
 # -- the first question ------------------------------------------------------------------------
 
@@ -229,7 +231,7 @@ class Policy:
 
         Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
         """
-        if answer.status < HTTPStatus.BAD_REQUEST and answer.status != HTTPStatus.NO_CONTENT:
+        if answer.status < HTTPStatus.BAD_REQUEST and not tells_outcome(answer.status, None, deletes=True):
             raise UpstreamInvalid(f"status {answer.status} to a DELETE")
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
@@ -295,6 +297,18 @@ def _raise_if_no_error_of_the_api(status: int) -> None:
         raise UpstreamInvalid(f"status {status} to a plain GET")
     if status in EDGE_FAILED:
         raise UpstreamEdgeFailed(status)
+
+
+def stretched(fresh_s: int, max_fresh_s: int, remaining_share: float) -> int:
+    """Give the TTL of a fill while `remaining_share` (0 to 1) of the caller's calls is left.
+
+    Down to half it is `fresh_s`; from there it grows linearly, and is `max_fresh_s` at a tenth and below. So
+    a busy token gets older answers instead of errors.
+    """
+    if max_fresh_s <= fresh_s or remaining_share >= _STRETCH_FROM:
+        return fresh_s
+    scarcity = min((_STRETCH_FROM - remaining_share) / (_STRETCH_FROM - _STRETCH_TO), 1.0)
+    return round(fresh_s + (max_fresh_s - fresh_s) * scarcity)
 
 
 def _jittered(ttl_s: int, off: float) -> int:

@@ -14,6 +14,7 @@ from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewher
 from proxy.core.errors import QuotaSpent
 from proxy.core.identity import EntryKey, ListKey, Partition
 from proxy.core.invalidation import Scope
+from proxy.core.operations import Operation
 from proxy.core.passthrough import Forwarding, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Postponed
@@ -156,6 +157,6 @@ class CommonLedger(Protocol):
         """Begin a cool-down of the token. Give the seconds that it lasts."""
 
     async def cool_operation(
-        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+        self, partition: Partition, operation: Operation, retry_after_s: float, within_s: float
     ) -> bool:
-        """Begin a cool-down of one operation. Tell whether another one's began within `within_s` before."""
+        """Begin a cool-down of one operation. Tell whether one on another path began `within_s` before."""

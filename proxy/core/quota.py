@@ -13,9 +13,9 @@ response reports `ratelimit-remaining`. So are the calls of a token about which 
 the first one tells of calls by others, all of these may have been made just before: for a minute, calls that
 might not fit beside them are serialized, so that one 429 is enough to stop them.
 
-What the upstream tells may be wrong. So the calls of others are counted apart from our own. If they alone
-leave no room in the hour, one call in 5 s to 5 min is admitted all the same; if its answer tells of more
-room, calls of others are taken back, our own never. The hour's limit is what `ratelimit-limit` told last.
+What the upstream tells may be wrong. So the calls that it told of are counted apart from our own. If they
+alone leave no room, one call in 5 s to 5 min is admitted all the same; if its answer tells of more room, they
+are taken back, our own calls never. The hour's limit is what `ratelimit-limit` told last.
 
 `proxy/storage/ledger.py` keeps the same ledger in Redis for all replicas, as a script; a test holds the two
 equal. This one serves where Redis is away, and the simulated day.
@@ -34,7 +34,6 @@ __all__ = [
     "Postponed",
     "QuotaLimits",
     "Window",
-    "stretched",
 ]
 
 PAUSES = 12
@@ -50,21 +49,6 @@ PROBE_S = 20.0
 """A probe of a cool-down postpones the others for so long at most: a write may take longer, and its replica
 may have died."""
 
-_STRETCH_FROM = 0.5
-_STRETCH_TO = 0.1
-
-
-def stretched(fresh_s: int, max_fresh_s: int, remaining_share: float) -> int:
-    """Give the TTL of a fill while `remaining_share` (0 to 1) of the caller's calls is left.
-
-    Down to half it is `fresh_s`; from there it grows linearly, and is `max_fresh_s` at a tenth and below. So
-    a busy token gets older answers instead of errors.
-    """
-    if max_fresh_s <= fresh_s or remaining_share >= _STRETCH_FROM:
-        return fresh_s
-    scarcity = min((_STRETCH_FROM - remaining_share) / (_STRETCH_FROM - _STRETCH_TO), 1.0)
-    return round(fresh_s + (max_fresh_s - fresh_s) * scarcity)
-
 
 class Ledger:
     """One token's calls. Times are seconds of one clock; nothing here reads it.
@@ -79,9 +63,13 @@ class Ledger:
         self._others = Count(limits.windows[1])
         """The calls in the hour that others made, as far as the upstream told."""
         self._suspect_since = -math.inf
-        """Then the upstream told of more calls of others than fit into a minute."""
+        """Then the upstream told of more calls of others than fit into a minute, or that none is left."""
+        self._full_at = -math.inf
+        """Then the upstream told that no call is left."""
+        self._filled = 0
+        """So many calls the minute counts because of that."""
         self._check_at = 0.0
-        """Then one call is admitted that only the calls of others leave no room for."""
+        """Then one call is admitted that only what was told leaves no room for."""
         self._told_at: float | None = None
         self._doubted = False
         self._unknown = 0
@@ -107,7 +95,7 @@ class Ledger:
         postponed = self.foresee(now, call_class, calls, may_check=True)
         if postponed is not None:
             return postponed
-        if self._excess(call_class, calls) > 0:
+        if any(self._excess(count, call_class, calls) > 0 for count in self._counts):
             self._check_at = now + self._pause_s(now)
         alone = self._goes_alone(now, call_class, calls)
         admitted = self.count(now, calls)
@@ -132,10 +120,9 @@ class Ledger:
                 return Postponed(self._probe_until - now, "turn")
         elif now < self._alone_until and self._goes_alone(now, call_class, need):
             return Postponed(self._alone_until - now, "turn")
-        hour = self._counts[1]
         for count in self._counts:
             wait_s = count.wait_s(now, self._ceiling(count, call_class), need)
-            if may_check and count is hour and 0 < self._excess(call_class, need) <= self._others.total:
+            if may_check and 0 < self._excess(count, call_class, need) <= self._only_told(count):
                 wait_s = min(wait_s, max(self._check_at - now, 0.0))
             if wait_s > 0:
                 return Postponed(wait_s, count.window.name)
@@ -144,10 +131,14 @@ class Ledger:
     def _ceiling(self, count: Count, call_class: CallClass) -> int:
         return count.window.ceiling(call_class, self.limits.reserve)
 
-    def _excess(self, call_class: CallClass, need: int) -> int:
-        """Give how many calls the hour would hold too many with `need` more."""
-        hour = self._counts[1]
-        return hour.total + need - self._ceiling(hour, call_class)
+    def _excess(self, count: Count, call_class: CallClass, need: int) -> int:
+        """Give how many calls a window would hold too many with `need` more."""
+        return count.total + need - self._ceiling(count, call_class)
+
+    def _only_told(self, count: Count) -> int:
+        """Give how many calls a window holds that the upstream told of and that can be taken back."""
+        minute = self._counts[0]
+        return minute.held(self._full_at, self._filled) if count is minute else self._others.total
 
     def _pause_s(self, now: float) -> float:
         """Give the time between two calls that check what was told: as long again as it was told for."""
@@ -227,9 +218,8 @@ class Ledger:
             self._limit_hour(limit_told)
         if remaining_told is None:
             self._silent = self._silent or known
-        elif remaining_told == 0:  # it can mean either window: the minute has room again sooner
-            minute = self._counts[0]
-            minute.add(now, max(minute.window.limit - minute.total, 0))
+        elif remaining_told == 0:
+            self._fill(now)
         else:
             used_told = (limit_told or self.per_hour) - remaining_told
             self._reconcile(now, used_told, admitted.at - self._call_s)
@@ -303,6 +293,15 @@ class Ledger:
         ceiling = hour.window._replace(limit=limit).ceiling(CallClass.MISS, self.limits.reserve)
         return limit >= self.per_hour or ceiling > own
 
+    def _fill(self, now: float) -> None:
+        """Take the minute as full: no call is left, in either window, and this one has room again sooner."""
+        minute = self._counts[0]
+        if not minute.take(self._full_at, self._filled):
+            self._suspect_since = now
+        self._full_at, self._filled = now, max(minute.window.limit - minute.total, 0)
+        minute.add(now, self._filled)
+        self._check_at = now + self._pause_s(now)
+
     def _reconcile(self, now: float, used_told: int, asked_at: float) -> None:
         """Count as called by others what the upstream misses in the hour, and take back what it does not.
 
@@ -314,6 +313,9 @@ class Ledger:
         """
         minute, hour = self._counts
         length_s = minute.window.length_s
+        if asked_at >= self._full_at:
+            minute.take(self._full_at, self._filled)
+            self._filled = 0
         missing = used_told - hour.total
         if missing < 0 and self._told_at is not None and asked_at >= self._told_at:
             hour.take_back(self._others, max(-missing - minute.after(now), 0))

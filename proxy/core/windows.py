@@ -89,12 +89,15 @@ class Count:
 
     def take(self, at: float, calls: int) -> int:
         """Take calls out of the bucket of `at`, and give how many there were: none where it has left."""
-        bucket = self._bucket(at)
-        taken = min(calls, self.buckets.get(bucket, 0))
+        taken = self.held(at, calls)
         if taken:
-            self.buckets[bucket] -= taken
+            self.buckets[self._bucket(at)] -= taken
             self.total -= taken
         return taken
+
+    def held(self, at: float, calls: int) -> int:
+        """Give how many of so many calls the bucket of `at` holds."""
+        return min(calls, self.buckets.get(self._bucket(at), 0)) if calls else 0
 
     def take_back(self, added: "Count", calls: int) -> None:
         """Take calls out of this window that are among those `added` to it, the latest first."""

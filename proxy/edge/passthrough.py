@@ -197,6 +197,7 @@ class _Body:
                 if len(self._kept) <= MOST_READ_BYTES:
                     self._kept += chunk
                 yield chunk
+                await asyncio.sleep(0)  # more may be there already, and then nothing else waits
         except TimeoutError:
             raise BadRequest(f"the request's body did not go on within {self._timeout_s} s") from None
         except web.RequestPayloadError:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from proxy.core.errors import UpstreamGivenUp
 from proxy.core.http import parse_limit, parse_remaining
-from proxy.core.operations import is_of_operation
+from proxy.core.operations import Operation, is_of_operation
 from proxy.gate.ledgers import Settlement
 from proxy.tasks.drain import DrainDeadline
 
@@ -46,7 +46,7 @@ class CallContext:
         deadline: float,
         remaining_share: float,
         drain: DrainDeadline,
-        operation: str,
+        operation: Operation,
         *,
         by_remaining: bool,
         probe: bool,
@@ -112,6 +112,6 @@ class CallContext:
             if status is None or refused or status >= HTTPStatus.INTERNAL_SERVER_ERROR
             else status != HTTPStatus.UNAUTHORIZED,
             refused=refused and not self.of_operation,
-            refused_operation=self._operation if self.of_operation else "",
+            refused_operation=self._operation if self.of_operation else None,
             retry_after_s=self.retry_after_s,
         )

@@ -18,7 +18,7 @@ from proxy.core.breaker import Breaker
 from proxy.core.errors import Overloaded, QuotaSpent, UpstreamPaused
 from proxy.core.events import CallSettled, QuotaWait, Route, Standing
 from proxy.core.identity import ListQuery, Partition, Token
-from proxy.core.operations import operation
+from proxy.core.operations import Operation, operation
 from proxy.core.passthrough import Forwarding, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.ports import Upstream
@@ -183,7 +183,7 @@ class UpstreamGate:
         caller: str,
         call_class: CallClass,
         *,
-        operation: str,
+        operation: Operation,
         patient: bool = True,
         wait_until: float = math.inf,
         answer_by: float = math.inf,
@@ -201,7 +201,7 @@ class UpstreamGate:
         line = self._lines.setdefault(name, Line())
         line.calls += 1
         try:
-            asker = Asker(account, operation, call_class, give_up, call_s, line.refusals)
+            asker = Asker(account, operation.name, call_class, give_up, call_s, line.refusals)
             permit = await self._turns.take(line, asker, patient=patient)
             self._observe(QuotaWait(self._monotonic() - asked_at))
             if not permit.known:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
-from proxy.core.operations import Operations
+from proxy.core.operations import Operation, Operations
 from proxy.core.ports import CommonLedger
 from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Postponed, QuotaLimits
 
@@ -71,7 +71,7 @@ class Settlement(NamedTuple):
     refused: bool = False
     """The answer was 429, and was meant for the token."""
 
-    refused_operation: str = ""
+    refused_operation: Operation | None = None
     """The answer was 429, and was meant for this operation only."""
 
     retry_after_s: int | None = None
@@ -168,7 +168,9 @@ class Accounts:
         own.known = own.known if settlement.known is None else settlement.known
         refused = settlement.refused
         if settlement.refused_operation:
-            refused = await self._cool_operation(own, account, settlement)
+            refused = await self._cool_operation(
+                own, account, settlement.refused_operation, settlement.retry_after_s
+            )
         if refused:
             own.ledger.cool(now, settlement.retry_after_s)
         own.ledger.settle(
@@ -192,14 +194,16 @@ class Accounts:
                 known=settlement.known,
             )
 
-    async def _cool_operation(self, own: "_Own", account: Account, settlement: Settlement) -> bool:
-        """Stop one operation of the token. Tell whether it is the second in a minute: then stop the token."""
-        name, minute_s = settlement.refused_operation, self._limits.minute_s
-        seconds = settlement.retry_after_s or minute_s / PAUSES
-        seen = own.operations.cool(self._monotonic(), name, seconds)
+    async def _cool_operation(
+        self, own: "_Own", account: Account, operation: Operation, retry_after_s: int | None
+    ) -> bool:
+        """Stop one operation. Tell whether it is on the second path in a minute: then stop the token."""
+        minute_s = self._limits.minute_s
+        seconds = retry_after_s or minute_s / PAUSES
+        another = own.operations.cool(self._monotonic(), operation, seconds)
         for partition in account.partitions:
-            seen |= await self._common.cool_operation(partition, name, seconds, minute_s)
-        return seen
+            another |= await self._common.cool_operation(partition, operation, seconds, minute_s)
+        return another
 
     def standings(self) -> Iterator[tuple[str, Standing]]:
         """Give the name of each token's caller, and where the token stands by this replica's own ledger."""

@@ -88,8 +88,7 @@ class Settler:
                         account.caller,
                         context.status,
                         error=_error_type(failure),
-                        outcome_unknown=is_write
-                        and _outcome_unknown(context.status, context.retry_after_s, failure),
+                        outcome_unknown=is_write and _outcome_unknown(route, context, failure),
                         breaker_open=breaker.is_open,
                         cooldown_s=0.0 if context.of_operation else self._accounts.cooldown_s(account),
                     )
@@ -120,11 +119,12 @@ def _error_type(failure: BaseException | None) -> str:
             return GIVEN_UP
 
 
-def _outcome_unknown(status: int | None, retry_after_s: int | None, failure: BaseException | None) -> bool:
+def _outcome_unknown(route: Route, context: CallContext, failure: BaseException | None) -> bool:
     """Tell whether a write may have been carried out or not: by its answer, or because it had none."""
     match failure:
-        case _ if status is not None:
-            return not tells_outcome(status, retry_after_s)
+        case _ if context.status is not None:
+            deletes = route is Route.DELETE
+            return not tells_outcome(context.status, context.retry_after_s, deletes=deletes)
         case UpstreamUnreachable():  # not sent
             return False
         case UpstreamError():

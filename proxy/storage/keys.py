@@ -65,9 +65,9 @@ class Keys:
         digest = sha256(f"{partition} {operation}".encode()).hexdigest()[:32]
         return f"{self._mine(partition)}:quota:op:{digest}".encode()
 
-    def last_operation(self, partition: Partition) -> bytes:
-        """Name the place of the operation of a caller that was stopped last."""
-        return f"{self._mine(partition)}:quota:op".encode()
+    def last_path(self, partition: Partition) -> bytes:
+        """Name the place of the path of the operation of a caller that was stopped last."""
+        return f"{self._mine(partition)}:quota:path".encode()
 
     def known(self, partition: Partition) -> bytes:
         """Name the mark of a caller whose token the upstream took."""

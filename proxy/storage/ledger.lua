@@ -20,14 +20,16 @@
 --   B  when the ledger began
 --   C  until then the token cools down
 --   D  from then on one call may check what the upstream told
+--   E  when the upstream last told that no call is left
 --   L  the limit of the hour, in calls, as the upstream told it
+--   N  so many calls the minute counts because of E
 --   O  when calls of others were last seen
 --   P  until then the probe of the cool-down may take
 --   S  1: the upstream sends no `ratelimit-remaining`
 --   T  when the upstream told `ratelimit-remaining` last
 --   U  so many calls of others the minute may hold
 --   V  until then U counts
---   X  when the upstream last told more calls of others than a minute allows
+--   X  when the upstream last told more calls of others than a minute allows, or that no call is left
 -- Replicas of another version may write letters that are not among these, in the form `%.6f`, and may not know all
 -- of these.
 
@@ -153,6 +155,21 @@ local function others()
   end
   return found, total
 end
+local function called_by_others()
+  local _, total = others()
+  return total
+end
+-- Give the calls that the minute counts because of E.
+local function filled()
+  if not fields.E or not fields.N then return 0 end
+  return math.min(fields.N, minute.buckets[math.floor(fields.E / minute.bucket)] or 0)
+end
+local function unfill()
+  local calls = filled()
+  if calls > 0 then put(minute, math.floor(fields.E / minute.bucket), -calls) end
+  set('N', nil)
+  return calls
+end
 local function take_back(found, calls)
   local numbers = {}
   for number in pairs(found) do table.insert(numbers, number) end
@@ -179,7 +196,7 @@ for _, window in pairs(windows) do
 end
 local furthest = {
   A = TURN_S, C = LONGEST_RETRY_AFTER_S, P = math.max(call, minute.length / PAUSES),
-  T = 0, O = 0, V = minute.length, D = hour.length / PAUSES, X = 0,
+  T = 0, O = 0, E = 0, V = minute.length, D = hour.length / PAUSES, X = 0,
 }
 for name, seconds in pairs(furthest) do
   if fields[name] and fields[name] > now + seconds + minute.bucket then
@@ -210,17 +227,17 @@ if question == 'admit' or question == 'foresee' then
   elseif alone and now < (fields.A or 0) then
     return postpone(fields.A - now, 'turn')
   end
-  local seconds = wait(minute, minutes, need)
-  if seconds > 0 then return postpone(seconds, 'minute') end
-  seconds = wait(hour, hours, need)
-  local excess = hour.total + need - hours
-  if seconds > 0 and question == 'admit' then
-    local _, called = others()
-    if excess <= called then seconds = math.min(seconds, math.max((fields.D or 0) - now, 0)) end
+  local checks = false
+  for _, each in ipairs({{minute, minutes, filled}, {hour, hours, called_by_others}}) do
+    local window, most, told = each[1], each[2], each[3]
+    local seconds, excess = wait(window, most, need), window.total + need - most
+    if seconds > 0 and question == 'admit' and excess <= told() then
+      seconds, checks = math.min(seconds, math.max((fields.D or 0) - now, 0)), true
+    end
+    if seconds > 0 then return postpone(seconds, window.name) end
   end
-  if seconds > 0 then return postpone(seconds, 'hour') end
   if question == 'foresee' then return {2} end
-  if excess > 0 then set('D', now + pause()) end
+  if checks then set('D', now + pause()) end
   local at = tonumber(string.format('%.6f', now + call))
   add(minute, at, 1)
   add(hour, at, 1)
@@ -256,10 +273,7 @@ if question == 'settle' then
   if fields.A == turn_ends(at) then set('A', nil) end
   if limit then
     local credible = limit >= hour.limit
-    if not credible then
-      local _, called = others()
-      credible = ceiling(limit, kept, 1) > hour.total - called
-    end
+    if not credible then credible = ceiling(limit, kept, 1) > hour.total - called_by_others() end
     if credible then
       hour.limit = limit
       set('L', limit)
@@ -268,8 +282,13 @@ if question == 'settle' then
   if not told then
     if known == '1' then set('S', 1) end
   elseif told == 0 then
-    add(minute, now, math.max(minute.limit - minute.total, 0))
+    if unfill() == 0 then set('X', now) end
+    set('E', now)
+    set('N', math.max(minute.limit - minute.total, 0))
+    add(minute, fields.E, fields.N)
+    set('D', now + pause())
   else
+    if fields.E and at - call >= fields.E then unfill() end
     local missing = (limit or hour.limit) - told - hour.total
     if missing < 0 and fields.T and at - call >= fields.T then
       local on_their_way = 0

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from proxy.core.events import StoreOperation
 from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.identity import Partition
+from proxy.core.operations import Operation
 from proxy.core.quota import PAUSES, PROBE_S, TURN_S, Admitted, CallClass, Postponed, QuotaLimits
 from proxy.core.windows import shares
 from proxy.storage.commands import Command, Script
@@ -144,16 +145,17 @@ class RedisLedger:
                 return None
 
     async def cool_operation(
-        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+        self, partition: Partition, operation: Operation, retry_after_s: float, within_s: float
     ) -> bool:
-        """Stop one operation of a token. Tell whether another one was stopped `within_s` before."""
-        last, cooling = self._keys.last_operation(partition), self._keys.operation(partition, operation)
+        """Stop one operation of a token. Tell whether one on another path was stopped `within_s` before."""
+        cooling, path = (self._keys.operation(partition, each) for each in operation)
+        last = self._keys.last_path(partition)
         replies = await self._run(
             ("GET", last),
-            ("SET", last, cooling, "PX", max(round(within_s * 1000), 1)),
+            ("SET", last, path, "PX", max(round(within_s * 1000), 1)),
             ("SET", cooling, 1, "PX", max(round(retry_after_s * 1000), 1)),
         )
-        return replies is not None and replies[0] not in (None, cooling)
+        return replies is not None and replies[0] not in (None, path)
 
     async def _admit(
         self,

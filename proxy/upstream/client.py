@@ -37,7 +37,7 @@ from proxy.core.policy import Answer
 from proxy.core.request import Call
 from proxy.tasks.listening import ListeningTimeout
 from proxy.upstream.pool import Pool, Way, way
-from proxy.upstream.stream import Upload, chunks_of, read_all
+from proxy.upstream.stream import BUFFER_BYTES, Upload, chunks_of, read_all
 
 USER_AGENT = f"snapshot-proxy/{__version__}"
 
@@ -273,6 +273,7 @@ def _session(pool: Pool) -> aiohttp.ClientSession:
         trust_env=False,
         auto_decompress=False,  # its chunks have no bound that we could set
         raise_for_status=False,
+        read_bufsize=BUFFER_BYTES,
         skip_auto_headers=("User-Agent",),
         middlewares=(_say_once,),
         timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),

@@ -3,11 +3,14 @@
 An edge may close a kept connection at any time, and what is sent over it then is lost, or was carried out and
 its answer lost. So writes never go over a kept connection. A read may, and is repeated; after such a failure,
 no connection that was last used before it is used again.
+
+What comes over a connection is parsed in slices, so that no peer stops the event loop with very many answers
+where one is due.
 """
 
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -16,11 +19,16 @@ from weakref import WeakKeyDictionary
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http import HttpProcessingError
 from aiohttp.tracing import Trace
 
 from proxy.core.errors import UpstreamUnreachable
 from proxy.system.openssl import openssl_words
 from proxy.tasks.listening import ListeningTimeout
+
+_SLICE_BYTES = 16_384
+_MOST_AT_ONCE = 100
+"""Answers in one slice: the one that was asked for, and interim ones (1xx) before it."""
 
 
 class Way:
@@ -46,6 +54,21 @@ def way() -> Iterator[Way]:
         _WAY.reset(token)
 
 
+class _Protocol(ResponseHandler):
+    """aiohttp's protocol object: 256 KiB of small answers in one read would take it 60 ms."""
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came. Too many answers are an error, as what is no HTTP is."""
+        for start in range(0, len(data) or 1, _SLICE_BYTES):
+            super().data_received(data[start : start + _SLICE_BYTES])
+            if len(self) > _MOST_AT_ONCE:
+                self.set_exception(HttpProcessingError(message="too many answers"))
+                assert self.transport is not None
+                self.transport.close()
+            if self.exception() is not None:
+                return
+
+
 class Pool(aiohttp.TCPConnector):
     """Opens connections, each within `connect_timeout_s`; where it `keeps` them, they are used again.
 
@@ -55,6 +78,8 @@ class Pool(aiohttp.TCPConnector):
 
     def __init__(self, *, limit: int, context: ssl.SSLContext, connect_timeout_s: float, keeps: bool) -> None:
         super().__init__(limit=limit, ssl=context, force_close=not keeps)
+        make: Callable[..., ResponseHandler] = _Protocol
+        self._factory = partial(make, loop=self._loop)
         self._connect_timeout_s = connect_timeout_s
         self._freed: WeakKeyDictionary[ResponseHandler, float] = WeakKeyDictionary()
         """When each connection was last given back, in monotonic seconds."""

@@ -268,7 +268,15 @@ def test_a_write_of_which_nothing_is_known(
 )
 def test_tells_outcome(status: int, retry_after_s: int | None, *, expected: bool) -> None:
     """A 5xx leaves open whether a write was carried out, unless it names a time for the next try."""
-    assert tells_outcome(status, retry_after_s) is expected
+    for deletes in (False, True):
+        assert tells_outcome(status, retry_after_s, deletes=deletes) is expected
+
+
+@pytest.mark.parametrize("status", [200, 202, 302, 304, 307])
+def test_what_an_answer_to_a_deletion_has_to_be(status: int) -> None:
+    """The API documents 204; of other writes it documents several of these."""
+    assert tells_outcome(status, None)
+    assert not tells_outcome(status, None, deletes=True)
 
 
 def test_an_invalid_answer_says_what_is_wrong() -> None:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from proxy.core.operations import MOST_OPERATIONS, MOST_SAID_BYTES, Operations, is_of_operation, operation
+from proxy.core.operations import (
+    MOST_OPERATIONS,
+    MOST_SAID_BYTES,
+    Operation,
+    Operations,
+    is_of_operation,
+    operation,
+)
 
 pytestmark = pytest.mark.G4
 
@@ -49,19 +56,21 @@ def test_whose_429_it_is(
 )
 def test_what_one_operation_is(method: str, target: str, *, is_same: bool) -> None:
     """One method and path, ids included; none of these is in its name."""
-    name = operation(method, target)
-    assert (name == operation("GET", "/v2/volumes/1/snapshots")) is is_same
-    assert len(name) == 32
-    assert int(name, 16) >= 0
+    one, other = operation(method, target), operation("GET", "/v2/volumes/1/snapshots")
+    assert (one == other) is is_same
+    assert (one.path == other.path) is (is_same or method == "POST")
+    for digest in one:
+        assert len(digest) == 32
+        assert int(digest, 16) >= 0
 
 
 def test_one_operation_cools_down() -> None:
     """Until its time; a later 429 never shortens it; the others go on."""
     operations = Operations(60.0)
-    assert operations.cool(100.0, "one", 600.0) is False
+    assert operations.cool(100.0, Operation("one", "path"), 600.0) is False
     assert operations.wait_s(101.0, "one") == 599.0
     assert operations.wait_s(101.0, "other") == 0.0
-    assert operations.cool(102.0, "one", 5.0) is False
+    assert operations.cool(102.0, Operation("one", "path"), 5.0) is False
     assert operations.wait_s(102.0, "one") == 598.0
     assert operations.wait_s(700.0, "one") == 0.0
 
@@ -74,20 +83,24 @@ def test_one_operation_cools_down() -> None:
         pytest.param([("one", 0), ("one", 1), ("one", 30)], [False] * 3, id="the-same-again"),
         pytest.param([("one", 0), ("one", 50), ("other", 100)], [False, False, True], id="since-the-last"),
         pytest.param([("one", 0), ("other", 1), ("one", 2)], [False, True, True], id="in-turn"),
+        pytest.param([("one", 0), ("ONE", 1), ("one", 2)], [False] * 3, id="another-method-of-its-path"),
+        pytest.param([("one", 0), ("ONE", 50), ("other", 100)], [False, False, True], id="since-that"),
     ],
 )
-def test_a_second_operation_within_a_minute(steps: list[tuple[str, float]], expected: list[bool]) -> None:
-    """It may be the token's limit after all."""
+def test_another_path_within_a_minute(steps: list[tuple[str, float]], expected: list[bool]) -> None:
+    """It may be the token's limit after all. Names that differ in case stand for two methods of one path."""
     operations = Operations(60.0)
-    assert [operations.cool(1000.0 + at, name, 5.0) for name, at in steps] == expected
+    assert [
+        operations.cool(1000.0 + at, Operation(name, name.lower()), 5.0) for name, at in steps
+    ] == expected
 
 
 def test_only_so_many_are_remembered() -> None:
     """The one that ends first is forgotten; those that have ended are, too."""
     operations = Operations(60.0)
     for number in range(MOST_OPERATIONS + 1):
-        operations.cool(100.0, f"{number}", 500.0 - number)
+        operations.cool(100.0, Operation(f"{number}", ""), 500.0 - number)
     assert operations.wait_s(100.0, f"{MOST_OPERATIONS}") == 0.0
     assert operations.wait_s(100.0, f"{MOST_OPERATIONS - 1}") > 0
-    operations.cool(1000.0, "new", 1.0)
+    operations.cool(1000.0, Operation("new", ""), 1.0)
     assert len(operations._until) == 1

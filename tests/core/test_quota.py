@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
+from proxy.core.policy import stretched
 from proxy.core.quota import (
     PROBE_S,
     TURN_S,
@@ -15,7 +16,6 @@ from proxy.core.quota import (
     Postponed,
     QuotaLimits,
     Window,
-    stretched,
 )
 
 pytestmark = pytest.mark.G4
@@ -428,6 +428,47 @@ def test_a_value_that_is_confirmed_is_checked_ever_more_seldom() -> None:
     went = checks(ledger, 1, lambda made: 200 - made)
     assert went[:8] == [5, 10, 20, 40, 80, 160, 320, 620]
     assert all(after - before == 300 for before, after in pairwise(went[7:16]))
+
+
+def test_none_left_after_4990_closes_the_token_for_five_seconds() -> None:
+    """It can mean the minute, which would be full for another one: a call goes and tells, also for writes."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ask(ledger, NOON, 4990, 5000)
+    ask(ledger, NOON + 1, 0, 5000)
+    assert ledger.remaining() == (0, 4989)
+    assert ask(ledger, NOON + 4, 4988) == Postponed(2.0, "minute")
+    assert ledger.foresee(NOON + 4, WRITE) == Postponed(57.0, "minute")
+    check = ledger.admit(NOON + 6, WRITE)
+    assert isinstance(check, Admitted)
+    assert ledger.admit(NOON + 6 + TURN_S, WRITE) == Postponed(5.0 - TURN_S, "minute")
+    ledger.settle(check, NOON + 9, 4988, limit_told=5000)
+    assert ledger.remaining() == (247, 4988)
+    assert spend(ledger, NOON + 9, MISS) == 234
+
+
+def test_none_left_again_and_again_is_checked_ever_more_seldom() -> None:
+    """Each time the minute is full for another one; a call that goes and tells is one of ours in it."""
+    ledger = Ledger(FULL, call_s=CALL_S)
+    ask(ledger, NOON, 4990)
+    ask(ledger, NOON + 1, 0)
+    assert checks(ledger, 1, lambda _: 0)[:6] == [5, 10, 20, 40, 80, 141]
+
+
+def test_none_left_because_of_our_own_calls_is_not_checked() -> None:
+    """They leave the minute first, to the call."""
+    ledger = told(FULL)
+    assert spend(ledger, NOON + 10) == 249
+    ledger.settle(ledger.count(NOON + 10), NOON + 10, 0)
+    assert ask(ledger, NOON + 40, 4700) == Postponed(31.0, "minute")
+
+
+def test_an_answer_to_an_earlier_call_does_not_tell_of_more_room() -> None:
+    """Answers come in any order: another one told since that no call is left."""
+    ledger = told(FULL)
+    early, late = ledger.count(NOON + 1), ledger.count(NOON + 1)
+    ledger.settle(late, NOON + 2, 0)
+    ledger.settle(early, NOON + 3, 4990)
+    assert ledger.remaining()[0] == 0
 
 
 def test_what_others_may_well_have_called_is_checked_seldom() -> None:

@@ -453,6 +453,9 @@ CORRUPT[len(CORRUPT) // 2] ^= 0xFF
         pytest.param(b"HTTP/1.1 200 OK\r\n" + b"X: a\r\n" * 10_000, invalid(), id="endless-headers"),
         pytest.param(b"HTTP/9.9 200 OK\r\n\r\n", invalid(), id="another-version"),
         pytest.param(b"SSH-2.0-OpenSSH_9.9\r\n", invalid(), id="another-protocol"),
+        pytest.param(
+            b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10_000 + answer(TRUE), invalid(), id="endless-early-hints"
+        ),
         pytest.param(chunked(b"zz\r\n"), invalid(), id="no-chunk-size"),
         pytest.param(chunked(b'4\r\n{"sn\r\n', b"-4\r\n"), invalid(), id="bad-second-chunk"),
         pytest.param(

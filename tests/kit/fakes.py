@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from proxy.core.events import CallSettled, QuotaWait
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
-from proxy.core.operations import Operations
+from proxy.core.operations import Operation, Operations
 from proxy.core.passthrough import Forwarding, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
@@ -121,7 +121,7 @@ class FakeLedger:
         return self.of(partition).standing(_now())[2]
 
     async def cool_operation(
-        self, partition: Partition, operation: str, retry_after_s: float, within_s: float
+        self, partition: Partition, operation: Operation, retry_after_s: float, within_s: float
     ) -> bool:
         """Stop one operation of a token."""
         assert within_s == self.limits.minute_s

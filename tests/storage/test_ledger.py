@@ -12,6 +12,7 @@ from kit.support import Valkey, until
 
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Partition
+from proxy.core.operations import Operation
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.storage.client import connector
 from proxy.storage.connection import Command, Link
@@ -27,6 +28,7 @@ QUOTA = Keys("test").quota(SOMEBODY)
 
 # Exact in binary, and in the script's six decimals; most steps follow at once.
 PAUSES = st.one_of(st.just(0.0), st.integers(0, 16).map(lambda part: part / 64), st.integers(0, 6).map(float))
+ONE = Operation("one", "path")
 ADMIT = st.tuples(st.just("admit"), st.sampled_from(list(CallClass)))
 TOLD = st.sampled_from((None, 20, 17, 12, 3, 1, 0, 900))
 LIMIT_TOLD = st.sampled_from((None, None, 20, 20, 12, 40, 1000))
@@ -169,6 +171,8 @@ LONG = QuotaLimits(per_minute=6, per_hour=20, reserve=0.2, minute_s=6.0, hour_s=
         pytest.param([(19, 20), (3, 4)], [(18, 20)], id="a-lower-limit"),
         pytest.param([(99, 100), (1, 100)], [(18, 20)], id="a-lower-limit-at-the-end"),
         pytest.param([(1, 20)], [(18, None)], id="the-first-value"),
+        pytest.param([(19, 20), (0, 20)], [(18, 20)], id="none-left"),
+        pytest.param([(19, 20), (0, 20)], [(0, 20), (0, 20), (17, 20)], id="none-left-for-a-while"),
     ],
 )
 async def test_both_find_out_of_a_wrong_value(
@@ -202,14 +206,14 @@ async def test_an_older_replica_leaves_the_new_fields_alone(links: list[Link]) -
     The pattern is the one of version 0.1: what it does not match is no ledger to it, and is deleted.
     """
     mine = ledger(links[0])
-    for remaining, limit in ((29, 30), (2, 30)):
+    for remaining, limit in ((29, 30), (2, 30), (0, 30)):
         reply = await mine.admit(SOMEBODY, CallClass.WRITE)
         assert isinstance(reply, Admission)
         await mine.settle(SOMEBODY, reply.admitted, remaining, limit, answered=True, known=True)
     assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Postponed)
     flat = (await links[1].ask(("HGETALL", QUOTA)))[0]
     fields = {name.decode(): value.decode() for name, value in flat.items()}
-    assert {"D", "L", "X"} <= fields.keys()
+    assert {"D", "E", "L", "N", "X"} <= fields.keys()
     assert fields["L"] == "30.000000"
     for name, value in fields.items():
         assert re.fullmatch(r"[mh]\d+", name) or re.fullmatch(r"[A-Z]", name)
@@ -242,23 +246,24 @@ async def test_what_no_replica_wrote_stops_nobody(links: list[Link], foreign: Co
 
 
 async def test_an_operation_cools_down_for_all_replicas(links: list[Link]) -> None:
-    """It alone; a second one within the minute is told, the same one again is not."""
+    """It alone; one on another path within the minute is told, another method of the same path is not."""
     first, second, _ = (ledger(link) for link in links)
     await settled(first)
-    assert await first.cool_operation(SOMEBODY, "one", 30.0, 6.0) is False
-    assert await second.cool_operation(SOMEBODY, "one", 30.0, 6.0) is False
+    assert await first.cool_operation(SOMEBODY, ONE, 30.0, 6.0) is False
+    assert await second.cool_operation(SOMEBODY, ONE, 30.0, 6.0) is False
+    assert await second.cool_operation(SOMEBODY, Operation("same path", ONE.path), 30.0, 6.0) is False
     reply = await second.admit(SOMEBODY, CallClass.WRITE, "one")
     assert isinstance(reply, Postponed)
     assert reply.window == "operation"
     assert 29 < reply.wait_s <= 30
     assert isinstance(await second.admit(SOMEBODY, CallClass.WRITE, "another"), Admission)
     assert isinstance(await second.admit(Partition("1" * 32), CallClass.WRITE, "one"), Admission)
-    assert await second.cool_operation(SOMEBODY, "another", 30.0, 6.0) is True
-    await links[2].ask(("DEL", Keys("test").last_operation(SOMEBODY)))  # a minute later
-    assert await second.cool_operation(SOMEBODY, "one", 0.05, 6.0) is False
+    assert await second.cool_operation(SOMEBODY, Operation("another", "elsewhere"), 30.0, 6.0) is True
+    await links[2].ask(("DEL", Keys("test").last_path(SOMEBODY)))  # a minute later
+    assert await second.cool_operation(SOMEBODY, ONE, 0.05, 6.0) is False
     ttl_ms, last_ms = await links[2].ask(
         ("PTTL", Keys("test").operation(SOMEBODY, "another")),
-        ("PTTL", Keys("test").last_operation(SOMEBODY)),
+        ("PTTL", Keys("test").last_path(SOMEBODY)),
     )
     assert 29_000 < ttl_ms <= 30_000
     assert 5_000 < last_ms <= 6_000
@@ -371,7 +376,7 @@ async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link])
     assert await mine.admit(SOMEBODY, CallClass.MISS) is None
     assert await mine.foresee(SOMEBODY, CallClass.MISS, 3) is None
     assert await mine.cool(SOMEBODY, 3) is None
-    assert await mine.cool_operation(SOMEBODY, "one", 3.0, 6.0) is False
+    assert await mine.cool_operation(SOMEBODY, ONE, 3.0, 6.0) is False
     await mine.settle(SOMEBODY, admitted, 3, answered=True, known=True)
     await mine.give_back(SOMEBODY, admitted)
 
