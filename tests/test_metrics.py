@@ -9,10 +9,9 @@ from typing import Any, get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.core.cache_status import Avoided, Outcome
 from proxy.core.events import (
-    Avoided,
     Invalidation,
-    Outcome,
     QuotaWait,
     Refreshed,
     RequestDone,
@@ -86,7 +85,7 @@ BEYOND: dict[str, tuple[str, dict[str, set[str]]]] = {
 DECLARED = CONTRACT | BEYOND
 
 DONE = RequestDone(
-    Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18, avoided="hit"
+    Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18, avoided=Outcome.HIT
 )
 
 

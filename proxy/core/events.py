@@ -1,9 +1,10 @@
 """What happened, as frozen records: the rooms emit them, the metrics and the access log only watch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
+
+from proxy.core.cache_status import Avoided, Outcome
 
 OTHER_CALLER = "other"
 """The label of callers without an alias."""
@@ -19,38 +20,8 @@ class Route(StrEnum):
     OTHER = "other"
 
 
-class Outcome(StrEnum):
-    """How a request was answered: the label `cache` of the metrics."""
-
-    HIT = "hit"
-    SEEDED = "seeded"
-    STALE = "stale"
-    NEGATIVE = "negative"
-    MISS = "miss"
-    REVALIDATED = "revalidated"
-    COLLAPSED = "collapsed"
-    BYPASS = "bypass"
-    NONE = "none"
-
-
 GIVEN_UP_BY_CALLER = 499
 """The status, as nginx has it, of what has none because its caller left, or did not go on."""
-
-FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE})
-"""Outcomes for which a stored entry answered."""
-
-
-Avoided = Literal["hit", "seeded", "stale", "collapsed", "cooldown", "negative"]
-"""Why a request needed no call to the upstream. `cooldown`: stale, as the API had asked the token to wait."""
-
-AVOIDED_BY: Mapping[Outcome, Avoided] = {
-    Outcome.HIT: "hit",
-    Outcome.SEEDED: "seeded",
-    Outcome.STALE: "stale",
-    Outcome.COLLAPSED: "collapsed",
-    Outcome.NEGATIVE: "negative",
-}
-"""What an outcome alone says about that."""
 
 
 @dataclass(frozen=True, slots=True)

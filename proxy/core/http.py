@@ -1,6 +1,6 @@
-"""The words of HTTP that a cache speaks: validators, conditions, Cache-Status, envelopes.
+"""The header fields and error bodies that a cache reads and writes; Cache-Status is in `cache_status.py`.
 
-Sources: RFC 9110 §8.8.3 and §13.1.2 (ETag, If-None-Match), RFC 9209 (Proxy-Status), RFC 9211 (Cache-Status).
+Sources: RFC 9110 §8.8.3 and §13.1.2 (ETag, If-None-Match), §10.2.3 (Retry-After), RFC 9209 (Proxy-Status).
 """
 
 import hashlib
@@ -8,10 +8,8 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 
 import orjson
 
@@ -34,53 +32,6 @@ _HIGHEST_LIMIT = 1_000_000
 """Calls in an hour; also of `quota.per_hour`."""
 
 _ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
-
-
-class Why(StrEnum):
-    """Why a request went upstream (RFC 9211 §2.2)."""
-
-    URI_MISS = "uri-miss"
-    STALE = "stale"
-    REQUEST = "request"
-    METHOD = "method"
-    BYPASS = "bypass"
-
-
-class Detail(StrEnum):
-    """What else there is to say (RFC 9211 §2.8)."""
-
-    NEGATIVE = "negative"
-    COOLDOWN = "cooldown"
-    QUOTA = "quota"
-    STALE_IF_ERROR = "stale-if-error"
-    STORE_UNAVAILABLE = "store-unavailable"
-    INVALIDATION_PENDING = "invalidation-pending"
-
-
-def hit(ttl_s: int, detail: Detail | None = None) -> str:
-    """Write the Cache-Status of an answer from the cache."""
-    return f"{CACHE_NAME}; hit; ttl={ttl_s}{_detail(detail)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """How a request went upstream. `str()` of it is its Cache-Status.
-
-    `status` is the upstream's, None where it gave none.
-    """
-
-    why: Why
-    status: int | None = None
-    stored: bool = False
-    collapsed: bool = False
-    detail: Detail | None = None
-
-    def __str__(self) -> str:
-        # A bypass says why it was one; the answer's own status is the upstream's.
-        status = "" if self.status is None or self.why is Why.BYPASS else f"; fwd-status={self.status}"
-        stored = "; stored" if self.stored else ""
-        collapsed = "; collapsed" if self.collapsed else ""
-        return f"{CACHE_NAME}; fwd={self.why}{status}{stored}{collapsed}{_detail(self.detail)}"
 
 
 def etag_of(body: bytes) -> str:
@@ -157,7 +108,3 @@ def parse_limit(value: str, remaining: int | None) -> int | None:
     if limit is None or remaining is None or not max(remaining, 1) <= limit <= _HIGHEST_LIMIT:
         return None
     return limit
-
-
-def _detail(detail: Detail | None) -> str:
-    return "" if detail is None else f"; detail={detail}"

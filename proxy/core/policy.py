@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
+from proxy.core.cache_status import Fwd
 from proxy.core.entry import Entry, Freshness, Lifetimes
 from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.events import EnumField
-from proxy.core.http import Why, etag_of
+from proxy.core.http import etag_of
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.quota import stretched
 from proxy.core.request import Directives
@@ -40,7 +41,7 @@ class HitThenRevalidate:
 class Forward:
     """The upstream has to be asked. `fallback` may answer where it fails (RFC 5861 §4)."""
 
-    why: Why
+    fwd: Fwd
     fallback: Entry | None = None
 
 
@@ -65,23 +66,23 @@ def on_lookup(entry: Entry | None, directives: Directives, now: float) -> Decisi
 
 def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit | HitThenRevalidate | Forward:
     if entry is None:
-        return Forward(Why.URI_MISS)
+        return Forward(Fwd.URI_MISS)
     freshness = entry.freshness(now)
     fresh = freshness is Freshness.FRESH
     if directives.no_cache:  # RFC 9111 §5.2.1.4
-        return Forward(Why.REQUEST if fresh else Why.STALE)
+        return Forward(Fwd.REQUEST if fresh else Fwd.STALE)
     # RFC 9111 §5.2.1.1: a request with max-age and without max-stale is not answered stale.
     if directives.max_age_s is not None and not (fresh and entry.age_s(now) <= directives.max_age_s):
-        return Forward(Why.REQUEST if fresh else Why.STALE)
+        return Forward(Fwd.REQUEST if fresh else Fwd.STALE)
     match freshness:
         case Freshness.FRESH:
             return Hit(entry)
         case Freshness.STALE_WHILE_REVALIDATE:
             return HitThenRevalidate(entry)
         case Freshness.STALE_IF_ERROR:
-            return Forward(Why.STALE, fallback=entry)
+            return Forward(Fwd.STALE, fallback=entry)
         case _:  # expired: of no use
-            return Forward(Why.STALE)
+            return Forward(Fwd.STALE)
 
 
 # -- the second question -----------------------------------------------------------------------

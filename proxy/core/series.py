@@ -9,7 +9,8 @@ have 8,257.
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from proxy.core.events import OTHER_CALLER, Outcome, Route
+from proxy.core.cache_status import Outcome
+from proxy.core.events import OTHER_CALLER, Route
 
 ANSWERS = ("2xx", "304", "401", "403", "404", "429", "4xx", "5xx")
 """The label `status` of what a caller gets; section 6 of the contract."""

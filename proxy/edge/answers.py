@@ -31,7 +31,7 @@ def served_response(
     `gzip` tells whether the caller takes a compressed body.
     """
     headers = _headers(request_id)
-    headers["Cache-Status"] = served.cache_status
+    headers["Cache-Status"] = served.cache_status.header
     headers.extend(served.ratelimit)
     body = served.body
     if served.entry is None:
@@ -71,7 +71,7 @@ def served_response(
 def failed_response(failed: Failed, request_id: str) -> web.Response:
     """Answer a read with an error of ours."""
     response = error_response(failed.error, request_id)
-    response.headers["Cache-Status"] = failed.cache_status
+    response.headers["Cache-Status"] = failed.cache_status.header
     return response
 
 

@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 
 from proxy.cache.fetch import Fetched
 from proxy.cache.invalidator import Invalidator
+from proxy.core.cache_status import Detail, Forwarded, Fwd
 from proxy.core.errors import (
     EDGE_FAILED,
     RETRYABLE,
@@ -30,7 +31,7 @@ from proxy.core.errors import (
     WriteUnknown,
     tells_outcome,
 )
-from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, retry_after
+from proxy.core.http import CACHE_NAME, retry_after
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
     EndsWhatBodyNames,
@@ -224,7 +225,7 @@ async def _stream_back(
     headers["Server"] = CACHE_NAME
     headers["X-Request-Id"] = forwarding.request_id
     detail = Detail.INVALIDATION_PENDING if pending else None
-    headers["Cache-Status"] = str(Forwarded(Why.BYPASS, detail=detail))
+    headers["Cache-Status"] = Forwarded(Fwd.BYPASS, detail=detail).header
     if not is_read(forwarding.method) and not tells_outcome(answer.status, answer.retry_after_s):
         headers.update(NO_RETRY)
     elif answer.status in RETRYABLE:

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from proxy.core.events import FROM_CACHE, RequestDone
+from proxy.core.cache_status import FROM_CACHE
+from proxy.core.events import RequestDone
 from proxy.logs import event
 
 _LOG = logging.getLogger(__name__)

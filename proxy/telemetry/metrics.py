@@ -22,15 +22,14 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.core.cache_status import Avoided, Outcome
 from proxy.core.events import (
     OTHER_CALLER,
-    Avoided,
     By,
     Cause,
     EnumField,
     Invalidation,
     Operation,
-    Outcome,
     QuotaWait,
     Refreshed,
     RequestDone,
