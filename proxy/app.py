@@ -316,7 +316,7 @@ class App:
             store_shared=lambda: self._settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
             pending_invalidations=lambda: store.pending_invalidations,
-            breaker_open=lambda: gate.breaker_open,
+            upstream_breaker_open=lambda: gate.breaker_open,
             standings=gate.standings,
             per_minute=self._settings.quota.per_minute,
         )

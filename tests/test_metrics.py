@@ -100,7 +100,7 @@ def metrics() -> Metrics:
         store_shared=lambda: False,
         secret_mismatch=lambda: 5,
         pending_invalidations=lambda: 7,
-        breaker_open=lambda: False,
+        upstream_breaker_open=lambda: False,
         standings=lambda: {"team-a": Standing(200, 4000, 0.0, 20_000), "other": Standing(0, 4999, 7.5, 5000)},
         per_minute=250,
     )
@@ -405,7 +405,7 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
         store_shared=lambda: False,
         secret_mismatch=lambda: 0,
         pending_invalidations=lambda: len(open_connections),
-        breaker_open=lambda: bool(open_connections),
+        upstream_breaker_open=lambda: bool(open_connections),
         standings=lambda: standings,
         per_minute=250,
     )
