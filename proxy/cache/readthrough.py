@@ -45,7 +45,7 @@ class Served:
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
     outcome_unknown: bool = False
-    """It answers a write, and does not tell whether the write was carried out."""
+    """It answers a write, and it is unknown whether the write was carried out."""
 
 
 @dataclass(frozen=True, slots=True)

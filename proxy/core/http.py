@@ -18,10 +18,10 @@ from proxy.core.errors import RETRY_AFTER_S, ProxyError
 CACHE_NAME = "snapshot-proxy"
 
 LONGEST_RETRY_AFTER_S = 3600
-"""What the upstream says beyond that is not believed."""
+"""A longer `Retry-After` of the upstream counts as this: its longest window is an hour."""
 
 GZIP_FROM_BYTES = 1024
-"""Smaller lists fit into a packet or two as they are."""
+"""Smaller lists fit into one or two packets uncompressed."""
 
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
@@ -29,7 +29,7 @@ _GZIP_STEP_BYTES = 65_536
 _ETAG_HEX = 32
 _MOST_DIGITS = 9
 _HIGHEST_LIMIT = 1_000_000
-"""Calls in an hour; also of `quota.per_hour`."""
+"""The highest `ratelimit-limit` that is believed, in calls an hour; `quota.per_hour` has the same bound."""
 
 _ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 
@@ -48,7 +48,7 @@ def gzipped(body: bytes) -> Iterator[bytes]:
 
 
 def is_not_modified(if_none_match: str, etag: str) -> bool:
-    """Tell whether `If-None-Match` names `etag`, by the weak comparison that RFC 9110 §13.1.2 wants."""
+    """Tell whether `If-None-Match` names `etag`, by weak comparison (RFC 9110 §13.1.2)."""
     return if_none_match.strip() == "*" or etag in _ETAG.findall(if_none_match)
 
 
@@ -68,10 +68,10 @@ def proxy_status(error: ProxyError) -> str:
 
 
 def parse_retry_after(value: str, now: float) -> int | None:
-    """Read the upstream's `Retry-After` in seconds: 1 to 3,600, for no limit of it is longer than an hour.
+    """Read the upstream's `Retry-After` in seconds: 1 to LONGEST_RETRY_AFTER_S.
 
     It is a number of seconds, or a date in one of HTTP's three forms (RFC 9110 §10.2.3 and §5.6.7), which is
-    compared with `now` (Unix seconds). None for what is neither.
+    compared with `now` (Unix seconds). None if it is neither.
     """
     value = value.strip()
     if value.isascii() and value.isdigit():
@@ -84,7 +84,7 @@ def parse_retry_after(value: str, now: float) -> int | None:
 
 
 def _parse_date(value: str) -> float | None:
-    """Read an HTTP-date as Unix seconds. asctime's form names no zone: all three are UTC."""
+    """Read an HTTP-date as Unix seconds. The asctime form names no zone; all three forms are UTC."""
     try:
         date = parsedate_to_datetime(value)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
@@ -93,17 +93,17 @@ def _parse_date(value: str) -> float | None:
 
 
 def retry_after(seconds: int | None) -> str:
-    """Write our `Retry-After`: 1 to 60, whatever the upstream's was."""
+    """Write the `Retry-After` of our answers: 1 to 60 seconds, even if the upstream's was longer."""
     return str(min(max(seconds or RETRY_AFTER_S, 1), 60))
 
 
 def parse_remaining(value: str) -> int | None:
-    """Read `ratelimit-remaining`; None for what cannot be a number of calls."""
+    """Read `ratelimit-remaining`; None if it is not a number of at most nine digits."""
     return int(value) if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS else None
 
 
 def parse_limit(value: str, remaining: int | None) -> int | None:
-    """Read `ratelimit-limit`; None for what cannot be the hour's: absurd, or less than what remains."""
+    """Read `ratelimit-limit`; None if it is above _HIGHEST_LIMIT, or below the `remaining` calls."""
     limit = parse_remaining(value)
     if limit is None or remaining is None or not max(remaining, 1) <= limit <= _HIGHEST_LIMIT:
         return None

@@ -1,7 +1,8 @@
 """All cache semantics, in two questions with closed answers.
 
-`on_lookup`: may what was found answer this request, or must it go upstream? `on_answer`: what does the
-upstream's answer mean, may it be kept, and for how long? Neither reads a clock or draws a number.
+`on_lookup`: may the entry that was found answer this request, or must the upstream be asked? `on_answer`:
+what does the upstream's answer mean, may it be stored, and for how long? Neither reads a clock or draws a
+number.
 """
 
 from collections.abc import Mapping
@@ -32,14 +33,14 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class HitThenRevalidate:
-    """The entry answers, stale as it is, and is refreshed behind the caller's back (RFC 5861 §3)."""
+    """The stale entry answers, and is refreshed in the background (RFC 5861 §3)."""
 
     entry: Entry
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The upstream has to be asked. `fallback` may answer where it fails (RFC 5861 §4)."""
+    """The upstream has to be asked. If it fails, `fallback` may answer (RFC 5861 §4)."""
 
     fwd: Fwd
     fallback: Entry | None = None
@@ -81,7 +82,7 @@ def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit |
             return HitThenRevalidate(entry)
         case Freshness.STALE_IF_ERROR:
             return Forward(Fwd.STALE, fallback=entry)
-        case _:  # expired: of no use
+        case _:  # expired
             return Forward(Fwd.STALE)
 
 
@@ -90,9 +91,9 @@ def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit |
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the upstream said to one read. `called_at` is when it was asked (Unix seconds).
+    """The upstream's answer to one call. `called_at` is when the call was sent (Unix seconds).
 
-    `ratelimit` are the headers of that name, for the caller who gets this very answer; `validator` is the
+    `ratelimit` are the headers of that name, which only the caller of this call gets; `validator` is the
     entity tag.
     """
 
@@ -108,10 +109,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Serve `entry`, and store it for as long as its lifetimes say. A list's has yet to be compressed.
+    """Serve `entry`, and store it for as long as its lifetimes say. The body of a list is not compressed yet.
 
-    `seeds` are single entries, by id, that came along. `unknown` names a field once for each value of it that
-    is beyond the documented ones.
+    `seeds` are the single entries, by id, that came with a list. `unknown` names a field once for each
+    undocumented value of it.
     """
 
     entry: Entry
@@ -123,7 +124,7 @@ class Keep:
 class TokenRejected:
     """The upstream does not know this token: whatever is kept for this caller ends. Serve `body`.
 
-    `entry` answers the caller from now on, whatever is asked, for as long as its lifetime says.
+    `entry` answers every read of the caller for as long as its lifetime says.
     """
 
     body: bytes | None
@@ -139,7 +140,7 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class PassThrough:
-    """Serve `body` and keep nothing."""
+    """Serve `body`, and store nothing."""
 
     body: bytes | None
 
@@ -148,7 +149,7 @@ class PassThrough:
 class Deleted:
     """The snapshot is gone, or may be: it is invalidated for all callers, and so are all lists.
 
-    `body` is empty where the upstream said that it is gone, else its error, or None where there is none.
+    `body` is empty if the upstream answered 204, else its error; None if that is unreadable.
     """
 
     body: bytes | None
@@ -162,7 +163,7 @@ class Absent:
 
 
 Verdict = Keep | TokenRejected | Denied | PassThrough
-"""A `body` is the upstream's error with a request_id; None where the upstream did not explain itself."""
+"""A `body` is the upstream's error with a request_id; None if it was not readable JSON of the API."""
 
 _END_OF_STATUSES = 600  # RFC 9110 §15
 
@@ -171,7 +172,7 @@ _END_OF_STATUSES = 600  # RFC 9110 §15
 class Policy:
     """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL taken off at random.
 
-    `public_url` begins the page links of lists where it is not empty.
+    The page links of lists begin with `public_url`, unless it is empty.
     """
 
     fresh_s: int
@@ -194,8 +195,9 @@ class Policy:
     ) -> Verdict:
         """Decide about the upstream's `answer` to a read; `draw` is a random number in [0, 1).
 
-        `validated` is the entry whose validator went up with the question, if one did. Raises UpstreamInvalid
-        where the answer is not what the API documents, UpstreamEdgeFailed where it is not the API's.
+        `validated` is the entry whose validator was sent with the request, if one was. Raises UpstreamInvalid
+        if the answer is not what the API documents, UpstreamEdgeFailed if it came from the edge in front of
+        it.
         """
         if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
             lifetimes = self._of_list(draw) if isinstance(target, ListQuery) else self._positive(answer, draw)
@@ -225,9 +227,9 @@ class Policy:
     def on_delete(
         self, answer: Answer, *, request_id: str, draw: float
     ) -> Deleted | Absent | TokenRejected | PassThrough:
-        """Decide about the upstream's `answer` to a DELETE. What it does not say surely counts as deleted.
+        """Decide about the upstream's `answer` to a DELETE. If the outcome is unknown it counts as deleted.
 
-        Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
+        Raises UpstreamInvalid if it is not what the API documents: then the outcome is unknown, too.
         """
         if answer.status < HTTPStatus.BAD_REQUEST and answer.status != HTTPStatus.NO_CONTENT:
             raise UpstreamInvalid(f"status {answer.status} to a DELETE")
@@ -253,10 +255,10 @@ class Policy:
         if envelope is None or not self.negative_s:
             return None
         entry = _entry(answer, envelope, Lifetimes(_jittered(self.negative_s, self.jitter * draw)))
-        return replace(entry, validator="")  # a 304 would make it live as long as a snapshot
+        return replace(entry, validator="")  # else a 304 would give it the lifetime of a snapshot
 
     def _keep_list(self, answer: Answer, draw: float) -> Keep:
-        """Keep a list, and each snapshot in it as a single read would have left it."""
+        """Store a list, and each snapshot in it as a single read would have stored it."""
         normalized = normalize_list(answer.body, self.public_url)
         entry = _entry(answer, normalized.body, self._of_list(draw))
         seeds = {
@@ -270,13 +272,13 @@ class Policy:
         return Keep(entry, seeds, normalized.unknown)
 
     def _positive(self, answer: Answer, draw: float) -> Lifetimes:
-        """Give a snapshot its lifetimes: longer ones as the token's calls run low."""
+        """Give a snapshot its lifetimes: the fewer calls the token has left, the longer."""
         stretched_s = stretched(self.fresh_s, self.max_fresh_s, answer.remaining_share)
         fresh_s = _jittered(stretched_s, self.jitter * draw)
         return Lifetimes(fresh_s, self.stale_while_revalidate_s, self.stale_if_error_s)
 
     def _of_list(self, draw: float) -> Lifetimes:
-        """Give a list its lifetimes: never served while being refreshed, lest a new snapshot is missing."""
+        """Give a list its lifetimes. It is never stale while revalidated: a new snapshot would be missing."""
         return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
 
 
