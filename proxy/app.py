@@ -18,7 +18,7 @@ from proxy import __version__, options
 from proxy.admin.listener import serve_admin
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
-from proxy.cache.readthrough import read_through
+from proxy.cache.readthrough import ReadThrough
 from proxy.core.address import address_of
 from proxy.core.errors import ProxyError
 from proxy.core.events import CallSettled, QuotaWait, RequestDone
@@ -177,7 +177,7 @@ class App:
         self._cleanup.push_async_callback(flights.close)
         gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
         invalidator = Invalidator(store, self._metrics.observe)
-        readthrough = read_through(
+        readthrough = ReadThrough(
             store,
             gate,
             flights,
@@ -316,7 +316,7 @@ class App:
             store_shared=lambda: self._settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,
             pending_invalidations=lambda: store.pending_invalidations,
-            breaker_open=lambda: gate.breaker_open,
+            upstream_breaker_open=lambda: gate.breaker_open,
             standings=gate.standings,
             per_minute=self._settings.quota.per_minute,
         )

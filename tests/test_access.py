@@ -6,7 +6,8 @@ from typing import Literal
 
 import pytest
 
-from proxy.core.events import Outcome, RequestDone, Route
+from proxy.core.cache_status import Outcome
+from proxy.core.events import RequestDone, Route
 from proxy.logs import Formatter, Line
 from proxy.telemetry.access import access_log
 

@@ -17,7 +17,7 @@ from benchmarks.day.redis import MemoryStore
 from proxy.cache.collapse import LONGEST_POLL_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
-from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
+from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.entry import Leased
 from proxy.core.errors import (
     ProxyError,
@@ -154,7 +154,7 @@ class Scene:
             drain=drain,
         )
         flights: Flights[Fetched | ProxyError] = Flights(1000, is_failure, monotonic=now)
-        return read_through(
+        return ReadThrough(
             self.store,
             shield,
             flights,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from proxy.core.breaker import FAILURES
-from proxy.core.events import GIVEN_UP, CallSettled, Outcome, RequestDone, Route
+from proxy.core.cache_status import Outcome
+from proxy.core.events import GIVEN_UP, CallSettled, RequestDone, Route
 from proxy.telemetry import incidents as incidents_module
 from proxy.telemetry.incidents import QUIET_S, Incidents
 

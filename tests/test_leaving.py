@@ -19,7 +19,7 @@ from kit.virtual import now, run
 from benchmarks.day.redis import MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
-from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
+from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
@@ -159,7 +159,7 @@ class Scene:
         flights: Flights[Fetched | ProxyError] = Flights(1000, is_failure, monotonic=now)
         self.shields.append(shield)
         self.flights.append(flights)
-        return read_through(
+        return ReadThrough(
             self.store,
             shield,
             flights,

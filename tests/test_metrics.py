@@ -9,10 +9,9 @@ from typing import Any, get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.core.cache_status import Avoided, Outcome
 from proxy.core.events import (
-    Avoided,
     Invalidation,
-    Outcome,
     QuotaWait,
     Refreshed,
     RequestDone,
@@ -86,7 +85,7 @@ BEYOND: dict[str, tuple[str, dict[str, set[str]]]] = {
 DECLARED = CONTRACT | BEYOND
 
 DONE = RequestDone(
-    Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18, avoided="hit"
+    Route.SNAPSHOT, Outcome.HIT, 200, "other", 0.25, "request-1", entry_age_s=18, avoided=Outcome.HIT
 )
 
 
@@ -101,7 +100,7 @@ def metrics() -> Metrics:
         store_shared=lambda: False,
         secret_mismatch=lambda: 5,
         pending_invalidations=lambda: 7,
-        breaker_open=lambda: False,
+        upstream_breaker_open=lambda: False,
         standings=lambda: {"team-a": Standing(200, 4000, 0.0, 20_000), "other": Standing(0, 4999, 7.5, 5000)},
         per_minute=250,
     )
@@ -406,7 +405,7 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
         store_shared=lambda: False,
         secret_mismatch=lambda: 0,
         pending_invalidations=lambda: len(open_connections),
-        breaker_open=lambda: bool(open_connections),
+        upstream_breaker_open=lambda: bool(open_connections),
         standings=lambda: standings,
         per_minute=250,
     )

@@ -21,7 +21,7 @@ from kit.virtual import now, run
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
-from proxy.cache.readthrough import Failed, ReadThrough, read_through
+from proxy.cache.readthrough import Failed, ReadThrough
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
@@ -210,7 +210,7 @@ class Outage:
         )
         flights: Flights[Fetched | ProxyError] = Flights(2000, is_failure, monotonic=now)
         self._flights.append(flights)
-        return read_through(
+        return ReadThrough(
             self._store,
             shield,
             flights,

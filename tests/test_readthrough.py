@@ -14,7 +14,8 @@ from kit.virtual import now, run
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
-from proxy.cache.readthrough import Failed, Served, read_through
+from proxy.cache.readthrough import Failed, ReadThrough, Served
+from proxy.core.cache_status import CacheStatus, Detail, Forwarded, FromCache, Fwd, Outcome
 from proxy.core.entry import (
     UNAVAILABLE,
     Entry,
@@ -43,7 +44,7 @@ from proxy.core.errors import (
     UpstreamUnreachable,
     WriteUnknown,
 )
-from proxy.core.events import Avoided, Invalidation, Outcome, Refreshed, UnknownValue
+from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, etag_of
 from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
@@ -248,7 +249,7 @@ class Path:
         self.drain = DrainDeadline(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
         invalidator = Invalidator(store, self.noted.append)
-        readthrough = read_through(
+        readthrough = ReadThrough(
             store,
             upstream,
             self.flights,
@@ -298,32 +299,27 @@ def missing() -> Lookup:
 
 
 @pytest.mark.parametrize(
-    ("entry", "directives", "outcome", "cache_status"),
+    ("entry", "directives", "cache_status"),
     [
-        pytest.param(FRESH, NO_DIRECTIVES, Outcome.HIT, "snapshot-proxy; hit; ttl=42", id="hit"),
+        pytest.param(FRESH, NO_DIRECTIVES, FromCache(42), id="hit"),
         pytest.param(
             FRESH,
             Directives(only_if_cached=True),
-            Outcome.HIT,
-            "snapshot-proxy; hit; ttl=42",
+            FromCache(42),
             id="only-if-cached",
         ),
-        pytest.param(
-            FRESH, Directives(no_store=True), Outcome.HIT, "snapshot-proxy; hit; ttl=42", id="no-store"
-        ),
+        pytest.param(FRESH, Directives(no_store=True), FromCache(42), id="no-store"),
         pytest.param(
             replace(FRESH, seeded=True),
             NO_DIRECTIVES,
-            Outcome.SEEDED,
-            "snapshot-proxy; hit; ttl=42",
+            FromCache(42, seeded=True),
             id="seeded",
         ),
         *(
             pytest.param(
                 Entry(status, ERROR, '"e"', NOW - 3, Lifetimes(10)),
                 NO_DIRECTIVES,
-                Outcome.NEGATIVE,
-                "snapshot-proxy; hit; ttl=7; detail=negative",
+                FromCache(7, detail=Detail.NEGATIVE),
                 id=f"negative-{status}",
             )
             for status in (404, 400)
@@ -331,12 +327,12 @@ def missing() -> Lookup:
     ],
 )
 async def test_what_is_stored_answers(
-    entry: Entry, directives: Directives, outcome: Outcome, cache_status: str
+    entry: Entry, directives: Directives, cache_status: CacheStatus
 ) -> None:
     """The upstream hears nothing, and nothing changes in the store."""
     path = Path(Store(Lookup(entry, BASIS)), Upstream(TIMEOUT))
     assert await path.get(call(directives=directives)) == Served(
-        entry.status, entry.body, outcome, cache_status, entry
+        entry.status, entry.body, cache_status, entry
     )
     assert path.store.told == [("lookup", KEY)]
     assert path.upstream.asked == []
@@ -353,7 +349,7 @@ async def test_only_if_cached_never_goes_upstream(lookup: Lookup) -> None:
     failed = await path.get(call(directives=Directives(only_if_cached=True)))
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, NotCached)
-    assert failed.outcome is Outcome.NONE
+    assert failed.cache_status == Forwarded(Fwd.REQUEST, begun=False)
     assert path.upstream.asked == []
     assert path.store.changes == []
 
@@ -364,7 +360,7 @@ async def test_only_if_cached_of_what_is_never_cached() -> None:
     failed = await path.get(call("web-1", Directives(only_if_cached=True)))
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, NotCached)
-    assert (failed.error.status, failed.outcome) == (504, Outcome.NONE)
+    assert (failed.status, failed.cache_status) == (504, Forwarded(Fwd.REQUEST, begun=False))
     assert (path.upstream.asked, path.store.told) == ([], [])
 
 
@@ -372,68 +368,61 @@ async def test_only_if_cached_of_what_is_never_cached() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lookup", "directives", "outcome", "cache_status", "patient"),
+    ("lookup", "directives", "cache_status", "patient"),
     [
         pytest.param(
             missing(),
             NO_DIRECTIVES,
-            Outcome.MISS,
-            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored",
+            Forwarded(Fwd.URI_MISS, 200, stored=True),
             True,
             id="miss",
         ),
         pytest.param(
             Lookup(FALLBACK, BASIS),
             NO_DIRECTIVES,
-            Outcome.MISS,
-            "snapshot-proxy; fwd=stale; fwd-status=200; stored",
+            Forwarded(Fwd.STALE, 200, stored=True),
             False,
             id="stale-with-something-to-serve",
         ),
         pytest.param(
             Lookup(EXPIRED, BASIS),
             NO_DIRECTIVES,
-            Outcome.MISS,
-            "snapshot-proxy; fwd=stale; fwd-status=200; stored",
+            Forwarded(Fwd.STALE, 200, stored=True),
             True,
             id="expired",
         ),
         pytest.param(
             Lookup(FRESH, BASIS),
             Directives(no_cache=True),
-            Outcome.MISS,
-            "snapshot-proxy; fwd=request; fwd-status=200; stored",
+            Forwarded(Fwd.REQUEST, 200, stored=True),
             True,
             id="no-cache",
         ),
         pytest.param(
             Lookup(FRESH, BASIS),
             Directives(max_age_s=5),
-            Outcome.MISS,
-            "snapshot-proxy; fwd=request; fwd-status=200; stored",
+            Forwarded(Fwd.REQUEST, 200, stored=True),
             True,
             id="max-age",
         ),
         pytest.param(
             missing(),
             Directives(no_store=True),
-            Outcome.MISS,
-            "snapshot-proxy; fwd=uri-miss; fwd-status=200",
+            Forwarded(Fwd.URI_MISS, 200),
             True,
             id="no-store",
         ),
         pytest.param(
             UNAVAILABLE,
             NO_DIRECTIVES,
-            Outcome.BYPASS,
-            "snapshot-proxy; fwd=bypass; detail=store-unavailable",
+            Forwarded(Fwd.BYPASS, 200, detail=Detail.STORE_UNAVAILABLE),
             True,
             id="store-unavailable",
         ),
     ],
 )
 async def test_what_is_fetched_is_served_and_kept(
-    lookup: Lookup, directives: Directives, outcome: Outcome, cache_status: str, patient: bool
+    lookup: Lookup, directives: Directives, cache_status: Forwarded, patient: bool
 ) -> None:
     """It is stored before it is served, on what its own lookup saw, where caller and Redis allow it.
 
@@ -441,9 +430,8 @@ async def test_what_is_fetched_is_served_and_kept(
     """
     path = Path(Store(lookup), Upstream(said()))
     asked = call(directives=directives)
-    assert await path.get(asked) == Served(200, BODY, outcome, cache_status, FILLED, ratelimit=RATELIMIT)
-    stored = cache_status.endswith("stored")
-    assert path.store.changes == ([("put", KEY, FILLED, BASIS)] if stored else [])
+    assert await path.get(asked) == Served(200, BODY, cache_status, FILLED, ratelimit=RATELIMIT)
+    assert path.store.changes == ([("put", KEY, FILLED, BASIS)] if cache_status.stored else [])
     assert path.upstream.asked == [Asked(asked, patient=patient)]
 
 
@@ -452,7 +440,7 @@ async def test_what_the_store_does_not_take_is_served() -> None:
     path = Path(Store(missing(), takes=False), Upstream(said()))
     served = await path.get(call())
     assert isinstance(served, Served)
-    assert (served.body, served.cache_status) == (BODY, "snapshot-proxy; fwd=uri-miss; fwd-status=200")
+    assert (served.body, served.cache_status) == (BODY, Forwarded(Fwd.URI_MISS, 200))
 
 
 @pytest.mark.parametrize(
@@ -460,12 +448,12 @@ async def test_what_the_store_does_not_take_is_served() -> None:
     [
         pytest.param(
             said(),
-            Served(200, BODY, Outcome.BYPASS, "snapshot-proxy; fwd=bypass", ratelimit=RATELIMIT),
+            Served(200, BODY, Forwarded(Fwd.BYPASS, 200), ratelimit=RATELIMIT),
             id="200",
         ),
         pytest.param(
             said(404, ERROR),
-            Served(404, ERROR, Outcome.BYPASS, "snapshot-proxy; fwd=bypass", ratelimit=RATELIMIT),
+            Served(404, ERROR, Forwarded(Fwd.BYPASS, 404), ratelimit=RATELIMIT),
             id="404",
         ),
     ],
@@ -484,8 +472,7 @@ async def test_a_negative_answer_is_kept_for_its_own_time() -> None:
     assert await path.get(call()) == Served(
         404,
         ERROR,
-        Outcome.MISS,
-        "snapshot-proxy; fwd=uri-miss; fwd-status=404; stored",
+        Forwarded(Fwd.URI_MISS, 404, stored=True),
         entry,
         ratelimit=RATELIMIT,
     )
@@ -517,8 +504,7 @@ async def test_a_validator_goes_up_and_a_304_comes_down() -> None:
     assert await path.get(asked) == Served(
         200,
         b"stored",
-        Outcome.REVALIDATED,
-        "snapshot-proxy; fwd=stale; fwd-status=304; stored",
+        Forwarded(Fwd.STALE, 304, stored=True),
         renewed,
         ratelimit=RATELIMIT,
     )
@@ -535,7 +521,7 @@ async def test_stale_while_revalidate() -> None:
     path.upstream.open.clear()
     asked = call()
     served = [await path.get(asked) for _ in range(5)]
-    assert served == [Served(200, b"stored", Outcome.STALE, "snapshot-proxy; hit; ttl=-1", STALE)] * 5
+    assert served == [Served(200, b"stored", FromCache(-1), STALE)] * 5
     await settled()
     assert path.upstream.asked == [Asked(asked, call_class=CallClass.REFRESH, patient=False)]
     assert path.store.changes == []
@@ -555,7 +541,7 @@ async def test_who_refreshes_nothing(directives: Directives, lease: Leased | Hel
     """It is served stale all the same."""
     path = Path(Store(Lookup(STALE, BASIS)), Upstream(said()))
     path.store.leases = [lease]
-    assert (await path.get(call(directives=directives))).outcome is Outcome.STALE
+    assert (await path.get(call(directives=directives))).cache_status.outcome is Outcome.STALE
     await settled()
     assert (path.upstream.asked, path.store.changes, len(path.flights)) == ([], [], 0)
 
@@ -633,47 +619,40 @@ def test_a_list_of_which_nothing_is_kept() -> None:
     run(main())
 
 
-IN_PLACE = "snapshot-proxy; fwd=stale; fwd-status={}; detail=stale-if-error"
-IN_VAIN = "snapshot-proxy; fwd=stale; detail=stale-if-error"
-NOT_ASKED = "snapshot-proxy; hit; ttl=-61; detail={}"
+def instead_of(status: int | None) -> Forwarded:
+    """Say that a stale entry answered, as the upstream had failed with this status."""
+    return Forwarded(Fwd.STALE, status, detail=Detail.STALE_IF_ERROR)
+
+
+def not_asked(detail: Detail) -> FromCache:
+    """Say that a stale entry answered, as the upstream was not asked."""
+    return FromCache(-61, detail=detail)
 
 
 @pytest.mark.parametrize(
-    ("answer", "cache_status", "avoided"),
+    ("answer", "cache_status"),
     [
         *(
-            pytest.param(said(status, ERROR, 7), IN_PLACE.format(status), None, id=str(status))
+            pytest.param(said(status, ERROR, 7), instead_of(status), id=str(status))
             for status in (429, 500, 502, 503, 504)
         ),
         *(
-            pytest.param(said(status, b"<html>"), IN_PLACE.format(status), None, id=f"{status}-page")
+            pytest.param(said(status, b"<html>"), instead_of(status), id=f"{status}-page")
             for status in (503, *range(520, 528), 530)
         ),
-        pytest.param(TIMEOUT, IN_VAIN, None, id="timeout"),
-        pytest.param(UpstreamInvalid("it is odd"), IN_VAIN, None, id="invalid"),
-        pytest.param(QuotaSpent("cooldown", 3), NOT_ASKED.format("cooldown"), "cooldown", id="cooldown"),
-        pytest.param(QuotaSpent("operation", 3), NOT_ASKED.format("cooldown"), "cooldown", id="operation"),
-        pytest.param(QuotaSpent("minute", 3), NOT_ASKED.format("quota"), "stale", id="quota"),
-        pytest.param(PAUSED, NOT_ASKED.format("stale-if-error"), "stale", id="paused"),
-        pytest.param(Overloaded("too many"), NOT_ASKED.format("stale-if-error"), "stale", id="overloaded"),
+        pytest.param(TIMEOUT, instead_of(None), id="timeout"),
+        pytest.param(UpstreamInvalid("it is odd"), instead_of(None), id="invalid"),
+        pytest.param(QuotaSpent("cooldown", 3), not_asked(Detail.COOLDOWN), id="cooldown"),
+        pytest.param(QuotaSpent("operation", 3), not_asked(Detail.COOLDOWN), id="operation"),
+        pytest.param(QuotaSpent("minute", 3), not_asked(Detail.QUOTA), id="quota"),
+        pytest.param(PAUSED, not_asked(Detail.STALE_IF_ERROR), id="paused"),
+        pytest.param(Overloaded("too many"), not_asked(Detail.STALE_IF_ERROR), id="overloaded"),
     ],
 )
-async def test_stale_if_error(
-    answer: Answer | ProxyError, cache_status: str, avoided: Avoided | None
-) -> None:
-    """In the place of a failure, and of a refusal of ours; whoever was not asked is not said to have been."""
+async def test_stale_if_error(answer: Answer | ProxyError, cache_status: CacheStatus) -> None:
+    """A stale entry answers if the upstream fails, and if it is not asked; its status says which."""
     path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(answer))
-    served = await path.get(call())
-    assert served == Served(
-        200,
-        b"stored",
-        Outcome.STALE,
-        cache_status,
-        FALLBACK,
-        cooldown=avoided == "cooldown",
-        in_vain=avoided is None,
-    )
-    assert served.avoided == avoided
+    assert await path.get(call()) == Served(200, b"stored", cache_status, FALLBACK)
     assert path.store.changes == []
 
 
@@ -683,14 +662,14 @@ async def test_never_stale_in_the_place_of_an_answer(status: int) -> None:
     path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(said(status, ERROR)))
     served = await path.get(call())
     assert isinstance(served, Served)
-    assert (served.status, served.body, served.outcome) == (status, ERROR, Outcome.MISS)
+    assert (served.status, served.body, served.cache_status.outcome) == (status, ERROR, Outcome.MISS)
 
 
 @pytest.mark.G2
 async def test_never_stale_for_a_token_that_is_refused() -> None:
     """Nor where the upstream was not asked because it had just said no to the same token."""
     path = Path(Store(Lookup(FALLBACK, BASIS)), Upstream(REFUSED))
-    assert await path.get(call()) == Failed(REFUSED, Outcome.MISS, "snapshot-proxy; fwd=stale")
+    assert await path.get(call()) == Failed(REFUSED, Forwarded(Fwd.STALE))
     assert path.store.changes == []
 
 
@@ -709,7 +688,7 @@ async def test_what_is_served_in_the_place_of_an_error_is_looked_up_again(
 ) -> None:
     """What was invalidated while the upstream was asked is not served."""
     path = Path(Store(Lookup(FALLBACK, BASIS), again), Upstream(TIMEOUT))
-    assert (await path.get(call())).outcome is outcome
+    assert (await path.get(call())).cache_status.outcome is outcome
 
 
 async def test_without_redis_nothing_invalidated_here_is_served_in_the_place_of_an_error() -> None:
@@ -719,7 +698,7 @@ async def test_without_redis_nothing_invalidated_here_is_served_in_the_place_of_
     (asking,) = await started(path.get(call()))
     await path.invalidate("purge", EverythingScope())
     path.upstream.open.set()
-    assert await asking == Failed(TIMEOUT, Outcome.MISS, "snapshot-proxy; fwd=stale")
+    assert await asking == Failed(TIMEOUT, Forwarded(Fwd.STALE))
 
 
 # -- one fetch over all replicas -------------------------------------------------------------------
@@ -746,10 +725,10 @@ async def test_who_fetches(lease: Leased | Record | None, asked: int) -> None:
     assert path.store.leased == [(KEY, BASIS)]
     assert path.store.released == ([None] if lease == LEASE else [])
     if asked:
-        assert (answer.outcome, answer.cache_status[-6:]) == (Outcome.MISS, "stored")
+        assert answer.cache_status == Forwarded(Fwd.URI_MISS, 200, stored=True)
     elif isinstance(answer, Served):
         assert (answer.status, answer.body, answer.retry_after_s) == (503, ERROR, 7)
-        assert answer.cache_status == "snapshot-proxy; fwd=uri-miss; fwd-status=503; collapsed"
+        assert answer.cache_status == Forwarded(Fwd.URI_MISS, 503, collapsed=True)
     else:
         assert isinstance(answer.error, UpstreamFailedElsewhere)
         assert (answer.error.status, answer.error.id, str(answer.error)) == (
@@ -757,7 +736,7 @@ async def test_who_fetches(lease: Leased | Record | None, asked: int) -> None:
             "upstream_timeout",
             "late; try again",
         )
-        assert answer.cache_status == "snapshot-proxy; fwd=uri-miss; collapsed"
+        assert answer.cache_status == Forwarded(Fwd.URI_MISS, collapsed=True)
 
 
 @pytest.mark.parametrize(
@@ -793,21 +772,27 @@ def test_who_waits_for_another_replica(
         served = await path.get(call())
         assert isinstance(served, Served)
         assert (served.body, len(path.upstream.asked)) == (body, asked)
-        assert served.outcome is (Outcome.MISS if asked else Outcome.COLLAPSED)
+        assert served.cache_status.outcome is (Outcome.MISS if asked else Outcome.COLLAPSED)
         assert served.ratelimit == (RATELIMIT if asked else ())
 
     run(main())
 
 
 @pytest.mark.parametrize(
-    ("found", "status", "outcome", "after_s"),
+    ("found", "status", "cache_status", "after_s"),
     [
-        pytest.param(None, 504, Outcome.COLLAPSED, MAX_WAIT_S + TOTAL_TIMEOUT_S, id="nothing-to-serve"),
-        pytest.param(FALLBACK, 200, Outcome.STALE, STALE_PATIENCE_S, id="something-stale"),
+        pytest.param(
+            *(None, 504, Forwarded(Fwd.URI_MISS, collapsed=True), MAX_WAIT_S + TOTAL_TIMEOUT_S),
+            id="nothing-to-serve",
+        ),
+        pytest.param(
+            *(FALLBACK, 200, replace(instead_of(None), collapsed=True), STALE_PATIENCE_S),
+            id="something-stale",
+        ),
     ],
 )
 def test_nobody_waits_for_another_replica_for_ever(
-    found: Entry | None, status: int, outcome: Outcome, after_s: float
+    found: Entry | None, status: int, cache_status: Forwarded, after_s: float
 ) -> None:
     """After the longest that a fetch may take it says so; whoever has something stale is soon tired.
 
@@ -819,8 +804,8 @@ def test_nobody_waits_for_another_replica_for_ever(
         path.store.leases = [HeldElsewhere()]
         answer = await path.get(call())
         assert 0 <= now() - began - after_s <= LONGEST_POLL_S
-        assert (answer.error.status if isinstance(answer, Failed) else answer.status) == status
-        assert answer.outcome is outcome
+        assert answer.status == status
+        assert answer.cache_status == cache_status
         assert path.upstream.asked == []
         if isinstance(answer, Failed):
             assert (answer.error.id, answer.error.proxy_error) == ("not_cached", "proxy_internal_response")
@@ -865,8 +850,8 @@ def test_nobody_waits_for_another_replica_beyond_the_end(
         asyncio.get_running_loop().call_later(announced_at_s, path.drain.announce, began + 0.5)
         answer = await path.get(call())
         assert 0 <= now() - began - 0.5 <= LONGEST_POLL_S
-        assert (answer.error.status if isinstance(answer, Failed) else answer.status) == status
-        assert answer.outcome is outcome
+        assert answer.status == status
+        assert answer.cache_status.outcome is outcome
         assert path.upstream.asked == []
 
     run(main())
@@ -964,20 +949,17 @@ async def test_an_error_of_the_upstream_is_passed_on(
     answer = await path.get(call())
     up = lookup.basis is not None
     cache_status = (
-        f"snapshot-proxy; fwd=uri-miss; fwd-status={status}"
+        Forwarded(Fwd.URI_MISS, status)
         if up
-        else "snapshot-proxy; fwd=bypass; detail=store-unavailable"
+        else Forwarded(Fwd.BYPASS, status, detail=Detail.STORE_UNAVAILABLE)
     )
-    outcome = Outcome.MISS if up else Outcome.BYPASS
     if explained:
-        assert answer == Served(
-            status, ERROR, outcome, cache_status, retry_after_s=retry_after_s, ratelimit=RATELIMIT
-        )
+        assert answer == Served(status, ERROR, cache_status, retry_after_s=retry_after_s, ratelimit=RATELIMIT)
     else:
         assert isinstance(answer, Failed)
         assert isinstance(answer.error, UpstreamUnexplained)
         assert (answer.error.status, answer.error.retry_after_s) == (status, retry_after_s)
-        assert (answer.outcome, answer.cache_status) == (outcome, cache_status)
+        assert answer.cache_status == cache_status
     if status == 401 and not explained:  # nothing to say to whoever comes next
         changes = [("invalidate", CallerScope(KEY.partition), None)]
     assert path.store.changes == changes
@@ -1003,7 +985,7 @@ async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
 async def test_no_answer_is_an_error_of_ours(error: UpstreamError) -> None:
     """It is told once, and changes nothing in the store; the upstream is not asked again."""
     path = Path(Store(Lookup(EXPIRED, BASIS)), Upstream(error))
-    assert await path.get(call()) == Failed(error, Outcome.MISS, "snapshot-proxy; fwd=stale")
+    assert await path.get(call()) == Failed(error, Forwarded(Fwd.STALE))
     assert path.store.changes == []
     assert len(path.upstream.asked) == 1
 
@@ -1093,18 +1075,17 @@ async def test_who_joins_a_fetch_that_runs(directives: Directives, fetches: int)
     assert len(path.upstream.asked) == fetches
     path.upstream.open.set()
     first, second = await asyncio.gather(*waiting)
-    assert (first.outcome, first.ratelimit) == (Outcome.MISS, RATELIMIT)
+    assert (first.cache_status.outcome, first.ratelimit) == (Outcome.MISS, RATELIMIT)
     assert first.body == second.body
     if fetches == 1:
         assert second == Served(
             200,
             BODY,
-            Outcome.COLLAPSED,
-            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored; collapsed",
+            Forwarded(Fwd.URI_MISS, 200, stored=True, collapsed=True),
             FILLED,
         )
     else:
-        assert (second.outcome, second.ratelimit) == (Outcome.MISS, RATELIMIT)
+        assert (second.cache_status.outcome, second.ratelimit) == (Outcome.MISS, RATELIMIT)
 
 
 async def test_a_fetch_of_its_own_is_joined_by_nobody() -> None:
@@ -1114,7 +1095,7 @@ async def test_a_fetch_of_its_own_is_joined_by_nobody() -> None:
     waiting = await started(path.get(call(directives=Directives(no_store=True))), path.get(call()))
     assert len(path.upstream.asked) == 2
     path.upstream.open.set()
-    assert [served.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
+    assert [served.cache_status.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
 
 
 async def test_a_failure_is_shared() -> None:
@@ -1124,8 +1105,8 @@ async def test_a_failure_is_shared() -> None:
     waiting = await started(*(path.get(call()) for _ in range(5)))
     path.upstream.open.set()
     failed = await asyncio.gather(*waiting)
-    assert failed[0] == Failed(TIMEOUT, Outcome.MISS, "snapshot-proxy; fwd=uri-miss")
-    assert failed[1:] == [Failed(TIMEOUT, Outcome.COLLAPSED, "snapshot-proxy; fwd=uri-miss; collapsed")] * 4
+    assert failed[0] == Failed(TIMEOUT, Forwarded(Fwd.URI_MISS))
+    assert failed[1:] == [Failed(TIMEOUT, Forwarded(Fwd.URI_MISS, collapsed=True))] * 4
     assert len(path.upstream.asked) == 1
 
 
@@ -1137,8 +1118,10 @@ async def test_the_store_is_down_for_many_at_once() -> None:
     waiting = await started(*(path.get(call()) for _ in range(5)))
     path.upstream.open.set()
     served = await asyncio.gather(*waiting)
-    assert [one.outcome for one in served] == [Outcome.BYPASS] + [Outcome.COLLAPSED] * 4
-    assert served[1].cache_status == "snapshot-proxy; fwd=bypass; collapsed; detail=store-unavailable"
+    assert [one.cache_status.outcome for one in served] == [Outcome.BYPASS] + [Outcome.COLLAPSED] * 4
+    assert served[1].cache_status == Forwarded(
+        Fwd.BYPASS, 200, collapsed=True, detail=Detail.STORE_UNAVAILABLE
+    )
     assert len(path.upstream.asked) == 1
 
 
@@ -1169,7 +1152,7 @@ async def test_who_asks_after_an_invalidation_joins_nothing_older() -> None:
     waiting = await started(path.get(call()), path.get(call()))
     assert len(path.upstream.asked) == 2
     path.upstream.open.set()
-    assert [served.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
+    assert [served.cache_status.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
     assert [told[3] for told in path.store.changes] == [BASIS, LATER_BASIS]
 
 
@@ -1182,7 +1165,7 @@ async def test_who_looked_before_a_fetch_landed_does_not_fetch_again() -> None:
     path.store.lookups = [missing()]
     quick = await path.get(call())
     served = await slow
-    assert {quick.outcome, served.outcome} == {Outcome.MISS, Outcome.COLLAPSED}
+    assert {quick.cache_status.outcome, served.cache_status.outcome} == {Outcome.MISS, Outcome.COLLAPSED}
     assert len(path.upstream.asked) == 1
 
 
@@ -1190,14 +1173,14 @@ async def test_who_looked_before_a_fetch_landed_does_not_fetch_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "cache_status"),
+    ("asked", "fwd"),
     [
-        pytest.param(call("43"), "snapshot-proxy; fwd=uri-miss", id="shared"),
-        pytest.param(call(directives=Directives(no_cache=True)), "snapshot-proxy; fwd=uri-miss", id="alone"),
-        pytest.param(call("web-1"), "snapshot-proxy; fwd=bypass", id="bypass"),
+        pytest.param(call("43"), Fwd.URI_MISS, id="shared"),
+        pytest.param(call(directives=Directives(no_cache=True)), Fwd.URI_MISS, id="alone"),
+        pytest.param(call("web-1"), Fwd.BYPASS, id="bypass"),
     ],
 )
-async def test_no_room_for_another_fetch(asked: Call, cache_status: str) -> None:
+async def test_no_room_for_another_fetch(asked: Call, fwd: Fwd) -> None:
     """It is refused at once; who can join a running one is not."""
     path = Path(Store(missing()), Upstream(said()), most=1)
     path.upstream.open.clear()
@@ -1205,7 +1188,7 @@ async def test_no_room_for_another_fetch(asked: Call, cache_status: str) -> None
     failed = await path.get(asked)
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, Overloaded)
-    assert (failed.outcome, failed.cache_status) == (Outcome.NONE, cache_status)
+    assert failed.cache_status == Forwarded(fwd, begun=False)
     path.upstream.open.set()
     assert [served.status for served in await asyncio.gather(*waiting)] == [200, 200]
 
@@ -1221,17 +1204,15 @@ def test_no_room_for_another_fetch_of_one_caller() -> None:
         assert isinstance(failed, Failed)
         assert isinstance(failed.error, Overloaded)
         path.store.lookups = [Lookup(FALLBACK, BASIS)]
-        assert (await path.get(call("1000"))).cache_status == (
-            "snapshot-proxy; hit; ttl=-61; detail=stale-if-error"
-        )
+        assert (await path.get(call("1000"))).cache_status == not_asked(Detail.STALE_IF_ERROR)
         assert path.upstream.asked == []
         path.upstream.answers = [said(204, b""), said()]
         assert isinstance(await path.delete(deletion("1000")), Served)
         path.store.leases = [LEASE]
         path.store.lookups = [missing()]
-        assert (await path.get(call(caller="b"))).outcome is Outcome.MISS
+        assert (await path.get(call(caller="b"))).cache_status.outcome is Outcome.MISS
         path.upstream.answers = [said(404, ERROR)]
-        assert {answer.outcome for answer in await asyncio.gather(*waiting)} == {Outcome.MISS}
+        assert {answer.cache_status.outcome for answer in await asyncio.gather(*waiting)} == {Outcome.MISS}
 
     run(main())
 
@@ -1299,8 +1280,7 @@ async def test_a_list_is_kept_and_leaves_its_snapshots() -> None:
     assert await path.get(listing()) == Served(
         200,
         LIST_BODY,
-        Outcome.MISS,
-        "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored",
+        Forwarded(Fwd.URI_MISS, 200, stored=True),
         LISTED,
         ratelimit=RATELIMIT,
     )
@@ -1315,7 +1295,7 @@ async def test_a_list_that_is_not_taken_leaves_its_snapshots() -> None:
     """Another fetch of the list was quicker: the store knows for itself which snapshots are older."""
     path = Path(Store(missing(), takes=False), Upstream(said(200, LIST_BODY)))
     served = await path.get(listing())
-    assert served.cache_status == "snapshot-proxy; fwd=uri-miss; fwd-status=200"
+    assert served.cache_status == Forwarded(Fwd.URI_MISS, 200)
     assert [told[0] for told in path.store.changes] == ["seed", "put"]
 
 
@@ -1449,13 +1429,12 @@ async def test_a_deletion_that_is_answered(
     """
     unknown = answer.status >= 500 and answer.retry_after_s is None
     path = Path(Store(missing(), away=away), Upstream(answer))
-    pending = "; detail=invalidation-pending" if away and invalidated else ""
+    pending = Detail.INVALIDATION_PENDING if away and invalidated else None
     asked = deletion()
     assert await path.delete(asked) == Served(
         answer.status,
         answer.body,
-        Outcome.NONE,
-        f"snapshot-proxy; fwd=method; fwd-status={answer.status}{pending}",
+        Forwarded(Fwd.METHOD, answer.status, detail=pending),
         retry_after_s=answer.retry_after_s,
         ratelimit=RATELIMIT,
         outcome_unknown=unknown,
@@ -1473,7 +1452,7 @@ async def test_a_deletion_that_is_answered(
 async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
     """It invalidates nothing."""
     path = Path(Store(missing()), Upstream(refusal))
-    assert await path.delete(deletion()) == Failed(refusal, Outcome.NONE, "snapshot-proxy; fwd=method")
+    assert await path.delete(deletion()) == Failed(refusal, Forwarded(Fwd.METHOD))
     assert (path.store.told, path.noted) == ([], [])
 
 
@@ -1504,10 +1483,9 @@ async def test_a_deletion_whose_outcome_is_unknown(
     assert (failed.error.should_retry, failed.error.retry_after_s) == (False, None)
     assert str(failed.error).endswith("; the request may have been carried out: check whether it was")
     assert "try again" not in str(failed.error)
-    received = f"; fwd-status={status}" if error_id == "server_error" else ""
-    pending = "; detail=invalidation-pending" if away else ""
-    assert failed.cache_status == f"snapshot-proxy; fwd=method{received}{pending}"
-    assert failed.outcome == Outcome.NONE
+    received = status if error_id == "server_error" else None
+    pending = Detail.INVALIDATION_PENDING if away else None
+    assert failed.cache_status == Forwarded(Fwd.METHOD, received, detail=pending)
     assert len(path.upstream.asked) == 1
     assert path.store.told == invalidated
 
@@ -1528,7 +1506,7 @@ async def test_a_deletion_that_is_refused_without_a_word(
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, UpstreamUnexplained)
     assert failed.error.should_retry
-    assert failed.cache_status == f"snapshot-proxy; fwd=method; fwd-status={answer.status}"
+    assert failed.cache_status == Forwarded(Fwd.METHOD, answer.status)
     assert path.store.told == invalidated
 
 
@@ -1539,7 +1517,7 @@ async def test_the_edge_gets_no_answer(status: int) -> None:
     failed = await path.get(call())
     assert isinstance(failed, Failed)
     assert (failed.error.status, failed.error.id) == (502, "upstream_unreachable")
-    assert failed.cache_status == f"snapshot-proxy; fwd=uri-miss; fwd-status={status}"
+    assert failed.cache_status == Forwarded(Fwd.URI_MISS, status)
     assert path.store.changes == []
     (record,) = path.store.released
     assert record is not None
@@ -1559,7 +1537,7 @@ async def test_a_deletion_by_a_name_that_only_the_upstream_reads(
         ("invalidate", SnapshotsScope(("042",)), None),
         ("invalidate", CallerScope(KEY.partition), None),
     ]
-    assert ("invalidation-pending" in deleted.cache_status) is away
+    assert (deleted.cache_status.detail is Detail.INVALIDATION_PENDING) is away
 
 
 async def test_two_deletions_are_two() -> None:
@@ -1579,7 +1557,7 @@ async def test_no_room_for_a_deletion() -> None:
     failed = await path.delete(deletion())
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, Overloaded)
-    assert (failed.outcome, failed.cache_status) == (Outcome.NONE, "snapshot-proxy; fwd=method")
+    assert failed.cache_status == Forwarded(Fwd.METHOD, begun=False)
     path.upstream.open.set()
     await asyncio.gather(*waiting)
     assert path.noted == []
@@ -1684,4 +1662,4 @@ async def test_without_redis_no_caller_joins_a_fetch_from_before_an_invalidation
     assert len(path.upstream.asked) == 1
     silent.set()
     served = await asyncio.gather(*waiting)
-    assert [one.outcome for one in served] == [Outcome.BYPASS, Outcome.BYPASS, Outcome.COLLAPSED]
+    assert [one.cache_status.outcome for one in served] == [Outcome.BYPASS, Outcome.BYPASS, Outcome.COLLAPSED]

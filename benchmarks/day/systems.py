@@ -15,7 +15,7 @@ from benchmarks.day.fleet import Fleet, Read
 from benchmarks.day.redis import Books, Kept, MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
-from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
+from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.errors import ProxyError, UpstreamUnreachable
 from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
@@ -238,7 +238,7 @@ class Ours:
             flights: Flights[Fetched | ProxyError] = Flights(
                 2 * settings.server.max_connections, is_failure, monotonic=now
             )
-            return read_through(
+            return ReadThrough(
                 self._store,
                 shield,
                 flights,

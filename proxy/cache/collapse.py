@@ -66,7 +66,7 @@ class Collapser:
     def may_share(self, call: Call) -> bool:
         """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""
         wanted = call.directives
-        if wanted.no_cache or wanted.no_store:
+        if not call.target.cacheable or wanted.no_cache or wanted.no_store:
             return False
         return wanted.max_age_s is None or wanted.max_age_s >= self._total_timeout_s
 

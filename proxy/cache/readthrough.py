@@ -1,7 +1,7 @@
 """The main path: look up, decide, and answer from the cache or from a fetch.
 
-This is the table of contents of the program. Every way out is a `Served` or a `Failed`, and tells its
-outcome.
+This is the table of contents of the program. Each answer is a `Served` or a `Failed`; its `cache_status` says
+how it came about.
 """
 
 import time
@@ -23,97 +23,98 @@ from proxy.cache.fetch import (
 )
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.refresher import Refresher
-from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
+from proxy.core.cache_status import CacheStatus, Detail, Forwarded, FromCache, Fwd
+from proxy.core.entry import UNAVAILABLE, Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
-from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
-from proxy.core.http import Detail, Forwarded, Why, hit
+from proxy.core.events import Refreshed, UnknownValue
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
 from proxy.core.ports import Gate, Store
 from proxy.core.request import Call
 from proxy.tasks.drain import DrainDeadline
-from proxy.tasks.flights import FlightResult, Flights, Owner
-
-_COOLING = ("cooldown", "operation")
-"""What a token's calls wait for where the API asked them to: all of them, or one operation."""
+from proxy.tasks.flights import Flights, Owner
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An answer. `entry` where it may be cached: its age and lifetime are headers of the answer."""
+    """An answer: the upstream's, or an entry's. With an `entry` the caller may cache it, too."""
 
     status: int
     body: bytes
-    outcome: Outcome
-    cache_status: str
+    cache_status: CacheStatus
     entry: Entry | None = None
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
-    cooldown: bool = False
-    """It is stale, and the upstream was not asked: it wants this token to wait."""
-
-    in_vain: bool = False
-    """It is stale, and the upstream was asked for something better, without success."""
-
     outcome_unknown: bool = False
-    """It answers a write, and does not tell whether that was carried out."""
-
-    @property
-    def avoided(self) -> Avoided | None:
-        """Tell what made a call to the upstream unnecessary."""
-        if self.in_vain:
-            return None
-        return "cooldown" if self.cooldown else AVOIDED_BY.get(self.outcome)
+    """It answers a write, and it is unknown whether the write was carried out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """An error of ours in the place of an answer."""
+    """An error of ours instead of an answer."""
 
     error: ProxyError
-    outcome: Outcome
-    cache_status: str
+    cache_status: CacheStatus
 
     @property
-    def avoided(self) -> Avoided | None:
-        """Tell what made a call to the upstream unnecessary."""
-        return AVOIDED_BY.get(self.outcome)
+    def status(self) -> int:
+        """The HTTP status of the error."""
+        return self.error.status
 
 
 class ReadThrough:
     """Answers reads, and forwards deletions.
 
-    `clock` gives Unix seconds, `monotonic` the seconds in which flights tell before from after.
+    `max_wait_s` bounds a read's wait for the quota, `total_timeout_s` its call to the upstream. `clock` gives
+    Unix seconds, `monotonic` the seconds in which flights tell before from after, `draw` a number in [0, 1).
     """
 
     def __init__(
         self,
         store: Store,
-        fetcher: Fetcher,
-        collapser: Collapser,
-        refresher: Refresher,
+        gate: Gate,
         flights: Flights[Fetched | ProxyError],
-        *,
+        policy: Policy,
         invalidator: Invalidator,
+        *,
+        total_timeout_s: float,
+        max_wait_s: float,
+        observe: Callable[[Refreshed | UnknownValue], None],
         monotonic: Callable[[], float],
-        clock: Callable[[], float],
+        drain: DrainDeadline,
+        clock: Callable[[], float] = time.time,
+        draw: Callable[[], float] = random,
     ) -> None:
         self._store = store
-        self._fetcher = fetcher
-        self._collapser = collapser
-        self._refresher = refresher
         self._flights = flights
         self._invalidator = invalidator
         self._monotonic = monotonic
         self._clock = clock
+        self._fetcher = Fetcher(
+            store,
+            gate,
+            policy,
+            invalidator,
+            total_timeout_s=total_timeout_s,
+            max_wait_s=max_wait_s,
+            observe=observe,
+            monotonic=monotonic,
+            draw=draw,
+        )
+        self._collapser = Collapser(
+            store,
+            gate,
+            self._fetcher,
+            invalidator,
+            total_timeout_s=total_timeout_s,
+            monotonic=monotonic,
+            drain=drain,
+        )
+        self._refresher = Refresher(store, self._collapser, flights, observe=observe, clock=clock)
 
     async def get(self, call: Call) -> Served | Failed:
         """Answer one read. The whole program in one match."""
-        if not call.target.cacheable:
-            if call.directives.only_if_cached:
-                return _unsatisfiable()
-            return await self._forward(call, Why.BYPASS, UNAVAILABLE, since=None)
         since, counts = self._monotonic(), self._invalidator.counts(call.key)
-        lookup = await self._store.lookup(call.key)
+        lookup = await self._store.lookup(call.key) if call.target.cacheable else UNAVAILABLE
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
@@ -124,47 +125,58 @@ class ReadThrough:
                 if not call.directives.no_store:
                     self._refresher.refresh(call, lookup, now)
                 return _from_entry(entry, now)
-            case Forward(why, fallback):
-                why = Why.BYPASS if lookup.unavailable else why
+            case Forward(fwd, fallback):
+                fwd = Fwd.BYPASS if lookup.unavailable else fwd
                 if fallback is None:
-                    return await self._forward(call, why, lookup, since)
-                answer = await self._forward(call, why, lookup, since, HAS_FALLBACK)
+                    return await self._forward(call, fwd, lookup, since, BLOCKING)
+                answer = await self._forward(call, fwd, lookup, since, HAS_FALLBACK)
                 return await self._or_stale(call, answer, fallback, counts)
             case Unsatisfiable():
-                return _unsatisfiable()
+                error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
+                return Failed(error, Forwarded(Fwd.REQUEST, begun=False))
 
     async def delete(self, call: Call) -> Served | Failed:
         """Forward one DELETE, once. When it is answered, no cache serves that snapshot any more."""
+        owner = Owner(call.key.partition, writes=True)
         try:
-            owner = Owner(call.key.partition, writes=True)
             deletion = await self._flights.unshared(owner, partial(self._fetcher.delete, call))
         except Overloaded as full:
-            return Failed(full, Outcome.NONE, str(Forwarded(Why.METHOD)))
-        detail = None if deletion.invalidated else Detail.INVALIDATION_PENDING
-        match deletion.result:
-            case ProxyError() as failure:
-                cache_status = str(Forwarded(Why.METHOD, _received(failure), detail=detail))
-                return Failed(failure, Outcome.NONE, cache_status)
-            case Fetched() as fetched:
-                return Served(
-                    status=fetched.status,
-                    body=fetched.body,
-                    outcome=Outcome.NONE,
-                    cache_status=str(Forwarded(Why.METHOD, fetched.status, detail=detail)),
-                    retry_after_s=fetched.retry_after_s,
-                    ratelimit=fetched.ratelimit,
-                    outcome_unknown=fetched.outcome_unknown,
-                )
+            return Failed(full, Forwarded(Fwd.METHOD, begun=False))
+        return _from_upstream(
+            deletion.result, Fwd.METHOD, detail=None if deletion.invalidated else Detail.INVALIDATION_PENDING
+        )
+
+    async def _forward(
+        self, call: Call, fwd: Fwd, lookup: Lookup, since: float, mode: FetchMode
+    ) -> Served | Failed:
+        """Answer from the upstream. A flight that landed before `since` (the lookup) is too old."""
+        owner = Owner(call.key.partition)
+        try:
+            if self._collapser.may_share(call):
+                name = self._collapser.name(call, lookup.basis, mode)
+                fetch = partial(self._collapser.fetch_for_all, call, lookup, mode)
+                result, collapsed = await self._flights.join(owner, name, since, fetch)
+            else:
+                unshared = partial(self._fetcher.fetch, call, lookup, mode)
+                result, collapsed = await self._flights.unshared(owner, unshared), False
+        except Overloaded as full:
+            return Failed(full, Forwarded(fwd, begun=False))
+        return _from_upstream(
+            result,
+            fwd,
+            collapsed=collapsed or is_from_elsewhere(result),
+            detail=Detail.STORE_UNAVAILABLE if call.target.cacheable and lookup.unavailable else None,
+        )
 
     async def _or_stale(
         self, call: Call, answer: Served | Failed, fallback: Entry, counts: tuple[int, ...]
     ) -> Served | Failed:
-        """Serve `fallback` in the place of a failure, where it is still there and still good for that.
+        """Give a stale entry instead of a failure (RFC 5861 §4), unless it was invalidated meanwhile.
 
-        It is looked up again: what was invalidated while the upstream was asked is not served. If Redis
-        cannot be reached by now, `fallback` is served unless this replica invalidated it since `counts`.
+        It is looked up again for that. While Redis does not answer, `fallback` counts, which was found before
+        the fetch, if this replica has invalidated nothing of it since `counts` was read.
         """
-        if not is_replaceable(answer.error.status if isinstance(answer, Failed) else answer.status):
+        if not is_replaceable(answer.status):
             return answer
         lookup = await self._store.lookup(call.key)
         entry = lookup.entry
@@ -175,145 +187,42 @@ class ReadThrough:
             return answer
         if entry.is_fresh(now):  # another request's fetch succeeded meanwhile
             return _from_entry(entry, now)
-        detail, in_vain = Detail.STALE_IF_ERROR, False
-        match answer:
-            case Failed(QuotaSpent() as spent):  # the upstream was not asked; so below
-                detail = Detail.COOLDOWN if spent.window in _COOLING else Detail.QUOTA
-                cache_status = hit(entry.ttl_s(now), detail)
-            case Failed(NotSent()):
-                cache_status = hit(entry.ttl_s(now), detail)
-            case _:
-                in_vain = answer.avoided is None
-                status = _received(answer.error) if isinstance(answer, Failed) else answer.status
-                cache_status = str(Forwarded(Why.STALE, status, detail=detail))
-        return replace(
-            _from_entry(entry, now),
-            outcome=Outcome.STALE,
-            cache_status=cache_status,
-            cooldown=detail is Detail.COOLDOWN,
-            in_vain=in_vain,
-        )
-
-    async def _forward(
-        self, call: Call, why: Why, lookup: Lookup, since: float | None, mode: FetchMode = BLOCKING
-    ) -> Served | Failed:
-        """Answer from the upstream; `since` is when the caller began to look. None: it shares no flight."""
-        owner, basis = Owner(call.key.partition), lookup.basis
-        try:
-            if since is None or not self._collapser.may_share(call):
-                alone = partial(self._fetcher.fetch, call, lookup, mode)
-                landed = FlightResult(await self._flights.unshared(owner, alone), collapsed=False)
-            else:
-                fetch = partial(self._collapser.fetch_for_all, call, lookup, mode)
-                landed = await self._flights.join(
-                    owner, self._collapser.name(call, basis, mode), since, fetch
-                )
-        except Overloaded as full:
-            return Failed(full, Outcome.NONE, str(Forwarded(why)))
-        collapsed = landed.collapsed or is_from_elsewhere(landed.result)
-        if collapsed:
-            outcome = Outcome.COLLAPSED
-        elif isinstance(landed.result, Fetched) and landed.result.revalidated:
-            outcome = Outcome.REVALIDATED
-        else:
-            outcome = Outcome.BYPASS if why is Why.BYPASS else Outcome.MISS
-        # The store was asked (since) and could not tell (no basis).
-        detail = Detail.STORE_UNAVAILABLE if since is not None and lookup.unavailable else None
-        match landed.result:
-            case ProxyError() as failure:
-                cache_status = str(Forwarded(why, _received(failure), collapsed=collapsed, detail=detail))
-                return Failed(failure, outcome, cache_status)
-            case Fetched() as fetched:
-                return Served(
-                    status=fetched.status,
-                    body=fetched.body,
-                    outcome=outcome,
-                    cache_status=str(
-                        Forwarded(
-                            why,
-                            HTTPStatus.NOT_MODIFIED if fetched.revalidated else fetched.status,
-                            fetched.stored,
-                            collapsed,
-                            detail,
-                        )
-                    ),
-                    entry=fetched.entry,
-                    retry_after_s=fetched.retry_after_s,
-                    ratelimit=() if collapsed else fetched.ratelimit,
-                )
+        return _from_entry(entry, now, _stale_instead_of(answer, entry, now))
 
 
-def read_through(
-    store: Store,
-    gate: Gate,
-    flights: Flights[Fetched | ProxyError],
-    policy: Policy,
-    invalidator: Invalidator,
-    *,
-    total_timeout_s: float,
-    max_wait_s: float,
-    observe: Callable[[Refreshed | UnknownValue], None],
-    monotonic: Callable[[], float],
-    drain: DrainDeadline,
-    clock: Callable[[], float] = time.time,
-    draw: Callable[[], float] = random,
-) -> ReadThrough:
-    """Put the main path together: see each class for what it needs."""
-    fetcher = Fetcher(
-        store,
-        gate,
-        policy,
-        invalidator,
-        total_timeout_s=total_timeout_s,
-        max_wait_s=max_wait_s,
-        observe=observe,
-        monotonic=monotonic,
-        draw=draw,
-    )
-    collapser = Collapser(
-        store,
-        gate,
-        fetcher,
-        invalidator,
-        total_timeout_s=total_timeout_s,
-        monotonic=monotonic,
-        drain=drain,
-    )
-    refresher = Refresher(store, collapser, flights, observe=observe, clock=clock)
-    return ReadThrough(
-        store,
-        fetcher,
-        collapser,
-        refresher,
-        flights,
-        invalidator=invalidator,
-        monotonic=monotonic,
-        clock=clock,
-    )
+def _from_entry(entry: Entry, now: float, cache_status: CacheStatus | None = None) -> Served:
+    return Served(entry.status, entry.body, cache_status or FromCache.of(entry, now), entry)
 
 
-def _received(failure: ProxyError) -> int | None:
-    """Give the status that the upstream answered with, where it did."""
-    return failure.received_status if isinstance(failure, UpstreamError) else None
+def _stale_instead_of(answer: Served | Failed, entry: Entry, now: float) -> CacheStatus:
+    """Say how a stale entry came to answer instead of `answer`: the upstream failed, or was not asked."""
+    match answer:
+        case Failed(QuotaSpent(window="cooldown" | "operation")):  # the API asked the token to wait
+            detail = Detail.COOLDOWN
+        case Failed(QuotaSpent()):
+            detail = Detail.QUOTA
+        case Failed(NotSent()):
+            detail = Detail.STALE_IF_ERROR
+        case _:
+            return replace(answer.cache_status, detail=Detail.STALE_IF_ERROR)
+    return FromCache(entry.ttl_s(now), detail=detail)
 
 
-def _unsatisfiable() -> Failed:
-    error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
-    return Failed(error, Outcome.NONE, str(Forwarded(Why.REQUEST)))
-
-
-def _from_entry(entry: Entry, now: float) -> Served:
-    negative = entry.status != HTTPStatus.OK
-    if negative:
-        outcome = Outcome.NEGATIVE
-    elif entry.freshness(now) is not Freshness.FRESH:
-        outcome = Outcome.STALE
-    else:
-        outcome = Outcome.SEEDED if entry.seeded else Outcome.HIT
-    return Served(
-        status=entry.status,
-        body=entry.body,
-        outcome=outcome,
-        cache_status=hit(entry.ttl_s(now), Detail.NEGATIVE if negative else None),
-        entry=entry,
-    )
+def _from_upstream(
+    result: Fetched | ProxyError, fwd: Fwd, *, collapsed: bool = False, detail: Detail | None = None
+) -> Served | Failed:
+    match result:
+        case ProxyError():
+            received = result.received_status if isinstance(result, UpstreamError) else None
+            return Failed(result, Forwarded(fwd, received, collapsed=collapsed, detail=detail))
+        case Fetched():
+            received = HTTPStatus.NOT_MODIFIED if result.revalidated else result.status
+            return Served(
+                result.status,
+                result.body,
+                Forwarded(fwd, received, result.stored, collapsed, detail),
+                result.entry,
+                result.retry_after_s,
+                () if collapsed else result.ratelimit,
+                result.outcome_unknown,
+            )

@@ -1,7 +1,7 @@
-"""Refreshes in the background: an entry that answered stale is fetched by itself, or with the caller's list.
+"""Refreshes in the background: an entry that answered stale is fetched by a single read, or with a list.
 
-`core/refresh.py` decides which of the two, and learns from what the list brought. No caller waits for a
-refresh; it is not begun if one of the same key is in flight, or the process has no room for a flight.
+`core/refresh.py` chooses, and records which snapshots the list held. No caller waits for a refresh; none is
+begun while one of the same key is in flight, or if the process has no room for another flight.
 """
 
 from collections.abc import Awaitable, Callable, Hashable
@@ -42,7 +42,7 @@ class Refresher:
         self._hot = HotSet()
 
     def record_read(self, call: Call, entry: Entry, now: float) -> None:
-        """Count that `entry` answered: snapshots that are read often are worth a list."""
+        """Record that `entry` answered: a list refreshes the snapshots that are read often."""
         if isinstance(call.key, EntryKey) and entry.status == HTTPStatus.OK:
             self._hot.read(call.key, entry, now)
 
@@ -73,7 +73,7 @@ class Refresher:
         return result
 
     async def _by_list(self, page: Call, call: Call, lookup: Lookup) -> Fetched | ProxyError:
-        """Refresh the snapshots on the caller's first page, and what `call` reads if it is not there.
+        """Refresh the snapshots on the caller's first page, and what `call` reads if it is not on it.
 
         Runs in a flight. The list is not revalidated: a 304 would bring no snapshots.
         """
@@ -84,19 +84,21 @@ class Refresher:
             return NotCached("there is no store to put a list into")
         if listed.entry is not None and listed.entry.is_fresh(now := self._clock()):
             self._hot.listed(partition, ids_in_list(listed.entry.body), now)
-            self._begin_alone(call, lookup)  # the list came a moment ago, and did not bring it
+            self._begin_alone(call, lookup)  # the snapshot was not on the list that was fetched just before
             return NotCached("the list is fresh")
         result = await self._collapser.fetch_for_all(page, listed._replace(entry=None), BACKGROUND)
         match result:
             case Fetched(elsewhere=True) | UpstreamFailedElsewhere() | NotCached():
-                pass  # another replica learns
+                pass  # another replica fetched, and knows more
             case NotSent() | Fetched(status=HTTPStatus.TOO_MANY_REQUESTS):
                 pass  # the upstream was not asked, or will not be for a while
             case Fetched(status=HTTPStatus.OK, seeded=on_page) if on_page:
                 self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
                 if call.target.text not in on_page:
                     self._begin_alone(call, lookup)
-            case Fetched(status=HTTPStatus.OK):  # nothing was stored: it was invalidated meanwhile
+            case Fetched(
+                status=HTTPStatus.OK
+            ):  # nothing was stored, since something was invalidated meanwhile
                 self._hot.unlisted(partition, self._clock())
                 self._begin_alone(call, lookup)
             case _:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 class Admitted:
     """The call may be made.
 
-    `at` is the moment as of which it counts until its answer is known. `remaining` are the calls left after
-    it, for the minute and for the hour, whose limit is `per_hour`. `probe`: the token was cooling down, and
-    an answer other than 429 to this call is the end of that.
+    Until its answer is known it counts as made at `at`. `remaining` are the calls left after it in the minute
+    and in the hour, whose limit is `per_hour`. `probe`: the token was cooling down, and any answer but 429 to
+    this call ends the cool-down.
     """
 
     at: float
@@ -20,7 +20,7 @@ class Admitted:
     per_hour: int
     probe: bool = False
     calls: int = 1
-    """As how many it counts."""
+    """The number of calls that it counts as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,10 @@ class Postponed:
     """Not now. `wait_s` is when to ask again.
 
     `window` names what is spent (`minute`, `hour`), the `cooldown` of the token, the one of an `operation`,
-    or `turn`: one call in flight has to tell first where the token stands, which may be much sooner.
-    `remaining` are the calls left, of `per_hour` in the hour, where the common ledger said so. `replicas` is
-    0 where all calls of the token were counted; else the window is one replica's share, of so many.
+    or `turn`: the answer to a call in flight has to report first how many calls are left, which may be
+    sooner. `remaining` are the calls left, of `per_hour` in the hour, if the common ledger reported them.
+    `replicas` is 0 if all calls of the token were counted; else the window is the share of one of so many
+    replicas.
     """
 
     wait_s: float

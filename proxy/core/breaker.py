@@ -1,16 +1,16 @@
-"""When the upstream fails again and again, stop asking it for a moment, and let one call try.
+"""The circuit breaker: while the upstream fails, it is not asked, and one call at a time probes it.
 
-Closed it lets everything through. After `FAILURES` calls in a row that got no usable answer it opens for a
-second, for two after the first probe that fails, and so on up to `LONGEST_S`. Between these times one call
-probes; any answer closes it. There is one for each kind of call.
+A closed breaker admits every call. After `FAILURES` calls in a row without a usable answer it opens for 1 s,
+after each failed probe for twice as long, up to `LONGEST_S`. Then one call probes; an answer closes it. Each
+route has its own breaker.
 """
 
 FAILURES = 5
 LONGEST_S = 10.0
-"""The longest time between two probes: so long after the upstream is back, misses may still get errors."""
+"""The longest time between two probes: for so long misses may get errors after the upstream is back."""
 
 NEWS_S = 60.0
-"""Without calls there is no probe that could close it: so long after its last failure it counts as open."""
+"""An open breaker that no call asks for so long is no longer reported as open: no probe could close it."""
 
 _FIRST_S = 1.0
 
@@ -27,33 +27,33 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Tell whether the last calls failed so often that not every call is let through."""
+        """Tell whether it is open: the last FAILURES calls failed."""
         return self._failures >= FAILURES
 
     def is_news(self, now: float) -> bool:
-        """Tell whether it is open, and was asked for a call within `NEWS_S`."""
+        """Tell whether it is open, and its last failure or probe was at most `NEWS_S` ago."""
         return self.is_open and now < self._until + NEWS_S
 
     def wait_s(self, now: float) -> float:
-        """Give 0 where a call may go, else how long until the next probe."""
+        """Give 0 if a call may be made now, else the seconds until the next probe."""
         return max(self._until - now, 0.0) if self.is_open else 0.0
 
     def begin(self, now: float) -> bool:
-        """Take note that a call goes, where it may. Tell whether it is the probe: no other goes meanwhile."""
+        """Record that a call is made. Tell whether it is the probe: meanwhile no other call is made."""
         if not self.is_open:
             return False
-        self._until = now + self._open_s  # a probe whose result is lost makes room for the next
+        self._until = now + self._open_s  # if the result of a probe is lost, another one is made then
         return True
 
     def succeeded(self) -> None:
-        """Take note of an answer."""
+        """Record an answer."""
         self._failures = 0
         self._open_s = _FIRST_S
 
     def failed(self, now: float, *, probe: bool) -> None:
-        """Take note of a call without a usable answer.
+        """Record a call without a usable answer.
 
-        The calls that were in the air when it opened say nothing new: only a probe keeps it open longer.
+        While it is open only a failed probe prolongs that: other calls were made before it opened.
         """
         was_open = self.is_open
         self._failures += 1

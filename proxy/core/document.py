@@ -3,8 +3,8 @@
 Numbers keep value and kind. orjson keeps every integer of 64 bits and every number of at most fifteen
 significant digits exactly; a document with a longer number takes the slower way through `_parse_exactly`.
 
-Both run on the event loop, so a document that would stop it is refused. With the bounds below, and that of
-`snapshot.py`, the worst of 2 MiB takes 20 ms: `python -m benchmarks.documents`.
+Both run on the event loop, so a document that would stop it for long is rejected. With the bounds below, and
+that of `snapshot.py`, the worst of 2 MiB takes 20 ms: `python -m benchmarks.documents`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is kept of an answer, and how it is sealed for a store that is not trusted.
+"""A cached answer, and how it is sealed for a store that is not trusted.
 
 An `Entry` is one caller's answer for one snapshot. Its value in the store is an envelope with a MAC over
 the store's key and everything in it: a flipped bit, a value under another key, another caller's value or
@@ -6,10 +6,10 @@ another version does not verify, and is a miss.
 
 **Stamps** make invalidation exact. A stamp is a random nonce in the store; an envelope carries those that its
 fill read *before* it called the upstream, and counts only while each still stands there unchanged. So
-replacing a stamp ends every entry that depends on it, the ones still being fetched included, without
-scanning, clocks or order; a stamp that was evicted is a miss and nothing worse. A stamp needs no secret:
-a writer who could forge one could as well put an older one back. So replicas whose secrets differ, as they do
-while one is rotated, share the stamps of snapshots and of everything.
+replacing a stamp invalidates every entry that depends on it, those in flight included, without scanning,
+clocks or order. An evicted stamp is a miss. A stamp needs no secret: a writer who could forge one could also
+restore an older one. So replicas with different secrets, as during a rotation, share the stamps of snapshots
+and of everything.
 
     envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest
     rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · seeded u8 · stamps' number u8
@@ -29,7 +29,7 @@ from proxy.core.identity import Keyring
 
 NONCE_BYTES = 16
 SEEN_BYTES = 17
-"""So many bytes from the start of an envelope (version and MAC) tell it from every other."""
+"""The first bytes of an envelope (version and MAC), which are different in every envelope."""
 
 CALLED_AT_BYTES = (SEEN_BYTES + 2, SEEN_BYTES + 9)
 """The first and the last byte of `called_at` in an envelope, for the store's scripts."""
@@ -46,7 +46,7 @@ class CorruptValue(Exception):
 
 
 class Freshness(Enum):
-    """What an entry is still good for."""
+    """What an entry may still be used for."""
 
     FRESH = auto()
     STALE_WHILE_REVALIDATE = auto()
@@ -66,7 +66,7 @@ class Lifetimes(NamedTuple):
 
     @property
     def retention_s(self) -> int:
-        """After so many seconds nothing can use the entry."""
+        """Seconds after which the entry is expired."""
         return self.fresh_s + max(self.stale_while_revalidate_s, self.stale_if_error_s)
 
 
@@ -78,9 +78,9 @@ Stamps = tuple[bytes, ...]
 class Entry:
     """One caller's answer for one snapshot or one page of the list.
 
-    `called_at` is when its upstream call started (Unix seconds): age counts from there, so that an answer
-    is never younger than what it says. `gzip` is the body compressed, where that was worth it; `seeded` tells
-    that the entry came with a list; `validator` is the upstream's own entity tag, where it sent one.
+    `called_at` is when its upstream call started (Unix seconds): age counts from there, so that it is never
+    too low. `gzip` is the compressed body of a list of 1 KiB or more; `seeded`: the entry came with a list;
+    `validator` is the upstream's own entity tag, if it sent one.
     """
 
     status: int
@@ -102,7 +102,7 @@ class Entry:
         return max(0.0, now - self.called_at)
 
     def is_fresh(self, now: float) -> bool:
-        """Tell whether the entry may answer without a look upstream."""
+        """Tell whether the entry may answer without a call to the upstream."""
         return self.freshness(now) is Freshness.FRESH
 
     def freshness(self, now: float) -> Freshness:
@@ -117,19 +117,19 @@ class Entry:
         return Freshness.EXPIRED
 
     def may_replace_error(self, now: float) -> bool:
-        """Tell whether the entry may answer in the place of an upstream's failure (RFC 5861 §4)."""
+        """Tell whether the entry may answer instead of a failure of the upstream (RFC 5861 §4)."""
         return self.age_s(now) < self.lifetimes.fresh_s + self.lifetimes.stale_if_error_s
 
     def ttl_s(self, now: float) -> int:
-        """Whole seconds of freshness left, below 1 where there are none (RFC 9211 §2.3)."""
+        """Whole seconds for which the entry is still fresh; 0 or less if it is stale (RFC 9211 §2.3)."""
         return self.lifetimes.fresh_s - int(self.age_s(now))
 
 
 class FillPrecondition(NamedTuple):
-    """What a lookup saw, and what a fill has to find again to be stored.
+    """What a lookup saw: a fill is stored only if the store holds the same at that moment.
 
-    `seen` is the start of the envelope that stood there (17 bytes), or empty: a fill does not replace what
-    came after its lookup.
+    `seen` is the start of the envelope that was stored (17 bytes), or empty: a fill does not replace an entry
+    that was stored after its lookup.
     """
 
     stamps: Stamps
@@ -137,10 +137,10 @@ class FillPrecondition(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """What the store knows. Without a `basis` nothing can be stored.
+    """What the store holds. Without a `basis` nothing can be stored.
 
-    That is so where the store could not be asked, and where the upstream refused the caller's token a moment
-    ago: then `entry` is that refusal.
+    There is none if the store did not answer, or if the upstream rejected the caller's token lately: then
+    `entry` is that 401.
     """
 
     entry: Entry | None
@@ -148,13 +148,13 @@ class Lookup(NamedTuple):
 
     @property
     def unavailable(self) -> bool:
-        """Tell whether the store could not be asked."""
+        """Tell whether the store did not answer."""
         return self.entry is None and self.basis is None
 
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """The fetch is ours, until the lease is released or not renewed."""
+    """This replica fetches, until it releases the lease or does not renew it."""
 
     name: bytes
     owner: bytes
@@ -162,17 +162,17 @@ class Leased:
 
 @dataclass(frozen=True, slots=True)
 class HeldElsewhere:
-    """Another replica fetches the same, right now."""
+    """Another replica fetches the same key now."""
 
 
 @dataclass(frozen=True, slots=True)
 class EntryChanged:
-    """Something else stands there by now than what the lookup saw: look again before you fetch."""
+    """The stored entry is not the one that the lookup saw: look it up again before fetching."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What came of a fetch a moment ago: not stored, but shared with those who wait for it.
+    """The result of a fetch that was not stored, kept for a second for the replicas that wait for it.
 
     An error of ours has an `error_id`, and its message as `body`; `proxy_error` is RFC 9209's name for it.
     """

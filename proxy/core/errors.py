@@ -1,18 +1,18 @@
-"""The tree of errors: what each one is called, which status it has, what the caller can do.
+"""The tree of errors: each has a status, an `id` as in DigitalOcean's errors, a message and an RFC 9209 type.
 
-An error knows its status, its DigitalOcean-style `id`, a sentence that says what to do, and the
-name that RFC 9209 has for it. It never holds a token, a header or a body. How it becomes bytes is
-`http.py`'s affair; who logs it is the edge's.
+The message says what happened and what the caller can do. An error never holds a token, a header or a body.
+`http.py` writes it as bytes; the edge counts and logs it.
 """
 
 import math
 from http import HTTPStatus
 
 RETRYABLE = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
-"""Only these answers carry Retry-After: with it, some clients repeat whatever they got, a 404 included."""
+"""Only these answers carry Retry-After: with it, some clients repeat any request, even after a 404."""
 
 EDGE_FAILED = frozenset({*range(520, 528), 530})
-"""From the edge in front of the API (Cloudflare), which got no answer of it: as 502 and 504."""
+"""Statuses of the edge in front of the API (Cloudflare) if the API did not answer it; they mean what 502 and
+504 mean."""
 
 UPSTREAM_DOWN = EDGE_FAILED | {
     HTTPStatus.BAD_GATEWAY,
@@ -22,7 +22,7 @@ UPSTREAM_DOWN = EDGE_FAILED | {
 """Statuses that say that the API itself did not answer: the circuit breaker counts them as failures."""
 
 RETRY_AFTER_S = 5
-"""Where neither the upstream nor the quota gave a better number."""
+"""The Retry-After if neither the upstream nor the quota gave one."""
 
 _IDS: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "unauthorized",
@@ -44,7 +44,7 @@ class ProxyError(Exception):
     """The error type of RFC 9209 §2.3."""
 
     retry_after_s: int | None = None
-    """Whole seconds; only with 429 and 503. Callers are told 1 to 60."""
+    """Whole seconds; only with 429 and 503. The header says 1 to 60."""
 
     should_retry: bool = True
     """False: the answer carries `x-should-retry: false`, since the request may have been carried out."""
@@ -54,7 +54,7 @@ class SettingsError(Exception):
     """The configuration cannot be used: one line naming setting, value, and what is allowed."""
 
 
-# -- the request is not one that we answer -----------------------------------------------------
+# -- the request is rejected -----------------------------------------------------
 
 
 class RequestError(ProxyError):
@@ -78,7 +78,7 @@ class Unauthorized(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """A known path, another method."""
+    """A known path with a method that it does not have."""
 
     status = HTTPStatus.METHOD_NOT_ALLOWED
     id = "method_not_allowed"
@@ -138,7 +138,7 @@ class NotCached(RequestError):
 
 
 class NotSent(ProxyError):
-    """The upstream was not asked: nothing of it says how the upstream is, or what became of anything."""
+    """The upstream was not asked: the error says nothing about its state, and no write was carried out."""
 
 
 class Overloaded(NotSent):
@@ -151,7 +151,7 @@ class Overloaded(NotSent):
 
 
 class TokenRefused(NotSent):
-    """A call of the token was answered 401 while this one waited for its turn."""
+    """The upstream answered 401 to another call of the token while this one waited for the quota."""
 
     status = HTTPStatus.UNAUTHORIZED
     id = "unauthorized"
@@ -161,9 +161,9 @@ class TokenRefused(NotSent):
 class QuotaSpent(NotSent):
     """The token's calls are spent, or it is cooling down, and waiting would be too long.
 
-    `window` is `minute`, `hour`, `cooldown`, `operation` (only this method and path cool down), or `turn`: an
-    earlier call has to tell first where the token stands. `wait_s` tells until when, from now. `replicas` is
-    not 0 where Redis could not be asked for the token's calls, and this replica's share of them is spent.
+    `window` is `minute`, `hour`, `cooldown`, `operation` (only this method and path cool down), or `turn`:
+    the answer to an earlier call has to report first how many calls are left. `wait_s` is how long from now.
+    `replicas` is not 0 if Redis did not answer and this replica's share of the token's calls is spent.
     """
 
     status = HTTPStatus.TOO_MANY_REQUESTS
@@ -194,9 +194,9 @@ class QuotaSpent(NotSent):
 
 
 class UpstreamError(ProxyError):
-    """The upstream gave no answer that can be passed on. `proxy_error` tells how it failed.
+    """The upstream gave no answer that can be passed on. `proxy_error` is the error type of RFC 9209.
 
-    The message is `what` happened, and what a reader of the API can do: `advice`, where there is one.
+    The message says `what` happened, and what the caller can do: the `advice`, if there is one.
     """
 
     status: int = HTTPStatus.BAD_GATEWAY
@@ -204,7 +204,7 @@ class UpstreamError(ProxyError):
     advice = ""
 
     received_status: int | None = None
-    """What the upstream, or what stands in front of it, answered; None where nothing came."""
+    """The status that the upstream or the edge in front of it answered; None if nothing came."""
 
     def __init__(self, what: str, *, proxy_error: str) -> None:
         super().__init__(f"{what}; {self.advice}" if self.advice else what)
@@ -219,14 +219,14 @@ class UpstreamUnreachable(UpstreamError):
 
 
 class UpstreamPaused(UpstreamUnreachable, NotSent):
-    """The upstream failed so often that it is not asked for a moment."""
+    """The circuit breaker is open: the upstream failed too often and is not asked now."""
 
 
 class UpstreamDisconnected(UpstreamError):
-    """The connection ended before an answer began: a read may be asked once more.
+    """The connection was closed before an answer began: a read may be sent once more.
 
-    `kept` tells that the connection had been kept from an earlier request: that it ended says nothing of the
-    upstream, which may close an idle one at any time.
+    `kept`: the connection had been kept from an earlier request. The upstream may close an idle one at any
+    time, so this is no failure of it.
     """
 
     id = "upstream_unreachable"
@@ -238,7 +238,7 @@ class UpstreamDisconnected(UpstreamError):
 
 
 class UpstreamBrokeOff(UpstreamError):
-    """The connection ended while the request's body was on its way: the caller may have been too slow."""
+    """The connection was closed while the request's body was sent: the caller may have been too slow."""
 
     id = "upstream_unreachable"
 
@@ -280,7 +280,7 @@ class UpstreamTimeout(UpstreamError):
 
 
 class UpstreamGivenUp(UpstreamError):
-    """The upstream was asked and may yet answer, but this process stops, and cannot wait for that."""
+    """The upstream was asked and had not answered when this process had to stop."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     id = "upstream_timeout"
@@ -288,7 +288,7 @@ class UpstreamGivenUp(UpstreamError):
 
 
 class WriteUnknown(UpstreamError):
-    """A write was sent, and nothing that came back tells whether it was carried out. `failure` is why.
+    """A write was sent, and it is unknown whether it was carried out; `failure` is the reason.
 
     Clients repeat a POST by themselves on 500, 503 and 504, and some on every 5xx without `x-should-retry:
     false`: so it is 502 with that header, unless the upstream answered with a status of its own.
@@ -324,7 +324,7 @@ def tells_outcome(status: int, retry_after_s: int | None, *, deletes: bool = Fal
 
 
 class UpstreamFailedElsewhere(UpstreamError):
-    """Another replica asked for the same, a moment ago: this is the error that it got."""
+    """Another replica fetched the same key within the last second, and this is the error that it got."""
 
     def __init__(
         self, message: str, *, status: int, error_id: str, proxy_error: str, retry_after_s: int | None

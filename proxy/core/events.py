@@ -1,9 +1,10 @@
-"""What happened, as frozen records: the rooms emit them, the metrics and the access log only watch."""
+"""What happened, as frozen records: other packages emit them, metrics and logs only read them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
+
+from proxy.core.cache_status import Avoided, Outcome
 
 OTHER_CALLER = "other"
 """The label of callers without an alias."""
@@ -19,38 +20,8 @@ class Route(StrEnum):
     OTHER = "other"
 
 
-class Outcome(StrEnum):
-    """How a request was answered: the label `cache` of the metrics."""
-
-    HIT = "hit"
-    SEEDED = "seeded"
-    STALE = "stale"
-    NEGATIVE = "negative"
-    MISS = "miss"
-    REVALIDATED = "revalidated"
-    COLLAPSED = "collapsed"
-    BYPASS = "bypass"
-    NONE = "none"
-
-
 GIVEN_UP_BY_CALLER = 499
-"""The status, as nginx has it, of what has none because its caller left, or did not go on."""
-
-FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE})
-"""Outcomes for which a stored entry answered."""
-
-
-Avoided = Literal["hit", "seeded", "stale", "collapsed", "cooldown", "negative"]
-"""Why a request needed no call to the upstream. `cooldown`: stale, as the API had asked the token to wait."""
-
-AVOIDED_BY: Mapping[Outcome, Avoided] = {
-    Outcome.HIT: "hit",
-    Outcome.SEEDED: "seeded",
-    Outcome.STALE: "stale",
-    Outcome.COLLAPSED: "collapsed",
-    Outcome.NEGATIVE: "negative",
-}
-"""What an outcome alone says about that."""
+"""The status (as in nginx) of a request whose caller closed the connection, or stopped sending its body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +37,18 @@ class RequestDone:
     entry_age_s: float | None = None
     error_id: str | None = None
     avoided: Avoided | None = None
-    """What made a call to the upstream unnecessary, where none was made for this request."""
+    """What made a call to the upstream unnecessary; None if one was made for this request."""
 
     fact: str | None = None
-    """What about the upstream's answer was wrong (a field's name, never its value), or which limit of ours
-    was reached."""
+    """What was wrong with the upstream's answer (a field's name, never its value), or which limit of this
+    process was reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamCall:
-    """One call to the upstream and how it ended: a status, or `timeout` or `error`.
+    """One call to the upstream and its result: a status, or `timeout` or `error`.
 
-    GIVEN_UP_BY_CALLER where the request's body did not come to its end.
+    GIVEN_UP_BY_CALLER if the caller did not send the whole body of its request.
     """
 
     route: Route
@@ -87,22 +58,22 @@ class UpstreamCall:
 
 
 Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "quota"]
-"""What the store is asked for. `end` invalidates for a DELETE, a purge, a 401 or a write that was passed
-through; `drop` takes an entry away because a read was answered 403, or 404 that is not kept."""
+"""Operations on the store. `end` invalidates after a DELETE, a purge, a 401 or a write that was passed
+through; `drop` removes an entry because a read was answered 403, or 404 that is not stored."""
 
 StoreOutcome = Literal["ok", "timeout", "error", "corrupt"]
 
 
 @dataclass(frozen=True, slots=True)
 class StoreOperation:
-    """One operation on the store and how it ended."""
+    """One operation on the store and its result."""
 
     operation: Operation
     outcome: StoreOutcome
 
 
 By = Literal["single", "list"]
-"""How a snapshot is refreshed behind its callers' backs."""
+"""How snapshots are refreshed in the background: by a single read, or by a list."""
 
 Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
 """What invalidates entries before they have expired."""
@@ -110,14 +81,14 @@ Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
 
 @dataclass(frozen=True, slots=True)
 class Invalidation:
-    """Something was invalidated, for all callers or for one."""
+    """Entries were invalidated, of one caller or of all."""
 
     cause: Cause
 
 
 @dataclass(frozen=True, slots=True)
 class Refreshed:
-    """One call refreshed what answered stale, or was about to: one snapshot, or by a list several."""
+    """One call in the background refreshed stale or nearly stale entries: one, or with a list several."""
 
     by: By
     snapshots: int
@@ -129,13 +100,13 @@ EnumField = Literal["resource_type"]
 
 @dataclass(frozen=True, slots=True)
 class UnknownValue:
-    """A snapshot that the API sent has a value beyond the documented ones in this field."""
+    """A snapshot that the API sent has an undocumented value in this field."""
 
     field: EnumField
 
 
 class Standing(NamedTuple):
-    """What a caller has left of the minute and of the hour, for how long nothing, and the hour's limit."""
+    """Calls that a caller has left in the minute and the hour, its cool-down, and the hour's limit."""
 
     minute: int
     hour: int
@@ -145,24 +116,24 @@ class Standing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class QuotaWait:
-    """A call waited for its turn."""
+    """A call waited until the quota had room for it."""
 
     seconds: float
 
 
 GIVEN_UP = "given_up"
-"""Why no answer came where that is no failure of the upstream: this replica stops, the caller broke off, or
-the connection had been kept and had ended."""
+"""Why no answer came although the upstream did not fail: this replica stops, the caller stopped sending, or a
+kept connection had been closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallSettled:
-    """A call to the upstream has ended, and this is how the gate stands after it."""
+    """The result of a call to the upstream, and the state of breaker and cool-down after it."""
 
     route: Route
     caller: str
     status: int | None
-    """None where no answer came."""
+    """None if no answer came."""
 
     error: str = ""
     """Why no answer came: the error type of RFC 9209, or GIVEN_UP."""
@@ -174,9 +145,9 @@ class CallSettled:
     """The breaker of this route is open."""
 
     cooldown_s: float = 0.0
-    """For so long the token's calls stop."""
+    """For so many seconds no call is made with the token."""
 
     @property
     def cause(self) -> str:
-        """Say what was wrong with it: the status, or why there is none."""
+        """What went wrong: the status, or why there is none."""
         return self.error if self.status is None else f"status {int(self.status)}"

@@ -1,6 +1,6 @@
-"""The words of HTTP that a cache speaks: validators, conditions, Cache-Status, envelopes.
+"""The header fields and error bodies that a cache reads and writes; Cache-Status is in `cache_status.py`.
 
-Sources: RFC 9110 §8.8.3 and §13.1.2 (ETag, If-None-Match), RFC 9209 (Proxy-Status), RFC 9211 (Cache-Status).
+Sources: RFC 9110 §8.8.3 and §13.1.2 (ETag, If-None-Match), §10.2.3 (Retry-After), RFC 9209 (Proxy-Status).
 """
 
 import hashlib
@@ -8,10 +8,8 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 
 import orjson
 
@@ -20,10 +18,10 @@ from proxy.core.errors import RETRY_AFTER_S, ProxyError
 CACHE_NAME = "snapshot-proxy"
 
 LONGEST_RETRY_AFTER_S = 3600
-"""What the upstream says beyond that is not believed."""
+"""A longer `Retry-After` of the upstream counts as this: its longest window is an hour."""
 
 GZIP_FROM_BYTES = 1024
-"""Smaller lists fit into a packet or two as they are."""
+"""Smaller lists fit into one or two packets uncompressed."""
 
 _GZIP_LEVEL = 6
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
@@ -31,56 +29,9 @@ _GZIP_STEP_BYTES = 65_536
 _ETAG_HEX = 32
 _MOST_DIGITS = 9
 _HIGHEST_LIMIT = 1_000_000
-"""Calls in an hour; also of `quota.per_hour`."""
+"""The highest `ratelimit-limit` that is believed, in calls an hour; `quota.per_hour` has the same bound."""
 
 _ETAG = re.compile(r'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
-
-
-class Why(StrEnum):
-    """Why a request went upstream (RFC 9211 §2.2)."""
-
-    URI_MISS = "uri-miss"
-    STALE = "stale"
-    REQUEST = "request"
-    METHOD = "method"
-    BYPASS = "bypass"
-
-
-class Detail(StrEnum):
-    """What else there is to say (RFC 9211 §2.8)."""
-
-    NEGATIVE = "negative"
-    COOLDOWN = "cooldown"
-    QUOTA = "quota"
-    STALE_IF_ERROR = "stale-if-error"
-    STORE_UNAVAILABLE = "store-unavailable"
-    INVALIDATION_PENDING = "invalidation-pending"
-
-
-def hit(ttl_s: int, detail: Detail | None = None) -> str:
-    """Write the Cache-Status of an answer from the cache."""
-    return f"{CACHE_NAME}; hit; ttl={ttl_s}{_detail(detail)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Forwarded:
-    """How a request went upstream. `str()` of it is its Cache-Status.
-
-    `status` is the upstream's, None where it gave none.
-    """
-
-    why: Why
-    status: int | None = None
-    stored: bool = False
-    collapsed: bool = False
-    detail: Detail | None = None
-
-    def __str__(self) -> str:
-        # A bypass says why it was one; the answer's own status is the upstream's.
-        status = "" if self.status is None or self.why is Why.BYPASS else f"; fwd-status={self.status}"
-        stored = "; stored" if self.stored else ""
-        collapsed = "; collapsed" if self.collapsed else ""
-        return f"{CACHE_NAME}; fwd={self.why}{status}{stored}{collapsed}{_detail(self.detail)}"
 
 
 def etag_of(body: bytes) -> str:
@@ -97,7 +48,7 @@ def gzipped(body: bytes) -> Iterator[bytes]:
 
 
 def is_not_modified(if_none_match: str, etag: str) -> bool:
-    """Tell whether `If-None-Match` names `etag`, by the weak comparison that RFC 9110 §13.1.2 wants."""
+    """Tell whether `If-None-Match` names `etag`, by weak comparison (RFC 9110 §13.1.2)."""
     return if_none_match.strip() == "*" or etag in _ETAG.findall(if_none_match)
 
 
@@ -117,10 +68,10 @@ def proxy_status(error: ProxyError) -> str:
 
 
 def parse_retry_after(value: str, now: float) -> int | None:
-    """Read the upstream's `Retry-After` in seconds: 1 to 3,600, for no limit of it is longer than an hour.
+    """Read the upstream's `Retry-After` in seconds: 1 to LONGEST_RETRY_AFTER_S.
 
     It is a number of seconds, or a date in one of HTTP's three forms (RFC 9110 §10.2.3 and §5.6.7), which is
-    compared with `now` (Unix seconds). None for what is neither.
+    compared with `now` (Unix seconds). None if it is neither.
     """
     value = value.strip()
     if value.isascii() and value.isdigit():
@@ -133,7 +84,7 @@ def parse_retry_after(value: str, now: float) -> int | None:
 
 
 def _parse_date(value: str) -> float | None:
-    """Read an HTTP-date as Unix seconds. asctime's form names no zone: all three are UTC."""
+    """Read an HTTP-date as Unix seconds. The asctime form names no zone; all three forms are UTC."""
     try:
         date = parsedate_to_datetime(value)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
@@ -142,22 +93,18 @@ def _parse_date(value: str) -> float | None:
 
 
 def retry_after(seconds: int | None) -> str:
-    """Write our `Retry-After`: 1 to 60, whatever the upstream's was."""
+    """Write the `Retry-After` of our answers: 1 to 60 seconds, even if the upstream's was longer."""
     return str(min(max(seconds or RETRY_AFTER_S, 1), 60))
 
 
 def parse_remaining(value: str) -> int | None:
-    """Read `ratelimit-remaining`; None for what cannot be a number of calls."""
+    """Read `ratelimit-remaining`; None if it is not a number of at most nine digits."""
     return int(value) if value.isascii() and value.isdigit() and len(value) <= _MOST_DIGITS else None
 
 
 def parse_limit(value: str, remaining: int | None) -> int | None:
-    """Read `ratelimit-limit`; None for what cannot be the hour's: absurd, or less than what remains."""
+    """Read `ratelimit-limit`; None if it is above _HIGHEST_LIMIT, or below the `remaining` calls."""
     limit = parse_remaining(value)
     if limit is None or remaining is None or not max(remaining, 1) <= limit <= _HIGHEST_LIMIT:
         return None
     return limit
-
-
-def _detail(detail: Detail | None) -> str:
-    return "" if detail is None else f"; detail={detail}"

@@ -1,11 +1,11 @@
-"""A trouble from its first sign to its end, so that it is logged twice and not once for each request.
+"""A trouble from its first sign until it is over: two log lines, and not one for each request.
 
-It counts signs in between. Times are seconds of one clock; nothing here reads it, and nothing here logs:
+The signs in between are counted. Times are seconds of one clock, which nothing here reads; nothing here logs:
 
     if outage.sign(now):
-        ...  # it begins: a WARNING
+        ...  # the trouble begins: a WARNING
     if over := outage.end(now):
-        ...  # it has ended: an INFO line with `over.seconds` and `over.count`
+        ...  # the trouble is over: an INFO line with `over.seconds` and `over.count`
 """
 
 from dataclasses import dataclass
@@ -33,16 +33,16 @@ class Incident:
 
     @property
     def under_way(self) -> bool:
-        """Tell whether it has begun, and not ended."""
+        """Tell whether the trouble has begun and is not over."""
         return self._under_way
 
     @property
     def count(self) -> int:
-        """Give the number of signs since it began, or since the last time that all was well."""
+        """The number of signs since `end` was called last."""
         return self._count
 
     def sign(self, now: float) -> bool:
-        """Take note of one sign. Tell whether the trouble begins with it."""
+        """Count one sign. Tell whether the trouble begins with it."""
         if not self._count:
             self._began_at = now
         self._count += 1
@@ -52,12 +52,12 @@ class Incident:
         return begins
 
     def end(self, now: float) -> Over | None:
-        """Take note that all is well. Gives what there was, None where no trouble was under way."""
+        """Record that all is well. Give what was under way, None if nothing was."""
         over = Over(now - self._began_at, self._count) if self._under_way else None
         self._count = 0
         self._under_way = False
         return over
 
     def end_if_quiet(self, now: float, quiet_s: float) -> Over | None:
-        """End it where there was no sign for `quiet_s`; it then lasted until the last one."""
+        """Close a trouble without a sign for `quiet_s` seconds; it lasted until its last sign."""
         return self.end(self._last_at) if self._under_way and now - self._last_at >= quiet_s else None

@@ -1,17 +1,19 @@
 """All cache semantics, in two questions with closed answers.
 
-`on_lookup`: may what was found answer this request, or must it go upstream? `on_answer`: what does the
-upstream's answer mean, may it be kept, and for how long? Neither reads a clock or draws a number.
+`on_lookup`: may the entry that was found answer this request, or must the upstream be asked? `on_answer`:
+what does the upstream's answer mean, may it be stored, and for how long? Neither reads a clock or draws a
+number.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
+from proxy.core.cache_status import Fwd
 from proxy.core.entry import Entry, Freshness, Lifetimes
 from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid, tells_outcome
 from proxy.core.events import EnumField
-from proxy.core.http import Why, etag_of
+from proxy.core.http import etag_of
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.invalidation import CallerScope, Scope, SnapshotsScope
 from proxy.core.request import Call, Directives
@@ -34,16 +36,16 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class HitThenRevalidate:
-    """The entry answers, stale as it is, and is refreshed behind the caller's back (RFC 5861 §3)."""
+    """The stale entry answers, and is refreshed in the background (RFC 5861 §3)."""
 
     entry: Entry
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The upstream has to be asked. `fallback` may answer where it fails (RFC 5861 §4)."""
+    """The upstream has to be asked. If it fails, `fallback` may answer (RFC 5861 §4)."""
 
-    why: Why
+    fwd: Fwd
     fallback: Entry | None = None
 
 
@@ -68,23 +70,23 @@ def on_lookup(entry: Entry | None, directives: Directives, now: float) -> Decisi
 
 def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit | HitThenRevalidate | Forward:
     if entry is None:
-        return Forward(Why.URI_MISS)
+        return Forward(Fwd.URI_MISS)
     freshness = entry.freshness(now)
     fresh = freshness is Freshness.FRESH
     if directives.no_cache:  # RFC 9111 §5.2.1.4
-        return Forward(Why.REQUEST if fresh else Why.STALE)
+        return Forward(Fwd.REQUEST if fresh else Fwd.STALE)
     # RFC 9111 §5.2.1.1: a request with max-age and without max-stale is not answered stale.
     if directives.max_age_s is not None and not (fresh and entry.age_s(now) <= directives.max_age_s):
-        return Forward(Why.REQUEST if fresh else Why.STALE)
+        return Forward(Fwd.REQUEST if fresh else Fwd.STALE)
     match freshness:
         case Freshness.FRESH:
             return Hit(entry)
         case Freshness.STALE_WHILE_REVALIDATE:
             return HitThenRevalidate(entry)
         case Freshness.STALE_IF_ERROR:
-            return Forward(Why.STALE, fallback=entry)
-        case _:  # expired: of no use
-            return Forward(Why.STALE)
+            return Forward(Fwd.STALE, fallback=entry)
+        case _:  # expired
+            return Forward(Fwd.STALE)
 
 
 # -- the second question -----------------------------------------------------------------------
@@ -92,9 +94,9 @@ def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit |
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the upstream said to one read. `called_at` is when it was asked (Unix seconds).
+    """The upstream's answer to one call. `called_at` is when the call was sent (Unix seconds).
 
-    `ratelimit` are the headers of that name, for the caller who gets this very answer; `validator` is the
+    `ratelimit` are the headers of that name, which only the caller of this call gets; `validator` is the
     entity tag.
     """
 
@@ -110,10 +112,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Serve `entry`, and store it for as long as its lifetimes say. A list's has yet to be compressed.
+    """Serve `entry`, and store it for as long as its lifetimes say. The body of a list is not compressed yet.
 
-    `seeds` are single entries, by id, that came along. `unknown` names a field once for each value of it that
-    is beyond the documented ones.
+    `seeds` are the single entries, by id, that came with a list. `unknown` names a field once for each
+    undocumented value of it.
     """
 
     entry: Entry
@@ -125,7 +127,7 @@ class Keep:
 class TokenRejected:
     """The upstream does not know this token: all of this caller's entries are invalidated. Serve `body`.
 
-    `entry` answers the caller from now on, whatever is asked, for as long as its lifetime says.
+    `entry` answers every read of the caller for as long as its lifetime says.
     """
 
     body: bytes | None
@@ -141,7 +143,7 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class PassThrough:
-    """Serve `body` and keep nothing."""
+    """Serve `body`, and store nothing."""
 
     body: bytes | None
 
@@ -150,7 +152,7 @@ class PassThrough:
 class Deleted:
     """The snapshot is gone, or may be: it is invalidated for all callers, and so are all lists.
 
-    `body` is empty where the upstream said that it is gone, else its error, or None where there is none.
+    `body` is empty if the upstream answered 204, else its error; None if that is unreadable.
     """
 
     body: bytes | None
@@ -164,7 +166,7 @@ class Absent:
 
 
 Verdict = Keep | TokenRejected | Denied | PassThrough
-"""A `body` is the upstream's error with a request_id; None where the upstream did not explain itself."""
+"""A `body` is the upstream's error with a request_id; None if it was not readable JSON of the API."""
 
 _END_OF_STATUSES = 600  # RFC 9110 §15
 
@@ -173,7 +175,7 @@ _END_OF_STATUSES = 600  # RFC 9110 §15
 class Policy:
     """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL taken off at random.
 
-    `public_url` begins the page links of lists where it is not empty.
+    The page links of lists begin with `public_url`, unless it is empty.
     """
 
     fresh_s: int
@@ -196,8 +198,9 @@ class Policy:
     ) -> Verdict:
         """Decide about the upstream's `answer` to a read; `draw` is a random number in [0, 1).
 
-        `validated` is the entry whose validator went up with the question, if one did. Raises UpstreamInvalid
-        where the answer is not what the API documents, UpstreamEdgeFailed where it is not the API's.
+        `validated` is the entry whose validator was sent with the request, if one was. Raises UpstreamInvalid
+        if the answer is not what the API documents, UpstreamEdgeFailed if it came from the edge in front of
+        it.
         """
         if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
             lifetimes = self._of_list(draw) if isinstance(target, ListQuery) else self._positive(answer, draw)
@@ -227,9 +230,9 @@ class Policy:
     def on_delete(
         self, answer: Answer, *, request_id: str, draw: float
     ) -> Deleted | Absent | TokenRejected | PassThrough:
-        """Decide about the upstream's `answer` to a DELETE. What it does not say surely counts as deleted.
+        """Decide about the upstream's `answer` to a DELETE. If the outcome is unknown it counts as deleted.
 
-        Raises UpstreamInvalid where it is not what the API documents: as uncertain as no answer.
+        Raises UpstreamInvalid if it is not what the API documents: then the outcome is unknown, too.
         """
         if answer.status < HTTPStatus.BAD_REQUEST and not tells_outcome(answer.status, None, deletes=True):
             raise UpstreamInvalid(f"status {answer.status} to a DELETE")
@@ -255,10 +258,10 @@ class Policy:
         if envelope is None or not self.negative_s:
             return None
         entry = _entry(answer, envelope, Lifetimes(_jittered(self.negative_s, self.jitter * draw)))
-        return replace(entry, validator="")  # a 304 would make it live as long as a snapshot
+        return replace(entry, validator="")  # else a 304 would give it the lifetime of a snapshot
 
     def _keep_list(self, answer: Answer, draw: float) -> Keep:
-        """Keep a list, and each snapshot in it as a single read would have left it."""
+        """Store a list, and each snapshot in it as a single read would have stored it."""
         normalized = normalize_list(answer.body, self.public_url)
         entry = _entry(answer, normalized.body, self._of_list(draw))
         seeds = {
@@ -272,13 +275,13 @@ class Policy:
         return Keep(entry, seeds, normalized.unknown)
 
     def _positive(self, answer: Answer, draw: float) -> Lifetimes:
-        """Give a snapshot its lifetimes: longer ones as the token's calls run low."""
+        """Give a snapshot its lifetimes: the fewer calls the token has left, the longer."""
         stretched_s = stretched(self.fresh_s, self.max_fresh_s, answer.remaining_share)
         fresh_s = _jittered(stretched_s, self.jitter * draw)
         return Lifetimes(fresh_s, self.stale_while_revalidate_s, self.stale_if_error_s)
 
     def _of_list(self, draw: float) -> Lifetimes:
-        """Give a list its lifetimes: never served while being refreshed, lest a new snapshot is missing."""
+        """Give a list its lifetimes. It is never stale while revalidated: a new snapshot would be missing."""
         return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
 
 

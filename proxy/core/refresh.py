@@ -1,13 +1,12 @@
-"""When one list refreshes what single reads would: which snapshots each caller reads, and when they are due.
+"""Whether to refresh by a list or by single reads: which snapshots each caller reads, and when they are due.
 
-A page of the list refreshes up to 200 snapshots and costs one call, as much as the single read of one. So
-where a refresh is due, and its snapshot is known to be on that page, the list costs nothing more and saves
-the call of each other snapshot that comes near its expiry. Where it is not on the page, the single read has
-to follow: absence proves nothing, since there may be more pages, and a token may list less than it reads.
-What was on the page is learned from each list. After a list that saved no call, that caller's snapshots are
-refreshed by single reads for a while.
+A page of the list refreshes up to 200 snapshots and costs one call, as much as the single read of one. So if
+a snapshot is due that is known to be on that page, the list costs no more than its single read, and saves the
+call of each other snapshot that is near its expiry. If it turns out not to be on the page, a single read
+follows: there may be more pages, and a token may list less than it reads. Each list shows what is on the
+page. After a list that saved no call, that caller's snapshots are refreshed by single reads for REST_S.
 
-Only what this replica answered lately is known here: what is forgotten is refreshed by a single read.
+Known are only the snapshots that this replica answered lately; others are refreshed by single reads.
 """
 
 from collections import OrderedDict
@@ -23,19 +22,19 @@ PAGE = ListQuery("page=1&per_page=200", cacheable=True)
 """The list that refreshes: as many as one call can bring."""
 
 MOST_OF_ONE = 200
-"""Snapshots of one caller that are remembered, at most: as many as fit on the page."""
+"""The most snapshots that are remembered of one caller: as many as fit on the page."""
 
 MOST = 16_384
-"""Snapshots of all callers that are remembered, at most; the caller that read least recently is forgotten."""
+"""The most snapshots that are remembered of all callers; the least recently read caller is evicted."""
 
 REST_S = 300.0
-"""A caller whose list saved nothing, or failed, gets none for so long."""
+"""After a list that saved no call, or failed, no list refreshes for that caller for so long."""
 
 _ENOUGH = 3
-"""So many that are due, the one in question among them, and a list is worth it whatever else there is."""
+"""With so many snapshots due, a list is worth its call even if some of them are not on the page."""
 
 _NEAR = 0.5
-"""What has less of its freshness left than this part is near its expiry.
+"""A snapshot is near its expiry if less than this part of its freshness is left.
 
 Of any two with the same lifetime one comes so near while the other expires, whatever their phases: from the
 first list on they expire together.
@@ -43,7 +42,7 @@ first list on they expire together.
 
 
 class Place(Enum):
-    """Whether a snapshot is on the page, as far as a list told."""
+    """Whether a snapshot is on the page, according to the last list."""
 
     UNKNOWN = "unknown"
     ON_PAGE = "on the page"
@@ -51,9 +50,9 @@ class Place(Enum):
 
 
 def choose(place: Place, others: int) -> By:
-    """Choose for a snapshot whose refresh is due, with `others` near their expiry that may be on the page.
+    """Choose for a snapshot that is due, with `others` near their expiry that may be on the page.
 
-    One that may be missing there is worth a list only where two others are not refreshed for it.
+    If it may be missing there, a list is worth its call only with two others.
     """
     if place is Place.OFF_PAGE:
         return "single"
@@ -61,7 +60,7 @@ def choose(place: Place, others: int) -> By:
 
 
 class HotSet:
-    """What callers read lately. Times are Unix seconds; nothing here reads a clock."""
+    """The snapshots that callers read lately. Times are Unix seconds; nothing here reads a clock."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -72,7 +71,7 @@ class HotSet:
         return self._size
 
     def read(self, key: EntryKey, entry: Entry, now: float) -> None:
-        """Take note that `entry` answered."""
+        """Record that `entry` answered."""
         caller = self._callers.get(key.partition)
         if caller is None:
             caller = self._callers[key.partition] = _Caller()
@@ -108,7 +107,7 @@ class HotSet:
         return by
 
     def listed(self, partition: Partition, on_page: Collection[str], now: float) -> int:
-        """Take note of what a list brought, and give how many snapshots it refreshed that were due."""
+        """Record the snapshots of a list, and give how many it refreshed that were due."""
         caller = self._callers.get(partition)
         if caller is None:
             return 0
@@ -119,7 +118,7 @@ class HotSet:
         return sum(1 for _ in caller.due(now))
 
     def unlisted(self, partition: Partition, now: float) -> None:
-        """Take note that a list was answered with an error, or not at all."""
+        """Record that a list failed, or was not answered."""
         caller = self._callers.get(partition)
         if caller is not None:
             caller.rests_until = now + REST_S

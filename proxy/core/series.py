@@ -1,4 +1,4 @@
-"""Which combinations of labels can occur: their series exist at 0 from the start.
+"""The combinations of labels that can occur: their series exist at 0 from the start.
 
 A rate then sees the first event. All combinations of route, cache, status and caller would be 360 series for
 each caller and 23,400 with 64 aliases, and most of them cannot occur: no DELETE is a hit, no hit is a 403.
@@ -9,7 +9,8 @@ have 8,257.
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from proxy.core.events import OTHER_CALLER, Outcome, Route
+from proxy.core.cache_status import Outcome
+from proxy.core.events import OTHER_CALLER, Route
 
 ANSWERS = ("2xx", "304", "401", "403", "404", "429", "4xx", "5xx")
 """The label `status` of what a caller gets; section 6 of the contract."""
@@ -25,7 +26,7 @@ _REFUSED_HERE = (
     "401",
     "4xx",
     "5xx",
-)  # no or a bad token; malformed, left (499); overloaded, not cached, a bug
+)  # 401: no or a bad token; 4xx: malformed, or 499; 5xx: overloaded, not cached, or a bug
 
 _READ: Mapping[Outcome, tuple[str, ...]] = MappingProxyType(
     {
@@ -58,7 +59,7 @@ REQUESTS: Mapping[Route, Mapping[Outcome, tuple[str, ...]]] = MappingProxyType(
 def requests_of(caller: str) -> Iterator[tuple[Route, Outcome, str]]:
     """Give the labels route, cache and status that requests of `caller` can have.
 
-    What is no request for something is not looked at for its caller: it counts as `other`.
+    Requests on other routes are rejected before their token is read: they all count as `other`.
     """
     for route, outcomes in REQUESTS.items():
         if route is not Route.OTHER or caller == OTHER_CALLER:

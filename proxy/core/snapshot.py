@@ -1,7 +1,7 @@
 """The upstream's JSON becomes the normalized bytes that are cached and served.
 
 Documented keys first, in the documented order, then keys unknown today, sorted. Equal snapshots give
-equal bytes. Whatever does not fit the documented schema raises UpstreamInvalid with the field's name,
+equal bytes. A value that does not fit the documented schema raises UpstreamInvalid with the field's name,
 never with its value. Source of the schema: the components `snapshots` and `snapshots_base` of
 DigitalOcean's official specification.
 """
@@ -21,7 +21,7 @@ MOST_SNAPSHOTS = 400
 """Snapshots in one list: twice the longest page. Each takes some 20 µs here, and a place in the store."""
 
 RESOURCE_TYPES = frozenset({"droplet", "volume"})
-"""The documented values of `resource_type`. Others are passed on as they are, and counted: enums grow."""
+"""The documented values of `resource_type`. Others are passed on unchanged, and counted."""
 
 _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ]([01]\d:\d\d|2[0-3]:\d\d):([0-5]\d|60)(?:\.(\d+))?"
@@ -31,7 +31,7 @@ _RFC3339 = re.compile(
 
 
 class Normalized(NamedTuple):
-    """A snapshot's normalized body, and which of its fields have values beyond their documented ones."""
+    """A snapshot's normalized body, and which of its fields have undocumented values."""
 
     body: bytes
     unknown: tuple[EnumField, ...] = ()
@@ -40,7 +40,7 @@ class Normalized(NamedTuple):
 class NormalizedList(NamedTuple):
     """A list's normalized body, and its snapshots as the bodies that single reads of them have, by id.
 
-    `unknown` names a field once for each of its values that is beyond the documented ones.
+    `unknown` names a field once for each undocumented value of it.
     """
 
     body: bytes
@@ -100,7 +100,7 @@ def _with_public_url(links: dict[str, Any], public_url: str) -> dict[str, Any]:
 
 
 def _moved(link: Any, public_url: str) -> Any:
-    """Put `public_url` in the place of a link's scheme and authority, if it is one of the API's."""
+    """Replace scheme and authority of a link by `public_url`, if it is a link of the API."""
     if not isinstance(link, str):
         return link
     scheme, _, rest = link.partition("://")
@@ -111,7 +111,7 @@ def _moved(link: Any, public_url: str) -> Any:
 
 
 def error_envelope(body: bytes, request_id: str) -> bytes | None:
-    """Give an upstream's error `{"id", "message", …}` back with a request_id, or None if it is none."""
+    """Give the upstream's error `{"id", "message", …}` with a request_id; None if it is no such error."""
     try:
         envelope = parse(body)
     except UpstreamInvalid:

@@ -1,7 +1,7 @@
 """Accepting connections: a listener on all addresses of its host.
 
-An address that this machine lacks is left out, with a warning; without any the start fails. What happens on a
-connection that was accepted is the listener's.
+An address that this machine lacks is skipped with a warning; if none is left, the start fails. The listener
+handles the connections.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from proxy.logs import event
 from proxy.system.sockets import listen
 
 _HANDSHAKE_S = 5.0
-"""For a TLS handshake, at most: until then a connection holds a descriptor and is not counted yet."""
+"""The longest TLS handshake: meanwhile a connection holds a descriptor, and is not counted yet."""
 
 _GOODBYE_S = 1.0
-"""For the caller's part of the end of a TLS connection."""
+"""How long a TLS connection waits for the caller's close_notify."""
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Answers become aiohttp responses: status, headers, body, and nothing of the server's version."""
+"""Answers become aiohttp responses: status, headers and body. No header names a version of the server."""
 
 import secrets
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_statu
 _JSON = "application/json; charset=utf-8"
 
 NO_RETRY = {"x-should-retry": "false"}
-"""Keeps the clients that know it from repeating a write that may have been carried out."""
+"""Tells clients that know this header not to repeat a write that may have been carried out."""
 
 
 def new_request_id() -> str:
@@ -26,12 +26,12 @@ def new_request_id() -> str:
 def served_response(
     served: Served, *, now: float, request_id: str, if_none_match: str | None, gzip: bool
 ) -> web.Response:
-    """Give an answer of the cache or the upstream its headers. 304 where the caller has it already.
+    """Make the response for an answer of the cache or the upstream: 304 if `if_none_match` names its tag.
 
-    `gzip` tells whether the caller takes a compressed body.
+    `gzip`: the caller accepts a compressed body.
     """
     headers = _headers(request_id)
-    headers["Cache-Status"] = served.cache_status
+    headers["Cache-Status"] = served.cache_status.header
     headers.extend(served.ratelimit)
     body = served.body
     if served.entry is None:
@@ -69,14 +69,14 @@ def served_response(
 
 
 def failed_response(failed: Failed, request_id: str) -> web.Response:
-    """Answer a read with an error of ours."""
+    """Make the response for an error of ours to a read or a DELETE."""
     response = error_response(failed.error, request_id)
-    response.headers["Cache-Status"] = failed.cache_status
+    response.headers["Cache-Status"] = failed.cache_status.header
     return response
 
 
 def error_response(error: ProxyError, request_id: str | None = None) -> web.Response:
-    """Answer with an error of ours."""
+    """Make the response for an error of ours."""
     request_id = request_id or new_request_id()
     return web.Response(
         status=error.status, headers=_error_headers(error, request_id), body=error_body(error, request_id)
@@ -84,7 +84,7 @@ def error_response(error: ProxyError, request_id: str | None = None) -> web.Resp
 
 
 def refusal(error: ProxyError, request_id: str) -> bytes:
-    """Write a whole answer to a caller whose request is not read: an error of ours; the connection closes."""
+    """Write the bytes of a response to a request that was not read: an error of ours, and the end."""
     body = error_body(error, request_id)
     headers = _error_headers(error, request_id)
     headers["Date"] = format_datetime(datetime.now(UTC), usegmt=True)

@@ -15,6 +15,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 
 from proxy.cache.readthrough import Failed, ReadThrough, Served
+from proxy.core.cache_status import FROM_CACHE, Avoided, Outcome
 from proxy.core.errors import (
     BadRequest,
     HeadersTooLarge,
@@ -26,15 +27,7 @@ from proxy.core.errors import (
     ProxyError,
     UpstreamInvalid,
 )
-from proxy.core.events import (
-    FROM_CACHE,
-    GIVEN_UP_BY_CALLER,
-    OTHER_CALLER,
-    Avoided,
-    Outcome,
-    RequestDone,
-    Route,
-)
+from proxy.core.events import GIVEN_UP_BY_CALLER, OTHER_CALLER, RequestDone, Route
 from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.passthrough import Forwarding, forwarded_headers, is_read, passthrough_target
 from proxy.core.request import (
@@ -132,11 +125,11 @@ class Api:
             answer = await self._readthrough.delete(call)
         else:
             answer = await self._readthrough.get(call)
-        log.outcome, log.avoided = answer.outcome, answer.avoided
+        log.outcome, log.avoided = answer.cache_status.outcome, answer.cache_status.avoided
         match answer:
             case Served():
                 now = self._clock()
-                if answer.outcome in FROM_CACHE and answer.entry is not None:
+                if log.outcome in FROM_CACHE and answer.entry is not None:
                     log.entry_age_s = answer.entry.age_s(now)
                 conditions = request.headers.getall("If-None-Match", None)
                 return served_response(

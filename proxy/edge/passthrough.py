@@ -1,8 +1,8 @@
-"""Passthrough: each other `/v2/…` request, streamed both ways, for clients that have one base URL for all.
+"""Passthrough: every other `/v2/…` request, streamed both ways, for clients that have one base URL for all.
 
-The gate makes the call. Nothing is stored, cached, decompressed or redirected. What a write changes of
-snapshots is invalidated before its answer is passed on, and also if no answer comes. A read without a body is
-sent once more, over a new connection, if its connection was closed before the answer began; a write never is.
+The gate makes the call. Nothing is stored, decompressed or redirected. Entries that a write changes are
+invalidated before its answer is passed on, and also if no answer comes. A read without a body is sent once
+more, over a new connection, if its connection was closed before the answer began; a write never is.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 
 from proxy.cache.fetch import Fetched
 from proxy.cache.invalidator import Invalidator
+from proxy.core.cache_status import Detail, Forwarded, Fwd
 from proxy.core.errors import (
     EDGE_FAILED,
     RETRYABLE,
@@ -30,7 +31,7 @@ from proxy.core.errors import (
     WriteUnknown,
     tells_outcome,
 )
-from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, retry_after
+from proxy.core.http import CACHE_NAME, retry_after
 from proxy.core.invalidation import CallerScope
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
@@ -49,7 +50,7 @@ from proxy.tasks.flights import Abandoned, Flights, Owner
 
 
 class Passthrough:
-    """Forwards requests. One whose caller sends nothing of its body for `read_timeout_s` is aborted."""
+    """Forwards requests. One is aborted if its caller sends nothing of its body for `read_timeout_s`."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Passthrough:
     async def forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
         """Answer `request` with what the upstream says to it. Raises ProxyError before the answer begins.
 
-        It runs in a task of its own, so that a write is settled and invalidates even if its caller leaves.
+        It runs in a task of its own: if the caller closes its connection, a write is settled all the same.
         """
         work = self._read if is_read(forwarding.method) else self._write
         owner = Owner(forwarding.partition, writes=not is_read(forwarding.method))
@@ -168,9 +169,9 @@ class Passthrough:
 
 
 class _Body:
-    """The request's body on its way up; its first MOST_READ_BYTES are kept, for the ids that it may name.
+    """The request's body, streamed to the upstream; its first MOST_READ_BYTES are kept for the ids in it.
 
-    Raises BadRequest if the caller does not send it to its end.
+    Raises BadRequest if the caller does not send all of it.
     """
 
     def __init__(self, request: web.BaseRequest, timeout_s: float) -> None:
@@ -181,7 +182,7 @@ class _Body:
 
     @property
     def whole(self) -> bytes | None:
-        """The whole body; None if it was too long to keep, or did not come to its end."""
+        """The whole body; None if it is longer than MOST_READ_BYTES, or did not arrive completely."""
         return bytes(self._kept) if self._complete and len(self._kept) <= MOST_READ_BYTES else None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -192,7 +193,7 @@ class _Body:
                 and request.headers.get("Expect", "").lower() == "100-continue"
             ):
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                request.writer.output_size = 0  # the answer itself has not begun
+                request.writer.output_size = 0  # the final answer has not begun
             while chunk := await self._next():
                 if len(self._kept) <= MOST_READ_BYTES:
                     self._kept += chunk
@@ -206,7 +207,7 @@ class _Body:
             raise BadRequest("the request's body ended before it was complete") from None
         self._complete = True
         assert isinstance(request.protocol, Handler)
-        request.protocol.connection.reading_ended()  # what comes now is the next request's
+        request.protocol.connection.reading_ended()  # later bytes belong to the next request
 
     async def _next(self) -> bytes:
         async with asyncio.timeout(self._timeout_s):
@@ -214,12 +215,12 @@ class _Body:
 
 
 def _refuses(status: int) -> bool:
-    """Tell whether the upstream says that it did nothing."""
+    """Tell whether the upstream rejected the request (4xx): then a write changed nothing."""
     return HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def _break_off(request: web.BaseRequest) -> None:
-    """Abort an answer that has begun: what was written must not pass for the whole answer."""
+    """Abort an answer that has begun: the caller must not take a part of it for the whole."""
     if request.writer.output_size and request.transport is not None:
         request.transport.abort()
 
@@ -231,13 +232,13 @@ async def _stream_back(
     headers["Server"] = CACHE_NAME
     headers["X-Request-Id"] = forwarding.request_id
     detail = Detail.INVALIDATION_PENDING if pending else None
-    headers["Cache-Status"] = str(Forwarded(Why.BYPASS, detail=detail))
+    headers["Cache-Status"] = Forwarded(Fwd.BYPASS, detail=detail).header
     if not is_read(forwarding.method) and not tells_outcome(answer.status, answer.retry_after_s):
         headers.update(NO_RETRY)
     elif answer.status in RETRYABLE:
         headers["Retry-After"] = retry_after(answer.retry_after_s)
     response = web.StreamResponse(status=answer.status, headers=headers)
-    with suppress(ClientConnectionError, ConnectionError):  # not the upstream's: the caller left
+    with suppress(ClientConnectionError, ConnectionError):  # the caller closed its connection
         await response.prepare(request)
         async for chunk in answer.chunks:
             await response.write(chunk)

@@ -1,10 +1,10 @@
 """The gate: the only way to the upstream, for reads, refreshes, deletes and passthrough alike.
 
-One call goes through in this order. It is refused while the circuit breaker of its route is open. It takes a
-turn, for which it may stand in line (`line.py`). A token that the upstream never accepted takes one more, of
-an account that all such tokens share. Then it waits for a connection (`connections.py`), and is made. Its
-outcome is settled with the ledgers (`settling.py`). A call stops waiting when its flight has no caller left,
-and when it could not be over before the drain is; one that is in flight when the drain is over is given up.
+A call takes these steps. While the circuit breaker of its route is open, it is refused. It waits in line for
+a permit (`line.py`). A token that the upstream never accepted needs a second one, of an account that all such
+tokens share. The call waits for a connection (`connections.py`), and is made. Its outcome is settled with the
+ledgers (`settling.py`). A call stops waiting if its flight has no caller left, or if it could not be over
+before the drain is; a call in flight at the end of the drain is given up.
 """
 
 import math
@@ -76,11 +76,11 @@ class UpstreamGate:
         self._monotonic = monotonic
         self._drain = drain
         self._lines: dict[tuple[Partition, bool], Line] = {}
-        """Of each token with calls, its reads' and its writes'."""
+        """Two lines for each token with calls: one for its reads, one for its writes."""
         self._turns = Turns(accounts, monotonic=monotonic, drain=drain)
         self._settler = Settler(accounts, self._lines_of, observe=observe, monotonic=monotonic)
         self._breakers: defaultdict[Route, Breaker] = defaultdict(Breaker)
-        """For each route: lists that are slow say nothing about single reads."""
+        """One for each route: slow lists say nothing about single reads."""
 
     @property
     def breaker_open(self) -> bool:
@@ -89,7 +89,7 @@ class UpstreamGate:
         return any(breaker.is_news(now) for breaker in self._breakers.values())
 
     def standings(self) -> dict[str, Standing]:
-        """Give what each caller has left, by name; of several tokens with one name, the least."""
+        """Give the calls that each caller has left, by its label; the fewest, if tokens share a label."""
         worst: dict[str, Standing] = {}
         for caller, standing in self._accounts.standings():
             other = worst.get(caller, standing)
@@ -213,7 +213,7 @@ class UpstreamGate:
                 try:
                     await self._connect(held, owner, give_up, spare_s=call_s)
                     self._refuse_while_paused(breaker)
-                except BaseException:  # cancelled, too: the turn was not used
+                except BaseException:  # also if it is cancelled: the permit was not used
                     await self._accounts.give_back(account, permit)
                     raise
                 context = CallContext(

@@ -1,9 +1,9 @@
-"""Where each token stands: by the common ledger of all replicas in Redis, without it by this replica's own.
+"""The calls that each token has left: in the common ledger of all replicas, or in this replica's own.
 
 This replica keeps a ledger of its own for each token (4096 at most). It follows the common one, each of whose
 replies tells how many calls are left. While Redis does not answer, the own ledger decides, and counts each
 call as many times as there are replicas, since each of them may be making as many. If the last reply is older
-than 1 s, calls are serialized until one response of the API tells what the own ledger missed. After Redis did
+than 1 s, calls are serialized until one response of the API reports `ratelimit-remaining`. After Redis did
 not answer, or lost the common ledger, that one may lack calls: until they have left the minute, both ledgers
 have to admit a call.
 """
@@ -157,12 +157,12 @@ class Accounts:
         return await self._common.foresee(account.partition, call_class, need)
 
     async def give_back(self, account: Account, permit: Permit) -> None:
-        """Take back a turn that was not used."""
+        """Take back a permit that was not used."""
         self._own(account).ledger.give_back(permit.own)
         await self._give_back_in_common(account, permit.common)
 
     async def settle(self, account: Account, permit: Permit, settlement: Settlement) -> None:
-        """Count a turn as used; a 429 stops the token's calls, or its operation, on all replicas."""
+        """Count a permit as used; a 429 stops the token's calls, or its operation, on all replicas."""
         own = self._own(account)
         now = self._monotonic()
         own.known = own.known if settlement.known is None else settlement.known
@@ -228,7 +228,7 @@ class Accounts:
     def _doubt(self, own: "_Own") -> None:
         """Let both ledgers decide while a call that is made now may count: the common one may lack it.
 
-        If the own one last followed more than 1 s ago, it lacks calls too: then the next one goes alone.
+        If the own one last followed more than 1 s ago, it lacks calls, too: then calls are serialized.
         """
         now = self._monotonic()
         if now >= max(own.doubtful_until, own.followed_at + _FOLLOWS_S):
@@ -301,7 +301,7 @@ class _Own:
 
 
 def _permit(own: _Own, mine: Admitted, common: tuple[Admitted, ...] = ()) -> Permit:
-    """Make a turn. The calls left are the common ledger's, of two the fewer; without it the own one's."""
+    """Make a permit. The calls left are the common ledger's, of two the fewer; without it the own one's."""
     told = common or (mine,)
     minute = min(each.remaining[0] for each in told)
     hour, per_hour = min((each.remaining[1], each.per_hour) for each in told)

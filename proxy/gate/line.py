@@ -1,10 +1,10 @@
 """What waits for the quota: calls of one token on this replica, in order of arrival, reads apart from writes.
 
 Only the first in a line asks the ledgers: again as soon as a call of the token is answered, and otherwise
-after the seconds that the ledger named, at most 1 s; after 0.05 s at most where one call has to tell first. A
-call further back is refused at once if the window will have no room for it in time. A call leaves the line
-with a turn, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to
-another call of the token meanwhile, and with Abandoned when no caller waits for its flight any more.
+after the seconds that the ledger named, at most 1 s; at most 0.05 s while calls are serialized. A call
+further back is refused at once if the window will have no room for it in time. A call leaves the line with a
+permit, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to another
+call of the token meanwhile, and with Abandoned when no caller waits for its flight any more.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class Asker(NamedTuple):
-    """A call that asks for a turn, until `give_up` (monotonic); it may take `call_s` seconds afterwards.
+    """A call that waits for a permit, until `give_up` (monotonic); it may take `call_s` seconds afterwards.
 
     `refusals` are those of its line when it came.
     """
@@ -50,9 +50,9 @@ class Line:
         self.postponed = Postponed(0.0, "turn")
         """What the ledger told the first of them last."""
         self.answered = asyncio.Event()
-        """Is set, and replaced, when a call of the token was answered."""
+        """Set, and replaced by a new one, when a call of the token is answered."""
         self.refusals = 0
-        """So many calls of the token were answered 401."""
+        """The number of the token's calls that were answered 401."""
 
     def leave(self, place: "asyncio.Future[None]") -> None:
         """Give up a place in the queue; the call that is first then may ask."""
@@ -82,7 +82,7 @@ class Line:
 
 
 class Turns:
-    """Gives turns to the calls in a line, as `accounts` admit them."""
+    """Gives permits to the calls in a line, as `accounts` admit them."""
 
     def __init__(self, accounts: Accounts, *, monotonic: Callable[[], float], drain: DrainDeadline) -> None:
         self._accounts = accounts
@@ -96,7 +96,9 @@ class Turns:
         """
         end_if_abandoned()
         if not patient and asker.call_class is CallClass.MISS:
-            asker = asker._replace(call_class=CallClass.REFRESH)  # it has something to serve: others have not
+            asker = asker._replace(
+                call_class=CallClass.REFRESH
+            )  # it does not wait: it has a stale entry to serve, and calls in the line may not
         answered = line.answered
         decision: Permit | Postponed
         if line.queue:
@@ -115,7 +117,7 @@ class Turns:
     async def _wait(
         self, line: Line, asker: Asker, decision: Permit | Postponed, answered: asyncio.Event
     ) -> Permit:
-        """Stand in line, and ask until there is a turn, or none will be in time."""
+        """Wait in line, and ask until there is a permit, or it is clear that none will come in time."""
         place = asyncio.get_running_loop().create_future()
         line.queue.append(place)
         try:
@@ -161,7 +163,7 @@ class Turns:
             raise spent(postponed)
 
     async def _pause(self, asker: Asker, postponed: Postponed, answered: asyncio.Event) -> None:
-        """Wait until it makes sense to ask again: an answer may come before the time."""
+        """Wait until another question may succeed: after the time, or as soon as a call is answered."""
         left_s = self._left_s(asker)
         permit = postponed.window == "turn"
         if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not permit):

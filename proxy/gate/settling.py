@@ -1,8 +1,8 @@
 """What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
 
-The ledgers are told once: before a long body where the gate says so (`tell`), else when the call is
-over. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A kept
-connection that the upstream closed is none: an edge may do that at any time.
+The ledgers are told once: when the call is over, or before a long body, if the gate calls `tell`. For the
+breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A kept connection that
+the upstream closed is none: an edge may do that at any time.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Settler:
         *,
         is_write: bool,
     ) -> AsyncIterator[None]:
-        """Settle the call that is made inside, however that goes."""
+        """Settle the call that is made inside, whatever its result."""
 
         async def settle() -> None:
             try:
@@ -120,7 +120,7 @@ def _error_type(failure: BaseException | None) -> str:
 
 
 def _outcome_unknown(route: Route, context: CallContext, failure: BaseException | None) -> bool:
-    """Tell whether a write may have been carried out or not: by its answer, or because it had none."""
+    """Tell whether it is unknown if a write was carried out: by its answer, or because it had none."""
     match failure:
         case _ if context.status is not None:
             deletes = route is Route.DELETE

@@ -1,17 +1,18 @@
-"""The access log: one line a request, of what the metrics count too. Never a target, a header or an id."""
+"""The access log: one line a request, with what the metrics count; never a target, a header or an id."""
 
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from proxy.core.events import FROM_CACHE, RequestDone
+from proxy.core.cache_status import FROM_CACHE
+from proxy.core.events import RequestDone
 from proxy.logs import event
 
 _LOG = logging.getLogger(__name__)
 
 
 def access_log(which: Literal["all", "misses", "off"]) -> Callable[[RequestDone], None]:
-    """Make the observer that writes `all` requests, those that the cache did not answer, or none."""
+    """Make the observer that logs `all` requests, `misses` (no stored entry answered), or none (`off`)."""
 
     def write(done: RequestDone) -> None:
         if which == "all" or (which == "misses" and done.outcome not in FROM_CACHE):

@@ -1,7 +1,7 @@
-"""Names for callers: an alias in metrics and logs in the place of a token.
+"""Aliases of callers: metrics and logs name a token by its alias, or `other`.
 
-The file maps aliases to SHA-256 hashes, so that it holds no token; it is read again when it changes, and a
-version that cannot be read leaves the last good one in force.
+The file maps aliases to SHA-256 hashes, so it holds no token. It is read again when it changes; if it is
+invalid then, the aliases read before stay in use.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 class Callers:
     """The aliases of `callers.aliases_file`; without a file every caller is `other`.
 
-    `expect` is told the aliases whenever they were read.
+    `expect` is called with the aliases each time they were read.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Callers:
         return self._aliases.get(hashlib.sha256(token.reveal().encode()).hexdigest(), OTHER_CALLER)
 
     def read(self) -> dict[str, str]:
-        """Read the file, also where it did not change: a map from hash to alias. Raises SettingsError."""
+        """Read the file, even if it did not change: a map from hash to alias. Raises SettingsError."""
         if self._path is None:
             return {}
         changed_at = self._path.stat().st_mtime_ns if self._path.exists() else None
@@ -57,12 +57,12 @@ class Callers:
         return aliases
 
     def use(self, aliases: dict[str, str]) -> None:
-        """Name callers by these from now on."""
+        """Use these aliases from now on."""
         self._aliases = aliases
         self._expect(aliases.values())
 
     async def follow(self) -> None:
-        """Read the file again whenever it changes, until cancelled."""
+        """Read the file again each time it changes, until cancelled."""
         while self._path is not None:
             await asyncio.sleep(_RELOAD_S)
             self.reload()

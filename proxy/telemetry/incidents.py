@@ -1,8 +1,7 @@
-"""The log of troubles: one WARNING where one begins, one INFO line where it has ended.
+"""The log of troubles: one WARNING when a trouble begins, one INFO line with its length when it is over.
 
-The gate tells `settled` of every call that ended. However many calls a trouble concerns, it is two lines:
-what happens in between is counted. At once there are at most three troubles for each route, one for each
-alias, and one for each limit of this process.
+However many calls fail in between, there are no other lines: they are counted. At most three troubles of each
+route are under way at once, one of each alias, and one of each limit of this process.
 """
 
 import asyncio
@@ -13,18 +12,18 @@ from http import HTTPStatus
 from proxy.core.breaker import FAILURES
 from proxy.core.errors import Overloaded
 from proxy.core.events import GIVEN_UP, CallSettled, RequestDone, Route
-from proxy.core.incident import Incident, Over
+from proxy.core.incident import Incident
 from proxy.logs import event
 
 QUIET_S = 60.0
-"""A trouble that no answer ends has ended when there was no sign of it for so long."""
+"""A trouble that no answer can end is over when it has not recurred for so long."""
 
 _SWEEP_S = 1.0
 _LOG = logging.getLogger(__name__)
 
 
 class Incidents:
-    """Watches the calls to the upstream at `address` (host:port). `monotonic` gives seconds."""
+    """Follows the calls to the upstream at `address` (host:port). `monotonic` gives seconds."""
 
     def __init__(self, address: str, *, monotonic: Callable[[], float]) -> None:
         self._address = address
@@ -34,10 +33,10 @@ class Incidents:
         self._unknown = {route: Incident() for route in Route}
         self._cooldowns: dict[str, _Cooldown] = {}
         self._overloads: dict[str, Incident] = {}
-        """By what the error says, which is one of a few constants."""
+        """By the limit that was reached; an Overloaded names one of a few."""
 
     def settled(self, call: CallSettled) -> None:
-        """Take note of a call that ended."""
+        """Record how a call to the upstream ended; the gate calls this once for each."""
         now = self._monotonic()
         self._breaker(call, now)
         self._failures(call, now)
@@ -54,7 +53,7 @@ class Incidents:
             )
 
     def request(self, done: RequestDone) -> None:
-        """Take note of a request: being turned away for a limit of this process is a trouble, too."""
+        """Record a request that was refused because a limit of this process was reached."""
         if done.error_id != Overloaded.id:
             return
         limit = done.fact or Overloaded.id
@@ -68,13 +67,13 @@ class Incidents:
             )
 
     async def follow(self) -> None:
-        """End what no call ends, until cancelled."""
+        """Call `sweep` once a second, until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             self.sweep()
 
     def sweep(self) -> None:
-        """End what was quiet for long enough."""
+        """Close the troubles that have not recurred for QUIET_S."""
         now = self._monotonic()
         for route, unknown in self._unknown.items():
             if over := unknown.end_if_quiet(now, QUIET_S):
@@ -127,11 +126,10 @@ class Incidents:
             )
 
     def _failures(self, call: CallSettled, now: float) -> None:
-        """Watch failures that open no breaker: the upstream answers, with 500 for instance."""
+        """Follow failures that do not open the breaker: the upstream answers, but with 500 for instance."""
         incident = self._failing[call.route]
         if not _failed(call):
-            over = None if call.status is None else incident.end(now)
-            if over is not None:
+            if call.status is not None and (over := incident.end(now)):
                 event(
                     _LOG,
                     logging.INFO,
@@ -154,9 +152,10 @@ class Incidents:
             )
 
     def _cooldown(self, call: CallSettled, now: float) -> None:
+        """Follow the token's cool-downs. A 429 without one limits a single operation, not the token."""
         cooldown = self._cooldowns.get(call.caller)
         if call.status == HTTPStatus.TOO_MANY_REQUESTS:
-            if not call.cooldown_s:  # the limit of one operation, not the token's
+            if not call.cooldown_s:
                 return
             if cooldown is None:
                 cooldown = self._cooldowns[call.caller] = _Cooldown(now)
@@ -184,15 +183,15 @@ class Incidents:
             "cooldown-ended",
             caller=caller,
             address=self._address,
-            seconds=round(cooldown.over.seconds, 1),
-            count=cooldown.over.count,
+            seconds=round(cooldown.until - cooldown.began_at, 1),
+            count=cooldown.count,
         )
 
 
 class _Cooldown:
-    """The cool-downs of all tokens of one caller label: one after the other, or at once, they are one.
+    """The cool-downs of all tokens with one caller label: they may overlap, and count as one.
 
-    It ends with the first answer other than 429 after the last of them.
+    It is over with the first answer other than 429 after the last of them.
     """
 
     def __init__(self, began_at: float) -> None:
@@ -200,14 +199,9 @@ class _Cooldown:
         self.until = began_at
         self.count = 0
 
-    @property
-    def over(self) -> Over:
-        """Give for how long calls were stopped, and by how many answers."""
-        return Over(self.until - self.began_at, self.count)
-
 
 def _failed(call: CallSettled) -> bool:
-    """Tell whether the upstream failed: 5xx, or no answer. A call that was given up here tells nothing."""
+    """Tell whether the upstream failed: 5xx, or no answer to a call that this process did not give up."""
     if call.status is None:
         return call.error != GIVEN_UP
     return call.status >= HTTPStatus.INTERNAL_SERVER_ERROR

@@ -1,6 +1,7 @@
-"""What Prometheus is told: the declarations, and one `observe` for every event.
+"""The metrics: their declarations, and one `observe` that counts every event record.
 
-Labels are closed sets, aliases included; nothing that a caller sends becomes one.
+The values of a label are a closed set, aliases included: nothing that a caller sends becomes one. A series
+whose labels are known exists at 0 from the start, so that a rate sees the first event.
 """
 
 import asyncio
@@ -22,15 +23,14 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.core.cache_status import Avoided, Outcome
 from proxy.core.events import (
     OTHER_CALLER,
-    Avoided,
     By,
     Cause,
     EnumField,
     Invalidation,
     Operation,
-    Outcome,
     QuotaWait,
     Refreshed,
     RequestDone,
@@ -72,9 +72,9 @@ class Metrics:
     def __init__(self, version: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every first one
         self._registry = CollectorRegistry()
-        """What any thread may read."""
+        """Counters and histograms, which any thread may read."""
         self._live = CollectorRegistry()
-        """What shows the state of the service, which only the event loop's thread may look at."""
+        """Gauges that read the state of the service, which only the event loop's thread may do."""
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._requests = self._counter(
@@ -123,7 +123,7 @@ class Metrics:
         self.expect((OTHER_CALLER,))
 
     def _begin_at_zero(self) -> None:
-        """Make every series whose labels are known from the start: a rate then sees the first event."""
+        """Make every series whose labels are known; `expect` makes those of a caller."""
         for outcome in Outcome:
             self._request_seconds.labels(outcome)
         for route in CALLED:
@@ -141,7 +141,7 @@ class Metrics:
             self._store_operations.labels(operation, result)
 
     def expect(self, callers: Iterable[str]) -> None:
-        """Make every series of these callers, at 0 where there is none yet."""
+        """Make every series of these callers, at 0 if it is new."""
         for caller in callers:
             for route, outcome, status in requests_of(caller):
                 self._requests.labels(route, outcome, status, caller)
@@ -151,27 +151,17 @@ class Metrics:
 
     def watch(
         self,
-        *,
-        connections: Callable[[], float],
-        flights: Callable[[], float],
-        store_up: Callable[[], float],
-        store_shared: Callable[[], float],
-        secret_mismatch: Callable[[], float],
-        pending_invalidations: Callable[[], float],
-        breaker_open: Callable[[], float],
         standings: Callable[[], Mapping[str, Standing]],
+        *,
         per_minute: int,
+        **gauges: Callable[[], float],
     ) -> None:
-        """Tell where the gauges are read, at each scrape."""
-        for name, read in (
-            ("connections", connections),
-            ("flights", flights),
-            ("store_up", store_up),
-            ("store_shared", store_shared),
-            ("secret_mismatch", secret_mismatch),
-            ("pending_invalidations", pending_invalidations),
-            ("upstream_breaker_open", breaker_open),
-        ):
+        """Set the functions that a scrape reads: each gauge of `_WATCHED`, and what callers have left.
+
+        `per_minute` is the limit of the minute, which no answer of the API reports.
+        """
+        assert gauges.keys() == _WATCHED.keys()
+        for name, read in gauges.items():
             self._watched[name].set_function(read)
         self._quotas.watch(standings, per_minute)
 
@@ -223,9 +213,9 @@ class Metrics:
         }
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
-        """Write all of it in the format that the header `Accept` asks for; give it and its content type.
+        """Write all metrics in the format that the header `Accept` asks for; give body and content type.
 
-        With 64 aliases that takes 0.1 s, so it is done in a thread; the state is read before that.
+        With 64 aliases that takes 0.1 s, so a thread does it; the gauges are read before, on the event loop.
         """
         state = [*self._live.collect()]
         return await asyncio.to_thread(self._write, accept, state)
@@ -244,22 +234,22 @@ class Metrics:
 
 
 class _Families(Collector):
-    """Families that were collected already."""
+    """Metric families that were collected before."""
 
     def __init__(self, families: Sequence[Metric]) -> None:
         self._families = families
 
     def collect(self) -> Sequence[Metric]:
-        """Give them."""
+        """Give these families."""
         return self._families
 
     def describe(self) -> Sequence[Metric]:
-        """Name nothing: their names were checked where they were declared."""
+        """Give no names to check: the registries that declared them did that."""
         return ()
 
 
 class _Quotas(Collector):
-    """How callers stand at the moment of a scrape: calls come back, and a cool-down ends, by themselves."""
+    """What callers have left, read at each scrape: windows roll and cool-downs end without any event."""
 
     def __init__(self) -> None:
         self._standings: Callable[[], Mapping[str, Standing]] = dict
@@ -267,18 +257,18 @@ class _Quotas(Collector):
         self._callers: dict[str, None] = {}
 
     def expect(self, caller: str) -> None:
-        """Show from now on that a caller does not cool down, before it has made a call, too."""
+        """Show a cool-down of 0 s for a caller that has not made a call yet."""
         self._callers[caller] = None
 
     def watch(self, standings: Callable[[], Mapping[str, Standing]], per_minute: int) -> None:
-        """Tell where they are read, and the minute's limit, which no answer of the API tells."""
+        """Set what is read at a scrape, and the limit of the minute."""
         self._standings = standings
         self._per_minute = per_minute
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Give the three families; `other` stands as the worst of all callers without an alias.
+        """Give limit, calls left and cool-down of each caller; `other` is the worst of those without alias.
 
-        What a caller has left is not known before its first call: a 0 would say that it has nothing.
+        Before its first call a caller has no limit and no calls left: 0 would say that its quota is spent.
         """
         limit = GaugeMetricFamily(
             f"{_PREFIX}quota_limit", "Calls that the API allows a caller.", labels=("caller", "window")
@@ -305,8 +295,8 @@ class _Quotas(Collector):
 
 
 def status_label(status: int) -> str:
-    """Give a status its label: its own where the contract names it, else its class.
+    """Give the label of a status: the status itself if the contract names it, else its class.
 
-    `error` for what is no answer of an API: a redirect, a number that is no status.
+    `error` for a redirect and for a number that is no status: the API sends neither.
     """
     return str(int(status)) if status in _OWN_STATUSES else _CLASSES.get(status // 100, "error")

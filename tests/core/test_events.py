@@ -5,36 +5,26 @@ from typing import get_args
 
 import pytest
 
+from proxy.core.cache_status import Outcome
 from proxy.core.events import (
-    FROM_CACHE,
     OTHER_CALLER,
     Cause,
     Invalidation,
-    Outcome,
     RequestDone,
     Route,
     StoreOperation,
     UpstreamCall,
 )
 
-CONTRACT_OUTCOMES = {
-    *("hit", "seeded", "stale", "negative", "miss", "revalidated", "collapsed", "bypass", "none"),
-}
 CONTRACT_ROUTES = {"snapshot", "list", "delete", "passthrough", "other"}
 CONTRACT_CAUSES = {"delete", "purge", "unauthorized", "passthrough"}
 
 
 def test_the_words_are_labels_of_the_contract() -> None:
     """Nothing is called what section 6 does not name."""
-    assert set(Outcome) <= CONTRACT_OUTCOMES
     assert set(Route) <= CONTRACT_ROUTES
     assert set(get_args(Cause)) <= CONTRACT_CAUSES
     assert OTHER_CALLER == "other"
-
-
-def test_what_comes_from_the_cache() -> None:
-    """Only for these a stored entry answered: its age is counted."""
-    assert {Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE} == FROM_CACHE
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The words of HTTP: validators, conditions, Cache-Status, Proxy-Status, error bodies."""
+"""Header fields and error bodies: validators, conditions, Retry-After, Proxy-Status."""
 
 import json
 from hashlib import sha256
@@ -8,12 +8,8 @@ from hypothesis import given, strategies as st
 
 from proxy.core import errors
 from proxy.core.http import (
-    Detail,
-    Forwarded,
-    Why,
     error_body,
     etag_of,
-    hit,
     is_etag,
     is_not_modified,
     parse_limit,
@@ -90,72 +86,6 @@ def test_no_condition_is_a_surprise(value: str) -> None:
 def test_is_etag(value: str, expected: bool) -> None:
     """RFC 9110 §8.8.3: only what is one entity tag goes up again as a validator."""
     assert is_etag(value) is expected
-
-
-# -- Cache-Status ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("status", "written"),
-    [
-        pytest.param(hit(42), "snapshot-proxy; hit; ttl=42", id="hit"),
-        pytest.param(hit(-12), "snapshot-proxy; hit; ttl=-12", id="stale"),
-        pytest.param(
-            hit(-80, Detail.COOLDOWN), "snapshot-proxy; hit; ttl=-80; detail=cooldown", id="cool-down"
-        ),
-        pytest.param(hit(-80, Detail.QUOTA), "snapshot-proxy; hit; ttl=-80; detail=quota", id="quota-spent"),
-        pytest.param(
-            Forwarded(Why.STALE, 304, stored=True),
-            "snapshot-proxy; fwd=stale; fwd-status=304; stored",
-            id="revalidated",
-        ),
-        pytest.param(
-            Forwarded(Why.STALE, 503, detail=Detail.STALE_IF_ERROR),
-            "snapshot-proxy; fwd=stale; fwd-status=503; detail=stale-if-error",
-            id="stale-if-error",
-        ),
-        pytest.param(
-            Forwarded(Why.STALE, detail=Detail.STALE_IF_ERROR),
-            "snapshot-proxy; fwd=stale; detail=stale-if-error",
-            id="stale-if-no-answer",
-        ),
-        pytest.param(hit(7, Detail.NEGATIVE), "snapshot-proxy; hit; ttl=7; detail=negative", id="negative"),
-        pytest.param(
-            Forwarded(Why.URI_MISS, 200, stored=True),
-            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored",
-            id="miss",
-        ),
-        pytest.param(
-            Forwarded(Why.URI_MISS, 200, stored=True, collapsed=True),
-            "snapshot-proxy; fwd=uri-miss; fwd-status=200; stored; collapsed",
-            id="collapsed",
-        ),
-        pytest.param(
-            Forwarded(Why.STALE, 200, stored=True),
-            "snapshot-proxy; fwd=stale; fwd-status=200; stored",
-            id="expired",
-        ),
-        pytest.param(
-            Forwarded(Why.REQUEST, 500), "snapshot-proxy; fwd=request; fwd-status=500", id="not-stored"
-        ),
-        pytest.param(Forwarded(Why.URI_MISS), "snapshot-proxy; fwd=uri-miss", id="no-answer"),
-        pytest.param(
-            Forwarded(Why.BYPASS, 200, detail=Detail.STORE_UNAVAILABLE),
-            "snapshot-proxy; fwd=bypass; detail=store-unavailable",
-            id="store-unavailable",
-        ),
-        pytest.param(Forwarded(Why.BYPASS, 200), "snapshot-proxy; fwd=bypass", id="not-cacheable"),
-        pytest.param(Forwarded(Why.METHOD, 204), "snapshot-proxy; fwd=method; fwd-status=204", id="delete"),
-        pytest.param(
-            Forwarded(Why.METHOD, detail=Detail.INVALIDATION_PENDING),
-            "snapshot-proxy; fwd=method; detail=invalidation-pending",
-            id="delete-without-answer-and-without-redis",
-        ),
-    ],
-)
-def test_cache_status(status: str | Forwarded, written: str) -> None:
-    """The strings are the contract's, letter by letter."""
-    assert str(status) == written
 
 
 # -- Retry-After -------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
+from proxy.core.cache_status import Fwd
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.errors import UpstreamEdgeFailed, UpstreamInvalid
-from proxy.core.http import Why, etag_of
+from proxy.core.http import etag_of
 from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.policy import (
     Answer,
@@ -65,33 +66,33 @@ NO_SUCH = b'{"id":"bad_request","message":"the resource is not a snapshot","requ
 @pytest.mark.parametrize(
     ("entry", "directives", "now", "expected"),
     [
-        pytest.param(None, NO_DIRECTIVES, FRESH, Forward(Why.URI_MISS), id="nothing-stored"),
+        pytest.param(None, NO_DIRECTIVES, FRESH, Forward(Fwd.URI_MISS), id="nothing-stored"),
         pytest.param(ENTRY, NO_DIRECTIVES, FRESH, Hit(ENTRY), id="4.2-fresh"),
         pytest.param(ENTRY, NO_DIRECTIVES, LAST, Hit(ENTRY), id="4.2-last-fresh-moment"),
         pytest.param(NEVER_STALE, NO_DIRECTIVES, LAST, Hit(NEVER_STALE), id="4.2-last-fresh-without-windows"),
-        pytest.param(NEVER_STALE, NO_DIRECTIVES, STALE, Forward(Why.STALE), id="4.2-first-stale-moment"),
+        pytest.param(NEVER_STALE, NO_DIRECTIVES, STALE, Forward(Fwd.STALE), id="4.2-first-stale-moment"),
         pytest.param(ENTRY, NO_DIRECTIVES, 900, Hit(ENTRY), id="4.2.3-clock-stepped-back"),
-        pytest.param(ENTRY, Directives(no_cache=True), FRESH, Forward(Why.REQUEST), id="5.2.1.4-no-cache"),
-        pytest.param(ENTRY, Directives(no_cache=True), STALE, Forward(Why.STALE), id="5.2.1.4-stale-anyway"),
+        pytest.param(ENTRY, Directives(no_cache=True), FRESH, Forward(Fwd.REQUEST), id="5.2.1.4-no-cache"),
+        pytest.param(ENTRY, Directives(no_cache=True), STALE, Forward(Fwd.STALE), id="5.2.1.4-stale-anyway"),
         pytest.param(
-            ENTRY, Directives(no_cache=True), ON_ERROR, Forward(Why.STALE), id="5.2.1.4-not-even-on-error"
+            ENTRY, Directives(no_cache=True), ON_ERROR, Forward(Fwd.STALE), id="5.2.1.4-not-even-on-error"
         ),
         pytest.param(
-            None, Directives(no_cache=True), FRESH, Forward(Why.URI_MISS), id="5.2.1.4-nothing-stored"
+            None, Directives(no_cache=True), FRESH, Forward(Fwd.URI_MISS), id="5.2.1.4-nothing-stored"
         ),
         pytest.param(
             ENTRY, Directives(no_store=True), FRESH, Hit(ENTRY), id="5.2.1.5-no-store-may-be-served"
         ),
         pytest.param(ENTRY, Directives(max_age_s=31), FRESH, Hit(ENTRY), id="5.2.1.1-younger-than-max-age"),
         pytest.param(ENTRY, Directives(max_age_s=30), FRESH, Hit(ENTRY), id="5.2.1.1-as-old-as-max-age"),
-        pytest.param(ENTRY, Directives(max_age_s=29), FRESH, Forward(Why.REQUEST), id="5.2.1.1-too-old"),
-        pytest.param(ENTRY, Directives(max_age_s=0), FRESH, Forward(Why.REQUEST), id="5.2.1.1-max-age-zero"),
-        pytest.param(ENTRY, Directives(max_age_s=900), STALE, Forward(Why.STALE), id="5.2.1.1-stale-anyway"),
+        pytest.param(ENTRY, Directives(max_age_s=29), FRESH, Forward(Fwd.REQUEST), id="5.2.1.1-too-old"),
+        pytest.param(ENTRY, Directives(max_age_s=0), FRESH, Forward(Fwd.REQUEST), id="5.2.1.1-max-age-zero"),
+        pytest.param(ENTRY, Directives(max_age_s=900), STALE, Forward(Fwd.STALE), id="5.2.1.1-stale-anyway"),
         pytest.param(
-            ENTRY, Directives(max_age_s=900), ON_ERROR, Forward(Why.STALE), id="5.2.1.1-not-even-on-error"
+            ENTRY, Directives(max_age_s=900), ON_ERROR, Forward(Fwd.STALE), id="5.2.1.1-not-even-on-error"
         ),
-        pytest.param(ENTRY, Directives(max_age_s=59), STALE, Forward(Why.STALE), id="5.2.1.1-stale-too-old"),
-        pytest.param(ENTRY, Directives(max_age_s=900), EXPIRED, Forward(Why.STALE), id="5.2.1.1-expired"),
+        pytest.param(ENTRY, Directives(max_age_s=59), STALE, Forward(Fwd.STALE), id="5.2.1.1-stale-too-old"),
+        pytest.param(ENTRY, Directives(max_age_s=900), EXPIRED, Forward(Fwd.STALE), id="5.2.1.1-expired"),
         pytest.param(ENTRY, Directives(only_if_cached=True), FRESH, Hit(ENTRY), id="5.2.1.7-fresh"),
         pytest.param(
             NEVER_STALE, Directives(only_if_cached=True), STALE, Unsatisfiable(), id="5.2.1.7-stale"
@@ -140,11 +141,11 @@ def test_on_lookup(entry: Entry | None, directives: Directives, now: float, expe
         pytest.param(ENTRY, STALE, HitThenRevalidate(ENTRY), id="3-first-stale-moment"),
         pytest.param(ENTRY, 1_119.9, HitThenRevalidate(ENTRY), id="3-last-moment-of-the-window"),
         pytest.param(NOT_ON_ERROR, 1_119.9, HitThenRevalidate(NOT_ON_ERROR), id="3-on-its-own"),
-        pytest.param(NOT_ON_ERROR, ON_ERROR, Forward(Why.STALE), id="3-after-its-window-nothing-is-left"),
-        pytest.param(ENTRY, ON_ERROR, Forward(Why.STALE, ENTRY), id="4-only-usable-on-error"),
-        pytest.param(ENTRY, LAST_ON_ERROR, Forward(Why.STALE, ENTRY), id="4-last-moment-of-the-window"),
-        pytest.param(ENTRY, EXPIRED, Forward(Why.STALE), id="4-after-both-windows"),
-        pytest.param(ONLY_ON_ERROR, STALE, Forward(Why.STALE, ONLY_ON_ERROR), id="4-on-its-own"),
+        pytest.param(NOT_ON_ERROR, ON_ERROR, Forward(Fwd.STALE), id="3-after-its-window-nothing-is-left"),
+        pytest.param(ENTRY, ON_ERROR, Forward(Fwd.STALE, ENTRY), id="4-only-usable-on-error"),
+        pytest.param(ENTRY, LAST_ON_ERROR, Forward(Fwd.STALE, ENTRY), id="4-last-moment-of-the-window"),
+        pytest.param(ENTRY, EXPIRED, Forward(Fwd.STALE), id="4-after-both-windows"),
+        pytest.param(ONLY_ON_ERROR, STALE, Forward(Fwd.STALE, ONLY_ON_ERROR), id="4-on-its-own"),
     ],
 )
 def test_stale(entry: Entry, now: float, expected: Decision) -> None:
