@@ -11,14 +11,13 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-from kit.support import Valkey, until
+from kit.support import Valkey, connecting, until
 from redis.asyncio import Redis
 
 from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
 from proxy.storage import heartbeat, invalidation
-from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Command, Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
@@ -63,7 +62,7 @@ class Replica:
         previous: Keyring | None = None,
     ) -> None:
         self.told: list[StoreOperation] = []
-        self.link = Link(connector(url, connect_timeout_s=1), timeout_s=timeout_s, connect_timeout_s=1)
+        self.link = Link(connecting(url), timeout_s=timeout_s, connect_timeout_s=1)
         self.store = Store(
             self.link,
             KEYS,
