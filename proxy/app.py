@@ -41,6 +41,7 @@ from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.readiness import trial
 from proxy.storage.store import Store
+from proxy.storage.wire import Wire
 from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
@@ -235,7 +236,7 @@ class App:
                 consequence="for one replica only; set redis.url to share entries between replicas",
             )
         return Link(
-            options.redis_connector(self._settings, url),
+            partial(Wire, options.redis_endpoint(self._settings, url)),
             timeout_s=redis.timeout_s,
             connect_timeout_s=redis.connect_timeout_s,
             address=address_of(url),

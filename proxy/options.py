@@ -21,7 +21,8 @@ from proxy.edge.connection import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings
-from proxy.storage.client import connector
+from proxy.storage.client import connector, endpoint
+from proxy.storage.wire import Endpoint
 from proxy.upstream.client import UpstreamOptions
 
 _MINUTE_S: Final = 60.0
@@ -103,12 +104,29 @@ def longest_call_s(settings: Settings) -> float:
 def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
     """Make the function that opens clients to the store at `url`, as the section `redis` says.
 
+    Raises SettingsError as `redis_endpoint` does.
+    """
+    password = _redis_password(settings)
+    return connector(
+        url,
+        connect_timeout_s=settings.redis.connect_timeout_s,
+        username=settings.redis.username,
+        password=password,
+        ca_file=settings.redis.ca_file,
+    )
+
+
+def redis_endpoint(settings: Settings, url: str) -> Endpoint:
+    """Read where the store at `url` is, and as whom it is opened, as the section `redis` says.
+
     Reads the password's file. Raises SettingsError for it, and for a file of authorities that is none.
     """
     redis = settings.redis
-    password = b""
-    if redis.password_file:
-        password = read_password(redis.password_file, setting="redis.password_file")
+    return endpoint(url, username=redis.username, password=_redis_password(settings), ca_file=redis.ca_file)
+
+
+def _redis_password(settings: Settings) -> str:
+    redis = settings.redis
     if redis.ca_file:
         try:
             ssl.create_default_context(cafile=redis.ca_file)
@@ -116,13 +134,9 @@ def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
             raise SettingsError(
                 f"redis.ca_file = {redis.ca_file!r}: must be a file of PEM certificates"
             ) from None
-    return connector(
-        url,
-        connect_timeout_s=redis.connect_timeout_s,
-        username=redis.username,
-        password=password.decode(errors="replace"),
-        ca_file=redis.ca_file,
-    )
+    if not redis.password_file:
+        return ""
+    return read_password(redis.password_file, setting="redis.password_file").decode(errors="replace")
 
 
 def longest_fetch_s(settings: Settings) -> int:

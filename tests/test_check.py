@@ -371,7 +371,7 @@ async def test_tls_where_something_else_answers(secret: Path, look: Look) -> Non
         ),
         pytest.param(b"-ERR no \x1b[31m%b\x07\r\n" % PASSWORD.encode(), "no [31m***", "", id="hostile"),
         pytest.param(b"-ERR " + b"x" * 10_000 + b"\r\n", f"{'x' * 100}", "", id="endless"),
-        pytest.param(b"HTTP/1.1 400 %b\r\n" % PASSWORD.encode(), "Protocol Error", "", id="no-redis"),
+        pytest.param(b"HTTP/1.1 400 %b\r\n" % PASSWORD.encode(), "Protocol error", "", id="no-redis"),
     ],
 )
 async def test_a_refusal_is_told_in_the_servers_words(

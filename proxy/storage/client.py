@@ -1,13 +1,17 @@
 """Clients by URL, for `Link`: one connection each, opened once; no retries and no timeouts of redis-py's."""
 
+import ssl
 from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio import Connection, Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.maint_notifications import MaintNotificationsConfig
+
+from proxy.storage.wire import Endpoint
 
 _BACKSTOP_S = 60.0
 """For a read of redis-py's that ignored its cancellation. `Link` has the deadlines."""
@@ -52,3 +56,21 @@ def connector(
         return client
 
     return connect
+
+
+def endpoint(url: str, *, username: str = "", password: str = "", ca_file: str = "") -> Endpoint:
+    """Read a `redis://`, `rediss://` or `unix://` URL.
+
+    `username` and `password` win over the URL's where they are not empty; `ca_file` replaces the system's
+    authorities for `rediss://`.
+    """
+    found: dict[str, Any] = dict(parse_url(url))
+    return Endpoint(
+        host=found.get("host") or "localhost",
+        port=int(found.get("port") or 6379),
+        path=found.get("path") or "",
+        database=int(found.get("db") or 0),
+        username=username or found.get("username") or "",
+        password=password or found.get("password") or "",
+        tls=ssl.create_default_context(cafile=ca_file or None) if url.startswith("rediss://") else None,
+    )

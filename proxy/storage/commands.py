@@ -47,3 +47,8 @@ class Script:
         """Give the same call for a server that does not know the digest yet."""
         _, digest, *rest = call
         return ("EVAL", cls._texts[str(digest)], *rest)
+
+    @staticmethod
+    def is_unknown(reply: object) -> bool:
+        """Tell whether a reply says that the server does not know the digest."""
+        return isinstance(reply, Exception) and str(reply).startswith("NOSCRIPT")

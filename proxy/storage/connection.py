@@ -30,12 +30,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, TimeoutError as RedisTimeoutError
-
 from proxy.storage.commands import Command, Script
 from proxy.storage.outage import Outage
-from proxy.storage.readiness import Refusal, is_of_no_use, lost, password_of, refusal, refused
+from proxy.storage.readiness import Refusal, is_of_no_use, lost, refusal, refused
+from proxy.storage.wire import Wire
 from proxy.tasks.listening import ListeningTimeout
 
 T = TypeVar("T")
@@ -82,7 +80,7 @@ class _Ask:
 class Link:
     """Runs commands on one Redis server for many calls at a time.
 
-    `connect` makes a client with a pool of its own (one for each worker), `address` is what logs call the
+    `connect` makes a connection (one for each worker), `address` is what logs call the
     server, and `trial` lists the commands that a connection has to take before it is used
     (`readiness.trial`). `timeout_s` bounds the silence of Redis in one round trip, `connect_timeout_s` an
     attempt to connect, which no call waits for.
@@ -90,7 +88,7 @@ class Link:
 
     def __init__(
         self,
-        connect: Callable[[], Redis],
+        connect: Callable[[], Wire],
         *,
         timeout_s: float,
         connect_timeout_s: float,
@@ -113,7 +111,6 @@ class Link:
         self._round_trips = 0
         self._outage = Outage(address)
         self._workers: list[asyncio.Task[None]] = []
-        self._tasks: dict[asyncio.Task[Any], Redis] = {}
 
     @property
     def up(self) -> bool:
@@ -138,8 +135,6 @@ class Link:
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
-        if self._tasks:
-            await asyncio.wait([*self._tasks], timeout=self._connect_timeout_s)
 
     async def ask(self, *commands: Command) -> list[Any]:
         """Run `commands` in one round trip and give their replies, errors of Redis as exception objects.
@@ -164,23 +159,23 @@ class Link:
         while True:
             if not is_first:
                 await self._usable.wait()
-            client = self._connect()
+            wire = self._connect()
             backoff_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
             try:
-                trouble = await self._open(client, min(backoff_s, _LONGEST_PROBATION_S) if failures else 0.0)
+                trouble = await self._open(wire, min(backoff_s, _LONGEST_PROBATION_S) if failures else 0.0)
                 if trouble is None:
                     began = loop.time()
-                    await self._converse(client)
+                    await self._converse(wire)
                     failures = 0 if loop.time() - began >= _STABLE_S else failures
                 elif is_first:
                     self._note(trouble)
             finally:
-                self._hang_up(client)
+                wire.close()
                 self._first_attempt.set()
             await asyncio.sleep(backoff_s)
             failures += 1
 
-    async def _open(self, client: Redis, probation_s: float) -> Refusal | None:
+    async def _open(self, wire: Wire, probation_s: float) -> Refusal | None:
         """Connect, and try what the server takes. None: it is usable.
 
         After a failure it also has to answer PINGs for `probation_s`: a Redis that is used again while it is
@@ -188,21 +183,21 @@ class Link:
         """
         loop = asyncio.get_running_loop()
         try:
-            await self._within(self._connect_timeout_s, client, client.ping())
+            await self._within(self._connect_timeout_s, wire.open())
             commands = self._trial()
             if commands:
-                replies = await self._run(client, commands)
-                if (found := refusal(commands, replies, password_of(client))) is not None:
+                replies = await self._run(wire, commands)
+                if (found := refusal(commands, replies, wire.password)) is not None:
                     return found
             until = loop.time() + probation_s
             while (left_s := until - loop.time()) > 0:
                 await asyncio.sleep(min(left_s, _PING_S))
-                await self._within(self._timeout_s, client, client.ping())
-        except Exception as error:  # noqa: BLE001 # a server that is no Redis makes redis-py raise ValueError and more
-            return refused(error, password=password_of(client))
+                await self._run(wire, [("PING",)])
+        except Exception as error:  # noqa: BLE001 # a server that is no Redis gives no replies
+            return refused(error, password=wire.password)
         return None
 
-    async def _converse(self, client: Redis) -> None:
+    async def _converse(self, wire: Wire) -> None:
         """Send pipelines until the connection is not to be used again."""
         self._connected += 1
         self._replied()
@@ -211,7 +206,7 @@ class Link:
         trouble: Refusal | None = None
         try:
             while trouble is None:
-                trouble = await self._take(client, tried)
+                trouble = await self._take(wire, tried)
         finally:
             if tried == self._refusals:
                 self._connected -= 1
@@ -234,7 +229,7 @@ class Link:
         if trouble is not None and not self._closing:
             self._outage.unusable(trouble, asyncio.get_running_loop().time())
 
-    async def _take(self, client: Redis, tried: int) -> Refusal | None:
+    async def _take(self, wire: Wire, tried: int) -> Refusal | None:
         """Wait for something to do, and do it. A Refusal: the connection is not to be used again.
 
         It is not, if the server refused a command of another worker after this connection was tried, when
@@ -248,15 +243,15 @@ class Link:
         batch = tuple(self._queue)
         self._queue.clear()
         # Another worker found Redis silent: only a round trip tells whether this connection is, too.
-        return await self._exchange(client, batch, tried) if batch or self._silent else None
+        return await self._exchange(wire, batch, tried) if batch or self._silent else None
 
-    async def _exchange(self, client: Redis, batch: Sequence[_Ask], tried: int) -> Refusal | None:
+    async def _exchange(self, wire: Wire, batch: Sequence[_Ask], tried: int) -> Refusal | None:
         """Run one pipeline and hand out the replies. A Refusal: the connection is not to be used again."""
         before = self._round_trips
         commands = [command for ask in batch for command in ask.commands]
         try:
-            replies = await self._run(client, commands or [("PING",)])
-        except (TimeoutError, RedisTimeoutError):
+            replies = await self._run(wire, commands or [("PING",)])
+        except TimeoutError:
             _fail(batch, Unavailable(too_slow=True))
             trouble = Refusal("silent", f"no reply within {self._timeout_s:g} s")
             if self._round_trips == before:
@@ -266,7 +261,7 @@ class Link:
             return trouble
         except Exception as error:  # noqa: BLE001 # the same
             _fail(batch, Unavailable(too_slow=False))
-            return lost(error, password_of(client))
+            return lost(error, wire.password)
         except BaseException:
             _fail(batch, Unavailable(too_slow=False))
             raise
@@ -286,60 +281,20 @@ class Link:
             self._asked.set()  # for the workers that are idle
         return Refusal("refused", "") if unfit else None
 
-    async def _run(self, client: Redis, commands: Sequence[Command]) -> list[Any]:
+    async def _run(self, wire: Wire, commands: Sequence[Command]) -> list[Any]:
         """Run one pipeline; send once more, with their text, the scripts that the server does not know."""
-        replies = await self._pipeline(client, commands)
-        unknown = [at for at, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        replies = await self._within(self._timeout_s, wire.run(commands))
+        unknown = [at for at, reply in enumerate(replies) if Script.is_unknown(reply)]
         if unknown:
-            again = await self._pipeline(client, [Script.with_text(commands[at]) for at in unknown])
-            for at, reply in zip(unknown, again, strict=True):
+            calls = [Script.with_text(commands[at]) for at in unknown]
+            for at, reply in zip(unknown, await self._within(self._timeout_s, wire.run(calls)), strict=True):
                 replies[at] = reply
         return replies
 
-    async def _pipeline(self, client: Redis, commands: Sequence[Command]) -> list[Any]:
-        pipeline = client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        return await self._within(self._timeout_s, client, pipeline.execute(raise_on_error=False))
-
-    async def _within(self, seconds: float, client: Redis, work: Awaitable[T]) -> T:
-        """Wait for redis-py for `seconds` of listening. Raises TimeoutError.
-
-        What `client` does runs in a task of its own, which is left behind where Redis was silent: redis-py
-        swallows cancellations while it connects.
-        """
-        task = self._spawn(client, work)
-        try:
-            async with ListeningTimeout(seconds):
-                await asyncio.wait({task})
-        finally:
-            task.cancel()  # nothing, where it is done
-        return task.result()
-
-    def _hang_up(self, client: Redis) -> None:
-        """Close `client` when its tasks are done: one of them may still open a connection."""
-        late = [task for task, whose in self._tasks.items() if whose is client]
-
-        async def close() -> None:
-            if late:
-                await asyncio.wait(late)
-            await client.aclose()
-
-        self._spawn(client, close())
-
-    def _spawn(self, client: Redis, work: Awaitable[T]) -> asyncio.Task[T]:
-        async def run() -> T:
+    async def _within(self, seconds: float, work: Awaitable[T]) -> T:
+        """Wait for Redis for `seconds` of listening. Raises TimeoutError."""
+        async with ListeningTimeout(seconds):
             return await work
-
-        task = asyncio.create_task(run(), name="redis-py")
-        self._tasks[task] = client
-        task.add_done_callback(self._forget)
-        return task
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        del self._tasks[task]
-        if not task.cancelled():
-            task.exception()  # read, so that asyncio does not log the error of a task left behind
 
 
 def _fail(asks: Sequence[_Ask], error: Unavailable) -> None:

@@ -160,7 +160,8 @@ def _server_words(error: BaseException) -> str:
 
 
 def _at_connecting(error: Exception) -> str:
-    return "AUTH" if isinstance(error, AuthenticationError) else ""
+    is_ours = str(error).startswith(("NOAUTH", "WRONGPASS"))  # redis-py takes these words off
+    return "AUTH" if is_ours or isinstance(error, AuthenticationError) else ""
 
 
 def is_of_no_use(reply: Any) -> bool:

@@ -34,6 +34,7 @@ from kit.support import (
     Valkey,
     app,
     bearer,
+    connecting,
     introduce,
     resetting,
     scrape,
@@ -57,7 +58,6 @@ from proxy.simulator import (
     Token,
     World,
 )
-from proxy.storage.client import connector
 from proxy.storage.connection import Command, Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
@@ -827,7 +827,7 @@ class HeldLink(Link):
     """A link that can be away, and that can keep the replies to deletions to itself."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(connector(url, connect_timeout_s=2), timeout_s=2, connect_timeout_s=2)
+        super().__init__(connecting(url), timeout_s=2, connect_timeout_s=2)
         self.away = False
         self.deleted: list[str | bytes | int] = []
         self.replies = asyncio.Event()
@@ -885,7 +885,7 @@ class SteppedLink(Link):
     """A link that runs one command at a time, each when it is told to."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(connector(url, connect_timeout_s=2), timeout_s=5, connect_timeout_s=2)
+        super().__init__(connecting(url), timeout_s=5, connect_timeout_s=2)
         self._stepping, self._may, self._did = False, asyncio.Semaphore(0), asyncio.Semaphore(0)
 
     def stop(self) -> None:

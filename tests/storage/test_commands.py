@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from kit.support import Valkey
+from kit.support import Valkey, connecting
 from redis.asyncio import Redis
 
 from proxy.storage import entries, leases, ledger
-from proxy.storage.client import connector
 from proxy.storage.commands import Script
 from proxy.storage.connection import Link
 
@@ -28,7 +27,7 @@ ADD = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
 @pytest.fixture
 async def link(valkey: Valkey) -> AsyncIterator[Link]:
     """Connect to the real server."""
-    link = Link(connector(valkey.url, connect_timeout_s=2.0), timeout_s=5.0, connect_timeout_s=2.0)
+    link = Link(connecting(valkey.url), timeout_s=5.0, connect_timeout_s=2.0)
     await link.start()
     yield link
     await link.close()

@@ -1,4 +1,4 @@
-"""What the configuration says reaches Redis: user, password, authority, and no patience of redis-py's own."""
+"""What the configuration says reaches Redis: user, password, database, authority; nothing is repeated."""
 
 import asyncio
 import ssl
@@ -9,29 +9,37 @@ from typing import Any
 
 import pytest
 import trustme
+from hiredis import ProtocolError
 from kit.support import Valkey
-from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
-from proxy.storage.client import connector
+from proxy.storage.client import endpoint
+from proxy.storage.wire import Wire
 
 
 @asynccontextmanager
-async def connected(url: str, **options: Any) -> AsyncIterator[Redis]:
-    """Open one client as a worker does."""
-    client = connector(url, connect_timeout_s=1, **options)()
+async def connected(url: str, **options: Any) -> AsyncIterator[Wire]:
+    """Open one connection as a lane does."""
+    wire = Wire(endpoint(url, **options))
     try:
-        yield client
+        await wire.open()
+        yield wire
     finally:
-        await client.aclose()
+        wire.close()
+
+
+async def ask(wire: Wire, *command: str) -> Any:
+    """Give the reply to one command."""
+    (reply,) = await wire.run([command])
+    return reply
 
 
 @pytest.fixture
 async def guarded(valkey: Valkey) -> Valkey:
     """Run a server with a user `app` (password `p@ss/w:rd`) and a password for the default user."""
     async with connected(valkey.url) as admin:
-        await admin.execute_command("ACL", "SETUSER", "app", "on", ">p@ss/w:rd", "~*", "+@all")
-        await admin.execute_command("CONFIG", "SET", "requirepass", "default's")
+        await ask(admin, "ACL", "SETUSER", "app", "on", ">p@ss/w:rd", "~*", "+@all")
+        await ask(admin, "CONFIG", "SET", "requirepass", "default's")
     return valkey
 
 
@@ -49,14 +57,14 @@ async def test_credentials(guarded: Valkey, userinfo: str, username: str, passwo
     """The server knows us as who the settings say, or else the URL."""
     url = f"redis://{userinfo}127.0.0.1:{guarded.port}/0"
     async with connected(url, username=username, password=password) as client:
-        assert await client.execute_command("ACL", "WHOAMI") == who
+        assert await ask(client, "ACL", "WHOAMI") == who
 
 
 async def test_a_wrong_password_is_refused(guarded: Valkey) -> None:
     """No other way in is tried."""
-    async with connected(guarded.url, password="wrong") as client:
-        with pytest.raises(AuthenticationError):
-            await client.ping()
+    with pytest.raises(ResponseError, match="WRONGPASS"):
+        async with connected(guarded.url, password="wrong"):
+            pass
 
 
 @asynccontextmanager
@@ -85,36 +93,67 @@ async def test_tls_believes_the_authority_of_ca_file(valkey: Valkey, tmp_path: P
     authority, other = trustme.CA(), trustme.CA()
     ca_file = tmp_path / "ca.pem"
     (authority if trusted else other).cert_pem.write_to_path(str(ca_file))
-    async with (
-        behind_tls(valkey, authority) as port,
-        connected(f"rediss://127.0.0.1:{port}/0", ca_file=str(ca_file)) as client,
-    ):
+    async with behind_tls(valkey, authority) as port:
+        url = f"rediss://127.0.0.1:{port}/0"
         if trusted:
-            assert await client.ping() is True
+            async with connected(url, ca_file=str(ca_file)) as client:
+                assert await ask(client, "PING") == b"PONG"
         else:
-            with pytest.raises(RedisConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
-                await client.ping()
+            with pytest.raises(ssl.SSLCertVerificationError):
+                async with connected(url, ca_file=str(ca_file)):
+                    pass
 
 
 async def test_unix_sockets(tmp_path: Path) -> None:
     """`unix://` reaches a server that has no port."""
     path = tmp_path / "redis.sock"
     async with Valkey("--unixsocket", str(path)), connected(f"unix://{path}?db=3") as client:
-        await client.set("here", "1")
-        assert "db3" in await client.info("keyspace")
+        await ask(client, "SET", "here", "1")
+        assert b"db3" in await ask(client, "INFO", "keyspace")
 
 
 async def test_the_number_of_the_database_counts(valkey: Valkey) -> None:
     """`redis://…/3` is database 3."""
     async with connected(valkey.url.removesuffix("/0") + "/3") as client:
-        await client.set("here", "1")
-        assert "db3" in await client.info("keyspace")
+        await ask(client, "SET", "here", "1")
+        assert b"db3" in await ask(client, "INFO", "keyspace")
 
 
 async def test_a_command_is_never_repeated(valkey: Valkey) -> None:
-    """When the connection breaks, the caller hears of it: redis-py does not try again by itself."""
+    """When the connection breaks, its pipeline fails, and so does the next one."""
     async with connected(valkey.url) as client:
-        await client.ping()
         await valkey.kill()
-        with pytest.raises(RedisConnectionError):
-            await client.ping()
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                await ask(client, "PING")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(b"HTTP/1.1 400 Bad Request\r\n\r\n", id="another protocol"),
+        pytest.param(b"+PONG\r\n+PONG\r\n", id="more replies than commands"),
+    ],
+)
+async def test_what_is_no_answer_ends_the_connection(said: bytes) -> None:
+    """Replies that belong to no command must not be taken for the next one's."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(said)
+        assert await reader.read() == b""
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        wire = Wire(endpoint(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"))
+        with pytest.raises(ProtocolError):
+            await wire.open()
+        with pytest.raises((OSError, ProtocolError)):
+            await ask(wire, "PING")
+
+
+def test_a_password_is_not_shown() -> None:
+    """Neither the endpoint nor the connection has it in its `repr`."""
+    wire = Wire(endpoint("redis://app:hidden@127.0.0.1/0"))
+    assert "hidden" not in f"{wire!r} {endpoint('redis://app:hidden@127.0.0.1/0')!r}"
+    assert wire.password == "hidden"

@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-from kit.support import Valkey
+from kit.support import Valkey, connecting
 from redis.asyncio import Redis
 
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lifetimes, Record
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
-from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
@@ -57,7 +56,7 @@ async def replicas(valkey: Valkey) -> AsyncIterator[tuple[Replica, Replica]]:
     async with contextlib.AsyncExitStack() as stack:
         made = []
         for _ in range(2):
-            link = Link(connector(valkey.url, connect_timeout_s=2.0), timeout_s=5.0, connect_timeout_s=2.0)
+            link = Link(connecting(valkey.url), timeout_s=5.0, connect_timeout_s=2.0)
             await link.start()
             stack.push_async_callback(link.close)
             made.append(Replica(link))

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
-from kit.support import Valkey
+from kit.support import Valkey, connecting
 
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, SnapshotsScope
 from proxy.storage import leases
-from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
@@ -28,7 +27,7 @@ STEPS = 120
 @pytest.fixture
 async def real(valkey: Valkey) -> AsyncIterator[Store]:
     """Connect to a real one."""
-    link = Link(connector(valkey.url, connect_timeout_s=2.0), timeout_s=5.0, connect_timeout_s=2.0)
+    link = Link(connecting(valkey.url), timeout_s=5.0, connect_timeout_s=2.0)
     await link.start()
     yield Store(
         link,

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import recorded
-from kit.support import Valkey
+from kit.support import Valkey, connecting
 from redis.asyncio import Redis
 
 from proxy.core.entry import Entry, HeldElsewhere, Record
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, ListKey
 from proxy.storage import leases
-from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
@@ -52,7 +51,7 @@ async def replica(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     for name in ("LEASE_MS", "RECORD_MS"):
         monkeypatch.setattr(leases, name, 60_000)
     monkeypatch.setattr(secrets, "token_bytes", recorded.chance())
-    link = Link(connector(valkey.url, connect_timeout_s=2.0), timeout_s=5.0, connect_timeout_s=2.0)
+    link = Link(connecting(valkey.url), timeout_s=5.0, connect_timeout_s=2.0)
     await link.start()
     told: list[StoreOperation] = []
     store = Store(

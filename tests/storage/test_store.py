@@ -11,7 +11,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-from kit.support import Valkey, until
+from kit.support import Valkey, connecting, until
 from redis.asyncio import Redis
 
 from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes
@@ -26,7 +26,6 @@ from proxy.core.invalidation import (
     covers,
 )
 from proxy.storage import heartbeat, invalidation
-from proxy.storage.client import connector
 from proxy.storage.connection import WORKERS, Command, Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
@@ -71,7 +70,7 @@ class Replica:
         previous: Keyring | None = None,
     ) -> None:
         self.told: list[StoreOperation] = []
-        self.link = Link(connector(url, connect_timeout_s=1), timeout_s=timeout_s, connect_timeout_s=1)
+        self.link = Link(connecting(url), timeout_s=timeout_s, connect_timeout_s=1)
         self.store = Store(
             self.link,
             KEYS,
