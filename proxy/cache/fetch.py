@@ -32,18 +32,8 @@ from proxy.core.errors import (
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
 from proxy.core.identity import ListQuery
-from proxy.core.invalidation import CallerScope, EntryScope
-from proxy.core.policy import (
-    Absent,
-    Answer,
-    Deleted,
-    Denied,
-    Keep,
-    PassThrough,
-    Policy,
-    TokenRejected,
-    scopes_of_delete,
-)
+from proxy.core.invalidation import CallerScope, EntryScope, scopes_of_delete
+from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
 from proxy.core.ports import Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call

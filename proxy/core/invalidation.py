@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.request import Call
 
 MOST_COUNTED = 4096
 """`InvalidationCounts` remembers so many names at most."""
@@ -55,6 +56,16 @@ def covers(scope: Scope, key: EntryKey | ListKey) -> bool:
             return True
 
 
+def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
+    """Tell what the DELETE `call` invalidates, if it deleted its snapshot or may have.
+
+    An id in another form than the API documents invalidates all of the caller's entries, too: the upstream
+    may have taken it for another snapshot's, 06372321 for 6372321.
+    """
+    named = SnapshotsScope((call.target.text,))
+    return (named,) if call.target.cacheable else (named, CallerScope(call.key.partition))
+
+
 class InvalidationCounts:
     """How often this replica invalidated what a key is kept under. Counts only grow.
 
@@ -76,7 +87,7 @@ class InvalidationCounts:
         match scope:
             case EntryScope(key):
                 self._add(_counted(key))
-                self._add(_lists(key.partition))
+                self._add(ListKey(key.partition, ""))
             case CallerScope(partition):
                 self._add(partition)
             case SnapshotsScope() | EverythingScope():
@@ -92,8 +103,4 @@ class InvalidationCounts:
 
 def _counted(key: EntryKey | ListKey) -> EntryKey | ListKey:
     """Give the name to count `key` under: a caller's lists are invalidated together."""
-    return key if isinstance(key, EntryKey) else _lists(key.partition)
-
-
-def _lists(partition: Partition) -> ListKey:
-    return ListKey(partition, "")
+    return key if isinstance(key, EntryKey) else ListKey(key.partition, "")
