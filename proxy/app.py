@@ -169,6 +169,8 @@ class App:
         self._cleanup.push_async_callback(upstream.close)
         link = await self._link()
         store = await self._store(link, keyring, previous)
+        gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
+        self._cleanup.push_async_callback(gate.close)
         flights: Flights[Fetched | ProxyError] = Flights(
             files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
@@ -176,7 +178,6 @@ class App:
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
         )
         self._cleanup.push_async_callback(flights.close)
-        gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
         invalidator = Invalidator(store, self._metrics.observe)
         readthrough = ReadThrough(
             store,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from kit import virtual
 from kit.fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
 from kit.virtual import now, run
 
@@ -450,22 +451,44 @@ def test_a_place_in_line_that_is_left(place: int) -> None:
     run(main())
 
 
-def test_leaving_while_the_ledger_is_told() -> None:
-    """The answer is lost, the call still counts, and the next one finds nothing in its way."""
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_an_answer_does_not_wait_for_the_ledger(status: int) -> None:
+    """It is given while the ledger is told; until then the call counts as one in flight."""
 
     async def main() -> None:
         it = gate()
-        it.api.takes_s = 0.1
+        it.api.takes_s, it.api.answer = 0.1, lambda: answer(status, remaining=4000)
+        asking = ask(it)
+        await asyncio.sleep(0.05)
+        it.ledger.held = asyncio.Event()
+        assert await outcome(asking) == status
+        assert it.settled == []
+        it.ledger.held.set()
+        await virtual.told()
+        assert [each.status for each in it.settled] == [status]
+        assert it.ledger.of(SOMEBODY).remaining()[0] == 9
+        assert it.shield._lines == {}
+
+    run(main())
+
+
+@pytest.mark.parametrize("status", [401, 429])
+def test_a_caller_that_leaves_while_the_ledger_is_told(status: int) -> None:
+    """A refusal is told to the ledger first: the call counts, though its caller has left."""
+
+    async def main() -> None:
+        it = gate()
+        it.api.takes_s, it.api.answer = 0.1, lambda: answer(status, remaining=4000, retry_after_s=1)
         asking = ask(it)
         await asyncio.sleep(0.05)
         it.ledger.held = asyncio.Event()
         await asyncio.sleep(0.1)
+        assert not asking.done()
         asking.cancel()
         with suppress(asyncio.CancelledError):
             await asking
         it.ledger.held = None
-        assert it.ledger.of(SOMEBODY).remaining()[0] == 9
-        assert await outcome(ask(it)) == 200
+        assert [each.status for each in it.settled] == [status]
         assert it.shield._lines == {}
 
     run(main())
@@ -1040,6 +1063,7 @@ def test_who_is_a_stranger(status: int, becomes_known: bool | None, *, known: bo
         it = gate(known=known)
         it.api.answer = lambda: answer(status, remaining=4000, retry_after_s=1)
         await outcome(ask(it))
+        await virtual.told()
         assert (SOMEBODY in it.ledger.known) is (known if becomes_known is None else becomes_known)
 
     run(main())
@@ -1219,6 +1243,7 @@ def test_what_the_upstream_tells_of_the_hour(told: str, left: int) -> None:
         it.ledger.of(SOMEBODY).follow(now(), (10, 360))
         it.api.answer = lambda: Answer(200, b"", 0.0, None, (("ratelimit-remaining", told),))
         assert await outcome(ask(it)) == 200
+        await virtual.told()
         assert it.ledger.of(SOMEBODY).remaining()[1] == left
 
     run(main())
@@ -1362,6 +1387,7 @@ def test_a_call_is_told_with_its_cause(
             is_write = read_or_write.method == "DELETE"
             with suppress(ProxyError):
                 await it.shield.ask(read_or_write, call_class=CallClass.WRITE if is_write else CallClass.MISS)
+            await virtual.told()
         read, write = it.settled
         route = Route.DELETE
         assert read == CallSettled(Route.SNAPSHOT, "other", status, error)

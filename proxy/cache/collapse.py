@@ -8,7 +8,7 @@ timed out, or when the drain is over. Where Redis cannot tell which replica hold
 """
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 
 from proxy.cache.fetch import BACKGROUND, HAS_FALLBACK, Due, Fetched, Fetcher, FetchMode, is_replaceable
 from proxy.cache.invalidator import Invalidator
@@ -53,6 +53,8 @@ class Collapser:
         self._total_timeout_s = total_timeout_s
         self._monotonic = monotonic
         self._drain = drain
+        self._releasing: set[asyncio.Task[None]] = set()
+        """The task of each release that no caller waits for: asyncio itself keeps none alive."""
 
     # -- within this process -------------------------------------------------------------------
 
@@ -133,20 +135,48 @@ class Collapser:
         self, lease: Leased, call: Call, lookup: Lookup, mode: FetchMode, due: Due
     ) -> Fetched | ProxyError:
         """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to the others."""
-        renewing = asyncio.create_task(self._keep(lease), name="lease")
-        record = None
+        kept = _Kept(self._store, lease)
+        record, is_stored = None, False
         try:
             result = await self._fetcher.fetch(call, lookup, mode, due)
             record = _record(result)
+            is_stored = isinstance(result, Fetched) and result.stored
             return result
         finally:
-            renewing.cancel()
-            await self._store.release(lease, record)
+            kept.stop()
+            release = self._store.release(lease, record)
+            if is_stored:  # the next lookup finds the entry: no caller waits until the lease is given up
+                self._release_later(release)
+            else:
+                await release
 
-    async def _keep(self, lease: Leased) -> None:
+    def _release_later(self, release: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(release, name="release")
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
+
+
+class _Kept:
+    """A lease that is renewed every `_LEASE_RENEWAL_S` until `stop`; a short fetch costs one timer for it."""
+
+    def __init__(self, store: Store, lease: Leased) -> None:
+        self._store = store
+        self._lease = lease
+        self._task: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(_LEASE_RENEWAL_S, self._begin)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        self._task = asyncio.create_task(self._renew(), name="lease")
+
+    async def _renew(self) -> None:
         while True:
+            await self._store.renew(self._lease)
             await asyncio.sleep(_LEASE_RENEWAL_S)
-            await self._store.renew(lease)
 
 
 def _pauses_s() -> Iterator[float]:

@@ -88,6 +88,10 @@ class UpstreamGate:
         now = self._monotonic()
         return any(breaker.is_news(now) for breaker in self._breakers.values())
 
+    async def close(self) -> None:
+        """Wait until the ledgers know of the last calls."""
+        await self._settler.close()
+
     def standings(self) -> dict[str, Standing]:
         """Give the calls that each caller has left, by its label; the fewest, if tokens share a label."""
         worst: dict[str, Standing] = {}

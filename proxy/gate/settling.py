@@ -1,12 +1,13 @@
 """What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
 
-The ledgers are told once: when the call is over, or before a long body, if the gate calls `tell`. For the
-breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A kept connection that
-the upstream closed is none: an edge may do that at any time.
+The ledgers are told once: when the call is over, or before a long body, if the gate calls `tell`. The caller
+waits for that only after a 401, a 429 or no answer; else it gets its answer meanwhile, and the call counts as
+one in flight. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A
+kept connection that the upstream closed is none: an edge may do that at any time.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
@@ -25,6 +26,9 @@ from proxy.gate.context import CallContext
 from proxy.gate.ledgers import Account, Accounts, Permit
 from proxy.gate.line import Line
 
+_TOLD_FIRST = frozenset({None, HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS})
+"""No answer, and the answers that keep other replicas from asking: the ledgers are told before the caller."""
+
 
 class Settler:
     """Settles calls. `lines_of` gives the lines of an account that have calls."""
@@ -41,6 +45,11 @@ class Settler:
         self._lines_of = lines_of
         self._observe = observe
         self._monotonic = monotonic
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Wait for the ledgers that are still being told."""
+        await asyncio.gather(*self._telling, return_exceptions=True)
 
     @asynccontextmanager
     async def settled(
@@ -79,20 +88,34 @@ class Settler:
             if context.status == HTTPStatus.UNAUTHORIZED:
                 for line in self._lines_of(account):
                     line.refuse()
-            try:
-                await context.tell()
-            finally:
-                self._observe(
-                    CallSettled(
-                        route,
-                        account.caller,
-                        context.status,
-                        error=_error_type(failure),
-                        outcome_unknown=is_write and _outcome_unknown(route, context, failure),
-                        breaker_open=breaker.is_open,
-                        cooldown_s=0.0 if context.of_operation else self._accounts.cooldown_s(account),
-                    )
-                )
+            telling = self._tell(
+                context,
+                lambda: CallSettled(
+                    route,
+                    account.caller,
+                    context.status,
+                    error=_error_type(failure),
+                    outcome_unknown=is_write and _outcome_unknown(route, context, failure),
+                    breaker_open=breaker.is_open,
+                    cooldown_s=0.0 if context.of_operation else self._accounts.cooldown_s(account),
+                ),
+            )
+            if context.status in _TOLD_FIRST:
+                await telling
+            else:
+                self._tell_later(telling)
+
+    async def _tell(self, context: CallContext, settled: Callable[[], CallSettled]) -> None:
+        try:
+            await context.tell()
+        finally:
+            self._observe(settled())
+
+    def _tell_later(self, telling: Coroutine[None, None, None]) -> None:
+        """Tell the ledgers while the caller has its answer already."""
+        task = asyncio.create_task(telling, name="settle")
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
 
 def _is_outage(failure: BaseException) -> bool:

@@ -56,8 +56,15 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 async def _and_nothing_else(main: Coroutine[Any, Any, None]) -> None:
     await main
+    await told()
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert not left, left
+
+
+async def told() -> None:
+    """Wait for what goes on by itself after an answer: ledgers that are told, leases that are given up."""
+    while after := [task for task in asyncio.all_tasks() if task.get_name() in {"settle", "release"}]:
+        await asyncio.wait(after)
 
 
 def now() -> float:
