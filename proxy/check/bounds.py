@@ -46,7 +46,7 @@ def _beyond(settings: Settings) -> Iterator[Finding]:
             " read before",
             "lower it: a read needs time for its answer, too",
         )
-    if upstream.read_timeout_s > total_s and not settings.passthrough.enabled:  # what is streamed may last
+    if upstream.read_timeout_s > total_s and not settings.passthrough.enabled:  # a write's answer may last
         yield warning(
             f"upstream.read_timeout_s = {upstream.read_timeout_s:g} is never reached: {total} ends the read"
             " before",
