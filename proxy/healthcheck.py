@@ -3,9 +3,9 @@
 import sys
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
-from ipaddress import ip_address
 
 from proxy.core.errors import SettingsError
+from proxy.settings.rules import is_every_interface
 from proxy.settings.sections import Admin
 
 _TIMEOUT_S = 10.0
@@ -16,10 +16,7 @@ _LOOK = "see that serve runs, and that admin.host and admin.port are the ones th
 
 def reachable(host: str) -> str:
     """Give the address to ask for a listener that is bound to `host`: `::` takes IPv4 too."""
-    try:
-        return "127.0.0.1" if ip_address(host).is_unspecified else host
-    except ValueError:
-        return host
+    return "127.0.0.1" if is_every_interface(host) else host
 
 
 def healthcheck(admin: Admin) -> int:
