@@ -142,7 +142,10 @@ async def test_as_a_command(simulator: Simulator) -> None:
             ["listens on every interface without admin.token_file", "set admin.token_file"],
             id="every-ipv4-interface",
         ),
-        pytest.param(["admin.host=::"], Level.WARNING, ["on every interface without"], id="every-interface"),
+        *(
+            pytest.param([f"admin.host={host}"], Level.WARNING, ["on every interface without"], id=host)
+            for host in ("::", "0:0:0:0:0:0:0:0", "::0.0.0.0")
+        ),
         pytest.param(["admin.host=10.0.0.7"], Level.WARNING, ["on 10.0.0.7 without"], id="one-address"),
         pytest.param(
             ["admin.host=::", "admin.token_file=token"], Level.OK, ["purge asks for the token"], id="token"

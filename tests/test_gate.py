@@ -1,6 +1,7 @@
 """The gate: who may call, who waits for how long, and what those who leave leave. Time is a number here."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -714,6 +715,27 @@ def test_the_gate_itself_tells_what_a_streamed_429_says(body: bytes, window: str
 
 
 # -- how long it may take ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "ago_s", "deadline_s"),
+    [
+        pytest.param("GET", -math.inf, CALL_S, id="the-first-try"),
+        pytest.param("GET", 5.0, CALL_S, id="a-repeat-that-has-all-of-it"),
+        pytest.param("GET", 9.5 + CALL_S, 0.5, id="a-repeat-with-what-is-left"),
+        pytest.param("POST", -math.inf, 60.0, id="a-write"),
+    ],
+)
+def test_how_long_a_streamed_call_may_take(method: str, ago_s: float, deadline_s: float) -> None:
+    """The wait for the quota and the time of the call, both once for a request and its repeat."""
+
+    async def main() -> None:
+        it = gate(max_wait_s=10.0, write_timeout_s=60.0)
+        droplets = Forwarding(method, "/v2/droplets", (), Token("token"), SOMEBODY, "id", "other")
+        async with it.shield.stream(droplets, None, began=now() - ago_s):
+            assert it.api.deadlines_s == [pytest.approx(deadline_s)]
+
+    run(main())
 
 
 @pytest.mark.parametrize(

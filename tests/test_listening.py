@@ -38,6 +38,37 @@ def test_what_ends_in_time_is_left_alone() -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("seconds", "restarted", "listened_s"),
+    [
+        pytest.param(8.0, False, 2.3, id="a-part-of-it"),
+        pytest.param(23.0, False, 2.3, id="a-whole-step"),
+        pytest.param(230.0, False, 2.3, id="less-than-a-step"),
+        pytest.param(None, False, 0.0, id="no-limit"),
+        pytest.param(8.0, True, 0.3, id="since-a-restart"),
+    ],
+)
+def test_how_long_it_listened(seconds: float | None, listened_s: float, *, restarted: bool) -> None:
+    """To the moment, in an idle loop."""
+
+    async def main() -> None:
+        async with ListeningTimeout(seconds) as timeout:
+            await asyncio.sleep(2.0)
+            if restarted:
+                timeout.restart(seconds)
+            await asyncio.sleep(0.3)
+        assert timeout.listened_s == pytest.approx(listened_s)
+
+    run(main())
+
+
+async def test_a_busy_loop_listened_for_a_step_at_most() -> None:
+    """However long it was busy."""
+    async with ListeningTimeout(BUSY_S / 5) as timeout:
+        time.sleep(BUSY_S)  # noqa: ASYNC251 # the fault
+    assert timeout.listened_s <= BUSY_S / 50
+
+
 def test_without_a_limit() -> None:
     """None waits for ever."""
 

@@ -186,6 +186,26 @@ EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or em
             '"127.0.0.1:80" (--set): must be a host name or an IP address, without port or brackets',
             id="host-and-port",
         ),
+        *(
+            pytest.param(
+                f"{section}.host={host}",
+                f'"{host}" (--set): is an IPv4 address in the form of IPv6: write {ipv4};'
+                " must be a host name or an IP address, without port or brackets",
+                id=f"{section}-{host}",
+            )
+            for section in ("server", "admin")
+            for host, ipv4 in (
+                ("::ffff:127.0.0.1", "127.0.0.1"),
+                ("::FFFF:10.0.0.8", "10.0.0.8"),
+                ("0:0:0:0:0:ffff:a00:7", "10.0.0.7"),
+            )
+        ),
+        pytest.param(
+            "server.host=fe80::1%eth0",
+            '"fe80::1%eth0" (--set): names a zone (%): take an address without one, or ::;'
+            " must be a host name or an IP address, without port or brackets",
+            id="zone",
+        ),
         pytest.param(
             "redis.key_prefix={x}",
             '"{x}" (--set): must be letters, digits and . _ : - only, not empty',

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from ipaddress import ip_address
 from typing import Any
 
 from proxy.core.errors import SettingsError
+from proxy.settings.rules import is_every_interface
 from proxy.settings.secrets import read_admin_token
 from proxy.settings.sections import Admin
 
@@ -84,10 +84,7 @@ def _asked(
 
 def reachable(host: str) -> str:
     """Give the address to ask for a listener that is bound to `host`: `::` takes IPv4 too."""
-    try:
-        return "127.0.0.1" if ip_address(host).is_unspecified else host
-    except ValueError:
-        return host
+    return "127.0.0.1" if is_every_interface(host) else host
 
 
 def no_answer(admin: Admin, error: OSError | HTTPException) -> str:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from proxy.check.finding import Finding, ok, warning
-from proxy.settings.rules import is_loopback
+from proxy.settings.rules import is_every_interface, is_loopback
 from proxy.settings.sections import Settings
 
-_EVERY_INTERFACE = {"0.0.0.0", "::"}  # noqa: S104 # what a listener may be bound to
 _LAST_WORDS_S = 2.0
 """Of a drain, for telling Redis and writing answers; see docs/operating.md, Stopping."""
 
@@ -17,7 +16,7 @@ def admin(settings: Settings) -> Iterator[Finding]:
     if is_loopback(host):
         yield ok("admin.host: reached from this machine only")
         return
-    where = "on every interface" if host in _EVERY_INTERFACE else f"on {host}"
+    where = "on every interface" if is_every_interface(host) else f"on {host}"
     if not settings.admin.token_file:
         yield warning(
             f"admin.host: listens {where} without admin.token_file: who reaches it reads metrics, and"
@@ -46,7 +45,7 @@ def _beyond(settings: Settings) -> Iterator[Finding]:
             " read before",
             "lower it: a read needs time for its answer, too",
         )
-    if upstream.read_timeout_s > total_s and not settings.passthrough.enabled:  # what is streamed may last
+    if upstream.read_timeout_s > total_s and not settings.passthrough.enabled:  # a write's answer may last
         yield warning(
             f"upstream.read_timeout_s = {upstream.read_timeout_s:g} is never reached: {total} ends the read"
             " before",

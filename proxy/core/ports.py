@@ -103,10 +103,16 @@ class Upstream(Protocol):
         """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
 
     def stream(
-        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+        self,
+        forwarding: Forwarding,
+        body: AsyncIterable[bytes] | None,
+        deadline: float,
+        *,
+        new_connection: bool = False,
     ) -> AbstractAsyncContextManager[Streamed]:
         """Send a request as it is, and give its answer when that begins.
 
+        The upstream has the time until `deadline` (monotonic), and as much again from the end of the `body`.
         Raises UpstreamError, and what `body` raises.
         """
 

@@ -6,6 +6,8 @@ more, over a new connection, if its connection was closed before the answer bega
 """
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
@@ -89,14 +91,14 @@ class Passthrough:
 
         One with a body goes over a new connection at once: its body is not kept, so it cannot be repeated.
         """
-        body = self._body_of(request)
+        body, began = self._body_of(request), time.monotonic()
         try:
             if body is not None:
                 return await self._stream(request, forwarding, body, new_connection=True)
             try:
                 return await self._stream(request, forwarding, body)
             except UpstreamDisconnected:
-                return await self._stream(request, forwarding, body, new_connection=True)
+                return await self._stream(request, forwarding, body, began=began, new_connection=True)
         except ProxyError as failure:
             return failure
 
@@ -106,10 +108,12 @@ class Passthrough:
         forwarding: Forwarding,
         body: "_Body | None",
         *,
+        began: float = math.inf,
         new_connection: bool = False,
     ) -> web.StreamResponse:
         """Forward a read and stream its answer back."""
-        async with self._gate.stream(forwarding, body, new_connection=new_connection) as answer:
+        streamed = self._gate.stream(forwarding, body, began=began, new_connection=new_connection)
+        async with streamed as answer:
             if answer.status == HTTPStatus.UNAUTHORIZED:
                 invalidated = await self._reject_token(forwarding)
                 return await _stream_back(request, forwarding, answer, pending=not invalidated)

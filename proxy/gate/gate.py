@@ -145,10 +145,16 @@ class UpstreamGate:
 
     @asynccontextmanager
     async def stream(
-        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+        self,
+        forwarding: Forwarding,
+        body: AsyncIterable[bytes] | None,
+        *,
+        began: float = math.inf,
+        new_connection: bool = False,
     ) -> AsyncIterator[Streamed]:
         """Send a request as it is, when the quota has room, and give its answer when that begins.
 
+        A repeat says when the first try of the request `began`, and shares its time.
         A 429 counts from its beginning on, which is read first: its caller may be slow to take the rest.
         Raises UpstreamError or NotSent, and what `body` raises.
         """
@@ -159,9 +165,13 @@ class UpstreamGate:
             forwarding.caller,
             CallClass.MISS if is_read(forwarding.method) else CallClass.WRITE,
             operation=operation(forwarding.method, forwarding.target),
+            wait_until=began + self._max_wait_s,
+            answer_by=began + self._max_wait_s + self._total_timeout_s,
         )
         async with passing as context, AsyncExitStack() as streaming:
-            streamed = self._upstream.stream(forwarding, body, new_connection=new_connection or context.probe)
+            streamed = self._upstream.stream(
+                forwarding, body, context.deadline, new_connection=new_connection or context.probe
+            )
             answer = await context.wait_for(streaming.enter_async_context(streamed))
             said = b""
             if answer.status == HTTPStatus.TOO_MANY_REQUESTS:

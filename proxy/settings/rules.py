@@ -7,7 +7,7 @@ source. No error made here holds a password. Which setting has which rule is in 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Final, Generic, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -126,10 +126,22 @@ def is_loopback(host: str) -> bool:
 def _host(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", text):
         try:
-            ip_address(text)
+            address = ip_address(text)
         except ValueError:
             raise ValueError from None
+        if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+            raise ValueError(f"is an IPv4 address in the form of IPv6: write {address.ipv4_mapped}")
+        if isinstance(address, IPv6Address) and address.scope_id is not None:
+            raise ValueError("names a zone (%): take an address without one, or ::")
     return text
+
+
+def is_every_interface(host: str) -> bool:
+    """Tell whether `host`, in whatever spelling, stands for every interface of this machine."""
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _split(text: str, *schemes: str) -> SplitResult:

@@ -4,7 +4,8 @@
 --       2  the mark of a token that the upstream took lately
 --       3  the calls in the hour that others made with the token (a hash: bucket of the hour → calls)
 --       4  the cool-down of one operation
--- ARGV  1  the question: admit, foresee, give back, settle, cool
+--       5  the path of the operation that was stopped last
+-- ARGV  1  the question: admit, foresee, give back, settle, cool, cool operation
 --       2  the time in Unix seconds; empty: the server's
 --       3  the longest time of a call in seconds
 --       4, 5, 6  the minute: limit in calls, length and bucket in seconds
@@ -44,7 +45,7 @@ local function window(name, prefix, first)
           bucket = tonumber(ARGV[first + 2]), total = 0, buckets = {}}
 end
 local minute, hour = window('minute', 'm', 4), window('hour', 'h', 7)
-local key, known_key, others_key, operation_key, fields = KEYS[1], KEYS[2], KEYS[3], KEYS[4], {}
+local key, known_key, others_key, operation_key, path_key, fields = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], {}
 
 -- Read the ledger: buckets of both windows, and letters. With anything else in it, it is deleted.
 local windows = {m = minute, h = hour}
@@ -319,6 +320,14 @@ if question == 'settle' then
   if known == '0' then redis.call('DEL', known_key) end
   expire()
   return {}
+end
+
+if question == 'cool operation' then
+  local cools, within, path = tonumber(ARGV[10]), tonumber(ARGV[11]), ARGV[12]
+  local last = redis.pcall('GET', path_key)
+  redis.call('SET', path_key, path, 'PX', within)
+  if redis.call('PTTL', operation_key) < cools then redis.call('SET', operation_key, 1, 'PX', cools) end
+  return type(last) == 'string' and last ~= path and 1 or 0
 end
 
 local seconds = tonumber(ARGV[10])

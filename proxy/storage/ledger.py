@@ -1,8 +1,8 @@
 """The quota ledger in Redis: `core.quota.Ledger` as one atomic script (`ledger.lua`), for all replicas.
 
 The script reads the server's clock, so that replicas need not agree about the time. Its questions are the
-ledger's: admit, foresee, give back, settle, cool. A test holds it equal to the ledger in Python, step by
-step.
+ledger's (admit, foresee, give back, settle, cool), and `cool operation`. A test holds it equal to the ledger
+in Python, step by step.
 """
 
 from collections.abc import Callable
@@ -148,14 +148,16 @@ class RedisLedger:
         self, partition: Partition, operation: Operation, retry_after_s: float, within_s: float
     ) -> bool:
         """Stop one operation of a token. Tell whether one on another path was stopped `within_s` before."""
-        cooling, path = (self._keys.operation(partition, each) for each in operation)
-        last = self._keys.last_path(partition)
-        replies = await self._run(
-            ("GET", last),
-            ("SET", last, path, "PX", max(round(within_s * 1000), 1)),
-            ("SET", cooling, 1, "PX", max(round(retry_after_s * 1000), 1)),
+        reply = await self._ask(
+            "cool operation",
+            partition,
+            None,
+            max(round(retry_after_s * 1000), 1),
+            max(round(within_s * 1000), 1),
+            self._keys.operation(partition, operation.path).decode(),
+            operation=operation.name,
         )
-        return replies is not None and replies[0] not in (None, path)
+        return bool(reply == 1)
 
     async def _admit(
         self,
@@ -188,6 +190,7 @@ class RedisLedger:
                     self._keys.known(partition),
                     self._keys.others(partition),
                     self._keys.operation(partition, operation),
+                    self._keys.last_path(partition),
                 ],
                 question,
                 "" if now is None else repr(now),

@@ -58,6 +58,14 @@ class ListeningTimeout:
         self._step_s = _step_s(seconds)
         self._begin()
 
+    @property
+    def listened_s(self) -> float:
+        """The seconds that count since the block began, or since the last restart; 0 without a limit."""
+        if self._step_s is None:
+            return 0.0
+        since_step_s = asyncio.get_running_loop().time() - (self._due - self._step_s)
+        return (STEPS - self._left) * self._step_s + min(max(since_step_s, 0.0), self._step_s)
+
     def _begin(self) -> None:
         self._due = asyncio.get_running_loop().time()
         self._arm()

@@ -158,19 +158,20 @@ class Upstream:
         self,
         forwarding: Forwarding,
         body: AsyncIterable[bytes] | None,
+        deadline: float,
         *,
         new_connection: bool = False,
     ) -> AsyncIterator[Streamed]:
         """Send a request as it is, and give its answer while it comes; nothing of either is held.
 
-        The upstream has `total_timeout_s` (for a write `write_timeout_s`) to take each piece of `body`, and
-        as long from its end to begin the answer; the time in which the caller sends a piece does not count.
+        The upstream has the time until `deadline` (monotonic) to take each piece of `body`, and as long from
+        its end to send the whole answer; the time in which the caller sends or takes a piece does not count.
         Raises UpstreamError, also from the answer's `chunks`, and what `body` raises.
         """
         started = time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
         reads = is_read(forwarding.method)
-        within_s = self._options.total_timeout_s if reads else self._options.write_timeout_s
+        within_s = deadline - time.monotonic()
         due = ListeningTimeout(within_s)
         upload = None if body is None else Upload(body, due, within_s)
         try:
@@ -215,7 +216,9 @@ class Upstream:
                     headers=tuple(response.headers.items()),
                     retry_after_s=parse_retry_after(response.headers.get("Retry-After", ""), time.time()),
                     ratelimit=_ratelimit(response.headers),
-                    chunks=chunks_of(response, self._options.read_timeout_s),
+                    chunks=chunks_of(
+                        response, self._options.read_timeout_s, within_s - due.listened_s, _setting(reads)
+                    ),
                 )
         except UpstreamTimeout:
             status = "timeout" if status == "error" else status
@@ -240,10 +243,9 @@ class Upstream:
                 )
             case TimeoutError():
                 self._distrust_if(here.kept)
-                name = "total_timeout_s" if reads else "write_timeout_s"
                 seconds = self._options.total_timeout_s if reads else self._options.write_timeout_s
                 return UpstreamTimeout(
-                    f"the upstream did not answer within {seconds:g} s (upstream.{name})",
+                    f"the upstream did not answer within {seconds:g} s (upstream.{_setting(reads)})",
                     proxy_error="http_response_timeout",
                 )
             case zlib.error():
@@ -278,6 +280,10 @@ def _session(pool: Pool) -> aiohttp.ClientSession:
         middlewares=(_say_once,),
         timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
     )
+
+
+def _setting(reads: bool) -> str:
+    return "total_timeout_s" if reads else "write_timeout_s"
 
 
 def _ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

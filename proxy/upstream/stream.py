@@ -1,6 +1,7 @@
 """Bodies while they move: a request's body on its way up, an answer's body on its way down.
 
-Each piece has a deadline of its own, and no piece is kept. Only `read_all` collects an answer: `most` bytes
+Each piece has a deadline of its own, and an answer has one for its whole, in which the time that its caller
+takes to read does not count. No piece is kept. Only `read_all` collects an answer: `most` bytes
 of it at most, counted after inflating, so that a small gzip cannot fill the memory. Deadlines count the time
 in which this process listened (`tasks/listening.py`). Errors of aiohttp become UpstreamErrors here.
 
@@ -9,6 +10,7 @@ once, and the loop turns before the next ones.
 """
 
 import asyncio
+import math
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator
 
@@ -55,20 +57,29 @@ class Upload:
             self.due.restart(within_s)
 
 
-async def chunks_of(response: aiohttp.ClientResponse, read_timeout_s: float) -> AsyncIterator[bytes]:
-    """Give the bytes of a body as they come, each piece within `read_timeout_s`. Raises UpstreamError."""
+async def chunks_of(
+    response: aiohttp.ClientResponse, read_timeout_s: float, whole_s: float = math.inf, setting: str = ""
+) -> AsyncIterator[bytes]:
+    """Give the bytes of a body as they come, each piece within `read_timeout_s`. Raises UpstreamError.
+
+    The upstream has `whole_s`, of which `setting` is the name, to send all of them.
+    """
     while True:
+        due = ListeningTimeout(min(read_timeout_s, whole_s))
         try:
-            async with ListeningTimeout(read_timeout_s):
+            async with due:
                 chunk = await response.content.readany()
         except TimeoutError:
             response.close()
             raise UpstreamTimeout(
-                f"the upstream's answer did not go on within {read_timeout_s:g} s (upstream.read_timeout_s)",
+                f"the upstream's answer did not go on within {read_timeout_s:g} s (upstream.read_timeout_s)"
+                if read_timeout_s < whole_s
+                else f"the upstream's answer did not come to its end in time (upstream.{setting})",
                 proxy_error="connection_read_timeout",
             ) from None
         except (aiohttp.ClientError, OSError):
             raise _incomplete() from None
+        whole_s -= due.listened_s
         if not chunk:
             return
         yield chunk

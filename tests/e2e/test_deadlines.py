@@ -122,14 +122,14 @@ async def test_a_write_that_takes_too_long(
 
 
 @contextlib.asynccontextmanager
-async def streaming(pieces: int, pause_s: float) -> AsyncIterator[str]:
+async def streaming(pieces: int, pause_s: float, piece: bytes = b"x") -> AsyncIterator[str]:
     """Run an API whose answers come in pieces."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         for _ in range(pieces):
-            await response.write(b"x")
+            await response.write(piece)
             await asyncio.sleep(pause_s)
         return response
 
@@ -140,12 +140,40 @@ async def streaming(pieces: int, pause_s: float) -> AsyncIterator[str]:
     await server.shutdown(0)
 
 
-async def test_a_streamed_answer_goes_on_as_long_as_it_moves(client: aiohttp.ClientSession) -> None:
-    """In all it may take longer than a read's time, and than that between two pieces."""
-    quick = (f"upstream.read_timeout_s={2 * SHORT_S}", f"upstream.total_timeout_s={2 * SHORT_S}")
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [pytest.param("GET", "total_timeout_s", id="read"), pytest.param("POST", "write_timeout_s", id="write")],
+)
+async def test_a_streamed_answer_that_drips_is_broken_off(
+    client: aiohttp.ClientSession, method: str, setting: str
+) -> None:
+    """However steadily it comes: the upstream has the time of a read, or of a write, for the whole of it."""
+    async with (
+        streaming(10_000, SHORT_S / 20) as url,
+        app(f"upstream.base_url={url}", ON, f"upstream.{setting}={SHORT_S}") as at,
+    ):
+        async with client.request(method, f"{at.api}/v2/account", headers=bearer("one")) as response:
+            assert response.status == 200
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        assert total(await scrape(at.admin), "snapshot_proxy_upstream_breaker_open") == 0
+
+
+async def test_a_streamed_answer_goes_on_as_long_as_the_upstream_is_not_late(
+    client: aiohttp.ClientSession,
+) -> None:
+    """Longer than a piece may take; and the time in which its caller does not read is not the upstream's."""
+    body = b"x" * 20_000_000  # more than the buffers on its way
+    async with (
+        streaming(1, 0, body) as url,
+        app(f"upstream.base_url={url}", ON, f"upstream.total_timeout_s={2 * SHORT_S}") as at,
+        client.get(f"{at.api}/v2/account", headers=bearer("one")) as response,
+    ):
+        await asyncio.sleep(3 * SHORT_S)  # the slow caller
+        assert await response.read() == body
     async with (
         streaming(6, SHORT_S / 2) as url,
-        app(f"upstream.base_url={url}", ON, *quick) as at,
+        app(f"upstream.base_url={url}", ON, f"upstream.read_timeout_s={SHORT_S}") as at,
         client.get(f"{at.api}/v2/account", headers=bearer("one")) as response,
     ):
         assert await response.read() == b"xxxxxx"

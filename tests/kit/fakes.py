@@ -171,10 +171,16 @@ class FakeApi:
 
     @asynccontextmanager
     async def stream(
-        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+        self,
+        forwarding: Forwarding,
+        body: AsyncIterable[bytes] | None,
+        deadline: float,
+        *,
+        new_connection: bool = False,
     ) -> AsyncIterator[Streamed]:
         """Give one answer, its body in two pieces."""
         del body
+        self.deadlines_s.append(deadline - _now())
         self.over_new.append(new_connection)
         self.asked.append((_now(), forwarding.target))
         told = answer(200) if self.answer is None else self.answer()
