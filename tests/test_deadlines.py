@@ -10,7 +10,7 @@ from itertools import count
 from typing import NamedTuple
 
 import pytest
-from kit.fakes import FakeLedger, accounts
+from kit.fakes import CALLER as SOMEBODY, FakeLedger, accounts
 from kit.virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
@@ -26,7 +26,7 @@ from proxy.core.errors import (
     UpstreamFailedElsewhere,
     UpstreamTimeout,
 )
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import EntryKey, SnapshotId
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -35,7 +35,7 @@ from proxy.gate.gate import UpstreamGate
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
-CALLER = Partition("a" * 32)
+CALLER = SOMEBODY.partition
 MAX_WAIT_S, TOTAL_TIMEOUT_S, REST_S = 10.0, 8.0, 2.0
 REPLICAS = 3
 STORE_S = 0.002
@@ -83,8 +83,7 @@ class Scene:
         """Come at some time, and ask one replica for one snapshot."""
         await asyncio.sleep(at_s)
         came_at, target = now(), SnapshotId(str(number), cacheable=True)
-        key = EntryKey(CALLER, target.text)
-        call = Call("GET", target, key, Token("token"), NO_DIRECTIVES, f"id-{next(_NUMBERS)}", "other")
+        call = Call("GET", target, SOMEBODY, NO_DIRECTIVES, f"id-{next(_NUMBERS)}")
         answer = await self.replicas[replica].get(call)
         self.seen.append(Seen(call, replica, came_at - self.began, now() - came_at, answer))
 
@@ -126,7 +125,7 @@ class Scene:
         scene = self
 
         class Api:
-            async def ask(
+            async def send(
                 self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
             ) -> Answer:
                 """Answer in the scene's manner, or be given up at the deadline."""

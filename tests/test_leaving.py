@@ -13,7 +13,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 import pytest
-from kit.fakes import CALL_S, Admission, FakeLedger, accounts
+from kit.fakes import CALL_S, CALLER as SOMEBODY, Admission, FakeLedger, accounts
 from kit.virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
@@ -22,7 +22,7 @@ from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import EntryKey, Partition, SnapshotId
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
@@ -32,7 +32,7 @@ from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
 _NUMBERS = count()
-CALLER = Partition("a" * 32)
+CALLER = SOMEBODY.partition
 PER_MINUTE, MINUTE_S = 5, 6.0
 STORE_S = 0.002
 NO_CACHE = Directives(no_cache=True)
@@ -80,7 +80,7 @@ class Api:
         self._scene = scene
         self._replica = replica
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
         """Answer after a while."""
@@ -188,8 +188,7 @@ def call(
 ) -> Call:
     """Make a request for one snapshot."""
     target = SnapshotId(str(number), cacheable=True)
-    key = EntryKey(CALLER, target.text)
-    return Call(method, target, key, Token("token"), directives, f"id-{next(_NUMBERS)}", "other")
+    return Call(method, target, SOMEBODY, directives, f"id-{next(_NUMBERS)}")
 
 
 async def leave(*leaving: "asyncio.Task[Served | Failed]") -> None:

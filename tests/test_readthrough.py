@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pytest
+from kit.callers import caller
 from kit.virtual import now, run
 
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
@@ -45,7 +46,7 @@ from proxy.core.errors import (
 )
 from proxy.core.events import Avoided, Invalidation, Outcome, Refreshed, UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, etag_of
-from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
+from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
@@ -232,21 +233,17 @@ def said(status: int = 200, body: bytes = BODY, retry_after_s: int | None = None
 def call(
     snapshot_id: str = "42",
     directives: Directives = NO_DIRECTIVES,
-    caller: str = "a",
+    sender: str = "a",
     request_id: str = "ours",
     method: Literal["GET", "DELETE"] = "GET",
 ) -> Call:
     """Make a request for a snapshot."""
-    parsed = SnapshotId.parse(snapshot_id)
-    key = EntryKey(Partition(caller * 32), parsed.text)
-    return Call(method, parsed, key, Token("token"), directives, request_id, "other")
+    return Call(method, SnapshotId.parse(snapshot_id), caller(sender), directives, request_id)
 
 
 def listing(query: str = "", directives: Directives = NO_DIRECTIVES) -> Call:
     """Make a request for a list."""
-    parsed = ListQuery.parse(query)
-    key = ListKey(KEY.partition, parsed.text)
-    return Call("GET", parsed, key, Token("token"), directives, "ours", "other")
+    return Call("GET", ListQuery.parse(query), caller("a"), directives, "ours")
 
 
 KEY = call().key
@@ -1163,7 +1160,7 @@ async def test_the_store_is_down_for_many_at_once() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(call(caller="b"), id="another-caller"),
+        pytest.param(call(sender="b"), id="another-caller"),
         pytest.param(call("43"), id="another-snapshot"),
     ],
 )
@@ -1246,7 +1243,7 @@ def test_no_room_for_another_fetch_of_one_caller() -> None:
         assert isinstance(await path.delete(deletion("1000")), Served)
         path.store.leases = [LEASE]
         path.store.lookups = [missing()]
-        assert (await path.get(call(caller="b"))).outcome is Outcome.MISS
+        assert (await path.get(call(sender="b"))).outcome is Outcome.MISS
         path.upstream.answers = [said(404, ERROR)]
         assert {answer.outcome for answer in await asyncio.gather(*waiting)} == {Outcome.MISS}
 
@@ -1624,7 +1621,7 @@ async def test_a_service_that_stops_during_a_deletion() -> None:
 
 # -- endings by others -----------------------------------------------------------------------------
 
-THEIRS = Partition("b" * 32)
+THEIRS = caller("b").partition
 
 
 @pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])

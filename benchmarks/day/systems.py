@@ -17,7 +17,7 @@ from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, Served, read_through
 from proxy.core.errors import ProxyError, UpstreamUnreachable
-from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
+from proxy.core.identity import Keyring, SnapshotId, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -268,7 +268,7 @@ class Ours:
         if self.api.calls != self._books.calls:
             raise AssertionError(f"{self._books.calls} calls were admitted, {self.api.calls} were made")
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
         """Be the shield's upstream: hand the call to the API, and wait for as long as it takes."""
@@ -313,12 +313,8 @@ class Ours:
 
 def _calls(token: int, names: Iterable[str]) -> list[Call]:
     """Make the calls that read each of a token's snapshots."""
-    secret = Token(f"dop_v1_{token:064x}")
-    partition = _KEYRING.partition(secret)
-    return [
-        Call("GET", target, EntryKey(partition, target.text), secret, NO_DIRECTIVES, "day", "other")
-        for target in map(SnapshotId.parse, names)
-    ]
+    caller = _KEYRING.caller(Token(f"dop_v1_{token:064x}"), "other")
+    return [Call("GET", target, caller, NO_DIRECTIVES, "day") for target in map(SnapshotId.parse, names)]
 
 
 _KEYRING = Keyring(b"a day that nobody has to keep secret")

@@ -14,7 +14,7 @@ from proxy.cache.fetch import BACKGROUND, Fetched
 from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere
 from proxy.core.events import Refreshed
-from proxy.core.identity import EntryKey, ListKey
+from proxy.core.identity import EntryKey
 from proxy.core.ports import Store
 from proxy.core.refresh import PAGE, HotSet
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -51,9 +51,7 @@ class Refresher:
         if not isinstance(call.key, EntryKey) or self._hot.plan(call.key, now) == "single":
             self._begin_alone(call, lookup)
             return
-        page = replace(
-            call, target=PAGE, key=ListKey(call.key.partition, PAGE.text), directives=NO_DIRECTIVES
-        )
+        page = replace(call, target=PAGE, directives=NO_DIRECTIVES)
         self._begin(page, page.key, partial(self._by_list, page, call, lookup))
 
     def _begin_alone(self, call: Call, lookup: Lookup) -> None:

@@ -1,12 +1,14 @@
-"""Who asks, and for what: token, partition, snapshot id, list query, and the keys made of them.
+"""Who asks, and for what: token, partition, caller, snapshot id, list query, and the keys made of them.
 
 The law of this file: a token becomes a `Partition` by a keyed hash and is never compared, stored or
-shown itself; there is no entry without a partition (`EntryKey` has no other way in).
+shown itself; it travels in a `Caller`, which derives the partition, so that no code can pair a token with
+another token's partition; there is no entry without a partition (`EntryKey` has no other way in).
 """
 
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
+from hashlib import sha256
 from typing import NamedTuple, NewType, NoReturn
 
 from proxy.core.errors import BadRequest
@@ -27,7 +29,7 @@ _FORWARDED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Token:
-    """A caller's token, masked in every text; `reveal()` gives it."""
+    """A caller's token, masked in every text. Only the upstream's client calls `reveal()`, in one place."""
 
     __slots__ = ("_value",)
 
@@ -35,8 +37,16 @@ class Token:
         self._value = value
 
     def reveal(self) -> str:
-        """Return the token: for the upstream's header and for keyed hashes only."""
+        """Return the token, for the header `Authorization` of a call to the upstream."""
         return self._value
+
+    def sha256(self) -> str:
+        """Give its SHA-256 in hexadecimal digits, to find its alias: `callers.aliases_file` holds such."""
+        return sha256(self._value.encode()).hexdigest()
+
+    def keyed_hash(self, secret: bytes) -> bytes:
+        """Give HMAC-SHA256(secret, "part" ‖ token), 32 bytes."""
+        return hmac.digest(secret, b"part" + self._value.encode(), "sha256")
 
     def __repr__(self) -> str:
         return "Token(***)"
@@ -61,8 +71,11 @@ class Keyring:
 
     def partition(self, token: Token) -> Partition:
         """Give the caller's partition: HMAC-SHA256(secret, "part" ‖ token), its first 128 bits."""
-        digest = hmac.digest(self._secret, b"part" + token.reveal().encode(), "sha256")
-        return Partition(digest.hex()[:_PARTITION_HEX])
+        return Partition(token.keyed_hash(self._secret).hex()[:_PARTITION_HEX])
+
+    def caller(self, token: Token, alias: str) -> "Caller":
+        """Make the caller who sent `token`. `alias` is the caller's name in metrics and logs."""
+        return Caller(token, alias, self)
 
     def mac(self, message: bytes) -> bytes:
         """Authenticate `message`: 16 bytes of HMAC-SHA256 under a key of its own."""
@@ -73,6 +86,28 @@ class Keyring:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret is neither pickled nor copied")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Caller:
+    """Who sent a request: token, alias and partition. Only `Keyring.caller` makes one.
+
+    The partition is derived from the token here, also by `dataclasses.replace`: no argument can name another.
+    """
+
+    token: Token = field(compare=False)
+    alias: str
+    keyring: InitVar[Keyring]
+    partition: Partition = field(init=False)
+
+    def __post_init__(self, keyring: Keyring) -> None:
+        object.__setattr__(self, "partition", keyring.partition(self.token))
+
+    def __repr__(self) -> str:
+        return f"Caller({self.alias})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a caller is neither pickled nor copied: it holds a token")
 
 
 @dataclass(frozen=True, slots=True)

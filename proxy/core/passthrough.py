@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from proxy.core.errors import BadRequest
-from proxy.core.identity import Partition, SnapshotId, Token
+from proxy.core.identity import Caller, SnapshotId
 
 MOST_READ_BYTES = 65_536
 """Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
@@ -90,21 +90,19 @@ def _end_to_end(headers: Iterable[tuple[str, str]], dropped: frozenset[str]) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Forwarding:
+class PassthroughRequest:
     """One request to another path of the API, as it goes up: `target` is checked, `headers` may travel."""
 
     method: str
     target: str
     headers: tuple[tuple[str, str], ...]
-    token: Token
-    partition: Partition
+    caller: Caller
     request_id: str
-    caller: str
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """The answer to a `Forwarding`. `chunks` are the body's bytes as they come, in whatever content coding.
+    """The answer to a `PassthroughRequest`. `chunks` are its body's bytes as they come, in any coding.
 
     `retry_after_s` and `ratelimit` are what its `headers` say about the quota, as in `core.policy.Answer`.
     """

@@ -13,7 +13,7 @@ from typing import Protocol
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import QuotaSpent
 from proxy.core.identity import EntryKey, ListKey, Partition
-from proxy.core.passthrough import Forwarding, Streamed
+from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Postponed
 from proxy.core.request import Call
@@ -103,13 +103,13 @@ class Gate(Protocol):
 class Upstream(Protocol):
     """DigitalOcean's API. Each method sends at most one request; neither asks the quota."""
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
-        """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
+        """Send `call` once, and wait for its answer until `deadline` (monotonic). Raises UpstreamError."""
 
     def stream(
-        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+        self, request: PassthroughRequest, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
     ) -> AbstractAsyncContextManager[Streamed]:
         """Send a request as it is, and give its answer when that begins.
 

@@ -6,12 +6,12 @@ never reaches the upstream. Nothing in this file shows what it refuses.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from proxy.core.errors import BadRequest, NotProxied, Unauthorized
 from proxy.core.events import Route
-from proxy.core.identity import EntryKey, ListKey, ListQuery, SnapshotId, Token
+from proxy.core.identity import Caller, EntryKey, ListKey, ListQuery, SnapshotId, Token
 
 # ASCII: without it, IGNORECASE lets "\u017f" and "\u212a" pass for the letters s and k.
 _ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE | re.ASCII)
@@ -40,15 +40,21 @@ NO_DIRECTIVES = Directives()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of one caller: all that the rooms below the edge ever see of it."""
+    """One request of one caller: all that the rooms below the edge ever see of it.
+
+    Its `key` is of the caller's own partition: it is derived from target and caller.
+    """
 
     method: Literal["GET", "DELETE"]
     target: SnapshotId | ListQuery
-    key: EntryKey | ListKey
-    token: Token
+    caller: Caller
     directives: Directives
     request_id: str
-    caller: str
+    key: EntryKey | ListKey = field(init=False)
+
+    def __post_init__(self) -> None:
+        kind = EntryKey if isinstance(self.target, SnapshotId) else ListKey
+        object.__setattr__(self, "key", kind(self.caller.partition, self.target.text))
 
     @property
     def route(self) -> Route:

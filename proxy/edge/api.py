@@ -35,8 +35,8 @@ from proxy.core.events import (
     RequestDone,
     Route,
 )
-from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
-from proxy.core.passthrough import Forwarding, forwarded_headers, is_read, passthrough_target
+from proxy.core.identity import Caller, Keyring, ListQuery, SnapshotId, Token
+from proxy.core.passthrough import PassthroughRequest, forwarded_headers, is_read, passthrough_target
 from proxy.core.request import (
     ApiPath,
     Call,
@@ -74,7 +74,7 @@ class _Log:
 class Api:
     """Answers requests; without a `passthrough` only those about snapshots.
 
-    `name_caller` gives a token's alias; `observe` is told of every request once.
+    `alias_of` gives a token's alias; `observe` is told of every request once.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Api:
         passthrough: Passthrough | None,
         keyring: Keyring,
         *,
-        name_caller: Callable[[Token], str],
+        alias_of: Callable[[Token], str],
         observe: Callable[[RequestDone], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._readthrough = readthrough
         self._passthrough = passthrough
         self._keyring = keyring
-        self._name_caller = name_caller
+        self._alias_of = alias_of
         self._observe = observe
         self._clock = clock
 
@@ -163,7 +163,7 @@ class Api:
                 raise MethodNotAllowed("GET, HEAD, DELETE")
             case _, ListQuery():
                 raise MethodNotAllowed("GET, HEAD")
-        token, partition = self._caller(request, log)
+        caller = self._caller(request, log)
         if request.body_exists:
             await _skip_body(request)
         _reading_ended(request)
@@ -171,13 +171,9 @@ class Api:
         return Call(
             method=method,
             target=target,
-            key=EntryKey(partition, target.text)
-            if isinstance(target, SnapshotId)
-            else ListKey(partition, target.text),
-            token=token,
+            caller=caller,
             directives=parse_directives(headers.getall("Cache-Control", ()), headers.getall("Pragma", ())),
             request_id=log.request_id,
-            caller=log.caller,
         )
 
     async def _pass_through(self, request: web.BaseRequest, target: ApiPath, log: _Log) -> web.StreamResponse:
@@ -188,25 +184,23 @@ class Api:
             )
         log.route, log.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)
-        token, partition = self._caller(request, log)
+        caller = self._caller(request, log)
         _reading_ended(request)  # a body has deadlines of its own: it may be long
         return await self._passthrough.forward(
             request,
-            Forwarding(
+            PassthroughRequest(
                 method=request.method,
                 target=checked,
                 headers=tuple(forwarded_headers(request.headers.items())),
-                token=token,
-                partition=partition,
+                caller=caller,
                 request_id=log.request_id,
-                caller=log.caller,
             ),
         )
 
-    def _caller(self, request: web.BaseRequest, log: _Log) -> tuple[Token, Partition]:
+    def _caller(self, request: web.BaseRequest, log: _Log) -> Caller:
         token = parse_authorization(request.headers.getall("Authorization", ()))
-        log.caller = self._name_caller(token)
-        return token, self._keyring.partition(token)
+        log.caller = self._alias_of(token)
+        return self._keyring.caller(token, log.caller)
 
     def _done(self, log: _Log, started: float) -> None:
         self._observe(

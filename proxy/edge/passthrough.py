@@ -34,7 +34,7 @@ from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, retry_after
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
     EndsWhatBodyNames,
-    Forwarding,
+    PassthroughRequest,
     Streamed,
     ends,
     ends_of_body,
@@ -65,15 +65,15 @@ class Passthrough:
         self._flights = flights
         self._read_timeout_s = read_timeout_s
 
-    async def forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
+    async def forward(self, request: web.BaseRequest, forwarded: PassthroughRequest) -> web.StreamResponse:
         """Answer `request` with what the upstream says to it. Raises ProxyError before the answer begins.
 
         It runs in a task of its own, so that a write is settled and invalidates even if its caller leaves.
         """
-        work = self._read if is_read(forwarding.method) else self._write
-        owner = Owner(forwarding.partition, writes=not is_read(forwarding.method))
+        work = self._read if is_read(forwarded.method) else self._write
+        owner = Owner(forwarded.caller.partition, writes=not is_read(forwarded.method))
         try:
-            answer = await self._flights.unshared(owner, partial(work, request, forwarding))
+            answer = await self._flights.unshared(owner, partial(work, request, forwarded))
         except Exception:
             _break_off(request)
             raise
@@ -83,7 +83,7 @@ class Passthrough:
         return answer
 
     async def _read(
-        self, request: web.BaseRequest, forwarding: Forwarding
+        self, request: web.BaseRequest, forwarded: PassthroughRequest
     ) -> web.StreamResponse | ProxyError:
         """Forward a read, and once more if its connection was closed before the answer. Runs in a flight.
 
@@ -92,54 +92,54 @@ class Passthrough:
         body = self._body_of(request)
         try:
             if body is not None:
-                return await self._stream(request, forwarding, body, new_connection=True)
+                return await self._stream(request, forwarded, body, new_connection=True)
             try:
-                return await self._stream(request, forwarding, body)
+                return await self._stream(request, forwarded, body)
             except UpstreamDisconnected:
-                return await self._stream(request, forwarding, body, new_connection=True)
+                return await self._stream(request, forwarded, body, new_connection=True)
         except ProxyError as failure:
             return failure
 
     async def _stream(
         self,
         request: web.BaseRequest,
-        forwarding: Forwarding,
+        forwarded: PassthroughRequest,
         body: "_Body | None",
         *,
         new_connection: bool = False,
     ) -> web.StreamResponse:
         """Forward a read and stream its answer back."""
-        async with self._gate.stream(forwarding, body, new_connection=new_connection) as answer:
+        async with self._gate.stream(forwarded, body, new_connection=new_connection) as answer:
             if answer.status == HTTPStatus.UNAUTHORIZED:
-                pending = not await self._invalidator.refused(forwarding.partition)
-                return await _stream_back(request, forwarding, answer, pending=pending)
+                pending = not await self._invalidator.refused(forwarded.caller.partition)
+                return await _stream_back(request, forwarded, answer, pending=pending)
             if answer.status in EDGE_FAILED:
                 raise UpstreamEdgeFailed(answer.status)
-            return await _stream_back(request, forwarding, answer, pending=False)
+            return await _stream_back(request, forwarded, answer, pending=False)
 
     async def _write(
-        self, request: web.BaseRequest, forwarding: Forwarding
+        self, request: web.BaseRequest, forwarded: PassthroughRequest
     ) -> web.StreamResponse | ProxyError:
         """Forward a write, once, and invalidate what it changed or may have changed. Runs in a flight."""
         body = self._body_of(request)
         told = False
         try:
-            async with self._gate.stream(forwarding, body) as begun:
+            async with self._gate.stream(forwarded, body) as begun:
                 answer = begun
-                ended = await self._end_by(answer.status, forwarding, body)
+                ended = await self._end_by(answer.status, forwarded, body)
                 told = True
                 if answer.status in EDGE_FAILED:
                     answer, said = await peek(answer)
-                    if error_envelope(said, forwarding.request_id) is None:  # a page: clients expect JSON
+                    if error_envelope(said, forwarded.request_id) is None:  # a page: clients expect JSON
                         return WriteUnknown(UpstreamUnexplained(answer.status))
-                return await _stream_back(request, forwarding, answer, pending=ended is False)
+                return await _stream_back(request, forwarded, answer, pending=ended is False)
         except (NotSent, UpstreamUnreachable) as not_sent:
             return not_sent
         except Abandoned:  # it was not sent
             raise
         except BaseException as failure:
             if not told:  # its outcome is unknown
-                await self._end(forwarding, body)
+                await self._end(forwarded, body)
             if isinstance(failure, ProxyError):
                 return WriteUnknown(failure) if isinstance(failure, UpstreamError) else failure
             raise
@@ -147,18 +147,18 @@ class Passthrough:
     def _body_of(self, request: web.BaseRequest) -> "_Body | None":
         return _Body(request, self._read_timeout_s) if request.body_exists else None
 
-    async def _end_by(self, status: int, forwarding: Forwarding, body: "_Body | None") -> bool | None:
+    async def _end_by(self, status: int, forwarded: PassthroughRequest, body: "_Body | None") -> bool | None:
         """Invalidate what a write that was answered with this status changed; give what `_end` gives."""
         if status == HTTPStatus.UNAUTHORIZED:
-            return await self._invalidator.refused(forwarding.partition)
-        return None if _refuses(status) else await self._end(forwarding, body)
+            return await self._invalidator.refused(forwarded.caller.partition)
+        return None if _refuses(status) else await self._end(forwarded, body)
 
-    async def _end(self, forwarding: Forwarding, body: "_Body | None") -> bool | None:
+    async def _end(self, forwarded: PassthroughRequest, body: "_Body | None") -> bool | None:
         """Invalidate what the request may have changed, None if nothing; tell whether all replicas know."""
-        what = ends(forwarding.method, forwarding.target)
+        what = ends(forwarded.method, forwarded.target)
         if isinstance(what, EndsWhatBodyNames):
             what = ends_of_body(None if body is None else body.whole)
-        return None if what is None else await self._invalidator.written(forwarding.partition, what)
+        return None if what is None else await self._invalidator.written(forwarded.caller.partition, what)
 
 
 class _Body:
@@ -218,14 +218,14 @@ def _break_off(request: web.BaseRequest) -> None:
 
 
 async def _stream_back(
-    request: web.BaseRequest, forwarding: Forwarding, answer: Streamed, *, pending: bool
+    request: web.BaseRequest, forwarded: PassthroughRequest, answer: Streamed, *, pending: bool
 ) -> web.StreamResponse:
     headers = CIMultiDict(returned_headers(answer.headers))
     headers["Server"] = CACHE_NAME
-    headers["X-Request-Id"] = forwarding.request_id
+    headers["X-Request-Id"] = forwarded.request_id
     detail = Detail.INVALIDATION_PENDING if pending else None
     headers["Cache-Status"] = str(Forwarded(Why.BYPASS, detail=detail))
-    if not is_read(forwarding.method) and not tells_outcome(answer.status, answer.retry_after_s):
+    if not is_read(forwarded.method) and not tells_outcome(answer.status, answer.retry_after_s):
         headers.update(NO_RETRY)
     elif answer.status in RETRYABLE:
         headers["Retry-After"] = retry_after(answer.retry_after_s)

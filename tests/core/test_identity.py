@@ -4,26 +4,28 @@ import copy
 import json
 import pickle
 import string
+from collections.abc import Callable
+from dataclasses import replace
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import pytest
 from hypothesis import example, given, strategies as st
 
 from proxy.core.errors import BadRequest
-from proxy.core.identity import EntryKey, Keyring, Partition, SnapshotId, Token
+from proxy.core.identity import Caller, EntryKey, Keyring, Partition, SnapshotId, Token
 from proxy.core.request import NO_DIRECTIVES, Call
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 VALUE = "dop_v1_0123456789abcdef"
 UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
 
+CALLER = Keyring(SECRET).caller(Token(VALUE), "team")
+
 # -- the token ---------------------------------------------------------------------------------
 
 
 def _call() -> Call:
-    token = Token(VALUE)
-    key = EntryKey(Keyring(SECRET).partition(token), "42")
-    return Call("GET", SnapshotId.parse("42"), key, token, NO_DIRECTIVES, "request-1", "other")
+    return Call("GET", SnapshotId.parse("42"), CALLER, NO_DIRECTIVES, "request-1")
 
 
 @pytest.mark.G7
@@ -42,23 +44,25 @@ def _call() -> Call:
         pytest.param(lambda thing: json.dumps(thing, default=str), id="json"),
     ],
 )
-@pytest.mark.parametrize("thing", [Token(VALUE), _call()], ids=["token", "call"])
+@pytest.mark.parametrize("thing", [Token(VALUE), CALLER, _call()], ids=["token", "caller", "call"])
 def test_a_token_does_not_show(shown: object, thing: object) -> None:
     """Whatever makes text of a token, or of a call that holds one, makes none of it."""
     assert callable(shown)
     text = shown(thing)
-    assert "Token(***)" in text
+    assert ("Token(***)" if isinstance(thing, Token) else "Caller(team)") in text
     assert VALUE[-8:] not in text
 
 
 @pytest.mark.G7
-@pytest.mark.parametrize("thing", [Token(VALUE), Keyring(SECRET), _call()], ids=["token", "keyring", "call"])
+@pytest.mark.parametrize(
+    "thing", [Token(VALUE), Keyring(SECRET), CALLER, _call()], ids=["token", "keyring", "caller", "call"]
+)
 @pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
 def test_secrets_are_neither_pickled_nor_copied(take: object, thing: object) -> None:
     """Nothing that serializes objects gets hold of a secret, a call that is merely copied excepted."""
     assert callable(take)
     if take is copy.copy and isinstance(thing, Call):
-        assert take(thing).token is thing.token
+        assert take(thing).caller is thing.caller
         return
     with pytest.raises(TypeError) as raised:
         take(thing)
@@ -80,6 +84,44 @@ def test_who_says_reveal_gets_the_token() -> None:
 def test_tokens_are_never_compared() -> None:
     """Equality is a partition's affair: two objects of one token are two."""
     assert Token(VALUE) != Token(VALUE)
+
+
+# -- the caller --------------------------------------------------------------------------------
+
+
+@pytest.mark.G1
+def test_a_caller_is_its_token() -> None:
+    """The partition is the token's own, and so is that of each call's key."""
+    assert (CALLER.alias, CALLER.partition) == ("team", Keyring(SECRET).partition(CALLER.token))
+    assert _call().key.partition == CALLER.partition
+    assert Keyring(SECRET).caller(Token(VALUE), "team") == CALLER
+    assert Keyring(SECRET).caller(Token("another"), "team") != CALLER
+
+
+@pytest.mark.G1
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(lambda: replace(CALLER, token=Token("b")), id="another-token"),
+        pytest.param(lambda: replace(CALLER, partition=Partition("b" * 32)), id="another-partition"),
+        pytest.param(lambda: Caller(Token("b"), "team", CALLER.partition), id="made-by-hand"),
+        pytest.param(lambda: setattr(CALLER, "partition", "b" * 32), id="partition-set"),
+        pytest.param(lambda: setattr(CALLER, "token", Token("b")), id="token-set"),
+        pytest.param(lambda: replace(_call(), key=EntryKey(Partition("b" * 32), "42")), id="another-key"),
+    ],
+)
+def test_no_token_with_another_partition(pair: Callable[[], object]) -> None:
+    """Neither a caller nor a call can be made that pairs a token with what is not its own."""
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        pair()
+
+
+@pytest.mark.G1
+def test_another_token_has_its_own_partition() -> None:
+    """A copy with another token, where a keyring is given, has that token's partition."""
+    keyring = Keyring(SECRET)
+    other = replace(CALLER, token=Token("b"), keyring=keyring)
+    assert other.partition == keyring.partition(Token("b")) != CALLER.partition
 
 
 # -- the keyring -------------------------------------------------------------------------------

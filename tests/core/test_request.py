@@ -4,10 +4,11 @@ from typing import Literal
 
 import pytest
 from hypothesis import example, given, strategies as st
+from kit.callers import caller
 
 from proxy.core.errors import BadRequest, NotProxied, ProxyError, Unauthorized
 from proxy.core.events import Route
-from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
+from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.request import (
     NO_DIRECTIVES,
     ApiPath,
@@ -213,9 +214,7 @@ def test_the_route_of_a_call(
     method: Literal["GET", "DELETE"], target: SnapshotId | ListQuery, route: Route
 ) -> None:
     """What is asked tells how it is counted."""
-    mine = Partition("0" * 32)
-    key = EntryKey(mine, target.text) if isinstance(target, SnapshotId) else ListKey(mine, target.text)
-    assert Call(method, target, key, Token("x"), NO_DIRECTIVES, "request-1", "other").route is route
+    assert Call(method, target, caller(), NO_DIRECTIVES, "request-1").route is route
 
 
 # -- the caller --------------------------------------------------------------------------------

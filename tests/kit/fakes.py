@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
+from kit.callers import caller
 from proxy.core.events import CallSettled, QuotaWait
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import Caller, Partition, SnapshotId, Token
 from proxy.core.operations import Operations
-from proxy.core.passthrough import Forwarding, Streamed
+from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -21,7 +22,8 @@ from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
 from proxy.tasks.drain import DrainDeadline
 
-SOMEBODY = Partition("a" * 32)
+CALLER = caller()
+SOMEBODY = CALLER.partition
 CALL_S = 2.0
 
 
@@ -154,7 +156,7 @@ class FakeApi:
     """Whether each was wanted over a new connection."""
     _spent: Counter[Partition] = field(default_factory=Counter)
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
         """Answer once."""
@@ -171,12 +173,12 @@ class FakeApi:
 
     @asynccontextmanager
     async def stream(
-        self, forwarding: Forwarding, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
+        self, request: PassthroughRequest, body: AsyncIterable[bytes] | None, *, new_connection: bool = False
     ) -> AsyncIterator[Streamed]:
         """Give one answer, its body in two pieces."""
         del body
         self.over_new.append(new_connection)
-        self.asked.append((_now(), forwarding.target))
+        self.asked.append((_now(), request.target))
         told = answer(200) if self.answer is None else self.answer()
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -200,10 +202,9 @@ def answer(
     return Answer(status, body, 0.0, retry_after_s, ratelimit)
 
 
-def call(number: int = 1, partition: Partition = SOMEBODY, caller: str = "other") -> Call:
+def call(number: int = 1, sender: Caller = CALLER) -> Call:
     """Make a read."""
-    target = SnapshotId(str(number), cacheable=True)
-    return Call("GET", target, EntryKey(partition, target.text), Token("token"), NO_DIRECTIVES, "id", caller)
+    return Call("GET", SnapshotId(str(number), cacheable=True), sender, NO_DIRECTIVES, "id")
 
 
 def accounts(ledger: FakeLedger, *, replicas: int = 1, call_s: float = CALL_S) -> Accounts:
