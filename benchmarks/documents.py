@@ -27,8 +27,8 @@ from benchmarks.upstream import HEAD, QUOTA
 from proxy.app import App
 from proxy.core.document import MOST_DIGITS, MOST_LONG_NUMBERS, MOST_VALUES
 from proxy.core.errors import UpstreamInvalid
-from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.policy import Answer, Policy
+from proxy.core.resources import SNAPSHOT, Target, list_target
 from proxy.core.snapshot import MOST_SNAPSHOTS
 from proxy.settings.load import load
 
@@ -38,7 +38,7 @@ MOST_BYTES = 2_097_152
 TOKEN = "dop_v1_" + "0" * 64
 TIMES = 9
 ID = "6372321"
-SNAPSHOT: dict[str, Any] = {
+FIELDS: dict[str, Any] = {
     "id": ID,
     "name": "web-01-1595954862243",
     "created_at": "2020-07-28T16:47:44+02:00",
@@ -49,7 +49,7 @@ SNAPSHOT: dict[str, Any] = {
     "resource_type": "droplet",
     "tags": ["web", "env:prod"],
 }
-POLICY = Policy(60, 10, 10, 60, 300, max_fresh_s=600, jitter=0.1)
+POLICY = Policy({"fresh_s": 60, "list_fresh_s": 10}, 10, 60, 300, max_fresh_s=600, jitter=0.1)
 _CHANCE = Random(1)  # noqa: S311 # the same documents each time
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -68,13 +68,13 @@ class Document:
 
 def single(name: str, literal: str) -> Document:
     """Make a snapshot with one more field, that has this JSON for a value."""
-    body = json.dumps({"snapshot": SNAPSHOT | {"x": "@"}}, separators=(",", ":")).replace('"@"', literal)
+    body = json.dumps({"snapshot": FIELDS | {"x": "@"}}, separators=(",", ":")).replace('"@"', literal)
     return Document(name, body.encode())
 
 
 def page(name: str, number: int, change: Callable[[int], dict[str, Any]]) -> Document:
     """Make a list of that many snapshots, each with some fields changed."""
-    snapshots = [SNAPSHOT | {"id": str(place + 2)} | change(place) for place in range(number)]
+    snapshots = [FIELDS | {"id": str(place + 2)} | change(place) for place in range(number)]
     document = {"snapshots": snapshots, "links": {}, "meta": {"total": number}}
     return Document(name, json.dumps(document, separators=(",", ":")).encode(), is_list=True)
 
@@ -146,7 +146,7 @@ def documents() -> list[Document]:
 
 def computed_ms(document: Document) -> tuple[str, float]:
     """Tell what becomes of a document, and how long that takes: the median CPU time."""
-    target = ListQuery.parse("") if document.is_list else SnapshotId(ID, cacheable=True)
+    target = list_target("") if document.is_list else Target(SNAPSHOT, ID)
     times, fate = [], "kept"
     for _ in range(TIMES):
         started = thread_time()
@@ -206,9 +206,7 @@ class Outside:
 async def longest_turn_ms(document: Document, outside: Outside, api: str) -> float:
     """Fetch the document again and again; give the median of the longest turns of this loop."""
     path = "/v2/snapshots?per_page=200" if document.is_list else f"/v2/snapshots/{ID}"
-    small = (
-        page("", 1, lambda _: {}).body if document.is_list else json.dumps({"snapshot": SNAPSHOT}).encode()
-    )
+    small = page("", 1, lambda _: {}).body if document.is_list else json.dumps({"snapshot": FIELDS}).encode()
     longest = []
     for _ in range(TIMES):
         fetching = asyncio.ensure_future(outside.run(outside.ask(api, path, document.body)))

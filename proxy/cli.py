@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from proxy import __version__
 from proxy.core.errors import BadRequest, SettingsError
-from proxy.core.identity import SnapshotId
 from proxy.settings.load import check_files, load
 from proxy.settings.sections import Loaded, Settings
 from proxy.settings.show import to_toml
@@ -100,8 +99,10 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
 
 
 def _snapshot_id(text: str) -> str:
+    from proxy.core.resources import snapshot_target
+
     try:
-        if SnapshotId.parse(text).cacheable:
+        if snapshot_target(text).cacheable:
             return text
     except BadRequest:
         pass

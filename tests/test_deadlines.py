@@ -26,10 +26,10 @@ from proxy.core.errors import (
     UpstreamFailedElsewhere,
     UpstreamTimeout,
 )
-from proxy.core.identity import EntryKey, SnapshotId
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, Key, Target
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.tasks.drain import DrainDeadline
@@ -82,14 +82,14 @@ class Scene:
     async def get(self, at_s: float, replica: int, number: int = 1) -> None:
         """Come at some time, and ask one replica for one snapshot."""
         await asyncio.sleep(at_s)
-        came_at, target = now(), SnapshotId(str(number), cacheable=True)
+        came_at, target = now(), Target(SNAPSHOT, str(number))
         call = Call("GET", target, SOMEBODY, NO_DIRECTIVES, f"id-{next(_NUMBERS)}")
         answer = await self.replicas[replica].get(call)
         self.seen.append(Seen(call, replica, came_at - self.began, now() - came_at, answer))
 
     async def hold(self, number: int) -> Callable[[], Awaitable[object]]:
         """Hold the lease of a snapshot, as a replica does that fetches it. Gives what ends that."""
-        key = EntryKey(CALLER, str(number))
+        key = Key(SNAPSHOT, CALLER, str(number))
         basis = (await self.store.lookup(key)).basis
         assert basis is not None
         lease = await self.store.lease(key, basis)
@@ -115,7 +115,7 @@ class Scene:
             if isinstance(seen.error, UpstreamTimeout | UpstreamDisconnected):
                 came_at = self.began + seen.came_at
                 assert any(
-                    came_at <= at and (replica, text) == (seen.replica, seen.call.target.text)
+                    came_at <= at and (replica, text) == (seen.replica, seen.call.target.name)
                     for at, replica, text in self.asked
                 ), seen
 
@@ -131,10 +131,10 @@ class Scene:
                 """Answer in the scene's manner, or be given up at the deadline."""
                 del validator, new_connection
                 assert deadline <= now() + TOTAL_TIMEOUT_S
-                scene.asked.append((now(), number, call.target.text))
+                scene.asked.append((now(), number, call.target.name))
                 try:
                     async with asyncio.timeout(deadline - now()):
-                        return await scene.mode(call.target.text, now() - scene.began)
+                        return await scene.mode(call.target.name, now() - scene.began)
                 except TimeoutError:
                     raise UpstreamTimeout("it is late", proxy_error="http_response_timeout") from None
 
@@ -158,8 +158,7 @@ class Scene:
             shield,
             flights,
             Policy(
-                fresh_s=60,
-                list_fresh_s=0,
+                ttls_s={"fresh_s": 60, "list_fresh_s": 0},
                 negative_s=0,
                 stale_while_revalidate_s=0,
                 stale_if_error_s=0,

@@ -19,17 +19,18 @@ from kit.callers import caller
 from kit.fakes import FakeLedger
 from kit.virtual import now, run
 
-from benchmarks.day.redis import Key, MemoryStore
+from benchmarks.day.redis import MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, read_through
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
-from proxy.core.identity import EntryKey, ListKey, Partition, SnapshotId
+from proxy.core.identity import Partition
 from proxy.core.policy import Answer
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, snapshot_target
 from proxy.edge.answers import failed_response, served_response
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
@@ -45,10 +46,10 @@ CACHE, QUOTA, TIMEOUT_S = SETTINGS.cache, SETTINGS.quota, SETTINGS.upstream.tota
 BEGIN, DOWN, UP, END = 1000.0, 1140.0, 1440.0, 1550.0
 SENDERS = {each.partition: each for each in map(caller, "ab")}
 CALLERS = [*SENDERS]
-HOT = [EntryKey(partition, str(number)) for number in range(101, 141) for partition in CALLERS]
+HOT = [Key(SNAPSHOT, partition, str(number)) for number in range(101, 141) for partition in CALLERS]
 """On both replicas each is asked for every 10 s, and every second while the upstream comes back."""
 
-SELDOM, OLD, NEW = (EntryKey(CALLERS[0], name) for name in ("201", "202", "203"))
+SELDOM, OLD, NEW = (Key(SNAPSHOT, CALLERS[0], name) for name in ("201", "202", "203"))
 """Asked for every 100 s; last asked for 130 s before the outage; first asked for while it lasts."""
 
 REPLICAS = 2
@@ -115,11 +116,9 @@ class Api:
         await asyncio.sleep(0.2)
         partition = call.key.partition
         self._spent[partition] += 1
-        body: dict[str, object] = {"snapshot": snapshot(partition, call.target.text, called_at)}
-        if isinstance(call.key, ListKey):
-            listed = [
-                snapshot(partition, key.snapshot_id, called_at) for key in HOT if key.partition == partition
-            ]
+        body: dict[str, object] = {"snapshot": snapshot(partition, call.target.name, called_at)}
+        if call.key.resource is SNAPSHOT_LIST:
+            listed = [snapshot(partition, key.name, called_at) for key in HOT if key.partition == partition]
             body = {"snapshots": listed, "meta": {"total": len(listed) + 3}}
         left = QUOTA.per_hour - self._spent[partition]
         return Answer(200, json.dumps(body).encode(), called_at, None, (("ratelimit-remaining", str(left)),))
@@ -146,7 +145,7 @@ def snapshot(partition: Partition, snapshot_id: str, called_at: float) -> dict[s
 class Seen(NamedTuple):
     """What a caller got, and what was kept for it then."""
 
-    key: EntryKey
+    key: Key
     at: float
     took_s: float
     status: int
@@ -229,16 +228,16 @@ class Outage:
             draw=chance.random,
         )
 
-    async def _poll(self, key: EntryKey, replica: int, first: float, every_s: float | None = None) -> None:
+    async def _poll(self, key: Key, replica: int, first: float, every_s: float | None = None) -> None:
         """Ask one replica for one snapshot again and again, each time some seconds after the answer."""
-        target = SnapshotId.parse(key.snapshot_id)
+        target = snapshot_target(key.name)
         call = Call("GET", target, SENDERS[key.partition], NO_DIRECTIVES, "ours")
         await asyncio.sleep(first - now())
         while now() < END:
             await self._ask(call, key, self._replicas[replica])
             await asyncio.sleep(every_s or (1 if UP - 5 < now() < UP + 25 else 10))
 
-    async def _ask(self, call: Call, key: EntryKey, replica: ReadThrough) -> None:
+    async def _ask(self, call: Call, key: Key, replica: ReadThrough) -> None:
         began = now()
         answer = await replica.get(call)
         if isinstance(answer, Failed):
@@ -282,7 +281,7 @@ def test_no_error_where_there_is_something_to_serve(outage: Outage) -> None:
         pytest.param(NEW, [False, True], id="was-never-there"),
     ],
 )
-def test_errors_where_there_is_nothing(outage: Outage, key: EntryKey, is_served: list[bool]) -> None:
+def test_errors_where_there_is_nothing(outage: Outage, key: Key, is_served: list[bool]) -> None:
     """They begin where the window ends, and end when the upstream is back."""
     seen = [each for each in outage.seen if each.key == key]
     assert [served for served, _ in groupby(each.status == 200 for each in seen)] == is_served

@@ -14,7 +14,7 @@ import orjson
 from aiohttp import web
 
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
-from proxy.core.identity import SnapshotId
+from proxy.core.resources import snapshot_target
 from proxy.edge.answers import error_response
 from proxy.settings.rules import is_loopback
 
@@ -95,6 +95,6 @@ async def _ids(request: web.Request) -> list[str] | None:
 
 def _cached_id(value: Any) -> str:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not (snapshot_id := SnapshotId.parse(text)).cacheable:
+    if not isinstance(text, str) or not (target := snapshot_target(text)).cacheable:
         raise BadRequest("a snapshot id is a number or a UUID")
-    return snapshot_id.text
+    return target.name

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from proxy.core.endings import Endings
 from proxy.core.entry import Entry
 from proxy.core.events import Invalidation
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
 from proxy.core.ports import Store
 from proxy.core.request import Call
+from proxy.core.resources import SNAPSHOT, Key
 
 
 class Invalidator:
@@ -23,11 +24,11 @@ class Invalidator:
         self._observe = observe
         self._endings = Endings()
 
-    def ended(self, key: EntryKey | ListKey) -> tuple[int, ...]:
+    def ended(self, key: Key) -> tuple[int, ...]:
         """Give this replica's counts for `key`: they are equal as long as it invalidated nothing of it."""
         return self._endings.of(key)
 
-    async def entry(self, key: EntryKey | ListKey) -> bool:
+    async def entry(self, key: Key) -> bool:
         """Invalidate one caller's entry and lists: the upstream answered a read with a no."""
         self._endings.entry(key)
         return await self._store.end_entry(key, by_read=True)
@@ -43,13 +44,13 @@ class Invalidator:
     async def deleted(self, call: Call) -> bool:
         """Invalidate the snapshot that a DELETE named, and all lists, for all callers."""
         self._observe(Invalidation("delete"))
-        done = await self._snapshots([call.target.text])
+        done = await self._snapshots([call.target.name])
         if call.target.cacheable:
             return done
         # The upstream may have taken it for another snapshot: 06372321 for 6372321.
         return await self._caller(call.key.partition) and done
 
-    async def absent(self, key: EntryKey | ListKey) -> bool:
+    async def absent(self, key: Key) -> bool:
         """Invalidate the caller's own entry and lists: a DELETE found no such snapshot."""
         self._observe(Invalidation("delete"))
         return await self._entry(key)
@@ -65,7 +66,7 @@ class Invalidator:
             case EndsForCaller(snapshot_ids):
                 done = True
                 for snapshot_id in snapshot_ids:
-                    done = await self._entry(EntryKey(partition, snapshot_id)) and done
+                    done = await self._entry(Key(SNAPSHOT, partition, snapshot_id)) and done
                 return done
 
     async def purge(self, snapshot_ids: Sequence[str] | None) -> bool:
@@ -76,7 +77,7 @@ class Invalidator:
             return await self._store.end_everything()
         return await self._snapshots(snapshot_ids)
 
-    async def _entry(self, key: EntryKey | ListKey) -> bool:
+    async def _entry(self, key: Key) -> bool:
         self._endings.entry(key)
         return await self._store.end_entry(key)
 

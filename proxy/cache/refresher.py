@@ -14,7 +14,6 @@ from proxy.cache.fetch import BACKGROUND, Fetched
 from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere
 from proxy.core.events import Refreshed
-from proxy.core.identity import EntryKey
 from proxy.core.ports import Store
 from proxy.core.refresh import PAGE, HotSet
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -43,12 +42,12 @@ class Refresher:
 
     def record_read(self, call: Call, entry: Entry, now: float) -> None:
         """Count that `entry` answered: snapshots that are read often are worth a list."""
-        if isinstance(call.key, EntryKey) and entry.status == HTTPStatus.OK:
+        if call.target.resource.comes_with_lists and entry.status == HTTPStatus.OK:
             self._hot.read(call.key, entry, now)
 
     def refresh(self, call: Call, lookup: Lookup, now: float) -> None:
         """Fetch what `call` reads, or the caller's list if that refreshes several snapshots in one call."""
-        if not isinstance(call.key, EntryKey) or self._hot.plan(call.key, now) == "single":
+        if not call.target.resource.comes_with_lists or self._hot.plan(call.key, now) == "single":
             self._begin_alone(call, lookup)
             return
         page = replace(call, target=PAGE, directives=NO_DIRECTIVES)
@@ -92,7 +91,7 @@ class Refresher:
                 pass  # the upstream was not asked, or will not be for a while
             case Fetched(status=HTTPStatus.OK, seeded=on_page) if on_page:
                 self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
-                if call.target.text not in on_page:
+                if call.target.name not in on_page:
                     self._begin_alone(call, lookup)
             case Fetched(status=HTTPStatus.OK):  # nothing was stored: it was invalidated meanwhile
                 self._hot.unlisted(partition, self._clock())

@@ -8,9 +8,10 @@ from time import perf_counter
 from proxy.check.finding import Finding, ok, problem
 from proxy.core.errors import EDGE_FAILED, UpstreamError
 from proxy.core.events import OTHER_CALLER
-from proxy.core.identity import Keyring, SnapshotId, Token
+from proxy.core.identity import Keyring, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, Target
 from proxy.core.snapshot import error_envelope
 from proxy.options import upstream_options
 from proxy.settings.sections import Settings
@@ -19,7 +20,7 @@ from proxy.upstream.client import Upstream
 
 _CALL = Call(
     method="GET",
-    target=SnapshotId.parse("1"),
+    target=Target(SNAPSHOT, "1"),
     caller=Keyring(secrets.token_bytes(32)).caller(Token("snapshot-proxy-check"), OTHER_CALLER),
     directives=NO_DIRECTIVES,
     request_id="snapshot-proxy-check",

@@ -6,7 +6,8 @@ flight that began before an invalidation, and is not answered by what was found 
 
 from collections import OrderedDict
 
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
+from proxy.core.resources import SNAPSHOT_LIST, Dependency, Key
 
 MOST = 4096
 """Keys that are remembered, at most: when one is forgotten, everything counts as ended once more."""
@@ -18,16 +19,16 @@ class Endings:
     def __init__(self, most: int = MOST) -> None:
         self._most = most
         self._all = 0
-        self._counts: OrderedDict[Partition | EntryKey | ListKey, int] = OrderedDict()
+        self._counts: OrderedDict[Partition | Key, int] = OrderedDict()
 
-    def of(self, key: EntryKey | ListKey) -> tuple[int, int, int]:
+    def of(self, key: Key) -> tuple[int, int, int]:
         """Tell how it stands; equal as long as nothing has ended that `key` stands for."""
         return self._all, self._counts.get(key.partition, 0), self._counts.get(_own(key), 0)
 
-    def entry(self, key: EntryKey | ListKey) -> None:
+    def entry(self, key: Key) -> None:
         """Take note that one caller's entry ends, and with it the caller's lists."""
         self._count(_own(key))
-        if isinstance(key, EntryKey):
+        if not _is_list(key):
             self._count(_lists(key.partition))
 
     def caller(self, partition: Partition) -> None:
@@ -38,17 +39,21 @@ class Endings:
         """Take note that something is invalidated for all callers."""
         self._all += 1
 
-    def _count(self, name: Partition | EntryKey | ListKey) -> None:
+    def _count(self, name: Partition | Key) -> None:
         self._counts[name] = self._counts.pop(name, 0) + 1
         if len(self._counts) > self._most:
             self._counts.popitem(last=False)
             self._all += 1
 
 
-def _own(key: EntryKey | ListKey) -> EntryKey | ListKey:
+def _own(key: Key) -> Key:
     """Name what ends with `key`: a caller's lists end together."""
-    return key if isinstance(key, EntryKey) else _lists(key.partition)
+    return _lists(key.partition) if _is_list(key) else key
 
 
-def _lists(partition: Partition) -> ListKey:
-    return ListKey(partition, "")
+def _is_list(key: Key) -> bool:
+    return Dependency.CALLERS_LISTS in key.resource.depends_on
+
+
+def _lists(partition: Partition) -> Key:
+    return Key(SNAPSHOT_LIST, partition, "")

@@ -12,7 +12,8 @@ from typing import Any
 import orjson
 
 from proxy.core.errors import BadRequest
-from proxy.core.identity import Caller, SnapshotId
+from proxy.core.identity import Caller
+from proxy.core.resources import snapshot_target
 
 MOST_READ_BYTES = 65_536
 """Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
@@ -168,8 +169,8 @@ def ends(method: str, target: str) -> Ends | EndsWhatBodyNames | None:
         if groups.get("body"):
             return EndsWhatBodyNames()
         if groups.get("snapshot"):
-            snapshot_id = SnapshotId.parse(groups["snapshot"]) if _is_id(groups["snapshot"]) else None
-            return EndsForCaller() if snapshot_id is None else EndsForAll(snapshot_id.text)
+            snapshot_id = _id(groups["snapshot"])
+            return EndsForCaller() if snapshot_id is None else EndsForAll(snapshot_id)
         return EndsForCaller()
     return None
 
@@ -194,13 +195,18 @@ def ends_of_body(body: bytes | None) -> EndsForCaller | None:
             return EndsForCaller()
     if not named_ids:
         return None
-    if len(named_ids) > MOST_NAMED or not all(map(_is_id, named_ids)):
-        return EndsForCaller()
-    return EndsForCaller(tuple(SnapshotId.parse(one).text for one in named_ids))
+    ids = [snapshot_id for snapshot_id in map(_id, named_ids) if snapshot_id is not None]
+    return (
+        EndsForCaller()
+        if len(named_ids) > MOST_NAMED or len(ids) < len(named_ids)
+        else EndsForCaller(tuple(ids))
+    )
 
 
-def _is_id(text: str) -> bool:
+def _id(text: str) -> str | None:
+    """Give a snapshot's id as it is in keys; None for what is none."""
     try:
-        return SnapshotId.parse(text).cacheable
+        target = snapshot_target(text)
     except BadRequest:
-        return False
+        return None
+    return target.name if target.cacheable else None

@@ -12,11 +12,12 @@ from typing import Protocol
 
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import QuotaSpent
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Postponed
 from proxy.core.request import Call
+from proxy.core.resources import Key
 
 # -- what the cache needs --------------------------------------------------------------------------
 
@@ -27,10 +28,10 @@ class Store(Protocol):
     A store that fails finds nothing, stores nothing, and cannot tell who holds a lease.
     """
 
-    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+    async def lookup(self, key: Key) -> Lookup:
         """Find an entry, and the stamps that a fill would be sealed with."""
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Store an entry, unless something was invalidated since the lookup that gave `basis`.
 
         Tell whether it was stored.
@@ -45,7 +46,7 @@ class Store(Protocol):
         """
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to become the one replica that fetches `key`. None: the store cannot tell."""
 
@@ -55,7 +56,7 @@ class Store(Protocol):
     async def release(self, lease: Leased, record: Record | None) -> None:
         """Give the lease up, and leave an outcome that is not stored as a `record` for those who wait."""
 
-    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
+    async def end_entry(self, key: Key, *, by_read: bool = False) -> bool:
         """Invalidate one caller's entry and lists, and fills of them that are in flight.
 
         `by_read`: the upstream answered a read with a no; no write or purge asked for it. Like the three

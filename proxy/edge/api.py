@@ -35,7 +35,7 @@ from proxy.core.events import (
     RequestDone,
     Route,
 )
-from proxy.core.identity import Caller, Keyring, ListQuery, SnapshotId, Token
+from proxy.core.identity import Caller, Keyring, Token
 from proxy.core.passthrough import PassthroughRequest, forwarded_headers, is_read, passthrough_target
 from proxy.core.request import (
     ApiPath,
@@ -46,6 +46,7 @@ from proxy.core.request import (
     parse_request_id,
     parse_target,
 )
+from proxy.core.resources import Target
 from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
 from proxy.edge.handler import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
 from proxy.edge.passthrough import Passthrough
@@ -150,19 +151,14 @@ class Api:
                 log.error = answer.error
                 return failed_response(answer, log.request_id)
 
-    async def _call(self, request: web.BaseRequest, target: SnapshotId | ListQuery, log: _Log) -> Call:
+    async def _call(self, request: web.BaseRequest, target: Target, log: _Log) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
-        log.route = Route.SNAPSHOT if isinstance(target, SnapshotId) else Route.LIST
+        log.route = target.resource.route
+        if request.method not in target.resource.methods:
+            raise MethodNotAllowed(", ".join(target.resource.methods))
         method: Literal["GET", "DELETE"] = "GET"
-        match request.method, target:
-            case (("GET" | "HEAD"), _):
-                pass
-            case "DELETE", SnapshotId():
-                method, log.route = "DELETE", Route.DELETE
-            case _, SnapshotId():
-                raise MethodNotAllowed("GET, HEAD, DELETE")
-            case _, ListQuery():
-                raise MethodNotAllowed("GET, HEAD")
+        if request.method == "DELETE":
+            method, log.route = "DELETE", Route.DELETE
         caller = self._caller(request, log)
         if request.body_exists:
             await _skip_body(request)
@@ -229,7 +225,7 @@ def _fact(error: ProxyError | None) -> str | None:
             return None
 
 
-def _target(request: web.BaseRequest) -> SnapshotId | ListQuery | ApiPath:
+def _target(request: web.BaseRequest) -> Target | ApiPath:
     """Check what every request must have, and tell what it is about."""
     if isinstance(request, ForeignRequest):
         raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")

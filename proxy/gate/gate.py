@@ -17,7 +17,7 @@ from http import HTTPStatus
 from proxy.core.breaker import Breaker
 from proxy.core.errors import Overloaded, QuotaSpent, UpstreamPaused
 from proxy.core.events import CallSettled, QuotaWait, Route, Standing
-from proxy.core.identity import Caller, ListQuery, Partition, Token
+from proxy.core.identity import Caller, Partition, Token
 from proxy.core.operations import operation
 from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
@@ -118,12 +118,11 @@ class UpstreamGate:
         bounds. A probe goes over a new connection, too: kept ones are as old as the outage.
         Raises UpstreamError or NotSent.
         """
-        path = "/v2/snapshots" if isinstance(call.target, ListQuery) else f"/v2/snapshots/{call.target.text}"
         passing = self.admitted(
             call.route,
             call.caller,
             call_class,
-            operation=operation(call.method, path),
+            operation=operation(call.method, call.target.path),
             patient=patient,
             wait_until=wait_until,
             answer_by=answer_by,

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from proxy.core.entry import Entry, Lifetimes, seal
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
 from proxy.core.incident import Incident
+from proxy.core.resources import Key
 from proxy.logs import event
 from proxy.storage.commands import Command
 from proxy.storage.connection import Link, Unavailable
@@ -125,7 +126,7 @@ class Invalidations:
         self._observe = observe
         self._clock = clock
 
-    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
+    async def end_entry(self, key: Key, *, by_read: bool = False) -> bool:
         """Invalidate one caller's entry and lists, and keep fetches that are in flight from storing them.
 
         `by_read`: a read was answered 403 or 404, and neither a caller nor an operator asked for more; it

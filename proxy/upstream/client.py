@@ -31,7 +31,6 @@ from proxy.core.errors import (
 )
 from proxy.core.events import GIVEN_UP_BY_CALLER, Route, UpstreamCall
 from proxy.core.http import is_etag, parse_retry_after
-from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.request import Call
@@ -115,7 +114,7 @@ class Upstream:
                     async with ListeningTimeout(deadline - time.monotonic()):
                         response = await self._session(kept=reads and not new_connection).request(
                             call.method,
-                            URL(f"{self._options.base_url}/v2/snapshots{_suffix(call.target)}", encoded=True),
+                            URL(self._options.base_url + call.target.path, encoded=True),
                             headers=[
                                 *_credentials(call),
                                 ("Accept", "application/json"),
@@ -292,14 +291,6 @@ def _ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 def _validator(etag: str) -> str:
     """Take the upstream's entity tag, if it is one that we would send back."""
     return etag if is_etag(etag) and len(etag) <= _LONGEST_VALIDATOR else ""
-
-
-def _suffix(target: SnapshotId | ListQuery) -> str:
-    match target:
-        case SnapshotId(text):
-            return f"/{text}"
-        case ListQuery(text):
-            return f"?{text}"
 
 
 async def _say_once(

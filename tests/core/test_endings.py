@@ -5,13 +5,14 @@ from collections.abc import Callable
 import pytest
 
 from proxy.core.endings import Endings
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
 pytestmark = pytest.mark.G6
 
 SOMEBODY, ANOTHER = Partition("a" * 32), Partition("b" * 32)
-ONE, OTHER = EntryKey(SOMEBODY, "1"), EntryKey(SOMEBODY, "2")
-LIST, THEIRS = ListKey(SOMEBODY, "page=1"), EntryKey(ANOTHER, "1")
+ONE, OTHER = Key(SNAPSHOT, SOMEBODY, "1"), Key(SNAPSHOT, SOMEBODY, "2")
+LIST, THEIRS = Key(SNAPSHOT_LIST, SOMEBODY, "page=1"), Key(SNAPSHOT, ANOTHER, "1")
 KEYS = (ONE, OTHER, LIST, THEIRS)
 
 
@@ -24,7 +25,7 @@ KEYS = (ONE, OTHER, LIST, THEIRS)
         pytest.param(lambda it: it.everything(), {*KEYS}, id="everything"),
     ],
 )
-def test_what_ends(end: Callable[[Endings], None], ended: set[EntryKey | ListKey]) -> None:
+def test_what_ends(end: Callable[[Endings], None], ended: set[Key]) -> None:
     """Each ending concerns exactly these, each time."""
     endings = Endings()
     for _ in range(2):
@@ -38,7 +39,7 @@ def test_what_is_forgotten_has_ended() -> None:
     endings = Endings(most=2)
     seen = {endings.of(ONE)}
     for number in range(20):
-        endings.entry(ONE if number % 3 == 0 else EntryKey(ANOTHER, str(number)))
+        endings.entry(ONE if number % 3 == 0 else Key(SNAPSHOT, ANOTHER, str(number)))
         if number % 3 == 0:
             assert endings.of(ONE) not in seen
         seen.add(endings.of(ONE))

@@ -43,7 +43,8 @@ from kit.support import (
 
 from proxy.core.breaker import FAILURES
 from proxy.core.entry import UNAVAILABLE, Entry, Lifetimes
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,
     READ_ONLY,
@@ -861,7 +862,7 @@ async def test_a_debt_that_is_owed_again(monkeypatch: pytest.MonkeyPatch) -> Non
             link.away = True
             assert not await store.end_snapshots(["2"])
             link.away, link.deleted = False, []
-            assert await store.lookup(ListKey(Partition("0" * 32), "page=1")) == UNAVAILABLE
+            assert await store.lookup(Key(SNAPSHOT_LIST, Partition("0" * 32), "page=1")) == UNAVAILABLE
             link.replies.set()
             await until(lambda: link.deleted, "the next heartbeat pays the rest")
             assert link.deleted == [b"test:1:lists", b"test:1:ver:2"]
@@ -953,7 +954,7 @@ async def pair() -> AsyncIterator[Pair]:
 async def test_every_order_of_commands(pair: Pair, kind: Kind, ending: str, order: tuple[str, ...]) -> None:
     """What a fill from before writes never counts, wherever an ending's commands fall between its own."""
     partition, name = Partition(secrets.token_hex(16)), str(random.randrange(1, 10**9))  # noqa: S311 # no secret
-    single, listed = EntryKey(partition, name), ListKey(partition, "page=1&per_page=20")
+    single, listed = Key(SNAPSHOT, partition, name), Key(SNAPSHOT_LIST, partition, "page=1&per_page=20")
     key = single if kind == "single" else listed
     basis = (await pair.filling.lookup(key)).basis
     assert basis is not None

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 from kit.callers import caller
 from proxy.core.events import CallSettled, QuotaWait
-from proxy.core.identity import Caller, Partition, SnapshotId, Token
+from proxy.core.identity import Caller, Partition, Token
 from proxy.core.operations import Operations
 from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, Target
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
@@ -164,11 +165,11 @@ class FakeApi:
         assert deadline <= self.due
         self.over_new.append(new_connection)
         self.deadlines_s.append(deadline - _now())
-        self.asked.append((_now(), call.target.text))
+        self.asked.append((_now(), call.target.name))
         self._spent[call.key.partition] += 1
         remaining = 5000 - self._spent[call.key.partition]
         await asyncio.sleep(self.takes_s)
-        chosen = self.answers.get(call.target.text, self.answer)
+        chosen = self.answers.get(call.target.name, self.answer)
         return answer(200, remaining=remaining) if chosen is None else chosen()
 
     @asynccontextmanager
@@ -204,7 +205,7 @@ def answer(
 
 def call(number: int = 1, sender: Caller = CALLER) -> Call:
     """Make a read."""
-    return Call("GET", SnapshotId(str(number), cacheable=True), sender, NO_DIRECTIVES, "id")
+    return Call("GET", Target(SNAPSHOT, str(number)), sender, NO_DIRECTIVES, "id")
 
 
 def accounts(ledger: FakeLedger, *, replicas: int = 1, call_s: float = CALL_S) -> Accounts:
