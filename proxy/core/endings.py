@@ -7,7 +7,7 @@ flight that began before an invalidation, and is not answered by what was found 
 from collections import OrderedDict
 
 from proxy.core.identity import Partition
-from proxy.core.resources import SNAPSHOT_LIST, Dependency, Key
+from proxy.core.resources import SNAPSHOT_LIST, Key
 
 MOST = 4096
 """Keys that are remembered, at most: when one is forgotten, everything counts as ended once more."""
@@ -52,7 +52,7 @@ def _own(key: Key) -> Key:
 
 
 def _is_list(key: Key) -> bool:
-    return Dependency.CALLERS_LISTS in key.resource.depends_on
+    return "caller-lists" in key.resource.depends_on
 
 
 def _lists(partition: Partition) -> Key:

@@ -13,7 +13,7 @@ import orjson
 
 from proxy.core.errors import BadRequest
 from proxy.core.identity import Caller
-from proxy.core.resources import snapshot_target
+from proxy.core.resources import cached_id
 
 MOST_READ_BYTES = 65_536
 """Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
@@ -169,7 +169,7 @@ def ends(method: str, target: str) -> Ends | EndsWhatBodyNames | None:
         if groups.get("body"):
             return EndsWhatBodyNames()
         if groups.get("snapshot"):
-            snapshot_id = _id(groups["snapshot"])
+            snapshot_id = cached_id(groups["snapshot"])
             return EndsForCaller() if snapshot_id is None else EndsForAll(snapshot_id)
         return EndsForCaller()
     return None
@@ -195,18 +195,9 @@ def ends_of_body(body: bytes | None) -> EndsForCaller | None:
             return EndsForCaller()
     if not named_ids:
         return None
-    ids = [snapshot_id for snapshot_id in map(_id, named_ids) if snapshot_id is not None]
+    ids = [snapshot_id for snapshot_id in map(cached_id, named_ids) if snapshot_id is not None]
     return (
         EndsForCaller()
         if len(named_ids) > MOST_NAMED or len(ids) < len(named_ids)
         else EndsForCaller(tuple(ids))
     )
-
-
-def _id(text: str) -> str | None:
-    """Give a snapshot's id as it is in keys; None for what is none."""
-    try:
-        target = snapshot_target(text)
-    except BadRequest:
-        return None
-    return target.name if target.cacheable else None

@@ -8,8 +8,7 @@ reads the row. Kinds and dependencies are parts of keys in Redis, which replicas
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from proxy.core.document import Normalized
 from proxy.core.errors import BadRequest
@@ -27,19 +26,12 @@ _LIST_PARAMETERS = {
 _QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*")
 
 
-class Dependency(Enum):
-    """What an entry depends on: it is a miss as soon as one of these was invalidated since its fill."""
+Dependency = Literal["caller", "snapshot", "caller-lists", "lists", "everything"]
+"""What an entry depends on: it is a miss as soon as this was invalidated since its fill.
 
-    CALLER = auto()
-    """All entries of its caller."""
-    SNAPSHOT = auto()
-    """The snapshot that it is named after, for all callers."""
-    CALLERS_LISTS = auto()
-    """The lists of its caller."""
-    LISTS = auto()
-    """The lists of all callers."""
-    EVERYTHING = auto()
-    """All entries of all callers."""
+All entries of its caller; the snapshot that it is named after, for all callers; all lists of its caller, or
+of all callers; all entries.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -107,14 +99,19 @@ class Key(NamedTuple):
     name: str
 
 
-def snapshot_target(segment: str) -> Target:
-    """Read one raw path segment. Raises BadRequest for whatever could mean something else upstream.
+def cached_id(text: str) -> str | None:
+    """Give a snapshot's id as keys have it: a decimal, or a UUID in lower case. None for anything else."""
+    lowered = text.lower()
+    return lowered if _CACHED_ID.fullmatch(lowered) else None
 
-    The name is decimal, a UUID in lower case, or another short segment that is forwarded as it came.
+
+def snapshot_target(segment: str) -> Target:
+    """Read one raw path segment: an id, or another short one, which is forwarded as it came.
+
+    Raises BadRequest for what could mean something else upstream.
     """
-    lowered = segment.lower()
-    if _CACHED_ID.fullmatch(lowered):
-        return Target(SNAPSHOT, lowered)
+    if snapshot_id := cached_id(segment):
+        return Target(SNAPSHOT, snapshot_id)
     if _FORWARDED_ID.fullmatch(segment):
         return Target(SNAPSHOT, segment, cacheable=False)
     raise BadRequest("a snapshot id is a number or a UUID; nothing else, and nothing percent-encoded")
@@ -151,7 +148,7 @@ SNAPSHOT = Resource(
     read=lambda path, _query: snapshot_target(path[1]),  # real clients send ?per_page=200 with everything
     prefix="/v2/snapshots/",
     normalize=lambda body, name, _public_url: normalize_snapshot(body, name),
-    depends_on=(Dependency.CALLER, Dependency.SNAPSHOT, Dependency.EVERYTHING),
+    depends_on=("caller", "snapshot", "everything"),
     ttl="fresh_s",
     stretches=True,
     stale_while_revalidate=True,
@@ -166,7 +163,7 @@ SNAPSHOT_LIST = Resource(
     read=lambda _path, query: list_target(query),
     prefix="/v2/snapshots?",
     normalize=lambda body, _name, public_url: normalize_list(body, public_url),
-    depends_on=(Dependency.CALLER, Dependency.CALLERS_LISTS, Dependency.LISTS, Dependency.EVERYTHING),
+    depends_on=("caller", "caller-lists", "lists", "everything"),
     ttl="list_fresh_s",  # neither stretched nor served stale meanwhile: a new snapshot would be missing
     gzips=True,
 )

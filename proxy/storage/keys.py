@@ -34,15 +34,15 @@ class Keys:
 
     def _stamp(self, dependency: Dependency, key: Key) -> bytes:
         match dependency:
-            case Dependency.CALLER:
+            case "caller":
                 return self.caller(key.partition)
-            case Dependency.SNAPSHOT:
+            case "snapshot":
                 return self.snapshot(key.name)
-            case Dependency.CALLERS_LISTS:
+            case "caller-lists":
                 return self.lists_of(key.partition)
-            case Dependency.LISTS:
+            case "lists":
                 return self.lists
-            case Dependency.EVERYTHING:
+            case "everything":
                 return self.everything
 
     def caller(self, partition: Partition) -> bytes:
