@@ -28,8 +28,8 @@ from benchmarks.upstream import HEAD, QUOTA
 from proxy.app import App
 from proxy.core.document import MOST_DIGITS, MOST_LONG_NUMBERS, MOST_VALUES
 from proxy.core.errors import UpstreamInvalid
-from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.policy import Answer, Policy
+from proxy.core.resources import SNAPSHOT, Target, list_target
 from proxy.core.snapshot import MOST_SNAPSHOTS
 from proxy.settings.load import load
 
@@ -39,7 +39,7 @@ MOST_BYTES = 2_097_152
 TOKEN = "dop_v1_" + "0" * 64
 TIMES = 9
 ID = "6372321"
-SNAPSHOT: dict[str, Any] = {
+FIELDS: dict[str, Any] = {
     "id": ID,
     "name": "web-01-1595954862243",
     "created_at": "2020-07-28T16:47:44+02:00",
@@ -50,7 +50,7 @@ SNAPSHOT: dict[str, Any] = {
     "resource_type": "droplet",
     "tags": ["web", "env:prod"],
 }
-POLICY = Policy(60, 10, 10, 60, 300, max_fresh_s=600, jitter=0.1)
+POLICY = Policy({"fresh_s": 60, "list_fresh_s": 10}, 10, 60, 300, max_fresh_s=600, jitter=0.1)
 _CHANCE = Random(1)  # noqa: S311 # the same documents each time
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -85,13 +85,13 @@ class Document:
 
 def single(name: str, literal: str) -> Document:
     """Make a snapshot with one more field, that has this JSON for a value."""
-    body = json.dumps({"snapshot": SNAPSHOT | {"x": "@"}}, separators=(",", ":")).replace('"@"', literal)
+    body = json.dumps({"snapshot": FIELDS | {"x": "@"}}, separators=(",", ":")).replace('"@"', literal)
     return Document(name, body.encode(), f"/v2/snapshots/{ID}")
 
 
 def page(name: str, number: int, change: Callable[[int], dict[str, Any]]) -> Document:
     """Make a list of that many snapshots, each with some fields changed."""
-    snapshots = [SNAPSHOT | {"id": str(place + 2)} | change(place) for place in range(number)]
+    snapshots = [FIELDS | {"id": str(place + 2)} | change(place) for place in range(number)]
     document = {"snapshots": snapshots, "links": {}, "meta": {"total": number}}
     return Document(name, json.dumps(document, separators=(",", ":")).encode(), "/v2/snapshots?per_page=200")
 
@@ -181,7 +181,7 @@ def computed_ms(document: Document) -> tuple[str, float]:
         return "refused", 0.0
     if not document.path.startswith("/v2/snapshots"):
         return "passed through", 0.0
-    target = ListQuery.parse("") if "?" in document.path else SnapshotId(ID, cacheable=True)
+    target = list_target("") if "?" in document.path else Target(SNAPSHOT, ID)
     times, fate = [], "kept"
     for _ in range(TIMES):
         started = thread_time()

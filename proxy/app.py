@@ -47,7 +47,7 @@ from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import MOST_OF_ONE, Flights
 from proxy.telemetry.access import access_log
-from proxy.telemetry.aliases import Callers
+from proxy.telemetry.aliases import Aliases
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import Upstream
@@ -90,7 +90,7 @@ class App:
         self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
         self._keys = Keys(settings.redis.key_prefix)
         self._log_access = access_log(settings.log.access)
-        self._callers: Callers
+        self._aliases: Aliases
         self._certificate: Certificate | None
         self._listener: Listener
         self._accepting: Accepting
@@ -136,10 +136,10 @@ class App:
         Logs one line with what was read and what has to wait for a restart. Raises SettingsError where
         something cannot be used; then nothing has changed.
         """
-        aliases = self._callers.read()
+        aliases = self._aliases.read()
         if self._certificate is not None:
             self._certificate.load()
-        self._callers.use(aliases)
+        self._aliases.use(aliases)
         differ = [name for name, key in KEYS.items() if key.of(settings) != key.of(self._settings)]
         followed = [name for name in differ if name in _IN_FLIGHT]
         if followed:
@@ -162,7 +162,7 @@ class App:
         settings = self._settings
         files = open_files(settings)
         keyring, previous = options.keyring(settings), options.previous_keyring(settings)
-        self._callers = Callers(settings.callers.aliases_file, self._metrics.expect)
+        self._aliases = Aliases(settings.callers.aliases_file, self._metrics.expect)
         self._certificate = certificate(settings.server)
 
         upstream = Upstream(options.upstream_options(settings, files.upstream), self._metrics.observe)
@@ -196,9 +196,7 @@ class App:
             passthrough = Passthrough(
                 gate, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
-        api = Api(
-            readthrough, passthrough, keyring, name_caller=self._callers.name, observe=self._observe_request
-        )
+        api = Api(readthrough, passthrough, keyring, alias_of=self._aliases.of, observe=self._observe_request)
         self._listener = Listener(
             plain_server(api.respond), options.listener_limits(settings, files), api.malformed
         )
@@ -213,7 +211,7 @@ class App:
             )
         )
         addresses = Addresses(await self._serve_api(files), admin_url)
-        self._go_on(self._callers.follow())
+        self._go_on(self._aliases.follow())
         if self._certificate is not None:
             self._go_on(self._certificate.follow())
         self._go_on(self._incidents.follow())

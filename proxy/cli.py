@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from proxy import __version__
-from proxy.core.errors import BadRequest, SettingsError
-from proxy.core.identity import SnapshotId
+from proxy.core.errors import SettingsError
 from proxy.settings.load import check_files, load
 from proxy.settings.sections import Loaded, Settings
 from proxy.settings.show import to_toml
@@ -100,11 +99,10 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
 
 
 def _snapshot_id(text: str) -> str:
-    try:
-        if SnapshotId.parse(text).cacheable:
-            return text
-    except BadRequest:
-        pass
+    from proxy.core.resources import cached_id
+
+    if cached_id(text):
+        return text
     raise argparse.ArgumentTypeError(f"{text!r}: must be a number or a UUID")
 
 

@@ -17,6 +17,7 @@ from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import QuotaLimits
+from proxy.core.resources import RESOURCES
 from proxy.edge.connection import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
@@ -36,8 +37,7 @@ def cache_policy(settings: Settings) -> Policy:
     """Give the lifetimes of entries, and the URL that lists' page links are rewritten to."""
     cache = settings.cache
     return Policy(
-        fresh_s=cache.fresh_s,
-        list_fresh_s=cache.list_fresh_s,
+        ttls_s=_ttls_s(settings),
         negative_s=cache.negative_s,
         stale_while_revalidate_s=cache.stale_while_revalidate_s,
         stale_if_error_s=cache.stale_if_error_s,
@@ -45,6 +45,11 @@ def cache_policy(settings: Settings) -> Policy:
         jitter=cache.jitter,
         public_url=settings.server.public_url,
     )
+
+
+def _ttls_s(settings: Settings) -> dict[str, int]:
+    """Give the TTLs of all kinds of resources, by the settings that they name."""
+    return {resource.ttl: getattr(settings.cache, resource.ttl) for resource in RESOURCES}
 
 
 def listener_limits(settings: Settings, files: OpenFiles) -> ConnectionLimits:
@@ -147,7 +152,7 @@ def longest_fetch_s(settings: Settings) -> int:
 def longest_use_s(settings: Settings) -> int:
     """Give the longest that an entry may answer: its longest TTL and the longer of its stale times."""
     cache = settings.cache
-    return max(cache.fresh_s, cache.max_fresh_s, cache.list_fresh_s, cache.negative_s) + max(
+    return max(*_ttls_s(settings).values(), cache.max_fresh_s, cache.negative_s) + max(
         cache.stale_while_revalidate_s, cache.stale_if_error_s
     )
 

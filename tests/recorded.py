@@ -11,9 +11,10 @@ from typing import Any
 from redis.asyncio import Redis
 
 from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
-from proxy.core.identity import EntryKey, Keyring, ListKey, Token
+from proxy.core.identity import Keyring, Token
 from proxy.core.invalidation import CallerScope, EntryScope
 from proxy.core.quota import Admitted, CallClass, QuotaLimits
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
 NOW = 1_700_000_000.25
 PREFIX = "recorded"
@@ -22,13 +23,13 @@ LIMITS = QuotaLimits(per_minute=20, per_hour=100, reserve=0.2)
 CALL_S = 2.0
 
 CALLER, OTHER, REFUSED = (KEYRING.partition(Token(name)) for name in ("caller", "other", "refused"))
-SINGLE = EntryKey(CALLER, "6372321")
-SEEDED = EntryKey(CALLER, "6372322")
-FAILED = EntryKey(CALLER, "6372323")
-LEASED = EntryKey(CALLER, "6372324")
-PAGE = ListKey(CALLER, "page=1&per_page=20")
-ENDED = EntryKey(OTHER, "6372321")
-OF_REFUSED = EntryKey(REFUSED, "6372321")
+SINGLE = Key(SNAPSHOT, CALLER, "6372321")
+SEEDED = Key(SNAPSHOT, CALLER, "6372322")
+FAILED = Key(SNAPSHOT, CALLER, "6372323")
+LEASED = Key(SNAPSHOT, CALLER, "6372324")
+PAGE = Key(SNAPSHOT_LIST, CALLER, "page=1&per_page=20")
+ENDED = Key(SNAPSHOT, OTHER, "6372321")
+OF_REFUSED = Key(SNAPSHOT, REFUSED, "6372321")
 
 ENTRY = Entry(
     200,
@@ -59,7 +60,7 @@ async def write(store: Any, ledger: Any) -> dict[str, Any]:
     await store.release(lease, None)
     basis = await _basis(store, PAGE)
     assert await store.put(PAGE, PAGE_ENTRY, basis)
-    assert await store.seed(CALLER, {SEEDED.snapshot_id: SEED}, basis) == {SEEDED.snapshot_id}
+    assert await store.seed(CALLER, {SEEDED.name: SEED}, basis) == {SEEDED.name}
     await _lease(store, LEASED, await _basis(store, LEASED))
     await _basis(store, ENDED)
     assert await store.invalidate(EntryScope(ENDED))
@@ -104,13 +105,13 @@ async def load(redis: Redis, values: dict[str, Any]) -> None:
         await redis.expire(name, 60)
 
 
-async def _basis(store: Any, key: EntryKey | ListKey) -> FillPrecondition:
+async def _basis(store: Any, key: Key) -> FillPrecondition:
     basis = (await store.lookup(key)).basis
     assert isinstance(basis, FillPrecondition)
     return basis
 
 
-async def _lease(store: Any, key: EntryKey, basis: FillPrecondition) -> Leased:
+async def _lease(store: Any, key: Key, basis: FillPrecondition) -> Leased:
     lease = await store.lease(key, basis)
     assert isinstance(lease, Leased)
     return lease

@@ -12,7 +12,7 @@ from kit.support import until
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Token
 from proxy.telemetry import aliases as callers_module
-from proxy.telemetry.aliases import MOST_ALIASES, Callers, read_aliases
+from proxy.telemetry.aliases import MOST_ALIASES, Aliases, read_aliases
 
 
 def digest(token: str) -> str:
@@ -45,9 +45,9 @@ def file(tmp_path: Path) -> AliasesFile:
     return written
 
 
-def names(callers: Callers, *tokens: str) -> list[str]:
+def names(callers: Aliases, *tokens: str) -> list[str]:
     """Name some callers."""
-    return [callers.name(Token(token)) for token in tokens]
+    return [callers.of(Token(token)) for token in tokens]
 
 
 # -- naming ------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def names(callers: Callers, *tokens: str) -> list[str]:
 
 def test_without_a_file_everybody_is_other() -> None:
     """Nobody is named, and there is nothing to read again."""
-    callers = Callers("")
+    callers = Aliases("")
     callers.reload()
     assert names(callers, "token-a", "other") == ["other", "other"]
 
@@ -64,7 +64,7 @@ def test_without_a_file_everybody_is_other() -> None:
 def test_a_token_is_named_by_its_hash(file: AliasesFile, written: str) -> None:
     """In whatever case the hash was written; everybody else is `other`."""
     file.write(f'team-a = "{written}"\nteam-b = "{B}"\n')
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     assert names(callers, "token-a", "token-b", "token-c", A) == ["team-a", "team-b", "other", "other"]
 
 
@@ -127,7 +127,7 @@ def test_a_bad_file(file: AliasesFile, content: bytes, said: str) -> None:
     """It is refused in one line that names the setting, and never shows a value."""
     file.write(content)
     with pytest.raises(SettingsError) as raised:
-        Callers(str(file.path))
+        Aliases(str(file.path))
     line = str(raised.value)
     assert line.startswith(f"callers.aliases_file = {str(file.path)!r}: ")
     assert said in line
@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_change_is_read(file: AliasesFile, caplog: pytest.LogCaptureFixture) -> None:
     """New aliases count from the next request on, old ones no longer; the log says so."""
     caplog.set_level(logging.INFO)
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     file.write(f'team-b = "{B}"\n')
     assert names(callers, "token-a", "token-b") == ["team-a", "other"]
     callers.reload()
@@ -158,7 +158,7 @@ def test_a_change_is_read(file: AliasesFile, caplog: pytest.LogCaptureFixture) -
 def test_no_change_is_not_read(file: AliasesFile, caplog: pytest.LogCaptureFixture) -> None:
     """As long as the file's time stands still, nothing is read or said."""
     caplog.set_level(logging.INFO)
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     for _ in range(3):
         callers.reload()
     assert caplog.records == []
@@ -166,7 +166,7 @@ def test_no_change_is_not_read(file: AliasesFile, caplog: pytest.LogCaptureFixtu
 
 def test_a_file_that_goes_back_in_time_is_read(file: AliasesFile) -> None:
     """A restored older file is a change like another."""
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     file.path.write_text(f'team-b = "{B}"\n')
     os.utime(file.path, ns=(0, 1))
     callers.reload()
@@ -179,7 +179,7 @@ def test_a_bad_change_leaves_the_last_good_one(
 ) -> None:
     """It is told once and not used; what mends it is used."""
     assert said
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     file.write(content)
     callers.reload()
     callers.reload()
@@ -192,7 +192,7 @@ def test_a_bad_change_leaves_the_last_good_one(
 
 def test_a_file_that_is_away_for_a_while(file: AliasesFile, caplog: pytest.LogCaptureFixture) -> None:
     """The last good aliases stay while it is gone, which is told once; when it is back, it is read."""
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     file.path.unlink()
     for _ in range(3):
         callers.reload()
@@ -206,7 +206,7 @@ def test_a_file_that_is_away_for_a_while(file: AliasesFile, caplog: pytest.LogCa
 async def test_it_is_followed(file: AliasesFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to ask: changes are found, bad ones survived, until it is cancelled."""
     monkeypatch.setattr(callers_module, "_RELOAD_S", 0.001)
-    callers = Callers(str(file.path))
+    callers = Aliases(str(file.path))
     following = asyncio.create_task(callers.follow())
     file.write("bad")
     await until(lambda: callers._changed_at == 2_000_000_000, "the bad change is seen")
@@ -219,13 +219,13 @@ async def test_it_is_followed(file: AliasesFile, monkeypatch: pytest.MonkeyPatch
 
 async def test_without_a_file_there_is_nothing_to_follow() -> None:
     """It returns at once."""
-    await Callers("").follow()
+    await Aliases("").follow()
 
 
 def test_aliases_are_told_as_they_are_read(file: AliasesFile) -> None:
     """At the start and after a change, so that their metrics begin at 0; a bad change tells nothing."""
     told: list[list[str]] = []
-    callers = Callers(str(file.path), lambda aliases: told.append(sorted(aliases)))
+    callers = Aliases(str(file.path), lambda aliases: told.append(sorted(aliases)))
     callers.reload()
     file.write("bad")
     callers.reload()

@@ -10,7 +10,7 @@ from itertools import count
 from typing import NamedTuple
 
 import pytest
-from kit.fakes import FakeLedger, accounts
+from kit.fakes import CALLER as SOMEBODY, FakeLedger, accounts
 from kit.virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
@@ -26,16 +26,16 @@ from proxy.core.errors import (
     UpstreamFailedElsewhere,
     UpstreamTimeout,
 )
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, Key, Target
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
-CALLER = Partition("a" * 32)
+CALLER = SOMEBODY.partition
 MAX_WAIT_S, TOTAL_TIMEOUT_S, REST_S = 10.0, 8.0, 2.0
 REPLICAS = 3
 STORE_S = 0.002
@@ -82,15 +82,14 @@ class Scene:
     async def get(self, at_s: float, replica: int, number: int = 1) -> None:
         """Come at some time, and ask one replica for one snapshot."""
         await asyncio.sleep(at_s)
-        came_at, target = now(), SnapshotId(str(number), cacheable=True)
-        key = EntryKey(CALLER, target.text)
-        call = Call("GET", target, key, Token("token"), NO_DIRECTIVES, f"id-{next(_NUMBERS)}", "other")
+        came_at, target = now(), Target(SNAPSHOT, str(number))
+        call = Call("GET", target, SOMEBODY, NO_DIRECTIVES, f"id-{next(_NUMBERS)}")
         answer = await self.replicas[replica].get(call)
         self.seen.append(Seen(call, replica, came_at - self.began, now() - came_at, answer))
 
     async def hold(self, number: int) -> Callable[[], Awaitable[object]]:
         """Hold the lease of a snapshot, as a replica does that fetches it. Gives what ends that."""
-        key = EntryKey(CALLER, str(number))
+        key = Key(SNAPSHOT, CALLER, str(number))
         basis = (await self.store.lookup(key)).basis
         assert basis is not None
         lease = await self.store.lease(key, basis)
@@ -116,7 +115,7 @@ class Scene:
             if isinstance(seen.error, UpstreamTimeout | UpstreamDisconnected):
                 came_at = self.began + seen.came_at
                 assert any(
-                    came_at <= at and (replica, text) == (seen.replica, seen.call.target.text)
+                    came_at <= at and (replica, text) == (seen.replica, seen.call.target.name)
                     for at, replica, text in self.asked
                 ), seen
 
@@ -126,16 +125,16 @@ class Scene:
         scene = self
 
         class Api:
-            async def ask(
+            async def send(
                 self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
             ) -> Answer:
                 """Answer in the scene's manner, or be given up at the deadline."""
                 del validator, new_connection
                 assert deadline <= now() + TOTAL_TIMEOUT_S
-                scene.asked.append((now(), number, call.target.text))
+                scene.asked.append((now(), number, call.target.name))
                 try:
                     async with asyncio.timeout(deadline - now()):
-                        return await scene.mode(call.target.text, now() - scene.began)
+                        return await scene.mode(call.target.name, now() - scene.began)
                 except TimeoutError:
                     raise UpstreamTimeout("it is late", proxy_error="http_response_timeout") from None
 
@@ -159,8 +158,7 @@ class Scene:
             shield,
             flights,
             Policy(
-                fresh_s=60,
-                list_fresh_s=0,
+                ttls_s={"fresh_s": 60, "list_fresh_s": 0},
                 negative_s=0,
                 stale_while_revalidate_s=0,
                 stale_if_error_s=0,

@@ -10,7 +10,8 @@ from functools import partial
 
 import pytest
 from kit import virtual
-from kit.fakes import CALL_S, SOMEBODY, FakeLedger, Gate, answer, call, gate
+from kit.callers import caller
+from kit.fakes import CALL_S, CALLER, SOMEBODY, FakeLedger, Gate, answer, call, gate
 from kit.virtual import now, run
 
 from proxy.core.breaker import FAILURES, NEWS_S
@@ -28,9 +29,9 @@ from proxy.core.errors import (
     UpstreamUnreachable,
 )
 from proxy.core.events import GIVEN_UP, CallSettled, Route, Standing
-from proxy.core.identity import ListKey, Partition, Token
+from proxy.core.identity import Caller
 from proxy.core.operations import operation
-from proxy.core.passthrough import Forwarding
+from proxy.core.passthrough import PassthroughRequest
 from proxy.core.policy import Answer
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
@@ -38,7 +39,7 @@ from proxy.core.request import Call
 
 pytestmark = pytest.mark.G4
 
-OTHER = Partition("b" * 32)
+OTHER = caller("other token")
 
 
 def ask(gate: Gate, number: int = 1, **how: object) -> asyncio.Task[Answer]:
@@ -204,14 +205,14 @@ def test_an_overload_starves_nobody() -> None:
 # -- connections -------------------------------------------------------------------------------------
 
 
-TEAMS = [Partition(f"{number:032x}") for number in range(6)]
+TEAMS = [caller(f"team {number}") for number in range(6)]
 
 
-def ask_as(gate: Gate, partition: Partition, number: int = 1, **how: object) -> asyncio.Task[Answer]:
+def ask_as(gate: Gate, sender: Caller, number: int = 1, **how: object) -> asyncio.Task[Answer]:
     """Ask for a token that the upstream knows, in a task of its own."""
-    gate.ledger.known.add(partition)
-    gate.ledger.of(partition).follow(now(), (10, 5000))
-    return asyncio.create_task(gate.shield.ask(call(number, partition), **how))  # type: ignore[arg-type]
+    gate.ledger.known.add(sender.partition)
+    gate.ledger.of(sender.partition).follow(now(), (10, 5000))
+    return asyncio.create_task(gate.shield.ask(call(number, sender), **how))  # type: ignore[arg-type]
 
 
 def test_whoever_finds_no_connection_waits_for_one() -> None:
@@ -251,7 +252,7 @@ def test_whoever_finds_no_connection_in_time(how: dict[str, object], refused_at_
             await refused[0]
         assert [await outcome(each) for each in refused] == [(Overloaded, 0.0)] * FAILURES
         assert round(now() - began, 3) == refused_at_s
-        assert it.ledger.of(TEAMS[0]).remaining()[0] == 10
+        assert it.ledger.of(TEAMS[0].partition).remaining()[0] == 10
         assert not it.shield.breaker_open
         assert await outcome(busy) == 200
         assert len(it.api.asked) == 1
@@ -278,19 +279,19 @@ def test_what_was_waited_for_the_quota_is_not_waited_for_a_connection() -> None:
     run(main())
 
 
-STRANGERS = [Partition(f"f{number:031x}") for number in range(6)]
+STRANGERS = [caller(f"stranger {number}") for number in range(6)]
 
 
 @pytest.mark.parametrize(
     ("route", "many", "at_s"),
     [
-        pytest.param(Route.SNAPSHOT, [SOMEBODY] * 6, [0, 0, 1, 1, 2, 2], id="one-token"),
-        pytest.param(Route.PASSTHROUGH, [SOMEBODY] * 6, [0, 0, 1, 1, 2, 2], id="one-token-passed-through"),
+        pytest.param(Route.SNAPSHOT, [CALLER] * 6, [0, 0, 1, 1, 2, 2], id="one-token"),
+        pytest.param(Route.PASSTHROUGH, [CALLER] * 6, [0, 0, 1, 1, 2, 2], id="one-token-passed-through"),
         pytest.param(Route.PASSTHROUGH, STRANGERS, [0, 0, 1, 1, 2, 2], id="strangers-passed-through"),
         pytest.param(Route.SNAPSHOT, STRANGERS, [0, 0, 0, 0, 1, 1], id="strangers"),
     ],
 )
-def test_nobody_has_all_connections(route: Route, many: list[Partition], at_s: list[int]) -> None:
+def test_nobody_has_all_connections(route: Route, many: list[Caller], at_s: list[int]) -> None:
     """One token has half of them at most, whatever it waits for; and so have all that may be made up.
 
     That is for what may last: other calls of these end soon, and are few.
@@ -300,12 +301,10 @@ def test_nobody_has_all_connections(route: Route, many: list[Partition], at_s: l
         it, began = gate(max_connections=4, unknown_per_minute=10), now()
         it.api.takes_s = 1.0
 
-        async def pass_by(partition: Partition) -> None:
-            passing = it.shield.admitted(
-                route, Token("token"), partition, "other", CallClass.MISS, operation=operation("GET", "")
-            )
+        async def pass_by(sender: Caller) -> None:
+            passing = it.shield.admitted(route, sender, CallClass.MISS, operation=operation("GET", ""))
             async with passing as passage:
-                passage.answered((await it.api.ask(call(0, partition), passage.deadline)).status, (), None)
+                passage.answered((await it.api.send(call(0, sender), passage.deadline)).status, (), None)
 
         async with asyncio.TaskGroup() as passing:
             for each in many:
@@ -337,7 +336,7 @@ def test_whoever_leaves_while_waiting_for_a_connection(place: int) -> None:
         assert [await outcome(each) for each in (busy, *others)] == [200] * 3
         left = [str(number) for number in range(3) if number != place]
         assert [(round(at - began), text) for at, text in it.api.asked[1:]] == [(1, left[0]), (2, left[1])]
-        assert it.ledger.of(TEAMS[place]).remaining()[0] == 10
+        assert it.ledger.of(TEAMS[place].partition).remaining()[0] == 10
         assert it.shield._lines == {}
 
     run(main())
@@ -547,9 +546,7 @@ async def pass_through(it: Gate, target: str, said: Answer | None = None, method
     """Pass one request through, and give its status: 200, or what is `said`."""
     name = operation(method, target)
     call_class = CallClass.WRITE if method == "POST" else CallClass.MISS
-    passing = it.shield.admitted(
-        Route.PASSTHROUGH, Token("token"), SOMEBODY, "other", call_class, operation=name
-    )
+    passing = it.shield.admitted(Route.PASSTHROUGH, CALLER, call_class, operation=name)
     async with passing as passage:
         told = said or answer(200, remaining=4990)
         passage.answered(told.status, told.ratelimit, told.retry_after_s, told.body)
@@ -673,12 +670,7 @@ def test_what_a_429_tells_counts_before_its_body_has_gone() -> None:
     async def main() -> None:
         it = gate()
         passing = it.shield.admitted(
-            Route.PASSTHROUGH,
-            Token("token"),
-            SOMEBODY,
-            "other",
-            CallClass.WRITE,
-            operation=operation("POST", "/v2/droplets"),
+            Route.PASSTHROUGH, CALLER, CallClass.WRITE, operation=operation("POST", "/v2/droplets")
         )
         async with passing as passage:
             passage.answered(429, (), 60, b"")
@@ -700,7 +692,7 @@ def test_the_gate_itself_tells_what_a_streamed_429_says(body: bytes, window: str
     async def main() -> None:
         it = gate()
         it.api.answer = lambda: answer(429, retry_after_s=60, body=body)
-        droplets = Forwarding("POST", "/v2/droplets", (), Token("token"), SOMEBODY, "id", "other")
+        droplets = PassthroughRequest("POST", "/v2/droplets", (), CALLER, "id")
         async with it.shield.stream(droplets, None, new_connection=True) as streamed:
             assert (streamed.status, it.api.over_new) == (429, [True])
             with pytest.raises(QuotaSpent) as caught:
@@ -731,7 +723,7 @@ def test_how_long_a_streamed_call_may_take(method: str, ago_s: float, deadline_s
 
     async def main() -> None:
         it = gate(max_wait_s=10.0, write_timeout_s=60.0)
-        droplets = Forwarding(method, "/v2/droplets", (), Token("token"), SOMEBODY, "id", "other")
+        droplets = PassthroughRequest(method, "/v2/droplets", (), CALLER, "id")
         async with it.shield.stream(droplets, None, began=now() - ago_s):
             assert it.api.deadlines_s == [pytest.approx(deadline_s)]
 
@@ -849,8 +841,8 @@ def test_a_401_answers_all_who_wait(refused: CallClass, *, known: bool) -> None:
             for call_class in (CallClass.MISS, CallClass.WRITE)
         ]
         await asyncio.sleep(0.3)
-        it.ledger.known.add(OTHER)
-        other = asyncio.create_task(it.shield.ask(call(partition=OTHER)))
+        it.ledger.known.add(OTHER.partition)
+        other = asyncio.create_task(it.shield.ask(call(sender=OTHER)))
         assert await outcome(first) == 401
         later = ask(it, 100)
         assert [await outcome(each) for each in waiting] == [(TokenRefused, 0.0)] * 10
@@ -1003,7 +995,7 @@ def test_a_write_is_not_begun_where_it_could_not_be_waited_for() -> None:
 
 CALLS: dict[Route, Call] = {
     Route.SNAPSHOT: call(),
-    Route.LIST: replace(call(), target=PAGE, key=ListKey(SOMEBODY, PAGE.text)),
+    Route.LIST: replace(call(), target=PAGE),
     Route.DELETE: replace(call(), method="DELETE"),
 }
 
@@ -1044,8 +1036,8 @@ def test_a_refusal_by_the_quota_is_no_probe() -> None:
         await asyncio.sleep(1.0)
         it.api.answer = None
         assert (await outcome(ask(it)))[0] is QuotaSpent  # type: ignore[index]
-        it.ledger.known.add(OTHER)
-        assert (await it.shield.ask(call(partition=OTHER))).status == 200
+        it.ledger.known.add(OTHER.partition)
+        assert (await it.shield.ask(call(sender=OTHER))).status == 200
 
     run(main())
 
@@ -1097,8 +1089,8 @@ def test_strangers_share_a_few_calls() -> None:
     async def main() -> None:
         it, began = gate(unknown_per_minute=3), now()
         it.api.answer = lambda: answer(401)
-        tokens = [Partition(f"{number:032x}") for number in range(5)]
-        asking = [asyncio.create_task(it.shield.ask(call(partition=token))) for token in tokens]
+        tokens = [caller(f"{number}") for number in range(5)]
+        asking = [asyncio.create_task(it.shield.ask(call(sender=token))) for token in tokens]
         results = [await outcome(each) for each in asking]
         assert results == [401] * 3 + [(Overloaded, 0.0)] * 2
         assert now() == began
@@ -1116,14 +1108,14 @@ def test_strangers_are_limited_without_redis_too() -> None:
         it = gate(unknown_per_minute=3)
         assert await outcome(ask(it)) == 200
         it.ledger.away = it.strangers.away = True
-        assert (await it.shield.ask(call(partition=OTHER))).status == 200
+        assert (await it.shield.ask(call(sender=OTHER))).status == 200
         it.api.answer = lambda: answer(401)
-        tokens = [Partition(f"{number:032x}") for number in range(5)]
-        asking = [asyncio.create_task(it.shield.ask(call(partition=token))) for token in tokens]
+        tokens = [caller(f"{number}") for number in range(5)]
+        asking = [asyncio.create_task(it.shield.ask(call(sender=token))) for token in tokens]
         assert [await outcome(each) for each in asking] == [401] * 2 + [(Overloaded, 0.0)] * 3
         it.api.answer = None
         assert await outcome(ask(it)) == 200
-        assert (await it.shield.ask(call(partition=OTHER))).status == 200
+        assert (await it.shield.ask(call(sender=OTHER))).status == 200
 
     run(main())
 
@@ -1291,16 +1283,16 @@ def test_the_worst_of_those_without_a_name_is_shown() -> None:
 
     async def main() -> None:
         it = gate(per_minute=10)
-        callers = ((SOMEBODY, "other", 7), (OTHER, "other", 2), (Partition("c"), "team", 4))
-        for partition, caller, calls in callers:
-            it.ledger.known.add(partition)
+        callers = ((CALLER, 7), (OTHER, 2), (caller("a third", "team"), 4))
+        for sender, calls in callers:
+            it.ledger.known.add(sender.partition)
             for number in range(calls):
-                await it.shield.ask(call(number, partition, caller))
+                await it.shield.ask(call(number, sender))
         assert it.shield.standings()["other"].minute == 3
         it.api.answer = lambda: answer(429, retry_after_s=5)
         await it.shield.ask(call(1, OTHER))
         shown = it.shield.standings()
-        assert {caller: (each.minute, each.cooldown_s) for caller, each in shown.items()} == {
+        assert {alias: (each.minute, each.cooldown_s) for alias, each in shown.items()} == {
             "other": (0, 5.0),
             "team": (6, 0.0),
         }
@@ -1318,21 +1310,21 @@ def test_during_a_rotation_both_ledgers_count_and_either_can_refuse() -> None:
     """What one refuses is not left counted in the other."""
 
     async def main() -> None:
-        it = gate(per_minute=5, max_wait_s=0.0, previous=lambda _: OTHER)
-        it.ledger.of(OTHER).follow(now(), (5, 5000))
+        it = gate(per_minute=5, max_wait_s=0.0, previous=lambda _: OTHER.partition)
+        it.ledger.of(OTHER.partition).follow(now(), (5, 5000))
         for number in range(2):
             assert await outcome(ask(it, number)) == 200
-        assert it.ledger.of(SOMEBODY).remaining()[0] == it.ledger.of(OTHER).remaining()[0] == 3
+        assert it.ledger.of(SOMEBODY).remaining()[0] == it.ledger.of(OTHER.partition).remaining()[0] == 3
         for _ in range(2):
-            it.ledger.of(OTHER).count(now())
+            it.ledger.of(OTHER.partition).count(now())
         assert await outcome(ask(it)) == 200
         assert (await outcome(ask(it)))[0] is QuotaSpent  # type: ignore[index]
         assert it.ledger.of(SOMEBODY).remaining()[0] == 2
-        it = gate(per_minute=5, max_wait_s=0.0, previous=lambda _: OTHER)
-        it.ledger.of(OTHER).follow(now(), (5, 5000))
+        it = gate(per_minute=5, max_wait_s=0.0, previous=lambda _: OTHER.partition)
+        it.ledger.of(OTHER.partition).follow(now(), (5, 5000))
         it.ledger.of(SOMEBODY).stop(now(), 30)
         assert await outcome(ask(it)) == (QuotaSpent, 30.0)
-        assert it.ledger.of(OTHER).remaining()[0] == 5
+        assert it.ledger.of(OTHER.partition).remaining()[0] == 5
 
     run(main())
 
@@ -1344,9 +1336,10 @@ def test_nothing_of_this_keeps_a_ledger_of_everybody() -> None:
     async def main() -> None:
         it = gate()
         assert isinstance(it.ledger, FakeLedger)
-        it.ledger.known |= {Partition(f"{number:032x}") for number in range(4200)}
-        for number in range(4200):
-            await it.shield.ask(call(1, Partition(f"{number:032x}"), f"{number}"))
+        senders = [caller(f"{number}", f"{number}") for number in range(4200)]
+        it.ledger.known |= {sender.partition for sender in senders}
+        for sender in senders:
+            await it.shield.ask(call(1, sender))
         names = it.shield.standings().keys()
         assert len(names) == 4096
         assert "4199" in names

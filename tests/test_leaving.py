@@ -13,7 +13,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 import pytest
-from kit.fakes import CALL_S, Admission, FakeLedger, accounts
+from kit.fakes import CALL_S, CALLER as SOMEBODY, Admission, FakeLedger, accounts
 from kit.virtual import now, run
 
 from benchmarks.day.redis import MemoryStore
@@ -22,21 +22,22 @@ from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import Partition
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.core.resources import SNAPSHOT, Target
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights
 
 _NUMBERS = count()
-CALLER = Partition("a" * 32)
+CALLER = SOMEBODY.partition
 PER_MINUTE, MINUTE_S = 5, 6.0
 STORE_S = 0.002
 NO_CACHE = Directives(no_cache=True)
-SNAPSHOT = {
+FIELDS = {
     "created_at": "2020-07-28T16:47:44Z",
     "min_disk_size": 25,
     "name": "web",
@@ -80,7 +81,7 @@ class Api:
         self._scene = scene
         self._replica = replica
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
         """Answer after a while."""
@@ -92,7 +93,7 @@ class Api:
         await asyncio.sleep(scene.takes_s)
         if call.method == "DELETE":
             return Answer(204, b"", called_at)
-        return Answer(200, json.dumps({"snapshot": SNAPSHOT | {"id": call.target.text}}).encode(), called_at)
+        return Answer(200, json.dumps({"snapshot": FIELDS | {"id": call.target.name}}).encode(), called_at)
 
 
 class Scene:
@@ -137,7 +138,7 @@ class Scene:
 
     def kept(self) -> set[str]:
         """Name what is in the store."""
-        return {key.snapshot_id for key in self.store.kept if isinstance(key, EntryKey)}
+        return {key.name for key in self.store.kept if key.resource is SNAPSHOT}
 
     def _replica(self, number: int) -> ReadThrough:
         drain = DrainDeadline(now)
@@ -164,8 +165,7 @@ class Scene:
             shield,
             flights,
             Policy(
-                fresh_s=self._fresh_s,
-                list_fresh_s=0,
+                ttls_s={"fresh_s": self._fresh_s, "list_fresh_s": 0},
                 negative_s=0,
                 stale_while_revalidate_s=0,
                 stale_if_error_s=0,
@@ -187,9 +187,8 @@ def call(
     number: int = 1, directives: Directives = NO_DIRECTIVES, method: Literal["GET", "DELETE"] = "GET"
 ) -> Call:
     """Make a request for one snapshot."""
-    target = SnapshotId(str(number), cacheable=True)
-    key = EntryKey(CALLER, target.text)
-    return Call(method, target, key, Token("token"), directives, f"id-{next(_NUMBERS)}", "other")
+    target = Target(SNAPSHOT, str(number))
+    return Call(method, target, SOMEBODY, directives, f"id-{next(_NUMBERS)}")
 
 
 async def leave(*leaving: "asyncio.Task[Served | Failed]") -> None:
@@ -239,7 +238,7 @@ def test_who_waits_for_the_quota(leaving: Call, before: int) -> None:
             assert (now() < began + 4, it.noted) == (True, [])
             staying = [ask(300)]
         assert {status(await each) for each in staying} == {204 if leaving is DELETE else 200}
-        assert [sent.call.target.text for sent in it.sent].count("1") == 0
+        assert [sent.call.target.name for sent in it.sent].count("1") == 0
         assert "1" not in it.kept()
         assert len(it.sent) == len(staying)
         await it.nothing_is_left()
@@ -338,7 +337,7 @@ def test_many_come_and_go(seed: int) -> None:
     def flight_of(replica: int, asked: Call) -> tuple[int, str]:
         """Name whoever waits for the same call."""
         shared = asked.method == "GET" and not asked.directives.no_cache
-        return replica, asked.target.text if shared else asked.request_id
+        return replica, asked.target.name if shared else asked.request_id
 
     async def come_and_go(it: Scene) -> None:
         await asyncio.sleep(chance.uniform(0, 20))

@@ -15,20 +15,22 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
+from kit.callers import caller
 from kit.fakes import FakeLedger
 from kit.virtual import now, run
 
-from benchmarks.day.redis import Key, MemoryStore
+from benchmarks.day.redis import MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.readthrough import Failed, ReadThrough
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError, UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
-from proxy.core.identity import EntryKey, ListKey, Partition, SnapshotId, Token
+from proxy.core.identity import Partition
 from proxy.core.policy import Answer
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, snapshot_target
 from proxy.edge.answers import failed_response, served_response
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
@@ -42,11 +44,12 @@ SETTINGS = Settings()
 CACHE, QUOTA, TIMEOUT_S = SETTINGS.cache, SETTINGS.quota, SETTINGS.upstream.total_timeout_s
 
 BEGIN, DOWN, UP, END = 1000.0, 1140.0, 1440.0, 1550.0
-CALLERS = [Partition(letter * 32) for letter in "ab"]
-HOT = [EntryKey(caller, str(number)) for number in range(101, 141) for caller in CALLERS]
+SENDERS = {each.partition: each for each in map(caller, "ab")}
+CALLERS = [*SENDERS]
+HOT = [Key(SNAPSHOT, partition, str(number)) for number in range(101, 141) for partition in CALLERS]
 """On both replicas each is asked for every 10 s, and every second while the upstream comes back."""
 
-SELDOM, OLD, NEW = (EntryKey(CALLERS[0], name) for name in ("201", "202", "203"))
+SELDOM, OLD, NEW = (Key(SNAPSHOT, CALLERS[0], name) for name in ("201", "202", "203"))
 """Asked for every 100 s; last asked for 130 s before the outage; first asked for while it lasts."""
 
 REPLICAS = 2
@@ -100,7 +103,7 @@ class Api:
         self._away = away
         self._spent: Counter[Partition] = Counter()
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
         """Answer in a while, outside of the outage."""
@@ -111,23 +114,23 @@ class Api:
             return await self._away(deadline)
         called_at = unix()
         await asyncio.sleep(0.2)
-        caller = call.key.partition
-        self._spent[caller] += 1
-        body: dict[str, object] = {"snapshot": snapshot(caller, call.target.text, called_at)}
-        if isinstance(call.key, ListKey):
-            listed = [snapshot(caller, key.snapshot_id, called_at) for key in HOT if key.partition == caller]
+        partition = call.key.partition
+        self._spent[partition] += 1
+        body: dict[str, object] = {"snapshot": snapshot(partition, call.target.name, called_at)}
+        if call.key.resource is SNAPSHOT_LIST:
+            listed = [snapshot(partition, key.name, called_at) for key in HOT if key.partition == partition]
             body = {"snapshots": listed, "meta": {"total": len(listed) + 3}}
-        left = QUOTA.per_hour - self._spent[caller]
+        left = QUOTA.per_hour - self._spent[partition]
         return Answer(200, json.dumps(body).encode(), called_at, None, (("ratelimit-remaining", str(left)),))
 
 
-def snapshot(caller: Partition, snapshot_id: str, called_at: float) -> dict[str, object]:
+def snapshot(partition: Partition, snapshot_id: str, called_at: float) -> dict[str, object]:
     """Make what the upstream says to this caller at this time."""
     return {
         "id": snapshot_id,
         "created_at": "2020-07-28T16:47:44Z",
         "min_disk_size": 25,
-        "name": f"{caller} {called_at}",
+        "name": f"{partition} {called_at}",
         "regions": ["nyc3"],
         "resource_id": "7",
         "resource_type": "droplet",
@@ -142,7 +145,7 @@ def snapshot(caller: Partition, snapshot_id: str, called_at: float) -> dict[str,
 class Seen(NamedTuple):
     """What a caller got, and what was kept for it then."""
 
-    key: EntryKey
+    key: Key
     at: float
     took_s: float
     status: int
@@ -225,16 +228,16 @@ class Outage:
             draw=chance.random,
         )
 
-    async def _poll(self, key: EntryKey, replica: int, first: float, every_s: float | None = None) -> None:
+    async def _poll(self, key: Key, replica: int, first: float, every_s: float | None = None) -> None:
         """Ask one replica for one snapshot again and again, each time some seconds after the answer."""
-        target, token = SnapshotId.parse(key.snapshot_id), Token(key.partition)
-        call = Call("GET", target, key, token, NO_DIRECTIVES, "ours", "other")
+        target = snapshot_target(key.name)
+        call = Call("GET", target, SENDERS[key.partition], NO_DIRECTIVES, "ours")
         await asyncio.sleep(first - now())
         while now() < END:
             await self._ask(call, key, self._replicas[replica])
             await asyncio.sleep(every_s or (1 if UP - 5 < now() < UP + 25 else 10))
 
-    async def _ask(self, call: Call, key: EntryKey, replica: ReadThrough) -> None:
+    async def _ask(self, call: Call, key: Key, replica: ReadThrough) -> None:
         began = now()
         answer = await replica.get(call)
         if isinstance(answer, Failed):
@@ -278,7 +281,7 @@ def test_no_error_where_there_is_something_to_serve(outage: Outage) -> None:
         pytest.param(NEW, [False, True], id="was-never-there"),
     ],
 )
-def test_errors_where_there_is_nothing(outage: Outage, key: EntryKey, is_served: list[bool]) -> None:
+def test_errors_where_there_is_nothing(outage: Outage, key: Key, is_served: list[bool]) -> None:
     """They begin where the window ends, and end when the upstream is back."""
     seen = [each for each in outage.seen if each.key == key]
     assert [served for served, _ in groupby(each.status == 200 for each in seen)] == is_served
@@ -296,10 +299,10 @@ def test_every_answer_tells_its_age_and_where_it_came_from(outage: Outage) -> No
     """`Age` counts from when the upstream was asked for what this caller gets."""
     for seen in outage.seen:
         if seen.status == 200:
-            caller, called_at = json.loads(seen.body)["snapshot"]["name"].split()
+            partition, called_at = json.loads(seen.body)["snapshot"]["name"].split()
             age_s = EPOCH_S + seen.at - float(called_at)
             fresh_s = int(seen.headers["Cache-Control"].removeprefix("private, max-age="))
-            assert (caller, seen.headers["Age"]) == (seen.key.partition, str(int(age_s)))
+            assert (partition, seen.headers["Age"]) == (seen.key.partition, str(int(age_s)))
             source = where_from(age_s - fresh_s, fresh_s - int(age_s))
             assert re.fullmatch(source, seen.headers["Cache-Status"]), (source, seen)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pytest
+from kit.callers import caller
 from kit.virtual import now, run
 
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
@@ -46,19 +47,20 @@ from proxy.core.errors import (
 )
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, etag_of
-from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
+from proxy.core.identity import Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.core.resources import SNAPSHOT, Key, list_target, snapshot_target
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import LINGER_S, MOST_OF_ONE, Flights
 
 NOW = 1_000_000.0
 TOTAL_TIMEOUT_S = 8.0
 MAX_WAIT_S = 10.0
-SNAPSHOT = {
+FIELDS = {
     "id": "42",
     "created_at": "2020-07-28T16:47:44Z",
     "min_disk_size": 25,
@@ -69,7 +71,7 @@ SNAPSHOT = {
     "size_gigabytes": 2.34,
     "tags": None,
 }
-BODY = json.dumps({"snapshot": SNAPSHOT}, separators=(",", ":")).encode()
+BODY = json.dumps({"snapshot": FIELDS}, separators=(",", ":")).encode()
 ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
 RATELIMIT = (("ratelimit-remaining", "4999"),)
 LIFETIMES = Lifetimes(60, 60, 300)
@@ -102,7 +104,7 @@ class Store:
     def __init__(self, *lookups: Lookup, takes: bool = True, away: bool = False) -> None:
         self.lookups = list(lookups)
         self.leases: list[Leased | HeldElsewhere | Record | EntryChanged | None] = [LEASE]
-        self.leased: list[tuple[EntryKey | ListKey, FillPrecondition]] = []
+        self.leased: list[tuple[Key, FillPrecondition]] = []
         self.renewed: list[float] = []
         self.released: list[Record | None] = []
         self.takes = takes
@@ -111,14 +113,14 @@ class Store:
         self.open = asyncio.Event()
         self.open.set()
 
-    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+    async def lookup(self, key: Key) -> Lookup:
         """Give the next lookup, while the store is `open`."""
         self.told.append(("lookup", key))
         found = self.lookups.pop(0) if len(self.lookups) > 1 else self.lookups[0]
         await self.open.wait()
         return found
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Take an entry, or do not."""
         await asyncio.sleep(0)
         self.told.append(("put", key, entry, basis))
@@ -133,7 +135,7 @@ class Store:
         return frozenset(seeds if self.takes else ())
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Give the next lease."""
         await asyncio.sleep(0)
@@ -218,21 +220,17 @@ def said(status: int = 200, body: bytes = BODY, retry_after_s: int | None = None
 def call(
     snapshot_id: str = "42",
     directives: Directives = NO_DIRECTIVES,
-    caller: str = "a",
+    sender: str = "a",
     request_id: str = "ours",
     method: Literal["GET", "DELETE"] = "GET",
 ) -> Call:
     """Make a request for a snapshot."""
-    parsed = SnapshotId.parse(snapshot_id)
-    key = EntryKey(Partition(caller * 32), parsed.text)
-    return Call(method, parsed, key, Token("token"), directives, request_id, "other")
+    return Call(method, snapshot_target(snapshot_id), caller(sender), directives, request_id)
 
 
 def listing(query: str = "", directives: Directives = NO_DIRECTIVES) -> Call:
     """Make a request for a list."""
-    parsed = ListQuery.parse(query)
-    key = ListKey(KEY.partition, parsed.text)
-    return Call("GET", parsed, key, Token("token"), directives, "ours", "other")
+    return Call("GET", list_target(query), caller("a"), directives, "ours")
 
 
 KEY = call().key
@@ -254,8 +252,7 @@ class Path:
             upstream,
             self.flights,
             Policy(
-                fresh_s=60,
-                list_fresh_s=20,
+                ttls_s={"fresh_s": 60, "list_fresh_s": 20},
                 negative_s=10,
                 stale_while_revalidate_s=60,
                 stale_if_error_s=300,
@@ -548,7 +545,7 @@ async def test_who_refreshes_nothing(directives: Directives, lease: Leased | Hel
 
 def page(*snapshot_ids: str) -> Answer:
     """Make a list."""
-    listed = [SNAPSHOT | {"id": snapshot_id} for snapshot_id in snapshot_ids]
+    listed = [FIELDS | {"id": snapshot_id} for snapshot_id in snapshot_ids]
     return said(body=json.dumps({"snapshots": listed, "links": {}, "meta": {"total": 1}}).encode())
 
 
@@ -560,18 +557,18 @@ BROUGHT_42 = b'{"snapshots":[{"id":"42"},{"id":"43"}],"links":{},"meta":{"total"
 @pytest.mark.parametrize(
     ("found", "lease", "answer", "asked", "asked_later"),
     [
-        pytest.param(STALE, LEASE, page("42", "43", "44"), [PAGE.text], [PAGE.text], id="all-on-the-page"),
-        pytest.param(None, LEASE, page("42", "43"), [PAGE.text, "44"], ["44"], id="not-on-the-page"),
-        pytest.param(None, LEASE, page("44"), [PAGE.text], ["44"], id="nothing-else-on-the-page"),
-        pytest.param(None, LEASE, said(403, ERROR), [PAGE.text], ["44"], id="denied"),
-        pytest.param(None, LEASE, TIMEOUT, [PAGE.text], ["44"], id="no-answer"),
-        pytest.param(None, LEASE, SPENT, [PAGE.text], [PAGE.text], id="no-quota"),
-        pytest.param(None, LEASE, Overloaded("full"), [PAGE.text], [PAGE.text], id="no-room"),
-        pytest.param(None, LEASE, PAUSED, [PAGE.text], [PAGE.text], id="paused"),
-        pytest.param(None, HeldElsewhere(), TIMEOUT, [], [PAGE.text], id="another-replica-asks"),
-        pytest.param(None, Record(500, ERROR), TIMEOUT, [], [PAGE.text], id="another-replica-asked"),
+        pytest.param(STALE, LEASE, page("42", "43", "44"), [PAGE.name], [PAGE.name], id="all-on-the-page"),
+        pytest.param(None, LEASE, page("42", "43"), [PAGE.name, "44"], ["44"], id="not-on-the-page"),
+        pytest.param(None, LEASE, page("44"), [PAGE.name], ["44"], id="nothing-else-on-the-page"),
+        pytest.param(None, LEASE, said(403, ERROR), [PAGE.name], ["44"], id="denied"),
+        pytest.param(None, LEASE, TIMEOUT, [PAGE.name], ["44"], id="no-answer"),
+        pytest.param(None, LEASE, SPENT, [PAGE.name], [PAGE.name], id="no-quota"),
+        pytest.param(None, LEASE, Overloaded("full"), [PAGE.name], [PAGE.name], id="no-room"),
+        pytest.param(None, LEASE, PAUSED, [PAGE.name], [PAGE.name], id="paused"),
+        pytest.param(None, HeldElsewhere(), TIMEOUT, [], [PAGE.name], id="another-replica-asks"),
+        pytest.param(None, Record(500, ERROR), TIMEOUT, [], [PAGE.name], id="another-replica-asked"),
         pytest.param(replace(FRESH, body=BROUGHT_42), LEASE, said(), ["44"], ["44"], id="just-listed"),
-        pytest.param(UNAVAILABLE, LEASE, said(), ["44"], [PAGE.text], id="no-store"),
+        pytest.param(UNAVAILABLE, LEASE, said(), ["44"], [PAGE.name], id="no-store"),
     ],
 )
 def test_refresh_by_list(
@@ -592,7 +589,7 @@ def test_refresh_by_list(
                 path.note_stale(snapshot_id)
             await path.get(call("44"))
             await settled()
-            assert [each.call.target.text for each in path.upstream.asked] == expected
+            assert [each.call.target.name for each in path.upstream.asked] == expected
             assert all(each[1:4] == ("", CallClass.REFRESH, False) for each in path.upstream.asked)
             await asyncio.sleep(LINGER_S + 1.0)
             path.upstream.asked.clear()
@@ -606,12 +603,12 @@ def test_a_list_of_which_nothing_is_kept() -> None:
     async def main() -> None:
         stale = Lookup(STALE, BASIS)
         path = Path(Store(stale, missing(), stale, takes=False), Upstream(page("42", "43", "44"), said()))
-        for expected in ([PAGE.text, "44"], ["44"]):
+        for expected in ([PAGE.name, "44"], ["44"]):
             for snapshot_id in ("42", "43", "44"):
                 path.note_stale(snapshot_id)
             await path.get(call("44"))
             await settled()
-            assert [each.call.target.text for each in path.upstream.asked] == expected
+            assert [each.call.target.name for each in path.upstream.asked] == expected
             await asyncio.sleep(LINGER_S + 1.0)
             path.upstream.asked.clear()
         assert not [event for event in path.noted if event == Refreshed("list", 3)]
@@ -1129,7 +1126,7 @@ async def test_the_store_is_down_for_many_at_once() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(call(caller="b"), id="another-caller"),
+        pytest.param(call(sender="b"), id="another-caller"),
         pytest.param(call("43"), id="another-snapshot"),
     ],
 )
@@ -1210,7 +1207,7 @@ def test_no_room_for_another_fetch_of_one_caller() -> None:
         assert isinstance(await path.delete(deletion("1000")), Served)
         path.store.leases = [LEASE]
         path.store.lookups = [missing()]
-        assert (await path.get(call(caller="b"))).cache_status.outcome is Outcome.MISS
+        assert (await path.get(call(sender="b"))).cache_status.outcome is Outcome.MISS
         path.upstream.answers = [said(404, ERROR)]
         assert {answer.cache_status.outcome for answer in await asyncio.gather(*waiting)} == {Outcome.MISS}
 
@@ -1255,8 +1252,8 @@ async def test_a_caller_that_leaves_during_its_fetch(
 
 # -- lists -----------------------------------------------------------------------------------------
 
-OTHER = SNAPSHOT | {"id": "43", "name": "db"}
-LIST = {"snapshots": [SNAPSHOT, OTHER], "links": {}, "meta": {"total": 2}}
+OTHER = FIELDS | {"id": "43", "name": "db"}
+LIST = {"snapshots": [FIELDS, OTHER], "links": {}, "meta": {"total": 2}}
 LIST_BODY = json.dumps(LIST, separators=(",", ":")).encode()
 LISTED = Entry(200, LIST_BODY, etag_of(LIST_BODY), NOW, Lifetimes(20, 0, 300))
 
@@ -1267,7 +1264,7 @@ def seed_of(snapshot: dict[str, Any], fresh_s: int) -> Entry:
     return Entry(200, body, etag_of(body), NOW, Lifetimes(fresh_s, 60, 300), seeded=True)
 
 
-SEEDS = {"42": seed_of(SNAPSHOT, 60), "43": seed_of(OTHER, 56)}
+SEEDS = {"42": seed_of(FIELDS, 60), "43": seed_of(OTHER, 56)}
 """Jitter spreads them: the first one gets all of its time here, the next one a part."""
 
 
@@ -1590,8 +1587,8 @@ async def test_a_service_that_stops_during_a_deletion() -> None:
 
 # -- what a write to another path, a 401 and a purge invalidate ------------------------------------
 
-THEIRS = Partition("b" * 32)
-IN_TWO_STEPS = (EntryScope(EntryKey(THEIRS, "42")), EntryScope(EntryKey(THEIRS, "43")))
+THEIRS = caller("b").partition
+IN_TWO_STEPS = (EntryScope(Key(SNAPSHOT, THEIRS, "42")), EntryScope(Key(SNAPSHOT, THEIRS, "43")))
 
 
 @pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])

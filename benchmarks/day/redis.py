@@ -23,13 +23,13 @@ from proxy.core.entry import (
     Record,
     Stamps,
 )
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
 
-Key = EntryKey | ListKey
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -117,11 +117,11 @@ class MemoryStore:
 
         Name those that are there now, or newer ones.
         """
-        if basis.stamps != self._stamps_of(ListKey(partition, "")):
+        if basis.stamps != self._stamps_of(Key(SNAPSHOT_LIST, partition, "")):
             return frozenset()
         seeds = {name: entry for name, entry in seeds.items() if entry.lifetimes.retention_s}
         for snapshot_id, entry in seeds.items():
-            key = EntryKey(partition, snapshot_id)
+            key = Key(SNAPSHOT, partition, snapshot_id)
             kept = self._standing(key)
             if kept is None or kept.entry.called_at <= entry.called_at:
                 self._keep(key, entry, self._stamps_of(key))

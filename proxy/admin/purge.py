@@ -14,8 +14,8 @@ import orjson
 from aiohttp import web
 
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
-from proxy.core.identity import SnapshotId
 from proxy.core.invalidation import EverythingScope, Scope, SnapshotsScope
+from proxy.core.resources import snapshot_target
 from proxy.edge.answers import error_response
 from proxy.settings.rules import is_loopback
 
@@ -97,6 +97,6 @@ async def _scope(request: web.Request) -> SnapshotsScope | EverythingScope:
 
 def _cached_id(value: Any) -> str:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not (snapshot_id := SnapshotId.parse(text)).cacheable:
+    if not isinstance(text, str) or not (target := snapshot_target(text)).cacheable:
         raise BadRequest("a snapshot id is a number or a UUID")
-    return snapshot_id.text
+    return target.name

@@ -31,7 +31,6 @@ from proxy.core.errors import (
 )
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
-from proxy.core.identity import ListQuery
 from proxy.core.invalidation import CallerScope, EntryScope, scopes_of_delete
 from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
 from proxy.core.ports import Gate, Store
@@ -181,7 +180,7 @@ class Fetcher:
             storable is not None and keep.seeds
         ):  # before the list itself: replicas that wait for the list find them
             seeded = await self._store.seed(call.key.partition, keep.seeds, storable)
-        if isinstance(call.target, ListQuery) and call.target.cacheable and not entry.gzip:
+        if call.target.resource.gzips and call.target.cacheable and not entry.gzip:
             entry = await _compressed(entry)
         if storable is not None:
             stored = await self._store.put(call.key, entry, storable)

@@ -8,9 +8,9 @@ from typing import Literal
 
 from proxy.core.entry import Entry
 from proxy.core.events import Cause, Invalidation
-from proxy.core.identity import EntryKey, ListKey
 from proxy.core.invalidation import InvalidationCounts, Scope
 from proxy.core.ports import Store
+from proxy.core.resources import Key
 
 
 class Invalidator:
@@ -21,7 +21,7 @@ class Invalidator:
         self._observe = observe
         self._counts = InvalidationCounts()
 
-    def counts(self, key: EntryKey | ListKey) -> tuple[int, ...]:
+    def counts(self, key: Key) -> tuple[int, ...]:
         """Give this replica's counts for `key`: they are equal as long as it invalidated nothing of it."""
         return self._counts.of(key)
 

@@ -14,7 +14,6 @@ from proxy.cache.fetch import BACKGROUND, Fetched
 from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere
 from proxy.core.events import Refreshed
-from proxy.core.identity import EntryKey, ListKey
 from proxy.core.ports import Store
 from proxy.core.refresh import PAGE, HotSet
 from proxy.core.request import NO_DIRECTIVES, Call
@@ -43,17 +42,15 @@ class Refresher:
 
     def record_read(self, call: Call, entry: Entry, now: float) -> None:
         """Record that `entry` answered: a list refreshes the snapshots that are read often."""
-        if isinstance(call.key, EntryKey) and entry.status == HTTPStatus.OK:
+        if call.target.resource.comes_with_lists and entry.status == HTTPStatus.OK:
             self._hot.read(call.key, entry, now)
 
     def refresh(self, call: Call, lookup: Lookup, now: float) -> None:
         """Fetch what `call` reads, or the caller's list if that refreshes several snapshots in one call."""
-        if not isinstance(call.key, EntryKey) or self._hot.plan(call.key, now) == "single":
+        if not call.target.resource.comes_with_lists or self._hot.plan(call.key, now) == "single":
             self._begin_alone(call, lookup)
             return
-        page = replace(
-            call, target=PAGE, key=ListKey(call.key.partition, PAGE.text), directives=NO_DIRECTIVES
-        )
+        page = replace(call, target=PAGE, directives=NO_DIRECTIVES)
         self._begin(page, page.key, partial(self._by_list, page, call, lookup))
 
     def _begin_alone(self, call: Call, lookup: Lookup) -> None:
@@ -94,7 +91,7 @@ class Refresher:
                 pass  # the upstream was not asked, or will not be for a while
             case Fetched(status=HTTPStatus.OK, seeded=on_page) if on_page:
                 self._observe(Refreshed("list", self._hot.listed(partition, on_page, self._clock())))
-                if call.target.text not in on_page:
+                if call.target.name not in on_page:
                     self._begin_alone(call, lookup)
             case Fetched(
                 status=HTTPStatus.OK

@@ -8,25 +8,22 @@ from time import perf_counter
 from proxy.check.finding import Finding, ok, problem
 from proxy.core.errors import EDGE_FAILED, UpstreamError
 from proxy.core.events import OTHER_CALLER
-from proxy.core.identity import EntryKey, Keyring, SnapshotId, Token
+from proxy.core.identity import Keyring, Token
 from proxy.core.policy import Answer
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, Target
 from proxy.core.snapshot import error_envelope
 from proxy.options import upstream_options
 from proxy.settings.sections import Settings
 from proxy.system.openssl import mended_by
 from proxy.upstream.client import Upstream
 
-_NOBODYS_TOKEN = Token("snapshot-proxy-check")
-_SNAPSHOT_ID = SnapshotId.parse("1")
 _CALL = Call(
-    key=EntryKey(Keyring(secrets.token_bytes(32)).partition(_NOBODYS_TOKEN), _SNAPSHOT_ID.text),
     method="GET",
-    target=_SNAPSHOT_ID,
-    token=_NOBODYS_TOKEN,
+    target=Target(SNAPSHOT, "1"),
+    caller=Keyring(secrets.token_bytes(32)).caller(Token("snapshot-proxy-check"), OTHER_CALLER),
     directives=NO_DIRECTIVES,
     request_id="snapshot-proxy-check",
-    caller=OTHER_CALLER,
 )
 _LOOK = "see to upstream.base_url, or to the way there (upstream.http_proxy)"
 _MENDED_BY = {
@@ -47,7 +44,7 @@ async def upstream(settings: Settings) -> Finding:
     api = Upstream(upstream_options(settings, max_connections=1), lambda _: None)
     started = perf_counter()
     try:
-        answer = await api.ask(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
+        answer = await api.send(_CALL, asyncio.get_running_loop().time() + settings.upstream.total_timeout_s)
     except UpstreamError as error:
         return problem(f"upstream: {error}", _mend(error))
     finally:

@@ -9,13 +9,16 @@ that of `snapshot.py`, the worst of 2 MiB takes 20 ms: `python -m benchmarks.doc
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, DecimalException
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import orjson
 
 from proxy.core.errors import UpstreamInvalid
+from proxy.core.events import EnumField
 
 MOST_VALUES = 20_000
 """Values in one document: 100 for each snapshot of the longest page that the API documents (200). A snapshot
@@ -35,6 +38,17 @@ _SHAPE = bytes.maketrans(b"123456789.E[{", b"0000000000e,,")
 _LONG_NUMBERS = (b"0" * 16, b"0e000")
 _LONGEST_INTEGER = 20  # characters of a 64-bit integer
 _SHORT_FRACTION = 16  # characters of fifteen digits and a point
+
+
+class Normalized(NamedTuple):
+    """A document's normalized body. `unknown` names a field once for each value beyond the documented ones.
+
+    `seeds` are the snapshots in a list, by id: each the body that a single read of it has.
+    """
+
+    body: bytes
+    unknown: tuple[EnumField, ...] = ()
+    seeds: Mapping[str, bytes] = MappingProxyType({})
 
 
 def parse(body: bytes) -> Any:

@@ -1,33 +1,24 @@
-"""Who asks, and for what: token, partition, snapshot id, list query, and the keys made of them.
+"""Who asks: token, partition, caller, and the keyring that derives them from the shared secret.
 
 The law of this file: a token becomes a `Partition` by a keyed hash and is never compared, stored or
-shown itself; there is no entry without a partition (`EntryKey` has no other way in).
+shown itself; it travels in a `Caller`, which derives the partition, so that no code can pair a token with
+another token's partition.
 """
 
 import hmac
-import re
-from dataclasses import dataclass
-from typing import NamedTuple, NewType, NoReturn
-
-from proxy.core.errors import BadRequest
+from dataclasses import InitVar, dataclass, field
+from hashlib import sha256
+from typing import NewType, NoReturn
 
 Partition = NewType("Partition", str)
 """One caller's part of everything that is kept: 128 bits, 32 hexadecimal digits."""
 
 _PARTITION_HEX = 32
 _MAC_BYTES = 16
-_CACHED_ID = re.compile(r"[1-9][0-9]{0,18}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_LIST_PARAMETERS = {
-    "page": re.compile(r"[1-9][0-9]{0,8}"),
-    "per_page": re.compile(r"[1-9][0-9]?|1[0-9]{2}|200"),
-    "resource_type": re.compile(r"droplet|volume"),
-}
-_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%-]*")
-_FORWARDED_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Token:
-    """A caller's token, masked in every text; `reveal()` gives it."""
+    """A caller's token, masked in every text. Only the upstream's client calls `reveal()`, in one place."""
 
     __slots__ = ("_value",)
 
@@ -35,8 +26,16 @@ class Token:
         self._value = value
 
     def reveal(self) -> str:
-        """Return the token: for the upstream's header and for keyed hashes only."""
+        """Return the token, for the header `Authorization` of a call to the upstream."""
         return self._value
+
+    def sha256(self) -> str:
+        """Give its SHA-256 in hexadecimal digits, to find its alias: `callers.aliases_file` holds such."""
+        return sha256(self._value.encode()).hexdigest()
+
+    def keyed_hash(self, secret: bytes) -> bytes:
+        """Give HMAC-SHA256(secret, "part" ‖ token), 32 bytes."""
+        return hmac.digest(secret, b"part" + self._value.encode(), "sha256")
 
     def __repr__(self) -> str:
         return "Token(***)"
@@ -61,8 +60,11 @@ class Keyring:
 
     def partition(self, token: Token) -> Partition:
         """Give the caller's partition: HMAC-SHA256(secret, "part" ‖ token), its first 128 bits."""
-        digest = hmac.digest(self._secret, b"part" + token.reveal().encode(), "sha256")
-        return Partition(digest.hex()[:_PARTITION_HEX])
+        return Partition(token.keyed_hash(self._secret).hex()[:_PARTITION_HEX])
+
+    def caller(self, token: Token, alias: str) -> "Caller":
+        """Make the caller who sent `token`. `alias` is the caller's name in metrics and logs."""
+        return Caller(token, alias, self)
 
     def mac(self, message: bytes) -> bytes:
         """Authenticate `message`: 16 bytes of HMAC-SHA256 under a key of its own."""
@@ -75,66 +77,23 @@ class Keyring:
         raise TypeError("a secret is neither pickled nor copied")
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotId:
-    """A snapshot's id, checked on the raw target.
+@dataclass(frozen=True, slots=True, repr=False)
+class Caller:
+    """Who sent a request: token, alias and partition. Only `Keyring.caller` makes one.
 
-    `text` is decimal, a UUID in lower case, or another short segment that is forwarded as it came;
-    only the first two are `cacheable`, since only they are what the API documents.
+    The partition is derived from the token here, also by `dataclasses.replace`: no argument can name another.
     """
 
-    text: str
-    cacheable: bool
+    token: Token = field(compare=False)
+    alias: str
+    keyring: InitVar[Keyring]
+    partition: Partition = field(init=False)
 
-    @classmethod
-    def parse(cls, segment: str) -> "SnapshotId":
-        """Read one raw path segment. Raises BadRequest for whatever could mean something else upstream."""
-        lowered = segment.lower()
-        if _CACHED_ID.fullmatch(lowered):
-            return cls(lowered, cacheable=True)
-        if _FORWARDED_ID.fullmatch(segment):
-            return cls(segment, cacheable=False)
-        raise BadRequest("a snapshot id is a number or a UUID; nothing else, and nothing percent-encoded")
+    def __post_init__(self, keyring: Keyring) -> None:
+        object.__setattr__(self, "partition", keyring.partition(self.token))
 
+    def __repr__(self) -> str:
+        return f"Caller({self.alias})"
 
-@dataclass(frozen=True, slots=True)
-class ListQuery:
-    """Which page of the list is asked for.
-
-    `text` is the query that goes upstream: the canonical one of the three documented parameters, or another
-    one as it came. Only the first is `cacheable`.
-    """
-
-    text: str
-    cacheable: bool
-
-    @classmethod
-    def parse(cls, query: str) -> "ListQuery":
-        """Read a raw query, without its `?`. Raises BadRequest for what no request target may hold."""
-        given: dict[str, str] = {}
-        for pair in query.split("&") if query else ():
-            name, _, value = pair.partition("=")
-            known = _LIST_PARAMETERS.get(name)
-            if known is None or name in given or not known.fullmatch(value):
-                if not _QUERY.fullmatch(query):
-                    raise BadRequest("the query holds characters that belong percent-encoded")
-                return cls(query, cacheable=False)
-            given[name] = value
-        text = f"page={given.get('page', '1')}&per_page={given.get('per_page', '20')}"
-        if "resource_type" in given:
-            text += f"&resource_type={given['resource_type']}"
-        return cls(text, cacheable=True)
-
-
-class EntryKey(NamedTuple):
-    """Where one caller's entry for one snapshot is kept: in memory, in flight, in Redis."""
-
-    partition: Partition
-    snapshot_id: str
-
-
-class ListKey(NamedTuple):
-    """Where one caller's entry for one page of the list is kept."""
-
-    partition: Partition
-    query: str
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a caller is neither pickled nor copied: it holds a token")

@@ -7,8 +7,9 @@ them. A new kind of scope is one more class here, and one more case where mypy t
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.request import Call
+from proxy.core.resources import SNAPSHOT_LIST, Key
 
 MOST_COUNTED = 4096
 """`InvalidationCounts` remembers so many names at most."""
@@ -18,7 +19,7 @@ MOST_COUNTED = 4096
 class EntryScope:
     """One caller's entry of `key`, and all lists of that caller."""
 
-    key: EntryKey | ListKey
+    key: Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,15 @@ class EverythingScope:
 Scope = EntryScope | CallerScope | SnapshotsScope | EverythingScope
 
 
-def covers(scope: Scope, key: EntryKey | ListKey) -> bool:
+def covers(scope: Scope, key: Key) -> bool:
     """Tell whether an entry that is kept under `key` is invalidated with `scope`."""
     match scope:
         case EntryScope(own):
-            return key == own or (isinstance(key, ListKey) and key.partition == own.partition)
+            return key == own or (_is_list(key) and key.partition == own.partition)
         case CallerScope(partition):
             return key.partition == partition
         case SnapshotsScope(snapshot_ids):
-            return isinstance(key, ListKey) or key.snapshot_id in snapshot_ids
+            return _is_list(key) or ("snapshot" in key.resource.depends_on and key.name in snapshot_ids)
         case EverythingScope():
             return True
 
@@ -62,8 +63,8 @@ def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
     An id in another form than the API documents invalidates all of the caller's entries, too: the upstream
     may have taken it for another snapshot's, 06372321 for 6372321.
     """
-    named = SnapshotsScope((call.target.text,))
-    return (named,) if call.target.cacheable else (named, CallerScope(call.key.partition))
+    named = SnapshotsScope((call.target.name,))
+    return (named,) if call.target.cacheable else (named, CallerScope(call.caller.partition))
 
 
 class InvalidationCounts:
@@ -76,9 +77,9 @@ class InvalidationCounts:
     def __init__(self, most: int = MOST_COUNTED) -> None:
         self._most = most
         self._for_all = 0
-        self._counts: OrderedDict[Partition | EntryKey | ListKey, int] = OrderedDict()
+        self._counts: OrderedDict[Partition | Key, int] = OrderedDict()
 
-    def of(self, key: EntryKey | ListKey) -> tuple[int, int, int]:
+    def of(self, key: Key) -> tuple[int, int, int]:
         """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
         return self._for_all, self._counts.get(key.partition, 0), self._counts.get(_counted(key), 0)
 
@@ -87,13 +88,13 @@ class InvalidationCounts:
         match scope:
             case EntryScope(key):
                 self._add(_counted(key))
-                self._add(ListKey(key.partition, ""))
+                self._add(_lists(key.partition))
             case CallerScope(partition):
                 self._add(partition)
             case SnapshotsScope() | EverythingScope():
                 self._for_all += 1
 
-    def _add(self, name: Partition | EntryKey | ListKey) -> None:
+    def _add(self, name: Partition | Key) -> None:
         """Count for `name`. Where that makes the oldest name forgotten, everything counts as invalidated."""
         self._counts[name] = self._counts.pop(name, 0) + 1
         if len(self._counts) > self._most:
@@ -101,6 +102,15 @@ class InvalidationCounts:
             self._for_all += 1
 
 
-def _counted(key: EntryKey | ListKey) -> EntryKey | ListKey:
-    """Give the name to count `key` under: a caller's lists are invalidated together."""
-    return key if isinstance(key, EntryKey) else ListKey(key.partition, "")
+def _is_list(key: Key) -> bool:
+    return "caller-lists" in key.resource.depends_on
+
+
+def _lists(partition: Partition) -> Key:
+    """Give the name under which all lists of a caller are counted: they are invalidated together."""
+    return Key(SNAPSHOT_LIST, partition, "")
+
+
+def _counted(key: Key) -> Key:
+    """Give the name to count `key` under."""
+    return _lists(key.partition) if _is_list(key) else key

@@ -12,8 +12,9 @@ from typing import Any
 import orjson
 
 from proxy.core.errors import BadRequest
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import Caller, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
+from proxy.core.resources import SNAPSHOT, Key, cached_id
 
 MOST_READ_BYTES = 65_536
 """Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
@@ -91,21 +92,19 @@ def _end_to_end(headers: Iterable[tuple[str, str]], dropped: frozenset[str]) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Forwarding:
+class PassthroughRequest:
     """One request to another path of the API, as it goes up: `target` is checked, `headers` may travel."""
 
     method: str
     target: str
     headers: tuple[tuple[str, str], ...]
-    token: Token
-    partition: Partition
+    caller: Caller
     request_id: str
-    caller: str
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """The answer to a `Forwarding`. `chunks` are the body's bytes as they come, in whatever content coding.
+    """The answer to a `PassthroughRequest`. `chunks` are its body's bytes as they come, in any coding.
 
     `retry_after_s` and `ratelimit` are what its `headers` say about the quota, as in `core.policy.Answer`.
     """
@@ -152,9 +151,8 @@ def scopes_of_write(method: str, target: str, partition: Partition, body: bytes 
         groups = match.groupdict()
         if groups.get("body"):
             return _scopes_of_body(partition, body)
-        if _is_id(named := groups.get("snapshot") or ""):
-            return (SnapshotsScope((SnapshotId.parse(named).text,)),)
-        return (CallerScope(partition),)
+        snapshot_id = cached_id(groups.get("snapshot") or "")
+        return (CallerScope(partition) if snapshot_id is None else SnapshotsScope((snapshot_id,)),)
     return ()
 
 
@@ -166,20 +164,14 @@ def _scopes_of_body(partition: Partition, body: bytes | None) -> tuple[Scope, ..
         return (CallerScope(partition),)
     match named:
         case {"resources": list(resources)} if all(isinstance(one, dict) for one in resources):
-            ids = [
+            named_ids = [
                 str(one.get("resource_id"))
                 for one in resources
                 if str(one.get("resource_type")) not in _NO_SNAPSHOTS  # a list there is no key of a set
             ]
         case _:
             return (CallerScope(partition),)
-    if len(ids) > MOST_NAMED or not all(map(_is_id, ids)):
+    ids = [snapshot_id for snapshot_id in map(cached_id, named_ids) if snapshot_id is not None]
+    if len(named_ids) > MOST_NAMED or len(ids) < len(named_ids):
         return (CallerScope(partition),)
-    return tuple(EntryScope(EntryKey(partition, SnapshotId.parse(one).text)) for one in ids)
-
-
-def _is_id(text: str) -> bool:
-    try:
-        return SnapshotId.parse(text).cacheable
-    except BadRequest:
-        return False
+    return tuple(EntryScope(Key(SNAPSHOT, partition, snapshot_id)) for snapshot_id in ids)

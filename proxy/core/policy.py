@@ -14,9 +14,9 @@ from proxy.core.entry import Entry, Freshness, Lifetimes
 from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid, tells_outcome
 from proxy.core.events import EnumField
 from proxy.core.http import etag_of
-from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.request import Directives
-from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot
+from proxy.core.resources import SNAPSHOT, Resource, Target
+from proxy.core.snapshot import error_envelope
 
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
 
@@ -174,11 +174,11 @@ _END_OF_STATUSES = 600  # RFC 9110 §15
 class Policy:
     """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL taken off at random.
 
+    `ttls_s` are the TTLs of the kinds of resources, each by the setting that its row in `resources.py` names.
     The page links of lists begin with `public_url`, unless it is empty.
     """
 
-    fresh_s: int
-    list_fresh_s: int
+    ttls_s: Mapping[str, int]
     negative_s: int
     stale_while_revalidate_s: int
     stale_if_error_s: int
@@ -189,7 +189,7 @@ class Policy:
     def on_answer(
         self,
         answer: Answer,
-        target: SnapshotId | ListQuery,
+        target: Target,
         *,
         request_id: str,
         draw: float,
@@ -202,14 +202,10 @@ class Policy:
         it.
         """
         if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
-            lifetimes = self._of_list(draw) if isinstance(target, ListQuery) else self._positive(answer, draw)
+            lifetimes = self._lifetimes(target.resource, answer, draw)
             return Keep(replace(validated, called_at=answer.called_at, lifetimes=lifetimes))
         if answer.status == HTTPStatus.OK:
-            if isinstance(target, ListQuery):
-                return self._keep_list(answer, draw)
-            normalized = normalize_snapshot(answer.body, target.text if target.cacheable else None)
-            entry = _entry(answer, normalized.body, self._positive(answer, draw))
-            return Keep(entry, unknown=normalized.unknown)
+            return self._keep(answer, target, draw)
         _raise_if_no_error_of_the_api(answer.status)
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
@@ -217,7 +213,7 @@ class Policy:
                 return TokenRejected(envelope, self._negative(answer, envelope, draw))
             case HTTPStatus.FORBIDDEN:
                 return Denied(envelope)
-            case _ if isinstance(target, ListQuery):
+            case _ if not target.resource.keeps_absence:
                 return PassThrough(envelope)
             case HTTPStatus.NOT_FOUND:
                 return self._keep_negative(answer, envelope, draw)
@@ -259,29 +255,28 @@ class Policy:
         entry = _entry(answer, envelope, Lifetimes(_jittered(self.negative_s, self.jitter * draw)))
         return replace(entry, validator="")  # else a 304 would give it the lifetime of a snapshot
 
-    def _keep_list(self, answer: Answer, draw: float) -> Keep:
-        """Store a list, and each snapshot in it as a single read would have stored it."""
-        normalized = normalize_list(answer.body, self.public_url)
-        entry = _entry(answer, normalized.body, self._of_list(draw))
+    def _keep(self, answer: Answer, target: Target, draw: float) -> Keep:
+        """Keep a document, and each snapshot in it, if it is a list, as a single read would have left it."""
+        resource, name = target.resource, target.name if target.cacheable else None
+        normalized = resource.normalize(answer.body, name, self.public_url)
+        entry = _entry(answer, normalized.body, self._lifetimes(resource, answer, draw))
         seeds = {
             snapshot_id: replace(
-                _entry(answer, body, self._positive(answer, (draw + place * _GOLDEN) % 1)),
+                _entry(answer, body, self._lifetimes(SNAPSHOT, answer, (draw + place * _GOLDEN) % 1)),
                 seeded=True,
                 validator="",
             )
-            for place, (snapshot_id, body) in enumerate(normalized.snapshots.items())
+            for place, (snapshot_id, body) in enumerate(normalized.seeds.items())
         }
         return Keep(entry, seeds, normalized.unknown)
 
-    def _positive(self, answer: Answer, draw: float) -> Lifetimes:
-        """Give a snapshot its lifetimes: the fewer calls the token has left, the longer."""
-        stretched_s = stretched(self.fresh_s, self.max_fresh_s, answer.remaining_share)
-        fresh_s = _jittered(stretched_s, self.jitter * draw)
-        return Lifetimes(fresh_s, self.stale_while_revalidate_s, self.stale_if_error_s)
-
-    def _of_list(self, draw: float) -> Lifetimes:
-        """Give a list its lifetimes. It is never stale while revalidated: a new snapshot would be missing."""
-        return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
+    def _lifetimes(self, resource: Resource, answer: Answer, draw: float) -> Lifetimes:
+        """Give a 200 its lifetimes: where its kind stretches, longer ones as the token's calls run low."""
+        ttl_s = self.ttls_s[resource.ttl]
+        if resource.stretches:
+            ttl_s = stretched(ttl_s, self.max_fresh_s, answer.remaining_share)
+        stale_s = self.stale_while_revalidate_s if resource.stale_while_revalidate else 0
+        return Lifetimes(_jittered(ttl_s, self.jitter * draw), stale_s, self.stale_if_error_s)
 
 
 def _raise_if_no_error_of_the_api(status: int) -> None:

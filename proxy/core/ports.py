@@ -12,13 +12,14 @@ from typing import Protocol
 
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import QuotaSpent
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.invalidation import Scope
 from proxy.core.operations import Operation
-from proxy.core.passthrough import Forwarding, Streamed
+from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Postponed
 from proxy.core.request import Call
+from proxy.core.resources import Key
 
 # -- what the cache needs --------------------------------------------------------------------------
 
@@ -29,10 +30,10 @@ class Store(Protocol):
     A store that fails finds nothing, stores nothing, and cannot tell which replica holds a lease.
     """
 
-    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+    async def lookup(self, key: Key) -> Lookup:
         """Find an entry, and the stamps that a fill would be sealed with."""
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Store an entry, unless something was invalidated since the lookup that gave `basis`.
 
         Tell whether it was stored.
@@ -47,7 +48,7 @@ class Store(Protocol):
         """
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to become the one replica that fetches `key`. None: the store cannot tell."""
 
@@ -97,14 +98,14 @@ class Gate(Protocol):
 class Upstream(Protocol):
     """DigitalOcean's API. Each method sends at most one request; neither asks the quota."""
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
-        """Ask once, until `deadline` (monotonic). Raises UpstreamError."""
+        """Send `call` once, and wait for its answer until `deadline` (monotonic). Raises UpstreamError."""
 
     def stream(
         self,
-        forwarding: Forwarding,
+        request: PassthroughRequest,
         body: AsyncIterable[bytes] | None,
         deadline: float,
         *,

@@ -16,9 +16,10 @@ from itertools import islice
 
 from proxy.core.entry import Entry
 from proxy.core.events import By
-from proxy.core.identity import EntryKey, ListQuery, Partition
+from proxy.core.identity import Partition
+from proxy.core.resources import SNAPSHOT_LIST, Key, Target
 
-PAGE = ListQuery("page=1&per_page=200", cacheable=True)
+PAGE = Target(SNAPSHOT_LIST, "page=1&per_page=200")
 """The list that refreshes: as many as one call can bring."""
 
 MOST_OF_ONE = 200
@@ -70,15 +71,15 @@ class HotSet:
     def __len__(self) -> int:
         return self._size
 
-    def read(self, key: EntryKey, entry: Entry, now: float) -> None:
+    def read(self, key: Key, entry: Entry, now: float) -> None:
         """Record that `entry` answered."""
         caller = self._callers.get(key.partition)
         if caller is None:
             caller = self._callers[key.partition] = _Caller()
         self._callers.move_to_end(key.partition)
-        snapshot = caller.snapshots.get(key.snapshot_id)
+        snapshot = caller.snapshots.get(key.name)
         if snapshot is None:
-            snapshot = caller.snapshots[key.snapshot_id] = _Snapshot()
+            snapshot = caller.snapshots[key.name] = _Snapshot()
             self._size += 1
             if len(caller.snapshots) > MOST_OF_ONE:
                 caller.snapshots.popitem(last=False)
@@ -86,21 +87,21 @@ class HotSet:
             while self._size > self._most:
                 _, forgotten = self._callers.popitem(last=False)
                 self._size -= len(forgotten.snapshots)
-        caller.snapshots.move_to_end(key.snapshot_id)
+        caller.snapshots.move_to_end(key.name)
         lifetimes = entry.lifetimes
         snapshot.fresh_s = lifetimes.fresh_s
         snapshot.fresh_until = entry.called_at + lifetimes.fresh_s
         snapshot.hot_until = now + lifetimes.fresh_s + lifetimes.stale_while_revalidate_s
 
-    def plan(self, key: EntryKey, now: float) -> By:
+    def plan(self, key: Key, now: float) -> By:
         """Choose how to refresh the snapshot of `key`, which just answered stale."""
         caller = self._callers.get(key.partition)
-        snapshot = None if caller is None else caller.snapshots.get(key.snapshot_id)
+        snapshot = None if caller is None else caller.snapshots.get(key.name)
         if caller is None or snapshot is None:
             return "single"
         by: By = "single"
         if now >= caller.rests_until:
-            others = sum(name != key.snapshot_id for name in islice(caller.due(now), _ENOUGH))
+            others = sum(name != key.name for name in islice(caller.due(now), _ENOUGH))
             by = choose(snapshot.place, others)
         if by == "single":
             snapshot.fresh_until = now + snapshot.fresh_s  # it will be: no list is needed for it

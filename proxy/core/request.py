@@ -6,12 +6,13 @@ never reaches the upstream. Nothing in this file shows what it refuses.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from proxy.core.errors import BadRequest, NotProxied, Unauthorized
 from proxy.core.events import Route
-from proxy.core.identity import EntryKey, ListKey, ListQuery, SnapshotId, Token
+from proxy.core.identity import Caller, Token
+from proxy.core.resources import Key, Target, find_target
 
 # ASCII: without it, IGNORECASE lets "\u017f" and "\u212a" pass for the letters s and k.
 _ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE | re.ASCII)
@@ -19,7 +20,6 @@ _BEARER = re.compile(r"bearer +([\x21-\x7e](?:[\x20-\x7e]{0,510}[\x21-\x7e])?)",
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*)))?')
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ZERO_WEIGHT = re.compile(r"q\s*=\s*0(\.0{0,3})?")
-_SNAPSHOTS = "/v2/snapshots"
 # Behind one `/v2/` the API has neither an empty segment nor another version: the base URL has one too many.
 _API_PATH = re.compile(r"/v2/(?!/|v[0-9]+(?:/|\Z))", re.IGNORECASE | re.ASCII)
 _LONGEST_AGE_S = 2**31
@@ -40,36 +40,39 @@ NO_DIRECTIVES = Directives()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of one caller: all that the rooms below the edge ever see of it."""
+    """One request of one caller: all that the rooms below the edge ever see of it.
+
+    Its `key` is of the caller's own partition: it is derived from target and caller.
+    """
 
     method: Literal["GET", "DELETE"]
-    target: SnapshotId | ListQuery
-    key: EntryKey | ListKey
-    token: Token
+    target: Target
+    caller: Caller
     directives: Directives
     request_id: str
-    caller: str
+    key: Key = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = Key(self.target.resource, self.caller.partition, self.target.name)
+        object.__setattr__(self, "key", key)
 
     @property
     def route(self) -> Route:
         """What kind of request it is."""
-        if self.method == "DELETE":
-            return Route.DELETE
-        return Route.SNAPSHOT if isinstance(self.target, SnapshotId) else Route.LIST
+        return Route.DELETE if self.method == "DELETE" else self.target.resource.route
 
 
 @dataclass(frozen=True, slots=True)
 class ApiPath:
-    """A path of the API that is not about snapshots, raw: only the passthrough may forward it."""
+    """A path of the API that is not cached, raw: only the passthrough may forward it."""
 
     path: str
     query: str
 
 
-def parse_target(target: str) -> SnapshotId | ListQuery | ApiPath:
-    """Tell which snapshot, or which list, the raw `target` of a request line names.
+def parse_target(target: str) -> Target | ApiPath:
+    """Tell which document of the API the raw `target` of a request line names.
 
-    The query of a single snapshot is ignored: real clients send `?per_page=200` with everything.
     The authority of an absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was
     meant). Raises BadRequest for what is malformed, and NotProxied for what no correct base URL leads to.
     """
@@ -79,10 +82,8 @@ def parse_target(target: str) -> SnapshotId | ListQuery | ApiPath:
             raise BadRequest("the request target is neither a path nor an absolute URL")
         target = target[authority.end() :]
     path, _, query = target.partition("?")
-    if path in (_SNAPSHOTS, _SNAPSHOTS + "/"):
-        return ListQuery.parse(query)
-    if path.startswith(_SNAPSHOTS + "/"):
-        return SnapshotId.parse(path[len(_SNAPSHOTS) + 1 :].removesuffix("/"))
+    if found := find_target(path, query):
+        return found
     if path.startswith("/v2/") and _API_PATH.match(path):
         return ApiPath(path, query)
     raise NotProxied(

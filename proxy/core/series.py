@@ -11,11 +11,12 @@ from types import MappingProxyType
 
 from proxy.core.cache_status import Outcome
 from proxy.core.events import OTHER_CALLER, Route
+from proxy.core.resources import RESOURCES, Resource
 
 ANSWERS = ("2xx", "304", "401", "403", "404", "429", "4xx", "5xx")
 """The label `status` of what a caller gets; section 6 of the contract."""
 
-CALLED = (Route.SNAPSHOT, Route.LIST, Route.DELETE, Route.PASSTHROUGH)
+CALLED = (*(resource.route for resource in RESOURCES), Route.DELETE, Route.PASSTHROUGH)
 """The routes that lead to the upstream."""
 
 CALLS = (*ANSWERS, "timeout", "error")
@@ -40,14 +41,17 @@ _READ: Mapping[Outcome, tuple[str, ...]] = MappingProxyType(
     }
 )
 
+
+def _of(resource: Resource) -> Mapping[Outcome, tuple[str, ...]]:
+    # 400: it is not a snapshot
+    negative = ("401", "404", "4xx") if resource.keeps_absence else ("401",)
+    seeded = {Outcome.SEEDED: _FROM_ENTRY} if resource.comes_with_lists else {}
+    return {**_READ, **seeded, Outcome.NEGATIVE: negative}
+
+
 REQUESTS: Mapping[Route, Mapping[Outcome, tuple[str, ...]]] = MappingProxyType(
     {
-        Route.SNAPSHOT: {
-            **_READ,
-            Outcome.SEEDED: _FROM_ENTRY,
-            Outcome.NEGATIVE: ("401", "404", "4xx"),  # 400: it is not a snapshot
-        },
-        Route.LIST: {**_READ, Outcome.NEGATIVE: ("401",)},
+        **{resource.route: _of(resource) for resource in RESOURCES},
         Route.DELETE: {Outcome.NONE: ("2xx", "401", "403", "404", "429", "4xx", "5xx")},
         Route.PASSTHROUGH: {Outcome.BYPASS: ANSWERS},
         Route.OTHER: {Outcome.NONE: ("4xx", "5xx")},

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from proxy.core.document import Exact, parse, write, write_sorted
+from proxy.core.document import Exact, Normalized, parse, write, write_sorted
 from proxy.core.errors import UpstreamInvalid
 from proxy.core.events import EnumField
 
@@ -30,24 +30,6 @@ _RFC3339 = re.compile(
 )
 
 
-class Normalized(NamedTuple):
-    """A snapshot's normalized body, and which of its fields have undocumented values."""
-
-    body: bytes
-    unknown: tuple[EnumField, ...] = ()
-
-
-class NormalizedList(NamedTuple):
-    """A list's normalized body, and its snapshots as the bodies that single reads of them have, by id.
-
-    `unknown` names a field once for each undocumented value of it.
-    """
-
-    body: bytes
-    snapshots: dict[str, bytes]
-    unknown: tuple[EnumField, ...] = ()
-
-
 def normalize_snapshot(body: bytes, expected_id: str | None) -> Normalized:
     """Turn the body of `GET /v2/snapshots/{id}` into `{"snapshot": {…}}`, normalized.
 
@@ -62,7 +44,7 @@ def normalize_snapshot(body: bytes, expected_id: str | None) -> Normalized:
     return Normalized(snapshot.alone, snapshot.unknown)
 
 
-def normalize_list(body: bytes, public_url: str) -> NormalizedList:
+def normalize_list(body: bytes, public_url: str) -> Normalized:
     """Turn the body of `GET /v2/snapshots` into `{"snapshots": […], "links": …, "meta": …}`, normalized.
 
     `links.pages` begin with `public_url` where it is not empty, else as the upstream wrote them.
@@ -78,11 +60,11 @@ def normalize_list(body: bytes, public_url: str) -> NormalizedList:
         raise UpstreamInvalid(f"it holds more than {MOST_SNAPSHOTS} snapshots")
     snapshots = [_snapshot(value, f"snapshots[{place}]") for place, value in enumerate(values)]
     links = _with_public_url(links, public_url) if public_url else links
-    return NormalizedList(
+    return Normalized(
         b'{"snapshots":[%b],"links":%b,"meta":%b}'
         % (b",".join(snapshot.written for snapshot in snapshots), write_sorted(links), write_sorted(meta)),
-        {snapshot.id: snapshot.alone for snapshot in snapshots},
         tuple(field for snapshot in snapshots for field in snapshot.unknown),
+        {snapshot.id: snapshot.alone for snapshot in snapshots},
     )
 
 

@@ -45,7 +45,7 @@ class Expected:
     calls: int
 
 
-class Caller(NamedTuple):
+class DemoCaller(NamedTuple):
     """A token, and the name of its caller in the transcript."""
 
     name: str
@@ -68,15 +68,15 @@ class Stage:
         world = simulator.world
         self.simulator = simulator
         self.addresses = addresses
-        self.owner = Caller("first token", world.token().value)
-        self.colleague = Caller("colleague", world.token(scopes=READ_ONLY - {"tag:read"}).value)
-        self.stranger = Caller("stranger", "dop_v1_made_up")
+        self.owner = DemoCaller("first token", world.token().value)
+        self.colleague = DemoCaller("colleague", world.token(scopes=READ_ONLY - {"tag:read"}).value)
+        self.stranger = DemoCaller("stranger", "dop_v1_made_up")
         self.requests = 0
         self.surprises = 0
         self._client = client
 
     async def ask(
-        self, caller: Caller, path: str, expected: Expected, *, method: str = "GET", **headers: str
+        self, caller: DemoCaller, path: str, expected: Expected, *, method: str = "GET", **headers: str
     ) -> Answer:
         """Make one request, and write the lines that tell how it went."""
         with self.watch() as seen:
@@ -91,7 +91,7 @@ class Stage:
         )
         return answer
 
-    async def ask_at_once(self, caller: Caller, paths: Sequence[str], expected: Expected) -> None:
+    async def ask_at_once(self, caller: DemoCaller, paths: Sequence[str], expected: Expected) -> None:
         """Read all `paths` at once. What is expected holds for all together."""
         with self.watch() as seen:
             answers = await asyncio.gather(*(self.fetch(caller, path) for path in paths))
@@ -108,7 +108,7 @@ class Stage:
             f"{expected.status:d} for each and {expected.calls} upstream",
         )
 
-    async def fetch(self, caller: Caller, path: str, method: str = "GET", **headers: str) -> Answer:
+    async def fetch(self, caller: DemoCaller, path: str, method: str = "GET", **headers: str) -> Answer:
         """Make one request."""
         self.requests += 1
         async with self._client.request(

@@ -28,8 +28,8 @@ from proxy.core.errors import (
     UpstreamInvalid,
 )
 from proxy.core.events import GIVEN_UP_BY_CALLER, OTHER_CALLER, RequestDone, Route
-from proxy.core.identity import EntryKey, Keyring, ListKey, ListQuery, Partition, SnapshotId, Token
-from proxy.core.passthrough import Forwarding, forwarded_headers, is_read, passthrough_target
+from proxy.core.identity import Caller, Keyring, Token
+from proxy.core.passthrough import PassthroughRequest, forwarded_headers, is_read, passthrough_target
 from proxy.core.request import (
     ApiPath,
     Call,
@@ -39,6 +39,7 @@ from proxy.core.request import (
     parse_request_id,
     parse_target,
 )
+from proxy.core.resources import Target
 from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
 from proxy.edge.handler import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
 from proxy.edge.passthrough import Passthrough
@@ -67,7 +68,7 @@ class _Log:
 class Api:
     """Answers requests; without a `passthrough` only those about snapshots.
 
-    `name_caller` gives a token's alias; `observe` is told of every request once.
+    `alias_of` gives a token's alias; `observe` is told of every request once.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Api:
         passthrough: Passthrough | None,
         keyring: Keyring,
         *,
-        name_caller: Callable[[Token], str],
+        alias_of: Callable[[Token], str],
         observe: Callable[[RequestDone], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._readthrough = readthrough
         self._passthrough = passthrough
         self._keyring = keyring
-        self._name_caller = name_caller
+        self._alias_of = alias_of
         self._observe = observe
         self._clock = clock
 
@@ -143,20 +144,15 @@ class Api:
                 log.error = answer.error
                 return failed_response(answer, log.request_id)
 
-    async def _call(self, request: web.BaseRequest, target: SnapshotId | ListQuery, log: _Log) -> Call:
+    async def _call(self, request: web.BaseRequest, target: Target, log: _Log) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
-        log.route = Route.SNAPSHOT if isinstance(target, SnapshotId) else Route.LIST
+        log.route = target.resource.route
+        if request.method not in target.resource.methods:
+            raise MethodNotAllowed(", ".join(target.resource.methods))
         method: Literal["GET", "DELETE"] = "GET"
-        match request.method, target:
-            case (("GET" | "HEAD"), _):
-                pass
-            case "DELETE", SnapshotId():
-                method, log.route = "DELETE", Route.DELETE
-            case _, SnapshotId():
-                raise MethodNotAllowed("GET, HEAD, DELETE")
-            case _, ListQuery():
-                raise MethodNotAllowed("GET, HEAD")
-        token, partition = self._caller(request, log)
+        if request.method == "DELETE":
+            method, log.route = "DELETE", Route.DELETE
+        caller = self._caller(request, log)
         if request.body_exists:
             await _skip_body(request)
         _reading_ended(request)
@@ -164,13 +160,9 @@ class Api:
         return Call(
             method=method,
             target=target,
-            key=EntryKey(partition, target.text)
-            if isinstance(target, SnapshotId)
-            else ListKey(partition, target.text),
-            token=token,
+            caller=caller,
             directives=parse_directives(headers.getall("Cache-Control", ()), headers.getall("Pragma", ())),
             request_id=log.request_id,
-            caller=log.caller,
         )
 
     async def _pass_through(self, request: web.BaseRequest, target: ApiPath, log: _Log) -> web.StreamResponse:
@@ -181,25 +173,23 @@ class Api:
             )
         log.route, log.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)
-        token, partition = self._caller(request, log)
+        caller = self._caller(request, log)
         _reading_ended(request)  # a body has deadlines of its own: it may be long
         return await self._passthrough.forward(
             request,
-            Forwarding(
+            PassthroughRequest(
                 method=request.method,
                 target=checked,
                 headers=tuple(forwarded_headers(request.headers.items())),
-                token=token,
-                partition=partition,
+                caller=caller,
                 request_id=log.request_id,
-                caller=log.caller,
             ),
         )
 
-    def _caller(self, request: web.BaseRequest, log: _Log) -> tuple[Token, Partition]:
+    def _caller(self, request: web.BaseRequest, log: _Log) -> Caller:
         token = parse_authorization(request.headers.getall("Authorization", ()))
-        log.caller = self._name_caller(token)
-        return token, self._keyring.partition(token)
+        log.caller = self._alias_of(token)
+        return self._keyring.caller(token, log.caller)
 
     def _done(self, log: _Log, started: float) -> None:
         self._observe(
@@ -228,7 +218,7 @@ def _fact(error: ProxyError | None) -> str | None:
             return None
 
 
-def _target(request: web.BaseRequest) -> SnapshotId | ListQuery | ApiPath:
+def _target(request: web.BaseRequest) -> Target | ApiPath:
     """Check what every request must have, and tell what it is about."""
     if isinstance(request, ForeignRequest):
         raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")

@@ -37,7 +37,7 @@ from proxy.core.http import CACHE_NAME, retry_after
 from proxy.core.invalidation import CallerScope
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
-    Forwarding,
+    PassthroughRequest,
     Streamed,
     is_read,
     returned_headers,
@@ -67,15 +67,15 @@ class Passthrough:
         self._flights = flights
         self._read_timeout_s = read_timeout_s
 
-    async def forward(self, request: web.BaseRequest, forwarding: Forwarding) -> web.StreamResponse:
+    async def forward(self, request: web.BaseRequest, forwarded: PassthroughRequest) -> web.StreamResponse:
         """Answer `request` with what the upstream says to it. Raises ProxyError before the answer begins.
 
         It runs in a task of its own: if the caller closes its connection, a write is settled all the same.
         """
-        work = self._read if is_read(forwarding.method) else self._write
-        owner = Owner(forwarding.partition, writes=not is_read(forwarding.method))
+        work = self._read if is_read(forwarded.method) else self._write
+        owner = Owner(forwarded.caller.partition, writes=not is_read(forwarded.method))
         try:
-            answer = await self._flights.unshared(owner, partial(work, request, forwarding))
+            answer = await self._flights.unshared(owner, partial(work, request, forwarded))
         except Exception:
             _break_off(request)
             raise
@@ -85,7 +85,7 @@ class Passthrough:
         return answer
 
     async def _read(
-        self, request: web.BaseRequest, forwarding: Forwarding
+        self, request: web.BaseRequest, forwarded: PassthroughRequest
     ) -> web.StreamResponse | ProxyError:
         """Forward a read, and once more if its connection was closed before the answer. Runs in a flight.
 
@@ -94,56 +94,56 @@ class Passthrough:
         body, began = self._body_of(request), time.monotonic()
         try:
             if body is not None:
-                return await self._stream(request, forwarding, body, new_connection=True)
+                return await self._stream(request, forwarded, body, new_connection=True)
             try:
-                return await self._stream(request, forwarding, body)
+                return await self._stream(request, forwarded, body)
             except UpstreamDisconnected:
-                return await self._stream(request, forwarding, body, began=began, new_connection=True)
+                return await self._stream(request, forwarded, body, began=began, new_connection=True)
         except ProxyError as failure:
             return failure
 
     async def _stream(
         self,
         request: web.BaseRequest,
-        forwarding: Forwarding,
+        forwarded: PassthroughRequest,
         body: "_Body | None",
         *,
         began: float = math.inf,
         new_connection: bool = False,
     ) -> web.StreamResponse:
         """Forward a read and stream its answer back."""
-        streamed = self._gate.stream(forwarding, body, began=began, new_connection=new_connection)
+        streamed = self._gate.stream(forwarded, body, began=began, new_connection=new_connection)
         async with streamed as answer:
             if answer.status == HTTPStatus.UNAUTHORIZED:
-                invalidated = await self._reject_token(forwarding)
-                return await _stream_back(request, forwarding, answer, pending=not invalidated)
+                invalidated = await self._reject_token(forwarded)
+                return await _stream_back(request, forwarded, answer, pending=not invalidated)
             if answer.status in EDGE_FAILED:
                 raise UpstreamEdgeFailed(answer.status)
-            return await _stream_back(request, forwarding, answer, pending=False)
+            return await _stream_back(request, forwarded, answer, pending=False)
 
     async def _write(
-        self, request: web.BaseRequest, forwarding: Forwarding
+        self, request: web.BaseRequest, forwarded: PassthroughRequest
     ) -> web.StreamResponse | ProxyError:
         """Forward a write, once, and invalidate what it changed or may have changed. Runs in a flight."""
         body = self._body_of(request)
         told = False
         try:
-            async with self._gate.stream(forwarding, body) as begun:
+            async with self._gate.stream(forwarded, body) as begun:
                 answer = begun
-                invalidated = await self._invalidate_after(answer.status, forwarding, body)
+                invalidated = await self._invalidate_after(answer.status, forwarded, body)
                 told = True
                 if answer.status in EDGE_FAILED:
                     answer, said = await peek(answer)
-                    if error_envelope(said, forwarding.request_id) is None:  # a page: clients expect JSON
+                    if error_envelope(said, forwarded.request_id) is None:  # a page: clients expect JSON
                         return WriteUnknown(UpstreamUnexplained(answer.status))
-                return await _stream_back(request, forwarding, answer, pending=not invalidated)
+                return await _stream_back(request, forwarded, answer, pending=not invalidated)
         except (NotSent, UpstreamUnreachable) as not_sent:
             return not_sent
         except Abandoned:  # it was not sent
             raise
         except BaseException as failure:
             if not told:  # its outcome is unknown
-                await self._invalidate(forwarding, body)
+                await self._invalidate(forwarded, body)
             if isinstance(failure, ProxyError):
                 return WriteUnknown(failure) if isinstance(failure, UpstreamError) else failure
             raise
@@ -151,21 +151,23 @@ class Passthrough:
     def _body_of(self, request: web.BaseRequest) -> "_Body | None":
         return _Body(request, self._read_timeout_s) if request.body_exists else None
 
-    async def _invalidate_after(self, status: int, forwarding: Forwarding, body: "_Body | None") -> bool:
+    async def _invalidate_after(
+        self, status: int, forwarded: PassthroughRequest, body: "_Body | None"
+    ) -> bool:
         """Invalidate what a write with this status changed. Like the two below, tell whether Redis did it."""
         if status == HTTPStatus.UNAUTHORIZED:
-            return await self._reject_token(forwarding)
-        return _refuses(status) or await self._invalidate(forwarding, body)
+            return await self._reject_token(forwarded)
+        return _refuses(status) or await self._invalidate(forwarded, body)
 
-    async def _invalidate(self, forwarding: Forwarding, body: "_Body | None") -> bool:
+    async def _invalidate(self, forwarded: PassthroughRequest, body: "_Body | None") -> bool:
         """Invalidate what a write may have changed."""
         read = None if body is None else body.whole
-        scopes = scopes_of_write(forwarding.method, forwarding.target, forwarding.partition, read)
+        scopes = scopes_of_write(forwarded.method, forwarded.target, forwarded.caller.partition, read)
         return await self._invalidator.invalidate("passthrough", *scopes)
 
-    async def _reject_token(self, forwarding: Forwarding) -> bool:
+    async def _reject_token(self, forwarded: PassthroughRequest) -> bool:
         """Invalidate all of the caller: the answer is a 401."""
-        return await self._invalidator.invalidate("unauthorized", CallerScope(forwarding.partition))
+        return await self._invalidator.invalidate("unauthorized", CallerScope(forwarded.caller.partition))
 
 
 class _Body:
@@ -226,14 +228,14 @@ def _break_off(request: web.BaseRequest) -> None:
 
 
 async def _stream_back(
-    request: web.BaseRequest, forwarding: Forwarding, answer: Streamed, *, pending: bool
+    request: web.BaseRequest, forwarded: PassthroughRequest, answer: Streamed, *, pending: bool
 ) -> web.StreamResponse:
     headers = CIMultiDict(returned_headers(answer.headers))
     headers["Server"] = CACHE_NAME
-    headers["X-Request-Id"] = forwarding.request_id
+    headers["X-Request-Id"] = forwarded.request_id
     detail = Detail.INVALIDATION_PENDING if pending else None
     headers["Cache-Status"] = Forwarded(Fwd.BYPASS, detail=detail).header
-    if not is_read(forwarding.method) and not tells_outcome(answer.status, answer.retry_after_s):
+    if not is_read(forwarded.method) and not tells_outcome(answer.status, answer.retry_after_s):
         headers.update(NO_RETRY)
     elif answer.status in RETRYABLE:
         headers["Retry-After"] = retry_after(answer.retry_after_s)

@@ -17,9 +17,9 @@ from http import HTTPStatus
 from proxy.core.breaker import Breaker
 from proxy.core.errors import Overloaded, QuotaSpent, UpstreamPaused
 from proxy.core.events import CallSettled, QuotaWait, Route, Standing
-from proxy.core.identity import ListQuery, Partition, Token
+from proxy.core.identity import Caller, Partition, Token
 from proxy.core.operations import Operation, operation
-from proxy.core.passthrough import Forwarding, Streamed, is_read
+from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.ports import Upstream
 from proxy.core.quota import CallClass, QuotaLimits
@@ -122,21 +122,18 @@ class UpstreamGate:
         bounds. A probe goes over a new connection, too: kept ones are as old as the outage.
         Raises UpstreamError or NotSent.
         """
-        path = "/v2/snapshots" if isinstance(call.target, ListQuery) else f"/v2/snapshots/{call.target.text}"
         passing = self.admitted(
             call.route,
-            call.token,
-            call.key.partition,
             call.caller,
             call_class,
-            operation=operation(call.method, path),
+            operation=operation(call.method, call.target.path),
             patient=patient,
             wait_until=wait_until,
             answer_by=answer_by,
         )
         async with passing as context:
             answer = await context.wait_for(
-                self._upstream.ask(
+                self._upstream.send(
                     call, context.deadline, validator, new_connection=new_connection or context.probe
                 )
             )
@@ -146,7 +143,7 @@ class UpstreamGate:
     @asynccontextmanager
     async def stream(
         self,
-        forwarding: Forwarding,
+        request: PassthroughRequest,
         body: AsyncIterable[bytes] | None,
         *,
         began: float = math.inf,
@@ -160,17 +157,15 @@ class UpstreamGate:
         """
         passing = self.admitted(
             Route.PASSTHROUGH,
-            forwarding.token,
-            forwarding.partition,
-            forwarding.caller,
-            CallClass.MISS if is_read(forwarding.method) else CallClass.WRITE,
-            operation=operation(forwarding.method, forwarding.target),
+            request.caller,
+            CallClass.MISS if is_read(request.method) else CallClass.WRITE,
+            operation=operation(request.method, request.target),
             wait_until=began + self._max_wait_s,
             answer_by=began + self._max_wait_s + self._total_timeout_s,
         )
         async with passing as context, AsyncExitStack() as streaming:
             streamed = self._upstream.stream(
-                forwarding, body, context.deadline, new_connection=new_connection or context.probe
+                request, body, context.deadline, new_connection=new_connection or context.probe
             )
             answer = await context.wait_for(streaming.enter_async_context(streamed))
             said = b""
@@ -183,18 +178,14 @@ class UpstreamGate:
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
         """Say why a call would not be made now. None: it would, or one in flight has to tell first."""
-        postponed = await self._accounts.foresee(
-            self._account(call.token, call.key.partition, call.caller), call_class, 1
-        )
+        postponed = await self._accounts.foresee(self._account(call.caller), call_class, 1)
         return None if postponed is None or postponed.window == "turn" else spent(postponed)
 
     @asynccontextmanager
     async def admitted(
         self,
         route: Route,
-        token: Token,
-        partition: Partition,
-        caller: str,
+        caller: Caller,
         call_class: CallClass,
         *,
         operation: Operation,
@@ -210,8 +201,8 @@ class UpstreamGate:
         self._refuse_while_paused(breaker)
         asked_at = self._monotonic()
         give_up = min(asked_at + (self._max_wait_s if patient else 0.0), wait_until)
-        account, call_s = self._account(token, partition, caller), self._call_s(call_class)
-        name = (partition, call_class is CallClass.WRITE)
+        account, call_s = self._account(caller), self._call_s(call_class)
+        name = (caller.partition, call_class is CallClass.WRITE)
         line = self._lines.setdefault(name, Line())
         line.calls += 1
         try:
@@ -222,7 +213,7 @@ class UpstreamGate:
                 await self._let_a_stranger_in(account, permit)
             # A call that is passed through may last: those of unknown tokens share one token's connections.
             own = permit.known or route is not Route.PASSTHROUGH
-            owner = partition if own else _UNVERIFIED.partition
+            owner = caller.partition if own else _UNVERIFIED.partition
             async with AsyncExitStack() as held:
                 try:
                     await self._connect(held, owner, give_up, spare_s=call_s)
@@ -259,8 +250,9 @@ class UpstreamGate:
                 proxy_error="destination_unavailable",
             )
 
-    def _account(self, token: Token, partition: Partition, caller: str) -> Account:
-        return Account(partition, caller, self._previous_partition and self._previous_partition(token))
+    def _account(self, caller: Caller) -> Account:
+        previous = self._previous_partition and self._previous_partition(caller.token)
+        return Account(caller.partition, caller.alias, previous)
 
     async def _let_a_stranger_in(self, account: Account, permit: Permit) -> None:
         """Count a call of a token that was never accepted in the account of such. Raises Overloaded."""

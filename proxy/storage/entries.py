@@ -24,7 +24,8 @@ from proxy.core.entry import (
     unseal,
 )
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.invalidation import PendingInvalidations
@@ -58,7 +59,7 @@ class Entries:
         self._observe = observe
         self._clock = clock
 
-    async def lookup(self, key: EntryKey | ListKey) -> Lookup:
+    async def lookup(self, key: Key) -> Lookup:
         """Find the entry of `key`, and the basis that a fill of it needs. Never raises."""
         keys = self._keys.of(key)
         if self._pending.covers(keys):
@@ -90,7 +91,7 @@ class Entries:
         self._observe(StoreOperation("lookup", "corrupt" if corrupt else "ok"))
         return Lookup(None, FillPrecondition(current, seen))
 
-    async def put(self, key: EntryKey | ListKey, entry: Entry, basis: FillPrecondition) -> bool:
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Store `entry`, unless it was invalidated, or a newer one stored, since the lookup of `basis`.
 
         Tell whether it was stored. Never raises.
@@ -124,8 +125,8 @@ class Entries:
         An invalidation for one caller deletes the stamp of the caller's lists first: the script compares it
         in the same step in which it stores.
         """
-        list_keys = self._keys.of(ListKey(partition, ""))
-        keys = {name: self._keys.of(EntryKey(partition, name)) for name in seeds}
+        list_keys = self._keys.of(Key(SNAPSHOT_LIST, partition, ""))
+        keys = {name: self._keys.of(Key(SNAPSHOT, partition, name)) for name in seeds}
         keys = {
             name: those
             for name, those in keys.items()

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from proxy.core.entry import Entry, Lifetimes, seal
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
 from proxy.core.incident import Incident
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.resources import Key
 from proxy.logs import event
 from proxy.storage.commands import Command
 from proxy.storage.connection import Link, Unavailable
@@ -162,7 +163,7 @@ class Invalidations:
             case EverythingScope():
                 return (self._keys.everything,)
 
-    def _replace(self, key: EntryKey | ListKey) -> list[Command]:
+    def _replace(self, key: Key) -> list[Command]:
         """Delete the stamp of the caller's lists, and put a tombstone in the entry's place, for `guard_s`.
 
         The tombstone rests on stamps that never stood in Redis, so that it answers no lookup, and no fetch

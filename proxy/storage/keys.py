@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
+from proxy.core.resources import Dependency, Key
 
 
 class EntryKeys(NamedTuple):
@@ -24,20 +25,25 @@ class Keys:
 
     prefix: str
 
-    def of(self, key: EntryKey | ListKey) -> EntryKeys:
+    def of(self, key: Key) -> EntryKeys:
         """Name what a lookup of `key` reads."""
-        mine = self._mine(key.partition)
-        match key:
-            case EntryKey():
-                return EntryKeys(
-                    f"{mine}:snap:{key.snapshot_id}".encode(),
-                    (f"{mine}:gen".encode(), self.snapshot(key.snapshot_id), self.everything),
-                )
-            case ListKey():
-                return EntryKeys(
-                    f"{mine}:list:{key.query}".encode(),
-                    (f"{mine}:gen".encode(), f"{mine}:lists".encode(), self.lists, self.everything),
-                )
+        return EntryKeys(
+            f"{self._mine(key.partition)}:{key.resource.kind}:{key.name}".encode(),
+            tuple([self._stamp(each, key) for each in key.resource.depends_on]),
+        )
+
+    def _stamp(self, dependency: Dependency, key: Key) -> bytes:
+        match dependency:
+            case "caller":
+                return self.caller(key.partition)
+            case "snapshot":
+                return self.snapshot(key.name)
+            case "caller-lists":
+                return self.lists_of(key.partition)
+            case "lists":
+                return self.lists
+            case "everything":
+                return self.everything
 
     def caller(self, partition: Partition) -> bytes:
         """Name the stamp of everything that is kept for one caller."""
@@ -47,10 +53,9 @@ class Keys:
         """Name the stamp of one caller's lists."""
         return f"{self._mine(partition)}:lists".encode()
 
-    def lease(self, key: EntryKey | ListKey, basis: str) -> bytes:
+    def lease(self, key: Key, basis: str) -> bytes:
         """Name the lease of the fetch that rests on `basis`, a digest of what its lookup saw."""
-        kind = "snap" if isinstance(key, EntryKey) else "list"
-        return f"{self._mine(key.partition)}:lease:{kind}:{key[1]}:{basis}".encode()
+        return f"{self._mine(key.partition)}:lease:{key.resource.kind}:{key.name}:{basis}".encode()
 
     def quota(self, partition: Partition) -> bytes:
         """Name the ledger of one caller's calls."""

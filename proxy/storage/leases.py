@@ -25,7 +25,8 @@ from proxy.core.entry import (
     unseal,
 )
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, ListKey
+from proxy.core.identity import Keyring
+from proxy.core.resources import Key
 from proxy.storage.commands import Script
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import Keys
@@ -62,7 +63,7 @@ class Leases:
         self._clock = clock
 
     async def lease(
-        self, key: EntryKey | ListKey, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to be the replica that fetches `key` on this `basis`. None: Redis cannot tell. Never raises.
 

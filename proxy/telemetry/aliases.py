@@ -5,7 +5,6 @@ invalid then, the aliases read before stay in use.
 """
 
 import asyncio
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOG = logging.getLogger(__name__)
 
 
-class Callers:
+class Aliases:
     """The aliases of `callers.aliases_file`; without a file every caller is `other`.
 
     `expect` is called with the aliases each time they were read.
@@ -41,11 +40,11 @@ class Callers:
         self._aliases: dict[str, str] = {}
         self.use(self.read())
 
-    def name(self, token: Token) -> str:
+    def of(self, token: Token) -> str:
         """Give the token's alias, or `other`."""
         if not self._aliases:
             return OTHER_CALLER
-        return self._aliases.get(hashlib.sha256(token.reveal().encode()).hexdigest(), OTHER_CALLER)
+        return self._aliases.get(token.sha256(), OTHER_CALLER)
 
     def read(self) -> dict[str, str]:
         """Read the file, even if it did not change: a map from hash to alias. Raises SettingsError."""

@@ -1,7 +1,7 @@
 """HTTP towards DigitalOcean: one request, and one answer or one `UpstreamError`.
 
-`ask` sends of the caller only the token and the request id, and holds at most `max_body_bytes` of the answer;
-`stream` sends a caller's request as it is, and holds nothing. Neither sends a request again, follows a
+`send` sends of the caller only the token and the request id, and holds at most `max_body_bytes` of the
+answer; `stream` sends a caller's request as it is, and holds nothing. Neither sends one twice, follows a
 redirect, keeps a cookie or reads a proxy from the environment. No error of aiohttp leaves this package, since
 its text may show headers. Deadlines count the time in which this process listened: aiohttp's own timers are
 off. Only the gate calls this (and `check`): it counts each call against the token's quota.
@@ -31,8 +31,7 @@ from proxy.core.errors import (
 )
 from proxy.core.events import GIVEN_UP_BY_CALLER, Route, UpstreamCall
 from proxy.core.http import is_etag, parse_retry_after
-from proxy.core.identity import ListQuery, SnapshotId
-from proxy.core.passthrough import Forwarding, Streamed, is_read
+from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.request import Call
 from proxy.tasks.listening import ListeningTimeout
@@ -97,10 +96,10 @@ class Upstream:
         await self._over_kept.close()
         await self._over_new.close()
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
-        """Ask what `call` asks, with the caller's token, and `If-None-Match` where there is a `validator`.
+        """Send `call` with its caller's token, and `If-None-Match` where there is a `validator`.
 
         `deadline` is monotonic. A read may go over a kept connection, unless it wants a `new_connection`.
         Raises UpstreamError.
@@ -115,15 +114,14 @@ class Upstream:
                     async with ListeningTimeout(deadline - time.monotonic()):
                         response = await self._session(kept=reads and not new_connection).request(
                             call.method,
-                            URL(f"{self._options.base_url}/v2/snapshots{_suffix(call.target)}", encoded=True),
-                            headers={
-                                "Authorization": f"Bearer {call.token.reveal()}",
-                                "Accept": "application/json",
-                                "Accept-Encoding": "gzip",
-                                "User-Agent": USER_AGENT,
-                                "X-Request-Id": call.request_id,
-                            }
-                            | ({"If-None-Match": validator} if validator else {}),
+                            URL(self._options.base_url + call.target.path, encoded=True),
+                            headers=[
+                                *_credentials(call),
+                                ("Accept", "application/json"),
+                                ("Accept-Encoding", "gzip"),
+                                ("User-Agent", USER_AGENT),
+                                *([("If-None-Match", validator)] if validator else ()),
+                            ],
                             allow_redirects=False,
                             proxy=self._options.http_proxy or None,
                         )
@@ -138,7 +136,7 @@ class Upstream:
             status = "timeout"
             raise
         finally:
-            self._observe(UpstreamCall(call.route, status, call.caller, time.perf_counter() - started))
+            self._observe(UpstreamCall(call.route, status, call.caller.alias, time.perf_counter() - started))
         return Answer(
             status=response.status,
             body=body,
@@ -156,7 +154,7 @@ class Upstream:
     @asynccontextmanager
     async def stream(
         self,
-        forwarding: Forwarding,
+        request: PassthroughRequest,
         body: AsyncIterable[bytes] | None,
         deadline: float,
         *,
@@ -170,7 +168,7 @@ class Upstream:
         """
         started = time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
-        reads = is_read(forwarding.method)
+        reads = is_read(request.method)
         within_s = deadline - time.monotonic()
         due = ListeningTimeout(within_s)
         upload = None if body is None else Upload(body, due, within_s)
@@ -179,13 +177,9 @@ class Upstream:
                 try:
                     async with due:
                         response = await self._session(kept=reads and not new_connection).request(
-                            forwarding.method,
-                            URL(self._options.base_url + forwarding.target, encoded=True),
-                            headers=[
-                                *forwarding.headers,
-                                ("Authorization", f"Bearer {forwarding.token.reveal()}"),
-                                ("X-Request-Id", forwarding.request_id),
-                            ],
+                            request.method,
+                            URL(self._options.base_url + request.target, encoded=True),
+                            headers=[*request.headers, *_credentials(request)],
                             data=upload,
                             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
                             allow_redirects=False,
@@ -225,7 +219,7 @@ class Upstream:
             raise
         finally:
             self._observe(
-                UpstreamCall(Route.PASSTHROUGH, status, forwarding.caller, time.perf_counter() - started)
+                UpstreamCall(Route.PASSTHROUGH, status, request.caller.alias, time.perf_counter() - started)
             )
 
     def _session(self, *, kept: bool) -> aiohttp.ClientSession:
@@ -286,6 +280,14 @@ def _setting(reads: bool) -> str:
     return "total_timeout_s" if reads else "write_timeout_s"
 
 
+def _credentials(request: Call | PassthroughRequest) -> tuple[tuple[str, str], ...]:
+    """Write who asks, and under which id: the one place where a token is revealed."""
+    return (
+        ("Authorization", f"Bearer {request.caller.token.reveal()}"),
+        ("X-Request-Id", request.request_id),
+    )
+
+
 def _ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Take the upstream's `ratelimit-*` headers that are numbers: a client may fail on anything else."""
     return tuple(
@@ -296,14 +298,6 @@ def _ratelimit(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 def _validator(etag: str) -> str:
     """Take the upstream's entity tag, if it is one that we would send back."""
     return etag if is_etag(etag) and len(etag) <= _LONGEST_VALIDATOR else ""
-
-
-def _suffix(target: SnapshotId | ListQuery) -> str:
-    match target:
-        case SnapshotId(text):
-            return f"/{text}"
-        case ListQuery(text):
-            return f"?{text}"
 
 
 async def _say_once(

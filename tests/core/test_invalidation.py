@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.invalidation import (
     CallerScope,
     EntryScope,
@@ -12,13 +12,18 @@ from proxy.core.invalidation import (
     SnapshotsScope,
     covers,
 )
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
 pytestmark = pytest.mark.G6
 
 MINE, THEIRS = Partition("a" * 32), Partition("b" * 32)
-ONE, TWO = EntryKey(MINE, "1"), EntryKey(MINE, "2")
-PAGE_1, PAGE_2 = ListKey(MINE, "page=1"), ListKey(MINE, "page=2")
-THEIR_ONE, THEIR_TWO, THEIR_PAGE = EntryKey(THEIRS, "1"), EntryKey(THEIRS, "2"), ListKey(THEIRS, "page=1")
+ONE, TWO = Key(SNAPSHOT, MINE, "1"), Key(SNAPSHOT, MINE, "2")
+PAGE_1, PAGE_2 = Key(SNAPSHOT_LIST, MINE, "page=1"), Key(SNAPSHOT_LIST, MINE, "page=2")
+THEIR_ONE, THEIR_TWO, THEIR_PAGE = (
+    Key(SNAPSHOT, THEIRS, "1"),
+    Key(SNAPSHOT, THEIRS, "2"),
+    Key(SNAPSHOT_LIST, THEIRS, "page=1"),
+)
 KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE)
 
 
@@ -37,7 +42,7 @@ KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE)
         pytest.param(EverythingScope(), {*KEYS}, id="everything"),
     ],
 )
-def test_what_a_scope_covers(scope: Scope, covered: set[EntryKey | ListKey]) -> None:
+def test_what_a_scope_covers(scope: Scope, covered: set[Key]) -> None:
     """Exactly these entries, of all that are kept."""
     assert {key for key in KEYS if covers(scope, key)} == covered
 
@@ -52,7 +57,7 @@ def test_what_a_scope_covers(scope: Scope, covered: set[EntryKey | ListKey]) -> 
         pytest.param(EverythingScope(), {*KEYS}, id="everything"),
     ],
 )
-def test_which_counts_an_invalidation_changes(scope: Scope, changed: set[EntryKey | ListKey]) -> None:
+def test_which_counts_an_invalidation_changes(scope: Scope, changed: set[Key]) -> None:
     """Each one changes exactly these, each time."""
     counts = InvalidationCounts()
     for _ in range(2):
@@ -66,7 +71,7 @@ def test_a_key_whose_count_is_forgotten_counts_as_invalidated() -> None:
     counts = InvalidationCounts(most=2)
     seen = {counts.of(ONE)}
     for number in range(20):
-        counts.count(EntryScope(ONE if number % 3 == 0 else EntryKey(THEIRS, str(number))))
+        counts.count(EntryScope(ONE if number % 3 == 0 else Key(SNAPSHOT, THEIRS, str(number))))
         if number % 3 == 0:
             assert counts.of(ONE) not in seen
         seen.add(counts.of(ONE))

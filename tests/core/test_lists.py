@@ -11,7 +11,7 @@ from hypothesis import example, given, strategies as st
 from proxy.core.entry import CorruptValue, Entry, Lifetimes, make_stamp, seal, unseal
 from proxy.core.errors import BadRequest, UpstreamInvalid
 from proxy.core.http import etag_of, gzipped
-from proxy.core.identity import Keyring, ListQuery
+from proxy.core.identity import Keyring
 from proxy.core.policy import (
     Absent,
     Answer,
@@ -23,18 +23,18 @@ from proxy.core.policy import (
     TokenRejected,
 )
 from proxy.core.request import accepts_gzip
+from proxy.core.resources import SNAPSHOT_LIST, Target, list_target
 from proxy.core.snapshot import normalize_list, normalize_snapshot
 
 POLICY = Policy(
-    fresh_s=60,
-    list_fresh_s=10,
+    ttls_s={"fresh_s": 60, "list_fresh_s": 10},
     negative_s=10,
     stale_while_revalidate_s=60,
     stale_if_error_s=300,
     max_fresh_s=600,
     jitter=0.0,
 )
-LIST = ListQuery.parse("")
+LIST = list_target("")
 SNAPSHOT: dict[str, Any] = {
     "id": "6372321",
     "created_at": "2020-07-28T16:47:44Z",
@@ -78,7 +78,7 @@ def list_of(*snapshots: Any, **rest: Any) -> bytes:
 )
 def test_cached_queries(query: str, canonical: str) -> None:
     """One page has one name, however it is asked for."""
-    assert ListQuery.parse(query) == ListQuery(canonical, cacheable=True)
+    assert list_target(query) == Target(SNAPSHOT_LIST, canonical)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_cached_queries(query: str, canonical: str) -> None:
 )
 def test_forwarded_queries(query: str) -> None:
     """Whatever is not exactly the three parameters goes up as it came, and is not cached."""
-    assert ListQuery.parse(query) == ListQuery(query, cacheable=False)
+    assert list_target(query) == Target(SNAPSHOT_LIST, query, cacheable=False)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_forwarded_queries(query: str) -> None:
 def test_refused_queries(query: str) -> None:
     """What no request target may hold is the caller's mistake."""
     with pytest.raises(BadRequest):
-        ListQuery.parse(query)
+        list_target(query)
 
 
 @given(
@@ -151,22 +151,22 @@ def test_one_page_one_name(
     """The name of a page depends on what is asked and not on how; it names itself."""
     pairs = [("page", page), ("per_page", per_page), ("resource_type", resource_type)]
     asked = "&".join(f"{name}={value}" for name, value in (pairs[i] for i in order) if value is not None)
-    query = ListQuery.parse(asked)
+    query = list_target(asked)
     kind = f"&resource_type={resource_type}" if resource_type else ""
-    assert query == ListQuery(f"page={page or 1}&per_page={per_page or 20}{kind}", cacheable=True)
-    assert ListQuery.parse(query.text) == query
+    assert query == Target(SNAPSHOT_LIST, f"page={page or 1}&per_page={per_page or 20}{kind}")
+    assert list_target(query.name) == query
 
 
 @given(st.text(alphabet="pager_=&012%31 #[]é\r\n", max_size=24))
 def test_any_query(query: str) -> None:
     """Any text is cached under its canonical name, goes up unchanged, or is refused."""
     try:
-        parsed = ListQuery.parse(query)
+        parsed = list_target(query)
     except BadRequest:
         return
-    assert parsed.text.isascii()
-    assert not set(parsed.text) & set(" #\r\n")
-    assert parsed.text == query or (parsed.cacheable and ListQuery.parse(parsed.text) == parsed)
+    assert parsed.name.isascii()
+    assert not set(parsed.name) & set(" #\r\n")
+    assert parsed.name == query or (parsed.cacheable and list_target(parsed.name) == parsed)
 
 
 # -- the body ----------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ def test_a_single_in_a_list(sizes: list[str], name: str, disk: int) -> None:
         for id_, size in zip(ids, sizes, strict=True)
     ]
     listed = normalize_list(b'{"snapshots":[%b],"meta":{"total":9}}' % b",".join(singles), "")
-    assert list(listed.snapshots) == [str(id_) for id_ in ids]
+    assert list(listed.seeds) == [str(id_) for id_ in ids]
     for id_, single in zip(ids, singles, strict=True):
         alone = normalize_snapshot(b'{"snapshot":%b}' % single, str(id_)).body
-        assert listed.snapshots[str(id_)] == alone
+        assert listed.seeds[str(id_)] == alone
         assert alone.removeprefix(b'{"snapshot":').removesuffix(b"}") in listed.body
 
 
@@ -380,7 +380,7 @@ def test_seeds_stretch_and_lists_do_not(remaining_share: float, seed_s: int) -> 
 
 def test_seeds_do_not_expire_together() -> None:
     """The jitter spreads the seeds of one list over its whole range."""
-    policy = Policy(1000, 10, 10, 0, 0, max_fresh_s=1000, jitter=0.1)
+    policy = Policy({"fresh_s": 1000, "list_fresh_s": 10}, 10, 0, 0, max_fresh_s=1000, jitter=0.1)
     seeds = keep(list_of(*(SNAPSHOT | {"id": number} for number in range(1, 201))), policy, 0.5).seeds
     lifetimes = sorted(seed.lifetimes.fresh_s for seed in seeds.values())
     assert 900 <= lifetimes[0] <= 905

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.errors import BadRequest, NotProxied
-from proxy.core.identity import EntryKey, Partition
+from proxy.core.identity import Partition
 from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
 from proxy.core.passthrough import (
     MOST_NAMED,
@@ -18,6 +18,7 @@ from proxy.core.passthrough import (
     scopes_of_write,
 )
 from proxy.core.request import ApiPath, parse_target
+from proxy.core.resources import SNAPSHOT, Key
 
 UUID = "fbe805e8-866b-11e6-96bf-000f53315a41"
 
@@ -244,7 +245,7 @@ def for_all(snapshot_id: str) -> tuple[Scope, ...]:
 
 def own(*snapshot_ids: str) -> tuple[Scope, ...]:
     """Cover these of the caller."""
-    return tuple(EntryScope(EntryKey(CALLER, snapshot_id)) for snapshot_id in snapshot_ids)
+    return tuple(EntryScope(Key(SNAPSHOT, CALLER, snapshot_id)) for snapshot_id in snapshot_ids)
 
 
 def named(*resources: Any) -> bytes:

@@ -10,7 +10,6 @@ from proxy.core.cache_status import Fwd
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.errors import UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.http import etag_of
-from proxy.core.identity import ListQuery, SnapshotId
 from proxy.core.policy import (
     Answer,
     Decision,
@@ -27,6 +26,7 @@ from proxy.core.policy import (
     on_lookup,
 )
 from proxy.core.request import NO_DIRECTIVES, Directives
+from proxy.core.resources import SNAPSHOT, Target, list_target, snapshot_target
 
 ENTRY = Entry(200, b"{}", '"etag"', 1_000, Lifetimes(60, 60, 300))
 FRESH, LAST, STALE = 1_030, 1_059.9, 1_060
@@ -35,17 +35,16 @@ NEVER_STALE = replace(ENTRY, lifetimes=Lifetimes(60))
 NOT_ON_ERROR = replace(ENTRY, lifetimes=Lifetimes(60, 60, 0))
 ONLY_ON_ERROR = replace(ENTRY, lifetimes=Lifetimes(60, 0, 300))
 POLICY = Policy(
-    fresh_s=60,
-    list_fresh_s=10,
+    ttls_s={"fresh_s": 60, "list_fresh_s": 10},
     negative_s=10,
     stale_while_revalidate_s=60,
     stale_if_error_s=300,
     max_fresh_s=600,
     jitter=0.1,
 )
-NUMBER = SnapshotId("42", cacheable=True)
-LIST = ListQuery.parse("")
-SNAPSHOT = {
+NUMBER = Target(SNAPSHOT, "42")
+LIST = list_target("")
+FIELDS = {
     "id": "42",
     "created_at": "2020-07-28T16:47:44Z",
     "min_disk_size": 25,
@@ -56,7 +55,7 @@ SNAPSHOT = {
     "size_gigabytes": 2.34,
     "tags": [],
 }
-BODY = json.dumps({"snapshot": SNAPSHOT}, separators=(",", ":")).encode()
+BODY = json.dumps({"snapshot": FIELDS}, separators=(",", ":")).encode()
 ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
 NO_SUCH = b'{"id":"bad_request","message":"the resource is not a snapshot","request_id":"theirs"}'
 
@@ -193,7 +192,7 @@ def test_no_request_gets_what_it_excludes(age_s: float, directives: Directives) 
 def verdict(
     status: int,
     body: bytes = ERROR,
-    snapshot_id: SnapshotId = NUMBER,
+    snapshot_id: Target = NUMBER,
     draw: float = 0.0,
     *,
     policy: Policy = POLICY,
@@ -241,10 +240,8 @@ def test_on_answer(status: int, body: bytes, expected: Verdict) -> None:
 
 @pytest.mark.parametrize("status", [*range(520, 528), 530])
 @pytest.mark.parametrize("body", [b"<html>", ERROR], ids=["page", "envelope"])
-@pytest.mark.parametrize(
-    "target", [SnapshotId.parse("6372321"), ListQuery.parse("")], ids=["snapshot", "list"]
-)
-def test_an_answer_of_the_edge(status: int, body: bytes, target: SnapshotId | ListQuery) -> None:
+@pytest.mark.parametrize("target", [snapshot_target("6372321"), list_target("")], ids=["snapshot", "list"])
+def test_an_answer_of_the_edge(status: int, body: bytes, target: Target) -> None:
     """It is not the API's: what it says is shown to nobody, whatever its shape."""
     with pytest.raises(UpstreamEdgeFailed) as raised:
         POLICY.on_answer(Answer(status, body, called_at=1.0), target, request_id="ours", draw=0.0)
@@ -314,12 +311,12 @@ def test_a_200_that_is_no_snapshot() -> None:
 def test_a_200_for_another_snapshot() -> None:
     """An answer that was mixed up on its way is served to nobody."""
     with pytest.raises(UpstreamInvalid):
-        verdict(200, BODY, SnapshotId("43", cacheable=True))
+        verdict(200, BODY, Target(SNAPSHOT, "43"))
 
 
 def test_what_is_not_cached_may_be_named_as_it_is() -> None:
     """An id that is only forwarded is not compared: what it means is the upstream's affair."""
-    assert isinstance(verdict(200, BODY, SnapshotId("web", cacheable=False)), Keep)
+    assert isinstance(verdict(200, BODY, Target(SNAPSHOT, "web", cacheable=False)), Keep)
 
 
 def test_our_request_id_is_added() -> None:
@@ -368,9 +365,7 @@ def test_a_refusal_is_not_validated() -> None:
         pytest.param(LIST, 0.0, 0.0, Lifetimes(10, 0, 300), id="4.3.4-a-list-is-never-stretched"),
     ],
 )
-def test_not_modified(
-    target: SnapshotId | ListQuery, remaining_share: float, draw: float, lifetimes: Lifetimes
-) -> None:
+def test_not_modified(target: Target, remaining_share: float, draw: float, lifetimes: Lifetimes) -> None:
     """RFC 9111 §4.3.4: what was validated is as good as new from this call on, and is otherwise as it was."""
     answer = Answer(304, b"", called_at=1_000.5, remaining_share=remaining_share)
     decided = POLICY.on_answer(answer, target, request_id="ours", draw=draw, validated=VALIDATED)
@@ -378,7 +373,7 @@ def test_not_modified(
 
 
 @pytest.mark.parametrize("target", [NUMBER, LIST], ids=["snapshot", "list"])
-def test_not_modified_though_nobody_asked(target: SnapshotId | ListQuery) -> None:
+def test_not_modified_though_nobody_asked(target: Target) -> None:
     """A 304 means something only where a validator went up (RFC 9110 §15.4.5)."""
     with pytest.raises(UpstreamInvalid) as raised:
         POLICY.on_answer(Answer(304, b"", 1_000.5, validator=TAG), target, request_id="ours", draw=0.0)
@@ -446,7 +441,7 @@ def test_the_ttl_stretches(remaining_share: float, jitter: float, max_fresh_s: i
 )
 def test_jitter(fresh_s: int, jitter: float, draw: float, expected_s: int) -> None:
     """A part of the TTL is taken off at random, of positive and negative answers; the windows stay."""
-    policy = replace(POLICY, fresh_s=fresh_s, negative_s=fresh_s, jitter=jitter)
+    policy = replace(POLICY, ttls_s={"fresh_s": fresh_s}, negative_s=fresh_s, jitter=jitter)
     positive, negative = (verdict(*of, draw=draw, policy=policy) for of in ((200, BODY), (404, ERROR)))
     assert positive == kept(200, BODY, Lifetimes(expected_s, 60, 300))
     assert negative == (kept(404, ERROR, Lifetimes(expected_s)) if expected_s else Denied(ERROR))
@@ -455,7 +450,7 @@ def test_jitter(fresh_s: int, jitter: float, draw: float, expected_s: int) -> No
 @given(ttl_s=st.integers(0, 10**6), jitter=st.floats(0, 0.99), draw=st.floats(0, 1, exclude_max=True))
 def test_jitter_stays_within_bounds(ttl_s: int, jitter: float, draw: float) -> None:
     """Never longer than configured, never nothing where something was configured."""
-    policy = replace(POLICY, fresh_s=ttl_s, negative_s=ttl_s, max_fresh_s=ttl_s, jitter=jitter)
+    policy = replace(POLICY, ttls_s={"fresh_s": ttl_s}, negative_s=ttl_s, max_fresh_s=ttl_s, jitter=jitter)
     for decided in (verdict(200, BODY, draw=draw, policy=policy), verdict(404, draw=draw, policy=policy)):
         if decided == Denied(ERROR):
             assert ttl_s == 0

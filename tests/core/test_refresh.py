@@ -4,8 +4,9 @@ import pytest
 
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import By
-from proxy.core.identity import EntryKey, ListQuery, Partition
+from proxy.core.identity import Partition
 from proxy.core.refresh import MOST_OF_ONE, PAGE, REST_S, HotSet, Place, choose
+from proxy.core.resources import SNAPSHOT, Key, list_target
 
 NOON = 1_000_000_000.0
 FRESH_S, SWR_S = 60, 30
@@ -17,9 +18,9 @@ def entry(called_at: float = NOON) -> Entry:
     return Entry(200, b"{}", '"tag"', called_at, Lifetimes(FRESH_S, SWR_S, 300))
 
 
-def key(name: str, partition: Partition = SOMEBODY) -> EntryKey:
+def key(name: str, partition: Partition = SOMEBODY) -> Key:
     """Say whose, and which."""
-    return EntryKey(partition, name)
+    return Key(SNAPSHOT, partition, name)
 
 
 def hot(**filled_s_ago: float) -> HotSet:
@@ -32,7 +33,7 @@ def hot(**filled_s_ago: float) -> HotSet:
 
 def test_the_page_is_one_that_callers_may_ask_for() -> None:
     """It is kept and collapsed under the same key as theirs."""
-    assert ListQuery.parse(PAGE.text) == PAGE
+    assert list_target(PAGE.name) == PAGE
 
 
 # -- the choice --------------------------------------------------------------------------------

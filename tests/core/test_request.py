@@ -4,10 +4,10 @@ from typing import Literal
 
 import pytest
 from hypothesis import example, given, strategies as st
+from kit.callers import caller
 
 from proxy.core.errors import BadRequest, NotProxied, ProxyError, Unauthorized
 from proxy.core.events import Route
-from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
 from proxy.core.request import (
     NO_DIRECTIVES,
     ApiPath,
@@ -18,10 +18,12 @@ from proxy.core.request import (
     parse_request_id,
     parse_target,
 )
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Target
 
 UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
-NUMBER = SnapshotId("42", cacheable=True)
-FIRST_PAGE = ListQuery("page=1&per_page=20", cacheable=True)
+NUMBER = Target(SNAPSHOT, "42")
+FIRST_PAGE = Target(SNAPSHOT_LIST, "page=1&per_page=20")
+SECOND_PAGE = Target(SNAPSHOT_LIST, "page=2&per_page=20")
 
 # -- the target --------------------------------------------------------------------------------
 
@@ -37,15 +39,15 @@ FIRST_PAGE = ListQuery("page=1&per_page=20", cacheable=True)
         pytest.param("/v2/snapshots/42?/../43", NUMBER, id="path-in-the-query"),
         pytest.param("/v2/snapshots/42?a=1?b=2#c", NUMBER, id="odd-query"),
         pytest.param("/v2/snapshots/42?%00%", NUMBER, id="malformed-query"),
-        pytest.param(f"/v2/snapshots/{UUID.upper()}", SnapshotId(UUID, True), id="uuid-in-capitals"),
-        pytest.param("/v2/snapshots/my-name", SnapshotId("my-name", False), id="name"),
+        pytest.param(f"/v2/snapshots/{UUID.upper()}", Target(SNAPSHOT, UUID), id="uuid-in-capitals"),
+        pytest.param("/v2/snapshots/my-name", Target(SNAPSHOT, "my-name", cacheable=False), id="name"),
         pytest.param("http://api.example/v2/snapshots/42", NUMBER, id="absolute-form"),
         pytest.param("https://api.example:443/v2/snapshots/42?x", NUMBER, id="absolute-form-https"),
         pytest.param("HTTP://API.example/v2/snapshots/42", NUMBER, id="absolute-form-in-capitals"),
         pytest.param("http://user:pass@[::1]:8080/v2/snapshots/42", NUMBER, id="odd-authority-is-ignored"),
     ],
 )
-def test_a_snapshot_is_named(target: str, expected: SnapshotId) -> None:
+def test_a_snapshot_is_named(target: str, expected: Target) -> None:
     """The id comes from the path alone."""
     assert parse_target(target) == expected
 
@@ -56,13 +58,17 @@ def test_a_snapshot_is_named(target: str, expected: SnapshotId) -> None:
         pytest.param("/v2/snapshots", FIRST_PAGE, id="no-query"),
         pytest.param("/v2/snapshots/", FIRST_PAGE, id="trailing-slash"),
         pytest.param("/v2/snapshots?", FIRST_PAGE, id="empty-query"),
-        pytest.param("/v2/snapshots?page=2", ListQuery("page=2&per_page=20", True), id="query"),
-        pytest.param("/v2/snapshots/?page=2", ListQuery("page=2&per_page=20", True), id="slash-and-query"),
-        pytest.param("/v2/snapshots?/42", ListQuery("/42", False), id="id-in-the-query"),
+        pytest.param("/v2/snapshots?page=2", Target(SNAPSHOT_LIST, "page=2&per_page=20"), id="query"),
+        pytest.param(
+            "/v2/snapshots/?page=2", Target(SNAPSHOT_LIST, "page=2&per_page=20"), id="slash-and-query"
+        ),
+        pytest.param(
+            "/v2/snapshots?/42", Target(SNAPSHOT_LIST, "/42", cacheable=False), id="id-in-the-query"
+        ),
         pytest.param("http://api.example/v2/snapshots?page=1", FIRST_PAGE, id="absolute-form"),
     ],
 )
-def test_a_list_is_named(target: str, expected: ListQuery) -> None:
+def test_a_list_is_named(target: str, expected: Target) -> None:
     """The query tells which page; `test_lists.py` has the grammar."""
     assert parse_target(target) == expected
 
@@ -192,10 +198,10 @@ def test_no_target_is_a_surprise(target: str) -> None:
         assert refusal in REFUSALS
         return
     match parsed:
-        case SnapshotId(text):
-            assert text in target.lower() or text in target
-        case ListQuery(text, cacheable):
-            assert cacheable or target.endswith(text)
+        case Target(resource, name, _) if resource is SNAPSHOT:
+            assert name in target.lower() or name in target
+        case Target(_, name, cacheable):
+            assert cacheable or target.endswith(name)
         case ApiPath(path, query):
             assert target.endswith((f"{path}?{query}", path))
             assert path.startswith("/v2/")
@@ -209,13 +215,9 @@ def test_no_target_is_a_surprise(target: str) -> None:
         pytest.param("DELETE", NUMBER, Route.DELETE, id="delete"),
     ],
 )
-def test_the_route_of_a_call(
-    method: Literal["GET", "DELETE"], target: SnapshotId | ListQuery, route: Route
-) -> None:
+def test_the_route_of_a_call(method: Literal["GET", "DELETE"], target: Target, route: Route) -> None:
     """What is asked tells how it is counted."""
-    mine = Partition("0" * 32)
-    key = EntryKey(mine, target.text) if isinstance(target, SnapshotId) else ListKey(mine, target.text)
-    assert Call(method, target, key, Token("x"), NO_DIRECTIVES, "request-1", "other").route is route
+    assert Call(method, target, caller(), NO_DIRECTIVES, "request-1").route is route
 
 
 # -- the caller --------------------------------------------------------------------------------

@@ -627,8 +627,8 @@ def page(snapshots: int, **changes: Any) -> bytes:
 def test_a_page_that_is_taken(snapshots: int, changes: dict[str, Any]) -> None:
     """The bounds are well above what the API documents."""
     normalized_list = normalize_list(page(snapshots, **changes), "")
-    assert len(normalized_list.snapshots) == snapshots
-    assert ids_in_list(normalized_list.body) == normalized_list.snapshots.keys()
+    assert len(normalized_list.seeds) == snapshots
+    assert ids_in_list(normalized_list.body) == normalized_list.seeds.keys()
 
 
 @pytest.mark.G9
@@ -669,4 +669,4 @@ def test_values_beyond_an_enum(resource_type: str, unknown: tuple[str, ...]) -> 
     listed = normalize_list(page(3, resource_type=resource_type), "")
     assert listed.unknown == unknown * 3
     assert {one["resource_type"] for one in json.loads(listed.body)["snapshots"]} == {resource_type}
-    assert single.body.replace(b"6372321", b"2") == listed.snapshots["2"]
+    assert single.body.replace(b"6372321", b"2") == listed.seeds["2"]

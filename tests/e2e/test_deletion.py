@@ -44,8 +44,9 @@ from kit.support import (
 
 from proxy.core.breaker import FAILURES
 from proxy.core.entry import UNAVAILABLE, Entry, Lifetimes
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,
     READ_ONLY,
@@ -862,7 +863,7 @@ async def test_an_invalidation_that_is_pending_again(monkeypatch: pytest.MonkeyP
             link.away = True
             assert not await store.invalidate(SnapshotsScope(("2",)))
             link.away, link.deleted = False, []
-            assert await store.lookup(ListKey(Partition("0" * 32), "page=1")) == UNAVAILABLE
+            assert await store.lookup(Key(SNAPSHOT_LIST, Partition("0" * 32), "page=1")) == UNAVAILABLE
             link.replies.set()
             await until(lambda: link.deleted, "the next heartbeat deletes the rest")
             assert link.deleted == [b"test:1:lists", b"test:1:ver:2"]
@@ -954,7 +955,7 @@ async def pair() -> AsyncIterator[Pair]:
 async def test_every_order_of_commands(pair: Pair, kind: Kind, ending: str, order: tuple[str, ...]) -> None:
     """What a fill from before writes never counts, wherever an ending's commands fall between its own."""
     partition, name = Partition(secrets.token_hex(16)), str(random.randrange(1, 10**9))  # noqa: S311 # no secret
-    single, listed = EntryKey(partition, name), ListKey(partition, "page=1&per_page=20")
+    single, listed = Key(SNAPSHOT, partition, name), Key(SNAPSHOT_LIST, partition, "page=1&per_page=20")
     key = single if kind == "single" else listed
     basis = (await pair.filling.lookup(key)).basis
     assert basis is not None

@@ -1150,7 +1150,7 @@ async def test_a_bug_is_an_answer_too(
     """An exception that nobody foresaw is a 500 of ours; what it says is not shown, and it counts once."""
 
     async def fail(_: ReadThrough, call: Call) -> None:
-        raise ValueError(f"Authorization: Bearer {call.token.reveal()}")
+        raise ValueError(f"Authorization: Bearer {call.caller.token.reveal()}")
 
     monkeypatch.setattr(ReadThrough, "get", fail)
     monkeypatch.setattr(ReadThrough, "delete", fail)

@@ -29,8 +29,9 @@ from kit.support import (
 )
 from redis.asyncio import Redis
 
-from proxy.core.identity import EntryKey, Keyring, Token as CallerToken
+from proxy.core.identity import Keyring, Token as CallerToken
 from proxy.core.quota import TURN_S
+from proxy.core.resources import SNAPSHOT, Key
 from proxy.simulator import Limits, Simulator, Snapshot, Token, World
 from proxy.storage.keys import Keys
 
@@ -353,8 +354,8 @@ def retype(value: bytes, _: bytes, __: random.Random) -> list[bytes]:
 
 
 MUTATIONS: Sequence[Mutation] = (flip, flip, cut, prolong, swap, renumber, invent, answer_plainly, retype)
-ENTRY, CALLER, SNAPSHOT = range(3)
-WHERE: Sequence[int] = (ENTRY, ENTRY, ENTRY, CALLER, SNAPSHOT)
+ENTRY, OF_CALLER, OF_SNAPSHOT = range(3)
+WHERE: Sequence[int] = (ENTRY, ENTRY, ENTRY, OF_CALLER, OF_SNAPSHOT)
 
 
 @dataclass(frozen=True)
@@ -449,7 +450,7 @@ def keys_of(pairs: Sequence[tuple[Token, Snapshot]], secret: Path) -> list[tuple
     """Name what the look-ups of callers for snapshots read: the entry, and its stamps."""
     keyring, layout = Keyring(secret.read_bytes().rstrip(b"\n")), Keys("snapshot-proxy")
     named = (
-        layout.of(EntryKey(keyring.partition(CallerToken(caller.value)), snapshot.id))
+        layout.of(Key(SNAPSHOT, keyring.partition(CallerToken(caller.value)), snapshot.id))
         for caller, snapshot in pairs
     )
     return [(key.entry, *key.stamps) for key in named]

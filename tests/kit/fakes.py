@@ -9,19 +9,22 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
+from kit.callers import caller
 from proxy.core.events import CallSettled, QuotaWait
-from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.identity import Caller, Partition, Token
 from proxy.core.operations import Operation, Operations
-from proxy.core.passthrough import Forwarding, Streamed
+from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import SNAPSHOT, Target
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
 from proxy.tasks.drain import DrainDeadline
 
-SOMEBODY = Partition("a" * 32)
+CALLER = caller()
+SOMEBODY = CALLER.partition
 CALL_S = 2.0
 
 
@@ -154,7 +157,7 @@ class FakeApi:
     """Whether each was wanted over a new connection."""
     _spent: Counter[Partition] = field(default_factory=Counter)
 
-    async def ask(
+    async def send(
         self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
     ) -> Answer:
         """Answer once."""
@@ -162,17 +165,17 @@ class FakeApi:
         assert deadline <= self.due
         self.over_new.append(new_connection)
         self.deadlines_s.append(deadline - _now())
-        self.asked.append((_now(), call.target.text))
+        self.asked.append((_now(), call.target.name))
         self._spent[call.key.partition] += 1
         remaining = 5000 - self._spent[call.key.partition]
         await asyncio.sleep(self.takes_s)
-        chosen = self.answers.get(call.target.text, self.answer)
+        chosen = self.answers.get(call.target.name, self.answer)
         return answer(200, remaining=remaining) if chosen is None else chosen()
 
     @asynccontextmanager
     async def stream(
         self,
-        forwarding: Forwarding,
+        request: PassthroughRequest,
         body: AsyncIterable[bytes] | None,
         deadline: float,
         *,
@@ -182,7 +185,7 @@ class FakeApi:
         del body
         self.deadlines_s.append(deadline - _now())
         self.over_new.append(new_connection)
-        self.asked.append((_now(), forwarding.target))
+        self.asked.append((_now(), request.target))
         told = answer(200) if self.answer is None else self.answer()
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -206,10 +209,9 @@ def answer(
     return Answer(status, body, 0.0, retry_after_s, ratelimit)
 
 
-def call(number: int = 1, partition: Partition = SOMEBODY, caller: str = "other") -> Call:
+def call(number: int = 1, sender: Caller = CALLER) -> Call:
     """Make a read."""
-    target = SnapshotId(str(number), cacheable=True)
-    return Call("GET", target, EntryKey(partition, target.text), Token("token"), NO_DIRECTIVES, "id", caller)
+    return Call("GET", Target(SNAPSHOT, str(number)), sender, NO_DIRECTIVES, "id")
 
 
 def accounts(ledger: FakeLedger, *, replicas: int = 1, call_s: float = CALL_S) -> Accounts:

@@ -14,8 +14,9 @@ from redis.asyncio import Redis
 
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lifetimes, Record
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, Partition
+from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.resources import SNAPSHOT, Key
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
@@ -23,8 +24,8 @@ from proxy.storage.store import Store
 
 pytestmark = pytest.mark.G3
 
-KEY = EntryKey(Partition("0" * 32), "6372321")
-OTHER_KEY = EntryKey(Partition("1" * 32), "6372321")
+KEY = Key(SNAPSHOT, Partition("0" * 32), "6372321")
+OTHER_KEY = Key(SNAPSHOT, Partition("1" * 32), "6372321")
 ENTRY = Entry(200, b'{"snapshot":{}}', '"tag"', 1_000.0, Lifetimes(60, 60, 300))
 
 
@@ -37,7 +38,7 @@ class Replica(Store):
             link, Keys("test"), Keyring(bytes(32)), stamp_ttl_s=600, guard_s=60, observe=self.seen.append
         )
 
-    async def basis(self, key: EntryKey = KEY) -> FillPrecondition:
+    async def basis(self, key: Key = KEY) -> FillPrecondition:
         """Look up, and give what a fill would rest on."""
         basis = (await self.lookup(key)).basis
         assert basis is not None
@@ -161,7 +162,7 @@ async def test_what_a_fetch_rests_on_stays(
     [
         pytest.param(EntryScope(KEY), id="entry"),
         pytest.param(CallerScope(KEY.partition), id="caller"),
-        pytest.param(SnapshotsScope((KEY.snapshot_id,)), id="snapshots"),
+        pytest.param(SnapshotsScope((KEY.name,)), id="snapshots"),
         pytest.param(EverythingScope(), id="everything"),
     ],
 )

@@ -9,10 +9,11 @@ from random import Random
 import pytest
 from kit.support import Valkey, connecting
 
-from benchmarks.day.redis import Key, MemoryStore
+from benchmarks.day.redis import MemoryStore
 from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, SnapshotsScope
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage import leases
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
@@ -20,7 +21,12 @@ from proxy.storage.store import Store
 
 NOW = 1_700_000_000.0
 MINE, THEIRS = Partition("a" * 32), Partition("b" * 32)
-KEYS: list[Key] = [EntryKey(MINE, "1"), EntryKey(MINE, "2"), EntryKey(THEIRS, "1"), ListKey(MINE, "page=1")]
+KEYS: list[Key] = [
+    Key(SNAPSHOT, MINE, "1"),
+    Key(SNAPSHOT, MINE, "2"),
+    Key(SNAPSHOT, THEIRS, "1"),
+    Key(SNAPSHOT_LIST, MINE, "page=1"),
+]
 STEPS = 120
 
 

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from proxy.core.entry import Entry, HeldElsewhere, Record
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, ListKey
+from proxy.core.resources import Key
 from proxy.storage import leases
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
@@ -80,9 +80,7 @@ async def replica(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         pytest.param(recorded.OF_REFUSED, recorded.REFUSAL, id="refusal-of-the-token"),
     ],
 )
-async def test_it_reads_entries(
-    redis: Redis, replica: Replica, key: EntryKey | ListKey, entry: Entry
-) -> None:
+async def test_it_reads_entries(redis: Redis, replica: Replica, key: Key, entry: Entry) -> None:
     """Each with all of its fields, by the stamps that stand there."""
     await recorded.load(redis, SAMPLE["values"])
     assert (await replica.store.lookup(key)).entry == entry
@@ -107,7 +105,7 @@ async def test_it_reads_tombstones(redis: Redis, replica: Replica) -> None:
     ],
 )
 async def test_it_reads_leases(
-    redis: Redis, replica: Replica, key: EntryKey, expected: Record | HeldElsewhere
+    redis: Redis, replica: Replica, key: Key, expected: Record | HeldElsewhere
 ) -> None:
     """A fetch of the version before is shared."""
     await recorded.load(redis, SAMPLE["values"])

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
+from proxy.core.identity import Keyring, Partition, Token
 from proxy.core.invalidation import (
     CallerScope,
     EntryScope,
@@ -25,6 +25,7 @@ from proxy.core.invalidation import (
     SnapshotsScope,
     covers,
 )
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage import heartbeat, invalidation
 from proxy.storage.connection import WORKERS, Command, Link, Unavailable
 from proxy.storage.keys import Keys
@@ -34,12 +35,12 @@ KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
 ANOTHER = Keyring(b"another secret of thirty-two byte")
 A_THIRD = Keyring(b"a third secret of thirty-two bytes")
 KEYS = Keys("snapshot-proxy")
-MINE = EntryKey(KEYRING.partition(Token("mine")), "6372321")
-THEIRS = EntryKey(KEYRING.partition(Token("theirs")), MINE.snapshot_id)
-SIBLING = EntryKey(MINE.partition, "7372321")
-MY_LIST = ListKey(MINE.partition, "page=1&per_page=20")
-MY_OTHER_LIST = ListKey(MINE.partition, "page=2&per_page=20")
-THEIR_LIST = ListKey(THEIRS.partition, MY_LIST.query)
+MINE = Key(SNAPSHOT, KEYRING.partition(Token("mine")), "6372321")
+THEIRS = Key(SNAPSHOT, KEYRING.partition(Token("theirs")), MINE.name)
+SIBLING = Key(SNAPSHOT, MINE.partition, "7372321")
+MY_LIST = Key(SNAPSHOT_LIST, MINE.partition, "page=1&per_page=20")
+MY_OTHER_LIST = Key(SNAPSHOT_LIST, MINE.partition, "page=2&per_page=20")
+THEIR_LIST = Key(SNAPSHOT_LIST, THEIRS.partition, MY_LIST.name)
 ENTRY = Entry(200, b'{"snapshot":{}}', '"etag"', 1_000.25, Lifetimes(60, 60, 300))
 NEWER = replace(ENTRY, body=b'{"snapshot":{"id":"6372321"}}', called_at=1_030.5)
 STAMP_TTL_S = 900
@@ -53,7 +54,6 @@ PATIENT_S = 10.0
 SHORT_S = 0.1
 
 
-Key = EntryKey | ListKey
 KEPT: tuple[Key, ...] = (MINE, SIBLING, THEIRS, MY_LIST, MY_OTHER_LIST, THEIR_LIST)
 
 # -- helpers -----------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ INVALIDATED = {
     "caller": Invalidated(CallerScope(MINE.partition), MY_OWN, MY_OWN),
     "entry": Invalidated(EntryScope(MINE), MY_LISTS | {MINE}, MY_OWN, full=False),
     "list": Invalidated(EntryScope(MY_LIST), MY_LISTS, MY_OWN, full=False),
-    "snapshots": Invalidated(SnapshotsScope((MINE.snapshot_id, "1")), FOR_ALL, FOR_ALL),
+    "snapshots": Invalidated(SnapshotsScope((MINE.name, "1")), FOR_ALL, FOR_ALL),
     "everything": Invalidated(EverythingScope(), ALL, ALL),
 }
 each_scope = pytest.mark.parametrize("it", INVALIDATED.values(), ids=INVALIDATED)
@@ -196,7 +196,7 @@ def seed_of(entry: Entry) -> Entry:
 def test_the_names_of_keys() -> None:
     """The layout is DESIGN.md's: one caller's keys in one slot of a Cluster, what all share outside."""
     partition = Partition("0123456789abcdef0123456789abcdef")
-    names = Keys("a:prefix").of(EntryKey(partition, "42"))
+    names = Keys("a:prefix").of(Key(SNAPSHOT, partition, "42"))
     assert names == (
         b"a:prefix:1:{0123456789abcdef0123456789abcdef}:snap:42",
         (
@@ -205,7 +205,7 @@ def test_the_names_of_keys() -> None:
             b"a:prefix:1:all",
         ),
     )
-    lists = Keys("a:prefix").of(ListKey(partition, "page=1&per_page=20"))
+    lists = Keys("a:prefix").of(Key(SNAPSHOT_LIST, partition, "page=1&per_page=20"))
     assert lists == (
         b"a:prefix:1:{0123456789abcdef0123456789abcdef}:list:page=1&per_page=20",
         (
@@ -225,7 +225,7 @@ async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
     """There are these keys and no others, each with a TTL: an entry's retention, longer for its stamps."""
     await one.fill(MINE)
     await one.fill(MY_LIST)
-    await one.store.seed(MY_LIST.partition, {SIBLING.snapshot_id: ENTRY}, await one.basis(MY_LIST))
+    await one.store.seed(MY_LIST.partition, {SIBLING.name: ENTRY}, await one.basis(MY_LIST))
     await one.store._heartbeat.pulse()
     ttls = {name: await redis.ttl(name) for name in await redis.keys()}
     common = {KEYS.secret, KEYS.replicas}
@@ -244,7 +244,7 @@ async def test_what_replaces_a_tombstone_stands_as_long(one: Replica, redis: Red
     await one.store.invalidate(EntryScope(MINE))
     await one.store.invalidate(EntryScope(SIBLING))
     await one.fill(MINE, GUARDED)
-    await one.store.seed(MINE.partition, {SIBLING.snapshot_id: NEVER_OLDER}, await one.basis(MY_LIST))
+    await one.store.seed(MINE.partition, {SIBLING.name: NEVER_OLDER}, await one.basis(MY_LIST))
     assert await one.entry(SIBLING) == NEVER_OLDER
     for key in (MINE, SIBLING):
         assert GUARD_S - 5 < await redis.ttl(KEYS.of(key).entry) <= GUARD_S
@@ -253,7 +253,7 @@ async def test_what_replaces_a_tombstone_stands_as_long(one: Replica, redis: Red
 @pytest.mark.G7
 async def test_nothing_in_redis_shows_a_token(one: Replica, redis: Redis) -> None:
     """Neither names nor values hold the token."""
-    key = EntryKey(KEYRING.partition(Token("dop_v1_secret")), "1")
+    key = Key(SNAPSHOT, KEYRING.partition(Token("dop_v1_secret")), "1")
     await one.fill(key)
     for name in await redis.keys():
         assert b"dop_v1_secret" not in name + await redis.get(name)
@@ -282,7 +282,7 @@ async def test_seeds_lengthen_the_life_of_their_stamps(one: Replica, redis: Redi
     await one.basis(SIBLING)
     for name in names:
         await redis.expire(name, 20)
-    await one.store.seed(MY_LIST.partition, {SIBLING.snapshot_id: ENTRY}, basis)
+    await one.store.seed(MY_LIST.partition, {SIBLING.name: ENTRY}, basis)
     for name in names:
         assert await redis.ttl(name) > STAMP_TTL_S - 5
 
@@ -303,7 +303,7 @@ async def test_a_fill_is_everybodys_hit(one: Replica, two: Replica) -> None:
 async def test_racing_replicas_agree_on_stamps(one: Replica, two: Replica) -> None:
     """However many look at the same time, each stamp is made once, and every fill is a hit."""
     for number in range(30):
-        key = EntryKey(Partition(f"{number:032x}"), str(number + 1))
+        key = Key(SNAPSHOT, Partition(f"{number:032x}"), str(number + 1))
         bases = await asyncio.gather(*(who.basis(key) for who in (one, two) * 4))
         assert len(set(bases)) == 1
         assert await one.store.put(key, ENTRY, bases[0])
@@ -456,7 +456,7 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
     counts = dict.fromkeys(KEPT, 0)
     flying: list[Callable[[Store], Awaitable[object]]] = []
-    seen = dict.fromkeys(["single", "list", "seed"], 0)
+    seen = dict.fromkeys(["snap", "list", "seed"], 0)
 
     def made(key: Key, step: int) -> Entry:
         return replace(ENTRY, body=f"{key} {counts[key]}".encode(), called_at=step)
@@ -469,12 +469,12 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(
                 entry, basis = await store.lookup(key)
                 if entry is not None:
                     assert entry.body == f"{key} {counts[key]}".encode()
-                    seen["list" if isinstance(key, ListKey) else "seed" if entry.seeded else "single"] += 1
+                    seen["seed" if entry.seeded else key.resource.kind] += 1
                 assert basis is not None
                 flying.append(methodcaller("put", key=key, entry=made(key, step), basis=basis))
-                if isinstance(key, ListKey):
+                if key.resource is SNAPSHOT_LIST:
                     singles = [one for one in (MINE, SIBLING, THEIRS) if one.partition == key.partition]
-                    seeds = {one.snapshot_id: seed_of(made(one, step)) for one in singles}
+                    seeds = {one.name: seed_of(made(one, step)) for one in singles}
                     flying.append(methodcaller("seed", partition=key.partition, seeds=seeds, basis=basis))
             case "land" if flying:
                 await flying.pop(chance.randrange(len(flying)))(store)
@@ -490,7 +490,7 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(
 
 # -- seeds -------------------------------------------------------------------------------------
 
-SEEDS = {MINE.snapshot_id: seed_of(ENTRY), SIBLING.snapshot_id: seed_of(NEWER)}
+SEEDS = {MINE.name: seed_of(ENTRY), SIBLING.name: seed_of(NEWER)}
 LATER_SEEDS = dict.fromkeys(SEEDS, NEVER_OLDER)
 
 
@@ -530,8 +530,8 @@ async def test_a_seed_never_replaces_what_was_called_later(one: Replica, stands:
     stands = replace(stands, body=b"single")
     await one.fill(MINE, stands)
     assert await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST)) == SEEDS.keys()
-    assert await one.entry(MINE) == (SEEDS[MINE.snapshot_id] if seeded else stands)
-    assert await one.entry(SIBLING) == SEEDS[SIBLING.snapshot_id]
+    assert await one.entry(MINE) == (SEEDS[MINE.name] if seeded else stands)
+    assert await one.entry(SIBLING) == SEEDS[SIBLING.name]
 
 
 @pytest.mark.parametrize(
@@ -551,9 +551,9 @@ async def test_a_seed_where_something_foreign_stands(
     await (redis.lpush(name, *value) if isinstance(value, list) else redis.set(name, value))
     basis = await one.basis(MY_LIST)
     await one.store.seed(MINE.partition, SEEDS, basis)
-    assert await one.entry(MINE) == (SEEDS[MINE.snapshot_id] if seeded else None)
+    assert await one.entry(MINE) == (SEEDS[MINE.name] if seeded else None)
     await one.store.seed(MINE.partition, SEEDS, basis)
-    assert await one.entry(MINE) == SEEDS[MINE.snapshot_id]
+    assert await one.entry(MINE) == SEEDS[MINE.name]
 
 
 @pytest.mark.G6
@@ -615,7 +615,7 @@ async def test_nothing_to_seed(one: Replica, seeds: dict[str, Entry]) -> None:
 
 async def test_a_stamp_of_a_seed_that_is_not_ours(one: Replica, redis: Redis) -> None:
     """Nothing is stored, and it is counted; a look at the snapshot mends it."""
-    await redis.set(KEYS.snapshot(MINE.snapshot_id), "somebody else's")
+    await redis.set(KEYS.snapshot(MINE.name), "somebody else's")
     assert await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST)) == set()
     assert one.told[-1] == StoreOperation("seed", "corrupt")
     assert await hits(one) == set()
@@ -701,7 +701,7 @@ async def test_what_does_not_verify_is_a_miss(
 @pytest.mark.G5
 async def test_an_entry_of_another_secret_is_never_read(valkey: Valkey, one: Replica, redis: Redis) -> None:
     """A replica with another secret makes other partitions; its value moved into ours does not verify."""
-    foreign = EntryKey(ANOTHER.partition(Token("mine")), MINE.snapshot_id)
+    foreign = Key(SNAPSHOT, ANOTHER.partition(Token("mine")), MINE.name)
     assert foreign.partition != MINE.partition
     async with replica(valkey.url, ANOTHER) as other:
         await other.fill(foreign)
@@ -811,7 +811,7 @@ async def test_only_what_is_pending_is_left_out_of_seeds(
 ) -> None:
     """What is pending for one snapshot keeps no other one of the list from being seeded."""
     valkey.pause()
-    await hasty.store.invalidate(SnapshotsScope((MINE.snapshot_id,)))
+    await hasty.store.invalidate(SnapshotsScope((MINE.name,)))
     valkey.resume()
     await hasty.connected()
     del hasty.store._pending.stamps[KEYS.lists]  # done; the snapshot's own is not
@@ -824,7 +824,7 @@ async def test_pending_stamps_are_deleted_lists_first(valkey: Valkey, one: Repli
     """`seed` reads a snapshot's stamp before the lists': it relies on this order of deletions."""
     await valkey.kill()
     await one.store.invalidate(CallerScope(MINE.partition))
-    await one.store.invalidate(SnapshotsScope((MINE.snapshot_id,)))
+    await one.store.invalidate(SnapshotsScope((MINE.name,)))
     sent: list[Command] = []
 
     async def watched(*commands: Command) -> list[object]:
@@ -836,7 +836,7 @@ async def test_pending_stamps_are_deleted_lists_first(valkey: Valkey, one: Repli
         await one.store._heartbeat.pulse()
     deleted = [name for verb, name, *_ in sent if verb == "DEL"]
     assert deleted[0] == KEYS.lists
-    assert {*deleted} == {KEYS.lists, KEYS.snapshot(MINE.snapshot_id), KEYS.caller(MINE.partition)}
+    assert {*deleted} == {KEYS.lists, KEYS.snapshot(MINE.name), KEYS.caller(MINE.partition)}
 
 
 @pytest.mark.G6
@@ -1137,7 +1137,7 @@ async def test_the_heart_goes_on_where_the_list_of_replicas_is_something_else(
 
 async def test_replicas_with_other_secrets_leave_each_other_alone(valkey: Valkey, one: Replica) -> None:
     """While a secret is rotated both sides have their hits, of one snapshot too, and see no corruption."""
-    theirs = EntryKey(ANOTHER.partition(Token("mine")), MINE.snapshot_id)
+    theirs = Key(SNAPSHOT, ANOTHER.partition(Token("mine")), MINE.name)
     async with replica(valkey.url, ANOTHER) as other:
         await one.fill(MINE)
         await other.fill(theirs, NEWER)

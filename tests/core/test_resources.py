@@ -1,0 +1,164 @@
+"""The table of what is cached: its rows, and the grammar of ids. `test_lists.py` has that of lists."""
+
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+import pytest
+from hypothesis import example, given, strategies as st
+
+from proxy.core.errors import BadRequest
+from proxy.core.events import Route
+from proxy.core.identity import Partition
+from proxy.core.resources import (
+    RESOURCES,
+    SNAPSHOT,
+    SNAPSHOT_LIST,
+    Key,
+    Resource,
+    Target,
+    find_target,
+    snapshot_target,
+)
+from proxy.settings.sections import Settings
+
+UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
+
+# -- the rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        pytest.param(Target(SNAPSHOT, "42"), "/v2/snapshots/42", id="snapshot"),
+        pytest.param(Target(SNAPSHOT_LIST, "page=2"), "/v2/snapshots?page=2", id="list"),
+    ],
+)
+def test_what_goes_upstream_names_the_same(target: Target, path: str) -> None:
+    """A target's path leads back to its row: what is stored under a key is what the key says."""
+    assert target.path == path
+    found = find_target(*path.split("?")) if "?" in path else find_target(path, "")
+    assert found is not None
+    assert found.resource is target.resource
+
+
+@pytest.mark.parametrize("resource", RESOURCES, ids=repr)
+def test_a_row_is_complete(resource: Resource) -> None:
+    """Its kind is its own, its TTL a setting, its methods those of a read and perhaps DELETE."""
+    assert [each.kind for each in RESOURCES].count(resource.kind) == 1
+    assert isinstance(getattr(Settings().cache, resource.ttl), int)
+    assert resource.methods[:2] == ("GET", "HEAD")
+    assert set(resource.methods[2:]) <= {"DELETE"}
+    assert resource.route not in (Route.DELETE, Route.PASSTHROUGH, Route.OTHER)
+
+
+@given(path=st.one_of(st.text(), st.text("snaphot/v2.%0a", max_size=30).map("/v2/{}".format)))
+@example(path="/v2/snapshots/")
+@example(path="/v2/snapshots//")
+def test_no_path_is_of_two_kinds(path: str) -> None:
+    """The order of the rows makes no difference."""
+    assert sum(resource.path.fullmatch(path) is not None for resource in RESOURCES) <= 1
+
+
+# -- ids ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("segment", "text", "cacheable"),
+    [
+        pytest.param("1", "1", True, id="one-digit"),
+        pytest.param("6372321", "6372321", True, id="droplet-snapshot"),
+        pytest.param("9" * 19, "9" * 19, True, id="nineteen-digits"),
+        pytest.param(UUID, UUID, True, id="volume-snapshot"),
+        pytest.param(UUID.upper(), UUID, True, id="uuid-in-capitals"),
+        pytest.param("9" * 20, "9" * 20, False, id="twenty-digits"),
+        pytest.param("0", "0", False, id="zero"),
+        pytest.param("042", "042", False, id="leading-zero"),
+        pytest.param("-1", "-1", False, id="negative"),
+        pytest.param(UUID.replace("-", ""), UUID.replace("-", ""), False, id="uuid-without-hyphens"),
+        pytest.param(UUID[:-1] + "G", UUID[:-1] + "G", False, id="almost-a-uuid-keeps-its-case"),
+        pytest.param("My_Snapshot-1", "My_Snapshot-1", False, id="name"),
+        pytest.param("a" * 64, "a" * 64, False, id="sixty-four-characters"),
+    ],
+)
+def test_an_id_that_is_taken(segment: str, text: str, cacheable: bool) -> None:
+    """What the API documents is cached, in lower case; other short segments are forwarded as they came."""
+    assert snapshot_target(segment) == Target(SNAPSHOT, text, cacheable)
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        pytest.param("", id="empty"),
+        pytest.param(".", id="dot"),
+        pytest.param("..", id="dots"),
+        pytest.param("1.5", id="fraction"),
+        pytest.param("a" * 65, id="sixty-five-characters"),
+        pytest.param("1/2", id="two-segments"),
+        pytest.param("1/", id="slash"),
+        pytest.param("%31", id="encoded-digit"),
+        pytest.param("%2e%2e", id="encoded-dots"),
+        pytest.param("1%2F2", id="encoded-slash"),
+        pytest.param("1%00", id="encoded-nul"),
+        pytest.param("1;v=1", id="parameter"),
+        pytest.param("1#2", id="fragment"),
+        pytest.param("1\\2", id="backslash"),
+        pytest.param("1 ", id="space"),
+        pytest.param("1\n", id="newline-at-the-end"),
+        pytest.param("+1", id="plus"),
+        pytest.param("1,2", id="list"),
+        pytest.param("\u0661", id="arabic-digit"),
+        pytest.param("\uff11", id="full-width-digit"),
+        pytest.param("\u212a", id="kelvin-sign"),
+        pytest.param("\u0130", id="dotted-capital-i"),
+    ],
+)
+def test_an_id_that_is_refused(segment: str) -> None:
+    """Whatever might be read otherwise upstream is a bad request, and the answer does not repeat it."""
+    with pytest.raises(BadRequest) as raised:
+        snapshot_target(segment)
+    assert str(raised.value) == (
+        "a snapshot id is a number or a UUID; nothing else, and nothing percent-encoded"
+    )
+
+
+SEGMENTS = st.text(st.sampled_from("019afAFgZ-_./%\\?#;: \t\n\x00\u0661\u212a"), max_size=70)
+
+
+@pytest.mark.G1
+@given(
+    segment=st.one_of(SEGMENTS, st.text(max_size=70), st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
+)
+@example(segment="..")
+@example(segment="1\r\n")
+def test_an_accepted_id_means_the_same_to_everybody(segment: str) -> None:
+    """No parser of URLs makes another path of it: not by decoding, encoding, joining or splitting."""
+    try:
+        parsed = snapshot_target(segment)
+    except BadRequest:
+        return
+    path = f"/v2/snapshots/{parsed.name}"
+    assert parsed.name in (segment, segment.lower())
+    assert quote(parsed.name, safe="") == unquote(parsed.name) == parsed.name
+    assert urlsplit(f"https://api.example{path}?x=1#y").path == path
+    assert urljoin("https://api.example/v2/snapshots/", parsed.name) == f"https://api.example{path}"
+    assert parsed.name.isascii()
+    assert snapshot_target(parsed.name) == parsed
+
+
+@given(number=st.integers(min_value=1, max_value=10**19 - 1))
+def test_every_number_is_cached(number: int) -> None:
+    """A decimal of up to nineteen digits is its own key."""
+    assert snapshot_target(str(number)) == Target(SNAPSHOT, str(number))
+
+
+@given(uuid=st.uuids())
+def test_every_uuid_is_cached_in_lower_case(uuid: object) -> None:
+    """Upper and lower case are one entry."""
+    assert snapshot_target(str(uuid).upper()) == snapshot_target(str(uuid)) == Target(SNAPSHOT, str(uuid))
+
+
+@pytest.mark.G1
+def test_a_key_needs_all_three() -> None:
+    """Kind, caller and name: where one differs, it is another key."""
+    mine, theirs = Partition("a" * 32), Partition("b" * 32)
+    others = [(SNAPSHOT, theirs, "1"), (SNAPSHOT, mine, "2"), (SNAPSHOT_LIST, mine, "1")]
+    assert len({Key(SNAPSHOT, mine, "1"), *(Key(*other) for other in others)}) == 4
