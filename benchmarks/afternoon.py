@@ -53,7 +53,7 @@ async def metrics(_: web.Request) -> web.Response:
 
 async def main(redis_port: int, upstream_port: int) -> None:
     """Run until killed."""
-    redis = Redis(host="127.0.0.1", port=redis_port)
+    redis = Redis(host="127.0.0.1", port=redis_port, max_connections=1000)  # 100 by default, and a 500 beyond
     async with ClientSession(f"http://127.0.0.1:{upstream_port}") as session:
         app = web.Application()
         app.add_routes(

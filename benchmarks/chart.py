@@ -18,9 +18,12 @@ _TOP = 64
 
 _STYLE = """
     .ground { fill: #ffffff; } .text { fill: #1f2328; } .faint { fill: #59636e; } .line { stroke: #59636e; }
+    .range { stroke: #1f2328; stroke-width: 2; }
+    .figure { stroke: #ffffff; stroke-width: 5; paint-order: stroke; }
     .s0 { fill: #0969da; } .s1 { fill: #8c6d31; } .s2 { fill: #1a7f37; } .s3 { fill: #8250df; }
     @media (prefers-color-scheme: dark) {
       .ground { fill: #0d1117; } .text { fill: #f0f6fc; } .faint { fill: #9198a1; } .line { stroke: #9198a1; }
+      .range { stroke: #f0f6fc; } .figure { stroke: #0d1117; }
       .s0 { fill: #4493f8; } .s1 { fill: #d2a54a; } .s2 { fill: #3fb950; } .s3 { fill: #ab7df8; }
     }
     text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
@@ -65,6 +68,6 @@ def _bar(name: str, spread: Spread, style: str, y: int, scale: float) -> Sequenc
     return [
         f'<text class="text" x="{_LEFT - 10}" y="{base}" text-anchor="end">{escape(name)}</text>',
         f'<rect class="{style}" x="{_LEFT}" y="{y}" width="{middle - _LEFT:.1f}" height="{_BAR}" rx="2"/>',
-        f'<line class="line" x1="{least:.1f}" x2="{most:.1f}" y1="{centre}" y2="{centre}"/>',
-        f'<text class="text" x="{max(most, middle) + 8:.1f}" y="{base}">{spread.middle:.2f}</text>',
+        f'<line class="range" x1="{least:.1f}" x2="{most:.1f}" y1="{centre}" y2="{centre}"/>',
+        f'<text class="text figure" x="{max(most, middle) + 8:.1f}" y="{base}">{spread.middle:.2f}</text>',
     ]
