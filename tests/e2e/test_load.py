@@ -86,7 +86,11 @@ def test_what_is_not_answered_counts_with_the_time_until_the_end(monkeypatch: py
 
 async def test_what_is_measured_answers_from_its_cache() -> None:
     """The proxy and the afternoon's version pass the check, and what a list filled is a hit."""
-    async with running_upstream() as port, Bench(port, 1, 1).subjects((OURS, AFTERNOON)) as (ours, theirs):
+    patient = ("redis.timeout_s=5",)
+    async with (
+        running_upstream() as port,
+        Bench(port, 1, 1, patient).subjects((OURS, AFTERNOON)) as (ours, theirs),
+    ):
         assert (ours.name, theirs.name) == (OURS, AFTERNOON)
         await fill(ours.port, traffic.lists(1, 400), 2)
         before = single.calls(port)
