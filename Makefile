@@ -59,11 +59,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# All figures; or what ARGS says of those beside other servers: make bench ARGS="--only misses --profile".
 bench: $(VENV)/.dev
+ifdef ARGS
+	$(BIN)/python -m benchmarks $(ARGS)
+else
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.bursts
 	$(BIN)/python -m benchmarks.day
 	$(BIN)/python -m benchmarks.documents
+endif
 
 clean:
 	rm -rf $(VENV) .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,93 +1,129 @@
-"""The figures, as a Markdown page: `make --silent bench > benchmarks/RESULTS.md`, with those of two others.
+"""The figures beside those of others, as a Markdown page and a chart: `python -m benchmarks`.
 
-Each server has one core, the load has another, together with what stands behind the server. The rounds go
-around: every server once, then again, so that a slow minute hits all. Takes about three minutes.
+Each server has one core; the load has another, together with what stands behind the server. The rounds go
+around: every server once, then again, so that a slow minute hits all, and ratios are taken within a round.
+All rows take about ten minutes on a quiet machine, and 2 GB of memory. `--only ROW --rounds 2 --seconds 1`
+takes one less than a minute, `--profile --only ROW` shows where the proxy's time goes under that row's load.
 """
 
+import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from statistics import median
 from time import perf_counter
 
 import uvloop
 
-from benchmarks.load import CONNECTIONS, cold, hot, load
-from benchmarks.machine import LOAD_CORE, PINNED, cpu_s, facts, on_core, resident_mib
-from benchmarks.subjects import Subject, serve, subjects, upstream, valkey
+from benchmarks import growth, others, results
+from benchmarks.bench import Bench
+from benchmarks.chart import chart
+from benchmarks.figures import table
+from benchmarks.machine import LOAD_CORE, PINNED, facts, on_core
+from benchmarks.profiles import profile
+from benchmarks.rates import CONNECTIONS, RATES
+from benchmarks.subjects import upstream
 
-ROUNDS = 5
-ROUND_S = 2.0
-STARTS = 5
-TOKEN = "dop_v1_" + "0" * 64
+ROWS: Mapping[str, Callable[[Bench], Awaitable[None]]] = {
+    **RATES,
+    "miss-latency": others.miss_latency,
+    "open-loop": others.open_loop,
+    "entries": growth.entries,
+    "connections": growth.connections,
+    "callers": growth.callers,
+    "memory": others.memory,
+    "idle": others.idle,
+}
+NEED_LINUX = ("open-loop", "entries", "connections", "callers")
+"""They read CPU times from /proc, or wait by epoll."""
+
+_READ = """
+Medians of the rounds. A ratio is taken within each round: the median of these, and in brackets the least and
+the most. Where a server's core was far from busy, the load, or others on the machine, were the limit.
+""".strip()
 
 
-async def main() -> None:
-    """Measure and print."""
-    print("# The last run\n")
-    print(f"`python -m benchmarks`, {datetime.now(UTC):%Y-%m-%d}.\n")
-    for fact in facts():
-        print(f"- {fact}")
-    print("- load average of the machine before the run: {:.1f}, {:.1f}, {:.1f}".format(*os.getloadavg()))
-    print(f"- {CONNECTIONS} kept connections without pipelining, {ROUNDS} rounds of {ROUND_S:g} s each")
-    print(
-        "- each server alone on one core; load, upstream and Redis together on another"
-        if PINNED
-        else "- no core was set aside for anybody (this needs Linux and two cores): compare with care"
+def arguments() -> argparse.ArgumentParser:
+    """Say what the command line takes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    print("""
-Medians of the rounds. Where a server's core was far from busy, the load, or others on the machine, were the
-limit: then only the last column says what it can do. It counts all processes of a server, its store too.
-For the proxy with Redis, and for all misses, another core does a part of the work.""")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each row")
+    parser.add_argument("--seconds", type=int, default=2, help="seconds of each server in a round")
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="the proxy's, for a trial"
+    )
+    parser.add_argument("--profile", action="store_true", help="show where the proxy's time goes instead")
+    parser.add_argument("--write", action="store_true", help="put all into RESULTS.md, and draw the chart")
+    return parser
+
+
+async def main(given: argparse.Namespace) -> int:
+    """Measure and print. Gives the exit status: 1 where a row could not be measured."""
+    names = given.only or list(RATES if given.profile else ROWS)
+    failed, started = False, perf_counter()
     async with upstream() as upstream_port:
-        await _starts(upstream_port)
-        async with subjects(upstream_port) as measured:
-            with on_core(LOAD_CORE):
-                await _rates(measured, "Hits", hot)
-                await _rates(measured, "Misses", cold)
+        bench = Bench(upstream_port, given.rounds, given.seconds, given.set)
+        head = _head(bench)
+        print(head, flush=True)
+        with on_core(LOAD_CORE):
+            for name in names:
+                if name in NEED_LINUX and sys.platform != "linux":
+                    bench.say(f"\nNot measured: {name} needs Linux.")
+                    continue
+                try:
+                    await (profile(bench, RATES[name]) if given.profile else ROWS[name](bench))
+                except (RuntimeError, OSError, TimeoutError) as error:
+                    bench.say(f"Not measured: {str(error) or type(error).__name__}")
+                    failed = True
+    bench.say(f"\nMeasured in {(perf_counter() - started) / 60:.1f} minutes.")
+    summary = _summary(bench)
+    print(f"\n{summary}")
+    if given.write and failed:
+        print("\nNothing is written: a row is missing.")
+    elif given.write:
+        drawn = chart("Answers a second beside nginx's, one core each", bench.bars)
+        picture = f"![Answers a second beside nginx's]({results.CHART.name})"
+        title, _, facts_ = head.partition("\n")
+        page = "\n".join([title, "", picture, "", summary, facts_, *bench.lines])
+        results.write(page, drawn)
+    return int(failed)
 
 
-async def _starts(upstream_port: int) -> None:
-    print("\n## Idle\n")
-    print("| `serve` | ready after (median of 5) | memory (RSS) |\n| --- | ---: | ---: |")
-    async with valkey() as (redis_port, _):
-        for name, port in (("with Redis", redis_port), ("with its embedded store", None)):
-            seconds, sizes = [], []
-            for _ in range(STARTS):
-                async with serve(name, upstream_port, port) as subject:
-                    seconds.append(subject.started_in_s)
-                    sizes.append(resident_mib(subject.pid))
-            print(f"| {name} | {median(seconds):.2f} s | {median(sizes):.0f} MiB |")
-
-
-async def _rates(measured: list[Subject], title: str, requests: Callable[[str], Iterator[bytes]]) -> None:
-    rates: dict[str, list[float]] = {subject.name: [] for subject in measured}
-    busy: dict[str, list[float]] = {subject.name: [] for subject in measured}
-    for number in range(-1, ROUNDS):  # the first warms up
-        for subject in measured:
-            pids = subject.pids
-            computed_s, started = cpu_s(pids), perf_counter()
-            rate = await load(subject.port, requests(TOKEN), ROUND_S if number >= 0 else ROUND_S / 4)
-            share = (cpu_s(pids) - computed_s) / (perf_counter() - started)
-            if number >= 0:
-                rates[subject.name].append(rate)
-                busy[subject.name].append(share)
-    yardstick = rates[measured[0].name]
-    print(f"\n## {title}\n")
-    print(
-        "| server | a second | least to most | of the bare server | its core was busy | a second of its CPU |"
+def _head(bench: Bench) -> str:
+    cores = (
+        "each server alone on one core; load, upstream and Redis together on another"
+        if PINNED
+        else "no core was set aside for any server (this needs Linux and two cores): compare with care"
     )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, each in rates.items():
-        ratio = median(mine / theirs for mine, theirs in zip(each, yardstick, strict=True))
-        efficiency = median(rate / share for rate, share in zip(each, busy[name], strict=True) if share)
-        print(
-            f"| {name} | {median(each):,.0f} | {min(each):,.0f} to {max(each):,.0f} | {ratio:.2f}"
-            f" | {median(busy[name]):.0%} | {efficiency:,.0f} |",
-            flush=True,
-        )
+    load = "load average of the machine before the run: {:.1f}, {:.1f}, {:.1f}".format(*os.getloadavg())
+    known = [
+        *facts(),
+        load,
+        cores,
+        f"{bench.rounds} rounds of {bench.seconds} s each; all servers in each round",
+        f"{CONNECTIONS} kept connections without pipelining where nothing else is said",
+        "the proxy as it is by default, with logs and metrics; a Redis for each that needs one",
+        *(f"but for a trial: {setting}" for setting in bench.settings),
+    ]
+    listed = "\n".join(f"- {fact}" for fact in known)
+    return f"# The last run\n\n`python -m benchmarks`, {datetime.now(UTC):%Y-%m-%d}.\n\n{listed}\n\n{_READ}"
+
+
+def _summary(bench: Bench) -> str:
+    return table(["", "median (least to most)"], bench.summary) if bench.summary else ""
 
 
 if __name__ == "__main__":
-    sys.exit(uvloop.run(main()))
+    parser = arguments()
+    options = parser.parse_args()
+    if options.profile and not set(options.only or RATES) <= set(RATES):
+        parser.error(f"--profile is for {', '.join(RATES)}")
+    if options.write and (options.only or options.profile or options.set):
+        parser.error("--write is for all rows as they are by default")
+    if options.rounds < 1 or options.seconds < 1:
+        parser.error("--rounds and --seconds are 1 at least")
+    sys.exit(uvloop.run(main(options)))

