@@ -9,15 +9,7 @@ from http import HTTPStatus
 from itertools import chain, product
 from typing import assert_never, get_args
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -41,6 +33,7 @@ from proxy.core.events import (
     UpstreamCall,
 )
 from proxy.core.series import CALLED, CALLS, requests_of
+from proxy.telemetry.counts import Counters, Histograms
 
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
@@ -70,7 +63,6 @@ class Metrics:
     """All metrics of one process, in a registry of their own."""
 
     def __init__(self, version: str) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every first one
         self._registry = CollectorRegistry()
         """What any thread may read."""
         self._live = CollectorRegistry()
@@ -94,7 +86,7 @@ class Metrics:
         )
         self._entry_age = self._histogram(
             "entry_age_seconds", "Age of the entries that answered, since their call.", _AGES_S
-        )
+        ).labels()
         self._store_operations = self._counter(
             "store_operations", "Operations on the store.", "operation", "outcome"
         )
@@ -110,7 +102,7 @@ class Metrics:
         )
         self._quota_wait = self._histogram(
             "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
-        )
+        ).labels()
         self._watched = {
             name: Gauge(_PREFIX + name, help_text, registry=self._live)
             for name, help_text in _WATCHED.items()
@@ -236,11 +228,15 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(everything), content_type
 
-    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
-        return Counter(_PREFIX + name, help_text, labels, registry=self._registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counters:
+        family = Counters(_PREFIX + name, help_text, labels)
+        self._registry.register(family)
+        return family
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(_PREFIX + name, help_text, labels, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, help_text: str, bounds: tuple[float, ...], *labels: str) -> Histograms:
+        family = Histograms(_PREFIX + name, help_text, labels, bounds)
+        self._registry.register(family)
+        return family
 
 
 class _Families(Collector):
