@@ -26,8 +26,8 @@ from proxy.core.identity import Keyring
 from proxy.core.quota import QuotaLimits
 from proxy.edge.accept import Accepting, accept
 from proxy.edge.api import Api
-from proxy.edge.connection import Listener
 from proxy.edge.handler import plain_server
+from proxy.edge.listener import Listener
 from proxy.edge.passthrough import Passthrough
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots

@@ -17,7 +17,7 @@ from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import QuotaLimits
-from proxy.edge.connection import ConnectionLimits
+from proxy.edge.listener import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings

@@ -13,7 +13,7 @@ from kit.support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
 from proxy import __version__
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
-from proxy.edge.connection import ConnectionLimits
+from proxy.edge.listener import ConnectionLimits
 from proxy.simulator import Simulator, Token
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

@@ -4,6 +4,7 @@ Labels are closed sets, aliases included; nothing that a caller sends becomes on
 """
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from itertools import chain, product
@@ -15,6 +16,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from proxy.core.events import (
+    AVOIDED_BY,
     OTHER_CALLER,
     Avoided,
     By,
@@ -26,6 +28,7 @@ from proxy.core.events import (
     QuotaWait,
     Refreshed,
     RequestDone,
+    Route,
     Standing,
     StoreOperation,
     StoreOutcome,
@@ -205,6 +208,25 @@ class Metrics:
                 self._quota_wait.observe(event.seconds)
             case _:
                 assert_never(event)
+
+    def hits(
+        self, route: Route, outcome: Outcome, status: int, caller: str
+    ) -> Callable[[float, float, str], None]:
+        """Give what counts a hit with these labels as `observe` does: seconds, entry's age, request id."""
+        requests = self._requests.labels(route, outcome, status_label(status), caller)
+        request_seconds = self._request_seconds.labels(outcome)
+        avoided = self._avoided.labels(AVOIDED_BY[outcome])
+        entry_age = self._entry_age
+
+        def count(seconds: float, age_s: float, _request_id: str) -> None:
+            requests.value += 1
+            avoided.value += 1
+            request_seconds.counts[bisect_left(_SECONDS, seconds)] += 1
+            request_seconds.sum += seconds
+            entry_age.counts[bisect_left(_AGES_S, age_s)] += 1
+            entry_age.sum += age_s
+
+        return count
 
     def types(self) -> dict[str, str]:
         """Give the type of each of our metrics, by the name that queries use."""
