@@ -56,15 +56,18 @@ _READ_BYTES = 65_536
 
 _NOT_PLAIN = frozenset(
     {
-        # How the request, or the connection, goes on; of `Connection` only `keep-alive` is handled.
+        # How the request, or the connection, goes on.
         *(b"content-length", b"transfer-encoding", b"content-encoding", b"trailer", b"te", b"expect"),
         *(b"upgrade", b"proxy-connection", b"keep-alive", b"http2-settings"),
-        # Which answer is wanted; `If-None-Match` and `Accept-Encoding` are handled.
+        # Which answer is wanted.
         *(b"cache-control", b"pragma", b"range", b"if-range", b"if-match"),
         *(b"if-modified-since", b"if-unmodified-since"),
     }
 )
 """Headers of requests that are the handler's."""
+
+_HANDLED = frozenset({b"connection", b"accept-encoding", b"if-none-match"})
+"""Headers on which the answer depends as it does in the handler; of the first one only `keep-alive`."""
 
 
 class Reads(Protocol):
@@ -114,7 +117,7 @@ class FastPath:
             cached.cache_clear()
 
     def answer(self, data: bytes) -> bytes | None:
-        """Give the whole answer to `data`, which begins a request, and count it. None: it is the handler's."""
+        """Give the whole answer to `data`, which begins a request, and count it. None: there is none here."""
         started = time.perf_counter()
         question = self._memo.young.get(data) or self.question(data)
         if question is None:
@@ -131,7 +134,8 @@ class FastPath:
                 return None
         request_id = question.request_id or new_request_id()
         answer = b"".join((ready.opening, request_id.encode(), ready.rest))
-        ready.tell(time.perf_counter() - started, max(0.0, now - entry.called_at), request_id)
+        age_s = now - entry.called_at
+        ready.tell(time.perf_counter() - started, age_s if age_s > 0 else 0.0, request_id)
         return answer
 
     def question(self, data: bytes) -> Question | None:
@@ -178,42 +182,41 @@ class FastPath:
     def _asked(self, message: RawRequestMessage) -> Question | None:
         """Check a request as `api.py` does; None where it is not plain, or is refused."""
         headers = message.headers
-        names = [name.lower() for name, _ in message.raw_headers]
-        if message.version != HttpVersion11 or not _NOT_PLAIN.isdisjoint(names):
-            return None
-        if b"connection" in names and [v.lower() for v in headers.getall("Connection")] != ["keep-alive"]:
-            return None
+        names = {name.lower() for name, _ in message.raw_headers}
         authorizations = headers.getall("Authorization", ())
-        if len(authorizations) != 1:
+        if message.version != HttpVersion11 or not names.isdisjoint(_NOT_PLAIN) or len(authorizations) != 1:
             return None
         try:
             check_head(message)
-            subject = self._subject(authorizations[0], message.path)
+            subject = self._subject(authorizations[0], message.path, message.method)
         except ProxyError:
             return None
         if subject is None:
             return None
-        key, caller = subject
-        conditions = headers.getall("If-None-Match", None)
-        place = Place(
-            key,
-            head=message.method == "HEAD",
-            gzip=b"accept-encoding" in names and accepts_gzip(headers.getall("Accept-Encoding")),
-            if_none_match=None if conditions is None else ",".join(conditions),
-        )
+        place, caller = subject
+        if not names.isdisjoint(_HANDLED):
+            if [value.lower() for value in headers.getall("Connection", ("keep-alive",))] != ["keep-alive"]:
+                return None
+            conditions = headers.getall("If-None-Match", None)
+            place = place._replace(
+                gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
+                if_none_match=None if conditions is None else ",".join(conditions),
+            )
         return Question(place, caller, parse_request_id(headers.get("X-Request-Id")))
 
-    def _subject_of(self, authorization: str, path: str) -> tuple[EntryKey | ListKey, str] | None:
+    def _subject_of(self, authorization: str, path: str, method: str) -> tuple[Place, str] | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
         target = parse_target(path)
         partition, caller = self._caller(authorization)
+        key: EntryKey | ListKey
         match target:
             case SnapshotId(cacheable=True):
-                return EntryKey(partition, target.text), caller
+                key = EntryKey(partition, target.text)
             case ListQuery(cacheable=True):
-                return ListKey(partition, target.text), caller
+                key = ListKey(partition, target.text)
             case _:
                 return None
+        return Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller
 
     def _caller_of(self, authorization: str) -> tuple[Partition, str]:
         token = parse_authorization((authorization,))

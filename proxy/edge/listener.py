@@ -42,8 +42,8 @@ class ConnectionLimits:
 class Listener:
     """All connections of one listener, and what they share.
 
-    `fastpath` answers what it can, and `server` the other requests; `on_malformed` is told of each answer, and
-    its request id, given to what is no request.
+    `fastpath` answers what it can, and `server` all else; `on_malformed` is told of each answer, and its
+    request id, given to what is no request.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ from proxy.edge.answers import JSON
 MOST_BODY_BYTES = 65_536
 """A larger body is written by aiohttp, which waits for a caller who does not read."""
 
-MOST_PREPARED = 4096
-MOST_PREPARED_BYTES = 8_388_608
+MOST_PREPARED = 16_384
+MOST_PREPARED_BYTES = 16_777_216
 """Answers that are ready at once, and their bytes."""
 
 _OPENINGS = {
@@ -100,7 +100,7 @@ def write(served: Served, entry: Entry, place: Place, now: float) -> Written | N
     if place.if_none_match is not None and is_not_modified(place.if_none_match, etag):
         status, content, encoding = HTTPStatus.NOT_MODIFIED, "", ""
     age = int(entry.age_s(now))
-    ratelimit = "".join(f"{name}: {value}\r\n" for name, value in served.ratelimit)
+    ratelimit = "".join([f"{name}: {value}\r\n" for name, value in served.ratelimit])
     rest = (
         f"\r\nCache-Status: {served.cache_status}\r\n{ratelimit}Vary: {vary}\r\n{encoding}ETag: {etag}\r\n"
         f"Age: {age}\r\nCache-Control: private, max-age={entry.lifetimes.fresh_s}\r\n"

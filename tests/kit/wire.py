@@ -137,7 +137,7 @@ class Edge:
             memory,
             partition=KEYRING.partition,
             name_caller=name,
-            counter=lambda *labels: partial(self._tell, *labels),
+            counter=lambda *labels: partial(self._tell, labels),
             clock=lambda: memory.now,
         )
         self.listener = Listener(
@@ -163,16 +163,8 @@ class Edge:
             )
         )
 
-    def _tell(
-        self,
-        route: Route,
-        outcome: Outcome,
-        status: int,
-        caller: str,
-        seconds: float,
-        age_s: float,
-        name: str,
-    ) -> None:
+    def _tell(self, labels: tuple[Route, Outcome, int, str], seconds: float, age_s: float, name: str) -> None:
+        route, outcome, status, caller = labels
         assert seconds >= 0
         self.answered_fast += 1
         self.done.append((route, outcome, int(status), caller, name, age_s, str(outcome)))
