@@ -14,6 +14,7 @@ from kit.virtual import now, run
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, Served, read_through
 from proxy.core.entry import (
     UNAVAILABLE,
@@ -247,7 +248,9 @@ class Path:
         self.noted: list[Invalidation | Refreshed | UnknownValue] = []
         self.drain = DrainDeadline(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
-        invalidator = Invalidator(store, self.noted.append)
+        invalidator = Invalidator(
+            store, Memory(0, 0, reachable=lambda: True, monotonic=now), self.noted.append
+        )
         readthrough = read_through(
             store,
             upstream,
