@@ -16,11 +16,11 @@ from functools import partial
 
 from proxy import __version__, options
 from proxy.admin.listener import serve_admin
-from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.fetch import FetchFlights, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import read_through
 from proxy.core.address import address_of
-from proxy.core.errors import ProxyError
 from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
 from proxy.core.quota import QuotaLimits
@@ -167,8 +167,9 @@ class App:
         upstream = Upstream(options.upstream_options(settings, files.upstream), self._metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
         link = await self._link()
-        store = await self._store(link, keyring, previous)
-        flights: Flights[Fetched | ProxyError] = Flights(
+        memory = options.memory(settings, link)
+        store = await self._store(link, memory, keyring, previous)
+        flights: FetchFlights = Flights(
             files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
             monotonic=time.monotonic,
@@ -176,7 +177,7 @@ class App:
         )
         self._cleanup.push_async_callback(flights.close)
         gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
-        invalidator = Invalidator(store, self._metrics.observe)
+        invalidator = Invalidator(store, memory, self._metrics.observe)
         readthrough = read_through(
             store,
             gate,
@@ -200,14 +201,14 @@ class App:
         self._listener = Listener(
             plain_server(api.respond), options.listener_limits(settings, files), api.malformed
         )
-        self._watch(store, gate, flights)
+        self._watch(store, memory, gate, flights)
 
         admin_url = await self._cleanup.enter_async_context(
             serve_admin(
                 settings.admin,
                 scrape=self._metrics.scrape,
                 ready=lambda: self._ready,
-                purge=invalidator.purge,
+                purge=partial(invalidator.invalidate, "purge"),
             )
         )
         addresses = Addresses(await self._serve_api(files), admin_url)
@@ -242,7 +243,7 @@ class App:
             trial=partial(trial, redis.key_prefix),
         )
 
-    async def _store(self, link: Link, keyring: Keyring, previous: Keyring | None) -> Store:
+    async def _store(self, link: Link, memory: Memory, keyring: Keyring, previous: Keyring | None) -> Store:
         fetch_s = options.longest_fetch_s(self._settings)
         store = Store(
             link,
@@ -251,6 +252,7 @@ class App:
             stamp_ttl_s=options.longest_use_s(self._settings) + fetch_s,
             guard_s=fetch_s,
             observe=self._metrics.observe,
+            tier=memory,
             previous=previous,
             address=address_of(self._settings.redis.url),
         )
@@ -307,11 +309,13 @@ class App:
             case CallSettled():
                 self._incidents.settled(told)
 
-    def _watch(self, store: Store, gate: UpstreamGate, flights: Flights[Fetched | ProxyError]) -> None:
+    def _watch(self, store: Store, memory: Memory, gate: UpstreamGate, flights: FetchFlights) -> None:
         """Tell the metrics where their gauges are read."""
         self._metrics.watch(
             connections=lambda: len(self._listener.connections),
             flights=lambda: len(flights),
+            memory_bytes=lambda: memory.size,
+            memory_entries=lambda: len(memory),
             store_up=lambda: store.up,
             store_shared=lambda: self._settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,

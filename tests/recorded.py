@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Token
+from proxy.core.invalidation import CallerScope, EntryScope
 from proxy.core.quota import Admitted, CallClass, QuotaLimits
 
 NOW = 1_700_000_000.25
@@ -61,9 +62,9 @@ async def write(store: Any, ledger: Any) -> dict[str, Any]:
     assert await store.seed(CALLER, {SEEDED.snapshot_id: SEED}, basis) == {SEEDED.snapshot_id}
     await _lease(store, LEASED, await _basis(store, LEASED))
     await _basis(store, ENDED)
-    assert await store.end_entry(ENDED)
+    assert await store.invalidate(EntryScope(ENDED))
     await _basis(store, OF_REFUSED)
-    assert await store.end_caller(REFUSED, REFUSAL)
+    assert await store.invalidate(CallerScope(REFUSED), refusal=REFUSAL)
     for seconds, remaining in ((0, 97), (10, 90), (20, None)):
         admitted = await _admit(ledger, NOW + seconds)
         settled = {"answered": True, "known": True, "now": NOW + seconds + 0.5}

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import aiohttp
@@ -13,6 +12,7 @@ from kit.support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
 from proxy import __version__
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
+from proxy.core.invalidation import Scope, SnapshotsScope
 from proxy.edge.listener import ConnectionLimits
 from proxy.simulator import Simulator, Token
 
@@ -156,13 +156,13 @@ async def test_an_admin_request_has_a_deadline(monkeypatch: pytest.MonkeyPatch) 
 
 async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
     """Alive all the same: nobody should kill what drains. It purges all the same, too."""
-    asked: list[Sequence[str] | None] = []
+    asked: list[Scope] = []
 
-    async def end(ids: Sequence[str] | None) -> bool:
-        asked.append(ids)
+    async def invalidate(scope: Scope) -> bool:
+        asked.append(scope)
         return True
 
-    purge = Purge(end, token=b"", on_loopback=True)
+    purge = Purge(invalidate, token=b"", on_loopback=True)
 
     async def scrape_nothing(_accept: str) -> tuple[bytes, str]:
         return b"", "text/plain"
@@ -182,6 +182,6 @@ async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
         async with client.post(f"{url}/purge", json={"ids": ["1", 2]}) as purged:
             assert await purged.json() == {"purged": 2}
             assert purged.status == 200
-        assert asked == [["1", "2"]]
+        assert asked == [SnapshotsScope(("1", "2"))]
     finally:
         await runner.cleanup()

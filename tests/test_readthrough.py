@@ -14,6 +14,7 @@ from kit.virtual import now, run
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, Served, read_through
 from proxy.core.entry import (
     UNAVAILABLE,
@@ -46,7 +47,7 @@ from proxy.core.errors import (
 from proxy.core.events import Avoided, Invalidation, Outcome, Refreshed, UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, etag_of
 from proxy.core.identity import EntryKey, ListKey, ListQuery, Partition, SnapshotId, Token
-from proxy.core.passthrough import Ends, EndsForAll, EndsForCaller
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
@@ -95,17 +96,17 @@ REFUSED = TokenRefused("a 401, a moment ago")
 class Store:
     """Remembers what it was told. `lookups` and `leases` are answered in turn, the last one for ever.
 
-    What it is told to end it ends at once, or owes.
+    While it is `away`, every invalidation is pending.
     """
 
-    def __init__(self, *lookups: Lookup, takes: bool = True, owes: bool = False) -> None:
+    def __init__(self, *lookups: Lookup, takes: bool = True, away: bool = False) -> None:
         self.lookups = list(lookups)
         self.leases: list[Leased | HeldElsewhere | Record | EntryChanged | None] = [LEASE]
         self.leased: list[tuple[EntryKey | ListKey, FillPrecondition]] = []
         self.renewed: list[float] = []
         self.released: list[Record | None] = []
         self.takes = takes
-        self.owes = owes
+        self.away = away
         self.told: list[tuple[Any, ...]] = []
         self.open = asyncio.Event()
         self.open.set()
@@ -149,26 +150,11 @@ class Store:
         assert lease == LEASE
         self.released.append(record)
 
-    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
-        """Be told that an entry ends, and whether only because a read was answered with a no."""
-        return await self._end("drop_entry" if by_read else "end_entry", key)
-
-    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """Be told that a caller's entries end, and what answers instead."""
-        return await self._end("end_caller", partition, refusal)
-
-    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
-        """Be told that snapshots end for all."""
-        return await self._end("end_snapshots", *snapshot_ids)
-
-    async def end_everything(self) -> bool:
-        """Be told that all ends."""
-        return await self._end("end_everything")
-
-    async def _end(self, *told: Any) -> bool:
+    async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+        """Be told what is invalidated, what answers instead, and whether a read's 403 or 404 is the cause."""
         await asyncio.sleep(0)
-        self.told.append(told)
-        return not self.owes
+        self.told.append(("drop" if by_read else "invalidate", scope, refusal))
+        return not self.away
 
     @property
     def changes(self) -> list[tuple[Any, ...]]:
@@ -262,7 +248,9 @@ class Path:
         self.noted: list[Invalidation | Refreshed | UnknownValue] = []
         self.drain = DrainDeadline(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
-        invalidator = Invalidator(store, self.noted.append)
+        invalidator = Invalidator(
+            store, Memory(0, 0, reachable=lambda: True, monotonic=now), self.noted.append
+        )
         readthrough = read_through(
             store,
             upstream,
@@ -288,9 +276,7 @@ class Path:
         self.get = readthrough.get
         self.delete = readthrough.delete
         self.note_stale = lambda name: readthrough._refresher.record_read(call(name), STALE, NOW)
-        self.end = invalidator.written
-        self.refused = invalidator.refused
-        self.purge = invalidator.purge
+        self.invalidate = invalidator.invalidate
 
 
 async def started(*waiting: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
@@ -512,8 +498,8 @@ async def test_a_negative_answer_is_kept_for_its_own_time() -> None:
 @pytest.mark.parametrize(
     ("directives", "takes", "changes"),
     [
-        pytest.param(Directives(no_store=True), True, ["drop_entry"], id="no-store"),
-        pytest.param(NO_DIRECTIVES, False, ["put", "drop_entry"], id="not-taken"),
+        pytest.param(Directives(no_store=True), True, ["drop"], id="no-store"),
+        pytest.param(NO_DIRECTIVES, False, ["put", "drop"], id="not-taken"),
     ],
 )
 async def test_a_no_that_is_not_kept_ends_what_was_there(
@@ -523,7 +509,7 @@ async def test_a_no_that_is_not_kept_ends_what_was_there(
     path = Path(Store(Lookup(EXPIRED, BASIS), takes=takes), Upstream(said(404, ERROR)))
     assert (await path.get(call(directives=directives))).status == 404
     assert [told[0] for told in path.store.changes] == changes
-    assert path.store.changes[-1] == ("drop_entry", KEY)
+    assert path.store.changes[-1] == ("drop", EntryScope(KEY), None)
 
 
 async def test_a_validator_goes_up_and_a_304_comes_down() -> None:
@@ -715,7 +701,7 @@ async def test_never_stale_for_a_token_that_is_refused() -> None:
     ("again", "outcome"),
     [
         pytest.param(Lookup(FALLBACK, BASIS), Outcome.STALE, id="still-there"),
-        pytest.param(missing(), Outcome.MISS, id="ended"),
+        pytest.param(missing(), Outcome.MISS, id="invalidated"),
         pytest.param(Lookup(EXPIRED, BASIS), Outcome.MISS, id="too-old"),
         pytest.param(Lookup(FRESH, BASIS), Outcome.HIT, id="somebody-was-luckier"),
         pytest.param(UNAVAILABLE, Outcome.STALE, id="store-gone"),
@@ -724,17 +710,17 @@ async def test_never_stale_for_a_token_that_is_refused() -> None:
 async def test_what_is_served_in_the_place_of_an_error_is_looked_up_again(
     again: Lookup, outcome: Outcome
 ) -> None:
-    """What ended while the upstream was asked is not served."""
+    """What was invalidated while the upstream was asked is not served."""
     path = Path(Store(Lookup(FALLBACK, BASIS), again), Upstream(TIMEOUT))
     assert (await path.get(call())).outcome is outcome
 
 
-async def test_without_redis_nothing_that_ended_here_is_served_in_the_place_of_an_error() -> None:
-    """Where the store cannot tell, what this replica ended meanwhile counts."""
-    path = Path(Store(Lookup(FALLBACK, BASIS), UNAVAILABLE, owes=True), Upstream(TIMEOUT))
+async def test_without_redis_nothing_invalidated_here_is_served_in_the_place_of_an_error() -> None:
+    """Where the store cannot tell, what this replica invalidated meanwhile counts."""
+    path = Path(Store(Lookup(FALLBACK, BASIS), UNAVAILABLE, away=True), Upstream(TIMEOUT))
     path.upstream.open.clear()
     (asking,) = await started(path.get(call()))
-    await path.purge(None)
+    await path.invalidate("purge", EverythingScope())
     path.upstream.open.set()
     assert await asking == Failed(TIMEOUT, Outcome.MISS, "snapshot-proxy; fwd=stale")
 
@@ -963,8 +949,8 @@ async def test_a_service_that_stops_gives_its_lease_up() -> None:
 @pytest.mark.parametrize(
     ("status", "retry_after_s", "changes"),
     [
-        pytest.param(401, None, [("end_caller", KEY.partition, REFUSAL)], id="401"),
-        pytest.param(403, None, [("drop_entry", KEY)], id="403"),
+        pytest.param(401, None, [("invalidate", CallerScope(KEY.partition), REFUSAL)], id="401"),
+        pytest.param(403, None, [("drop", EntryScope(KEY), None)], id="403"),
         pytest.param(400, None, [], id="400"),
         pytest.param(429, 30, [], id="429"),
         pytest.param(500, None, [], id="500"),
@@ -996,17 +982,17 @@ async def test_an_error_of_the_upstream_is_passed_on(
         assert (answer.error.status, answer.error.retry_after_s) == (status, retry_after_s)
         assert (answer.outcome, answer.cache_status) == (outcome, cache_status)
     if status == 401 and not explained:  # nothing to say to whoever comes next
-        changes = [("end_caller", KEY.partition, None)]
+        changes = [("invalidate", CallerScope(KEY.partition), None)]
     assert path.store.changes == changes
     assert path.noted == ([Invalidation("unauthorized")] if status == 401 else [])
 
 
 @pytest.mark.G2
 async def test_a_refused_token_loses_all_also_by_what_is_not_cached() -> None:
-    """A 401 on any request ends the caller's entries."""
+    """A 401 on any request invalidates the caller's entries."""
     path = Path(Store(missing()), Upstream(said(401, ERROR)))
     await path.get(call("web-1"))
-    assert path.store.told == [("end_caller", KEY.partition, REFUSAL)]
+    assert path.store.told == [("invalidate", CallerScope(KEY.partition), REFUSAL)]
 
 
 @pytest.mark.parametrize(
@@ -1270,8 +1256,8 @@ async def test_a_caller_that_leaves_during_its_lookup() -> None:
     ("answer", "change"),
     [
         pytest.param(said(), "put", id="200"),
-        pytest.param(said(401, ERROR), "end_caller", id="401"),
-        pytest.param(said(403, ERROR), "drop_entry", id="403"),
+        pytest.param(said(401, ERROR), "invalidate", id="401"),
+        pytest.param(said(403, ERROR), "drop", id="403"),
     ],
 )
 async def test_a_caller_that_leaves_during_its_fetch(
@@ -1420,7 +1406,7 @@ async def test_a_list_that_is_forbidden() -> None:
     """A 403 on a read ends what was read: here the list."""
     path = Path(Store(missing()), Upstream(said(403, ERROR)))
     await path.get(listing())
-    assert path.store.changes == [("drop_entry", LIST_KEY)]
+    assert path.store.changes == [("drop", EntryScope(LIST_KEY), None)]
 
 
 # -- deletions -------------------------------------------------------------------------------------
@@ -1431,17 +1417,19 @@ def deletion(snapshot_id: str = "42") -> Call:
     return call(snapshot_id, method="DELETE")
 
 
-FOR_ALL = [("end_snapshots", "42")]
+FOR_ALL = [("invalidate", SnapshotsScope(("42",)), None)]
 REFUSED_CONNECTION = UpstreamUnreachable("no", proxy_error="connection_refused")
 
 
-@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
 @pytest.mark.parametrize(
-    ("answer", "ended", "cause"),
+    ("answer", "invalidated", "cause"),
     [
         pytest.param(said(204, b""), FOR_ALL, "delete", id="204"),
-        pytest.param(said(404, ERROR), [("end_entry", KEY)], "delete", id="404"),
-        pytest.param(said(401, ERROR), [("end_caller", KEY.partition, REFUSAL)], "unauthorized", id="401"),
+        pytest.param(said(404, ERROR), [("invalidate", EntryScope(KEY), None)], "delete", id="404"),
+        pytest.param(
+            said(401, ERROR), [("invalidate", CallerScope(KEY.partition), REFUSAL)], "unauthorized", id="401"
+        ),
         pytest.param(said(403, ERROR), [], None, id="403"),
         pytest.param(said(409, ERROR), [], None, id="409"),
         pytest.param(said(429, ERROR, 30), [], None, id="429"),
@@ -1454,17 +1442,17 @@ REFUSED_CONNECTION = UpstreamUnreachable("no", proxy_error="connection_refused")
 )
 async def test_a_deletion_that_is_answered(
     answer: Answer,
-    ended: list[tuple[Any, ...]],
+    invalidated: list[tuple[Any, ...]],
     cause: Literal["delete", "unauthorized"] | None,
-    owes: bool,
+    away: bool,
 ) -> None:
-    """What it ended has ended before the answer is given; what is still owed is said.
+    """What it covers is invalidated before the answer is given, or the answer says that this is pending.
 
     So is whether the answer tells what became of it: a 5xx does not, unless it says when to come again.
     """
     unknown = answer.status >= 500 and answer.retry_after_s is None
-    path = Path(Store(missing(), owes=owes), Upstream(answer))
-    pending = "; detail=invalidation-pending" if owes and ended else ""
+    path = Path(Store(missing(), away=away), Upstream(answer))
+    pending = "; detail=invalidation-pending" if away and invalidated else ""
     asked = deletion()
     assert await path.delete(asked) == Served(
         answer.status,
@@ -1476,7 +1464,7 @@ async def test_a_deletion_that_is_answered(
         outcome_unknown=unknown,
     )
     assert path.upstream.asked == [Asked(asked, call_class=CallClass.WRITE)]
-    assert path.store.told == ended
+    assert path.store.told == invalidated
     assert path.noted == ([] if cause is None else [Invalidation(cause)])
 
 
@@ -1486,15 +1474,15 @@ async def test_a_deletion_that_is_answered(
     ids=["quota", "overloaded", "paused", "token-refused", "no-connection"],
 )
 async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
-    """It ended nothing."""
+    """It invalidates nothing."""
     path = Path(Store(missing()), Upstream(refusal))
     assert await path.delete(deletion()) == Failed(refusal, Outcome.NONE, "snapshot-proxy; fwd=method")
     assert (path.store.told, path.noted) == ([], [])
 
 
-@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
 @pytest.mark.parametrize(
-    ("answer", "status", "error_id", "ended"),
+    ("answer", "status", "error_id", "invalidated"),
     [
         pytest.param(TIMEOUT, 502, "upstream_unreachable", FOR_ALL, id="timeout"),
         pytest.param(GIVEN_UP, 502, "upstream_unreachable", FOR_ALL, id="this-replica-stops"),
@@ -1508,10 +1496,10 @@ async def test_a_deletion_that_was_not_sent(refusal: ProxyError) -> None:
     ],
 )
 async def test_a_deletion_whose_outcome_is_unknown(
-    answer: Answer | UpstreamError, status: int, error_id: str, ended: list[tuple[Any, ...]], owes: bool
+    answer: Answer | UpstreamError, status: int, error_id: str, invalidated: list[tuple[Any, ...]], away: bool
 ) -> None:
     """It is sent once, counts as done, and nobody is invited to repeat it."""
-    path = Path(Store(missing(), owes=owes), Upstream(answer))
+    path = Path(Store(missing(), away=away), Upstream(answer))
     failed = await path.delete(deletion())
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, WriteUnknown)
@@ -1520,22 +1508,22 @@ async def test_a_deletion_whose_outcome_is_unknown(
     assert str(failed.error).endswith("; the request may have been carried out: check whether it was")
     assert "try again" not in str(failed.error)
     received = f"; fwd-status={status}" if error_id == "server_error" else ""
-    pending = "; detail=invalidation-pending" if owes else ""
+    pending = "; detail=invalidation-pending" if away else ""
     assert failed.cache_status == f"snapshot-proxy; fwd=method{received}{pending}"
     assert failed.outcome == Outcome.NONE
     assert len(path.upstream.asked) == 1
-    assert path.store.told == ended
+    assert path.store.told == invalidated
 
 
 @pytest.mark.parametrize(
-    ("answer", "ended"),
+    ("answer", "invalidated"),
     [
-        pytest.param(said(404, b"<html>"), [("end_entry", KEY)], id="404"),
+        pytest.param(said(404, b"<html>"), [("invalidate", EntryScope(KEY), None)], id="404"),
         pytest.param(said(409, b""), [], id="409"),
     ],
 )
 async def test_a_deletion_that_is_refused_without_a_word(
-    answer: Answer, ended: list[tuple[Any, ...]]
+    answer: Answer, invalidated: list[tuple[Any, ...]]
 ) -> None:
     """The status alone tells what became of it."""
     path = Path(Store(missing()), Upstream(answer))
@@ -1544,7 +1532,7 @@ async def test_a_deletion_that_is_refused_without_a_word(
     assert isinstance(failed.error, UpstreamUnexplained)
     assert failed.error.should_retry
     assert failed.cache_status == f"snapshot-proxy; fwd=method; fwd-status={answer.status}"
-    assert path.store.told == ended
+    assert path.store.told == invalidated
 
 
 @pytest.mark.parametrize("status", [*range(520, 528), 530])
@@ -1563,15 +1551,18 @@ async def test_the_edge_gets_no_answer(status: int) -> None:
 
 @pytest.mark.G6
 @pytest.mark.parametrize("answer", [said(204, b""), TIMEOUT], ids=["204", "timeout"])
-@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
 async def test_a_deletion_by_a_name_that_only_the_upstream_reads(
-    answer: Answer | UpstreamError, owes: bool
+    answer: Answer | UpstreamError, away: bool
 ) -> None:
-    """06372321 may be 6372321 there: all of the caller's ends, besides what has that very name."""
-    path = Path(Store(missing(), owes=owes), Upstream(answer))
+    """06372321 may be 6372321 there: all of the caller's entries go, besides what has that very name."""
+    path = Path(Store(missing(), away=away), Upstream(answer))
     deleted = await path.delete(deletion("042"))
-    assert path.store.told == [("end_snapshots", "042"), ("end_caller", KEY.partition, None)]
-    assert ("invalidation-pending" in deleted.cache_status) is owes
+    assert path.store.told == [
+        ("invalidate", SnapshotsScope(("042",)), None),
+        ("invalidate", CallerScope(KEY.partition), None),
+    ]
+    assert ("invalidation-pending" in deleted.cache_status) is away
 
 
 async def test_two_deletions_are_two() -> None:
@@ -1584,7 +1575,7 @@ async def test_two_deletions_are_two() -> None:
 
 
 async def test_no_room_for_a_deletion() -> None:
-    """It is refused before anything was asked or ended."""
+    """It is rejected before anything was asked or invalidated."""
     path = Path(Store(missing()), Upstream(said()), most=1)
     path.upstream.open.clear()
     waiting = await started(path.get(call("43")))
@@ -1622,76 +1613,74 @@ async def test_a_service_that_stops_during_a_deletion() -> None:
     assert path.store.told == FOR_ALL
 
 
-# -- endings by others -----------------------------------------------------------------------------
+# -- what a write to another path, a 401 and a purge invalidate ------------------------------------
 
 THEIRS = Partition("b" * 32)
+IN_TWO_STEPS = (EntryScope(EntryKey(THEIRS, "42")), EntryScope(EntryKey(THEIRS, "43")))
 
 
-@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
 @pytest.mark.parametrize(
-    ("ends", "told"),
+    ("scopes", "noted"),
     [
-        pytest.param(EndsForAll("42"), [("end_snapshots", "42")], id="for-all"),
-        pytest.param(EndsForCaller(), [("end_caller", THEIRS, None)], id="for-the-caller"),
-        pytest.param(
-            EndsForCaller(("42", "43")),
-            [("end_entry", EntryKey(THEIRS, "42")), ("end_entry", EntryKey(THEIRS, "43"))],
-            id="some-for-the-caller",
-        ),
+        pytest.param([SnapshotsScope(("42",))], [Invalidation("passthrough")], id="for-all"),
+        pytest.param([CallerScope(THEIRS)], [Invalidation("passthrough")], id="for-the-caller"),
+        pytest.param(IN_TWO_STEPS, [Invalidation("passthrough")], id="some-for-the-caller"),
+        pytest.param([], [], id="nothing"),
     ],
 )
-async def test_what_a_write_elsewhere_ends(ends: Ends, told: list[tuple[Any, ...]], owes: bool) -> None:
-    """Each of what it names ends, the later ones too where an earlier one is owed; it counts once."""
-    path = Path(Store(missing(), owes=owes), Upstream(said()))
-    assert await path.end(THEIRS, ends) is not owes
-    assert path.store.told == told
-    assert path.noted == [Invalidation("passthrough")]
+async def test_what_a_write_elsewhere_invalidates(
+    scopes: Sequence[Scope], noted: list[Invalidation], away: bool
+) -> None:
+    """Each scope, the later ones too where an earlier one is pending. It counts once, and not for nothing."""
+    path = Path(Store(missing(), away=away), Upstream(said()))
+    assert await path.invalidate("passthrough", *scopes) is not (away and bool(scopes))
+    assert path.store.told == [("invalidate", scope, None) for scope in scopes]
+    assert path.noted == noted
 
 
 @pytest.mark.G2
-@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
 @pytest.mark.parametrize("refusal", [None, REFUSAL], ids=["silently", "with-a-refusal"])
-async def test_a_token_that_is_refused_elsewhere(refusal: Entry | None, owes: bool) -> None:
-    """A 401 on any request ends all of the caller's; what the upstream said answers for a while."""
-    path = Path(Store(missing(), owes=owes), Upstream(said()))
-    assert await path.refused(THEIRS, refusal) is not owes
-    assert path.store.told == [("end_caller", THEIRS, refusal)]
+async def test_a_token_that_is_refused_elsewhere(refusal: Entry | None, away: bool) -> None:
+    """A 401 on any request invalidates all of the caller's entries; its body answers for a while."""
+    path = Path(Store(missing(), away=away), Upstream(said()))
+    assert await path.invalidate("unauthorized", CallerScope(THEIRS), refusal=refusal) is not away
+    assert path.store.told == [("invalidate", CallerScope(THEIRS), refusal)]
     assert path.noted == [Invalidation("unauthorized")]
 
 
-@pytest.mark.parametrize("owes", [False, True], ids=["store-up", "store-down"])
-@pytest.mark.parametrize(
-    ("snapshot_ids", "told"),
-    [(["42", "43"], ("end_snapshots", "42", "43")), (None, ("end_everything",))],
-    ids=["ids", "all"],
-)
-async def test_purge(snapshot_ids: list[str] | None, told: tuple[Any, ...], owes: bool) -> None:
-    """Some snapshots or everything, for everybody; whether it is done is said."""
-    path = Path(Store(missing(), owes=owes), Upstream(said()))
-    assert await path.purge(snapshot_ids) is not owes
-    assert path.store.told == [told]
+@pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
+@pytest.mark.parametrize("scope", [SnapshotsScope(("42", "43")), EverythingScope()], ids=["ids", "all"])
+async def test_purge(scope: Scope, away: bool) -> None:
+    """Some snapshots or everything, for all callers; whether it is done is said."""
+    path = Path(Store(missing(), away=away), Upstream(said()))
+    assert await path.invalidate("purge", scope) is not away
+    assert path.store.told == [("invalidate", scope, None)]
     assert path.noted == [Invalidation("purge")]
 
 
 @pytest.mark.parametrize(
-    "ending",
+    "invalidate",
     [
         pytest.param(lambda path: path.delete(deletion()), id="delete"),
-        pytest.param(lambda path: path.end(KEY.partition, EndsForAll("42")), id="write-elsewhere"),
-        pytest.param(lambda path: path.refused(KEY.partition), id="refused"),
-        pytest.param(lambda path: path.purge(None), id="purge"),
+        pytest.param(
+            lambda path: path.invalidate("passthrough", SnapshotsScope(("42",))), id="write-elsewhere"
+        ),
+        pytest.param(lambda path: path.invalidate("unauthorized", CallerScope(KEY.partition)), id="refused"),
+        pytest.param(lambda path: path.invalidate("purge", EverythingScope()), id="purge"),
     ],
 )
-async def test_without_redis_nobody_joins_a_fetch_from_before_an_ending(
-    ending: Callable[[Path], Awaitable[Any]],
+async def test_without_redis_no_caller_joins_a_fetch_from_before_an_invalidation(
+    invalidate: Callable[[Path], Awaitable[Any]],
 ) -> None:
-    """Where no stamps tell it: who asks after an ending makes a fetch of its own."""
-    path = Path(Store(UNAVAILABLE, owes=True), Upstream(said()))
+    """No stamps tell it: a request that comes after the invalidation makes a fetch of its own."""
+    path = Path(Store(UNAVAILABLE, away=True), Upstream(said()))
     silent, answering = asyncio.Event(), path.upstream.open
     path.upstream.open = silent
     waiting = await started(path.get(call()))
     path.upstream.open = answering
-    await ending(path)
+    await invalidate(path)
     path.upstream.open = silent
     path.upstream.asked.clear()
     waiting += await started(path.get(call()), path.get(call()))

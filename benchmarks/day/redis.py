@@ -6,7 +6,7 @@ ours; nothing is evicted, and stamps last for ever.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import count
@@ -24,6 +24,7 @@ from proxy.core.entry import (
     Stamps,
 )
 from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
@@ -33,7 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _GUARD_S = 80.0
-_NOTHING = 0  # the status of what stands where an entry ended
+_NOTHING = 0  # the status of what stands in the place of an entry that was invalidated
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class MemoryStore:
 
     @_question
     def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
-        """Store an entry, unless it ended, or something newer was put there, since its lookup."""
+        """Store an entry, unless it was invalidated, or a newer one stored, since its lookup."""
         if not entry.lifetimes.retention_s:
             return False
         kept = self._standing(key)
@@ -112,7 +113,7 @@ class MemoryStore:
     def seed(
         self, partition: Partition, seeds: Mapping[str, Entry], basis: FillPrecondition
     ) -> frozenset[str]:
-        """Store the single entries that came with a list, if no list ended since its lookup.
+        """Store the single entries that came with a list, if it was not invalidated since its lookup.
 
         Name those that are there now, or newer ones.
         """
@@ -157,30 +158,26 @@ class MemoryStore:
                 self._leases[lease.name] = _Lease(b"", self._now() + RECORD_MS / 1000, record)
 
     @_question
-    def end_entry(self, key: Key, *, by_read: bool = False) -> bool:
-        """End one caller's entry and lists; what stands in its place keeps earlier fetches out."""
+    def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+        """Invalidate, and put in an entry's place what keeps earlier fetches out, or a `refusal`."""
         del by_read  # it counts nothing
-        nothing = Entry(_NOTHING, b"", "", self._now(), Lifetimes(0))
-        self.kept[key] = Kept(nothing, (), next(self._nonces), self._now() + _GUARD_S)
-        return self._end(self._keys.lists_of(key.partition))
-
-    @_question
-    def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """End all entries of one caller; a refusal answers in their place until its lifetime is over."""
-        self._refusals.pop(partition, None)
-        if refusal is not None:
-            self._refusals[partition] = refusal
-        return self._end(self._keys.caller(partition))
-
-    @_question
-    def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
-        """End what anybody keeps of these snapshots, and everybody's lists."""
-        return self._end(self._keys.lists, *map(self._keys.snapshot, snapshot_ids))
-
-    @_question
-    def end_everything(self) -> bool:
-        """End all entries of everybody."""
-        return self._end(self._keys.everything)
+        match scope:
+            case EntryScope(key):
+                nothing = Entry(_NOTHING, b"", "", self._now(), Lifetimes(0))
+                self.kept[key] = Kept(nothing, (), next(self._nonces), self._now() + _GUARD_S)
+                stamps = [self._keys.lists_of(key.partition)]
+            case CallerScope(partition):
+                self._refusals.pop(partition, None)
+                if refusal is not None:
+                    self._refusals[partition] = refusal
+                stamps = [self._keys.caller(partition)]
+            case SnapshotsScope(snapshot_ids):
+                stamps = [self._keys.lists, *map(self._keys.snapshot, snapshot_ids)]
+            case EverythingScope():
+                stamps = [self._keys.everything]
+        for name in stamps:
+            self._stamps.pop(name, None)
+        return True
 
     def _standing(self, key: Key) -> Kept | None:
         kept = self.kept.get(key)
@@ -198,11 +195,6 @@ class MemoryStore:
     def _is_held(self, lease: Leased) -> bool:
         held = self._leases.get(lease.name)
         return held is not None and held.owner == lease.owner and self._now() < held.until
-
-    def _end(self, *stamps: bytes) -> bool:
-        for name in stamps:
-            self._stamps.pop(name, None)
-        return True
 
     def _stamps_of(self, key: Key) -> Stamps:
         """Give the stamps that `key` depends on; those that are missing are made."""

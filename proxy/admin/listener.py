@@ -4,7 +4,7 @@ Its connections are those of the API's listener: deadlines, a limit of 64, and n
 refuses.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
@@ -12,6 +12,7 @@ from aiohttp import web
 
 from proxy.admin.purge import Purge
 from proxy.core.http import CACHE_NAME
+from proxy.core.invalidation import Scope
 from proxy.edge.accept import accept
 from proxy.edge.listener import ConnectionLimits, Listener
 from proxy.settings.rules import is_loopback
@@ -32,12 +33,12 @@ async def serve_admin(
     *,
     scrape: Callable[[str], Awaitable[tuple[bytes, str]]],
     ready: Callable[[], bool],
-    purge: Callable[[Sequence[str] | None], Awaitable[bool]],
+    purge: Callable[[Scope], Awaitable[bool]],
 ) -> AsyncIterator[str]:
     """Serve it where `admin` says, give its URL, and close it in the end.
 
-    `scrape` and `ready` are those of `admin_application`; `purge` ends these snapshots, all for None, and
-    tells whether it is done. Raises SettingsError for the token's file, and OSError for the address.
+    `scrape` and `ready` are those of `admin_application`; `purge` invalidates, and tells whether all
+    replicas know of it now. Raises SettingsError for the token's file, and OSError for the address.
     """
     token = read_admin_token(admin.token_file)
     handler = Purge(purge, token=token, on_loopback=is_loopback(admin.host))

@@ -5,7 +5,7 @@ not through another proxy on this machine.
 """
 
 import hmac
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -15,6 +15,7 @@ from aiohttp import web
 
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
 from proxy.core.identity import SnapshotId
+from proxy.core.invalidation import EverythingScope, Scope, SnapshotsScope
 from proxy.edge.answers import error_response
 from proxy.settings.rules import is_loopback
 
@@ -31,8 +32,8 @@ class Forbidden(ProxyError):
     proxy_error = "http_request_denied"
 
 
-class Pending(ProxyError):
-    """Redis is away: the purge is owed, and done when it is back."""
+class InvalidationPending(ProxyError):
+    """Redis cannot be reached: the purge is pending, and sent again once a second until Redis takes it."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     id = "invalidation_pending"
@@ -41,12 +42,12 @@ class Pending(ProxyError):
 
 @dataclass(frozen=True, slots=True)
 class Purge:
-    """The handler. `end` ends these snapshots, all for None, and tells whether it is done.
+    """The handler. `invalidate` tells whether all replicas know of it now; if not, it is pending.
 
     `token` is the admin token, or empty; `on_loopback` tells that the listener is bound to this machine.
     """
 
-    end: Callable[[Sequence[str] | None], Awaitable[bool]]
+    invalidate: Callable[[Scope], Awaitable[bool]]
     token: bytes
     on_loopback: bool
 
@@ -54,12 +55,13 @@ class Purge:
         """Answer `{"ids": […]}` or `{"all": true}` with how many snapshots were purged."""
         try:
             self._authorize(request)
-            ids = await _ids(request)
-            if not await self.end(ids):
-                raise Pending("Redis does not answer; the purge is kept, and done when it does")
+            scope = await _scope(request)
+            if not await self.invalidate(scope):
+                raise InvalidationPending("Redis does not answer; the purge is kept, and done when it does")
         except ProxyError as error:
             return error_response(error)
-        return web.json_response({"purged": "all" if ids is None else len(ids)})
+        purged = len(scope.snapshot_ids) if isinstance(scope, SnapshotsScope) else "all"
+        return web.json_response({"purged": purged})
 
     def _authorize(self, request: web.Request) -> None:
         if self.token:
@@ -76,8 +78,8 @@ class Purge:
             raise Forbidden("set admin.token_file to purge through another proxy")
 
 
-async def _ids(request: web.Request) -> list[str] | None:
-    """Read the ids, or None for all."""
+async def _scope(request: web.Request) -> SnapshotsScope | EverythingScope:
+    """Read what the request's body says to purge. Raises BadRequest."""
     if request.content_type != "application/json":
         raise BadRequest("send application/json")
     try:
@@ -86,9 +88,9 @@ async def _ids(request: web.Request) -> list[str] | None:
         raise BadRequest("the body is not JSON") from None
     match asked:
         case {"all": True, **rest} if not rest:
-            return None
+            return EverythingScope()
         case {"ids": [_, *_] as ids, **rest} if not rest and len(ids) <= MOST_IDS:
-            return [_cached_id(one) for one in ids]
+            return SnapshotsScope(tuple(map(_cached_id, ids)))
         case _:
             raise BadRequest(f'send {{"ids": […]}} with 1 to {MOST_IDS} ids, or {{"all": true}}')
 

@@ -14,7 +14,8 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from proxy.cache.invalidator import Invalidator
-from proxy.core.entry import Entry, FillPrecondition, Lookup
+from proxy.cache.memory import Mark, Memory
+from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import (
     UPSTREAM_DOWN,
     NotSent,
@@ -31,12 +32,23 @@ from proxy.core.errors import (
 )
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
-from proxy.core.identity import ListQuery
-from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
+from proxy.core.identity import EntryKey, ListQuery
+from proxy.core.invalidation import CallerScope, EntryScope
+from proxy.core.policy import (
+    Absent,
+    Answer,
+    Deleted,
+    Denied,
+    Keep,
+    PassThrough,
+    Policy,
+    TokenRejected,
+    scopes_of_delete,
+)
 from proxy.core.ports import Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
-from proxy.tasks.flights import Abandoned
+from proxy.tasks.flights import Abandoned, Flights
 
 _SPARE_S = 1.0
 """A fetch has so much more time than its wait for the quota and one call: its requests get 2 s more."""
@@ -93,12 +105,15 @@ class Fetched:
     """It answers a write, and does not tell whether the write was carried out."""
 
 
+FetchFlights = Flights[Fetched | ProxyError]
+
+
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """What a DELETE brought; `ended`: what it invalidated is invalidated on all replicas by now."""
+    """What a DELETE brought, and whether what it invalidates is `invalidated` on all replicas by now."""
 
     result: Fetched | ProxyError
-    ended: bool
+    invalidated: bool
 
 
 class Fetcher:
@@ -114,6 +129,7 @@ class Fetcher:
         store: Store,
         gate: Gate,
         policy: Policy,
+        memory: Memory,
         invalidator: Invalidator,
         *,
         total_timeout_s: float,
@@ -125,6 +141,7 @@ class Fetcher:
         self._store = store
         self._gate = gate
         self._policy = policy
+        self._memory = memory
         self._invalidator = invalidator
         self._total_timeout_s = total_timeout_s
         self._max_wait_s = max_wait_s
@@ -146,7 +163,8 @@ class Fetcher:
         `lookup` is what the store had: its entry is revalidated, if it has an entity tag. Without `due` the
         deadlines are those of a fetch that begins now.
         """
-        basis, validated = lookup.basis, lookup.entry
+        mark = self._memory.mark(call.key)
+        validated = lookup.entry
         validator = "" if validated is None else validated.validator
         try:
             answer = await self._ask(call, validator, mode, due or self.due())
@@ -161,21 +179,25 @@ class Fetcher:
             return failure
         match verdict:
             case Keep():
-                return await self._fill(call, basis, answer, verdict)
+                return await self._fill(call, lookup, mark, answer, verdict)
             case TokenRejected(_, refusal):
-                await self._invalidator.refused(call.key.partition, refusal)
+                await self._reject_token(call, refusal)
             case Denied():
-                await self._invalidator.entry(call.key)
+                await self._invalidator.invalidate("read", EntryScope(call.key))
             case PassThrough():
                 pass
         return _passed_on(answer, verdict.body)
 
-    async def _fill(self, call: Call, basis: FillPrecondition | None, answer: Answer, keep: Keep) -> Fetched:
-        """Store what `keep` holds, unless the request says `no-store` or Redis is away; compress a list."""
+    async def _fill(self, call: Call, lookup: Lookup, mark: Mark, answer: Answer, keep: Keep) -> Fetched:
+        """Store what `keep` holds, unless the request says `no-store`; compress a list.
+
+        Redis takes it where the `lookup` could ask it; this replica's memory takes what Redis took, and what
+        it was away for.
+        """
         for name in keep.unknown:
             self._observe(UnknownValue(name))
         entry, stored, seeded = keep.entry, False, frozenset[str]()
-        storable = None if call.directives.no_store else basis
+        storable = None if call.directives.no_store else lookup.basis
         if (
             storable is not None and keep.seeds
         ):  # before the list itself: replicas that wait for the list find them
@@ -184,8 +206,15 @@ class Fetcher:
             entry = await _compressed(entry)
         if storable is not None:
             stored = await self._store.put(call.key, entry, storable)
+        for snapshot_id in seeded:
+            self._memory.forget(EntryKey(call.key.partition, snapshot_id))
+        if stored or (lookup.unavailable and call.target.cacheable and not call.directives.no_store):
+            self._memory.keep(call.key, entry, mark)
+        else:
+            self._memory.forget(call.key)
         if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
-            await self._invalidator.entry(call.key)  # a no that is not stored still invalidates
+            # A 404 that is not stored still invalidates.
+            await self._invalidator.invalidate("read", EntryScope(call.key))
         return Fetched(
             entry.status,
             entry.body,
@@ -225,25 +254,32 @@ class Fetcher:
             answer = await self._gate.ask(call, call_class=CallClass.WRITE)
             verdict = self._policy.on_delete(answer, request_id=call.request_id, draw=self._draw())
         except (NotSent, UpstreamUnreachable) as not_sent:
-            return Deletion(not_sent, ended=True)
+            return Deletion(not_sent, invalidated=True)
         except UpstreamError as failure:
-            return Deletion(WriteUnknown(failure), await self._invalidator.deleted(call))
+            return Deletion(WriteUnknown(failure), await self._invalidate_deleted(call))
         except Abandoned:  # it was not sent
             raise
         except BaseException:  # the service stops, and the outcome is unknown
-            await self._invalidator.deleted(call)
+            await self._invalidate_deleted(call)
             raise
-        ended = True
+        invalidated = True
         match verdict:
             case Deleted():
-                ended = await self._invalidator.deleted(call)
+                invalidated = await self._invalidate_deleted(call)
             case Absent():
-                ended = await self._invalidator.absent(call.key)
+                invalidated = await self._invalidator.invalidate("delete", EntryScope(call.key))
             case TokenRejected(_, refusal):
-                ended = await self._invalidator.refused(call.key.partition, refusal)
+                invalidated = await self._reject_token(call, refusal)
             case PassThrough():
                 pass
-        return Deletion(_passed_on(answer, verdict.body, writes=True), ended)
+        return Deletion(_passed_on(answer, verdict.body, writes=True), invalidated)
+
+    async def _invalidate_deleted(self, call: Call) -> bool:
+        return await self._invalidator.invalidate("delete", *scopes_of_delete(call))
+
+    async def _reject_token(self, call: Call, refusal: Entry | None) -> bool:
+        scope = CallerScope(call.key.partition)
+        return await self._invalidator.invalidate("unauthorized", scope, refusal=refusal)
 
 
 async def _compressed(entry: Entry) -> Entry:

@@ -22,6 +22,7 @@ from proxy.cache.fetch import (
     is_replaceable,
 )
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Mark, Memory
 from proxy.cache.refresher import Refresher
 from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
 from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
@@ -80,10 +81,7 @@ class Failed:
 
 
 class ReadThrough:
-    """Answers reads, and forwards deletions.
-
-    `clock` gives Unix seconds, `monotonic` the seconds in which flights tell before from after.
-    """
+    """Answers reads, and forwards deletions. `clock` gives Unix seconds."""
 
     def __init__(
         self,
@@ -93,27 +91,24 @@ class ReadThrough:
         refresher: Refresher,
         flights: Flights[Fetched | ProxyError],
         *,
-        invalidator: Invalidator,
-        monotonic: Callable[[], float],
+        memory: Memory,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
+        self._memory = memory
         self._fetcher = fetcher
         self._collapser = collapser
         self._refresher = refresher
         self._flights = flights
-        self._invalidator = invalidator
-        self._monotonic = monotonic
         self._clock = clock
 
     async def get(self, call: Call) -> Served | Failed:
         """Answer one read. The whole program in one match."""
         if not call.target.cacheable:
-            if call.directives.only_if_cached:
-                return _unsatisfiable()
-            return await self._forward(call, Why.BYPASS, UNAVAILABLE, since=None)
-        since, ended = self._monotonic(), self._invalidator.ended(call.key)
-        lookup = await self._store.lookup(call.key)
+            return await self._bypass(call)
+        if (served := self.peek(call)) is not None:
+            return served
+        lookup, mark = await self._lookup(call)
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
@@ -127,11 +122,50 @@ class ReadThrough:
             case Forward(why, fallback):
                 why = Why.BYPASS if lookup.unavailable else why
                 if fallback is None:
-                    return await self._forward(call, why, lookup, since)
-                answer = await self._forward(call, why, lookup, since, HAS_FALLBACK)
-                return await self._or_stale(call, answer, fallback, ended)
+                    return await self._forward(call, why, lookup, mark.began)
+                answer = await self._forward(call, why, lookup, mark.began, HAS_FALLBACK)
+                return await self._or_stale(call, answer, fallback, mark.counts)
             case Unsatisfiable():
                 return _unsatisfiable()
+
+    def peek(self, call: Call) -> Served | None:
+        """Answer one read from this replica's memory, if that has a fresh entry for it. Waits for nothing.
+
+        None says nothing about the answer: Redis may have another entry, and a stale one is refreshed.
+        """
+        entry = self._memory.get(call.key)
+        if entry is None:
+            return None
+        now = self._clock()
+        match on_lookup(entry, call.directives, now):
+            case Hit():
+                self._refresher.record_read(call, entry, now)
+                return _from_entry(entry, now)
+            case _:
+                return None
+
+    async def _bypass(self, call: Call) -> Served | Failed:
+        """Answer a read of what is never cached."""
+        if call.directives.only_if_cached:
+            return _unsatisfiable()
+        return await self._forward(call, Why.BYPASS, UNAVAILABLE, since=None)
+
+    async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
+        """Look into the store, and keep in memory what it has, if that is fresh. Say how things stood before.
+
+        The refusal of a token has no basis: it answers for all keys of its caller, and is not kept.
+        """
+        mark = self._memory.mark(call.key)
+        lookup = await self._store.lookup(call.key)
+        entry = lookup.entry
+        if (
+            entry is not None
+            and lookup.basis is not None
+            and not call.directives.no_store
+            and entry.is_fresh(self._clock())
+        ):
+            self._memory.keep(call.key, entry, mark)
+        return lookup, mark
 
     async def delete(self, call: Call) -> Served | Failed:
         """Forward one DELETE, once. When it is answered, no cache serves that snapshot any more."""
@@ -140,7 +174,7 @@ class ReadThrough:
             deletion = await self._flights.unshared(owner, partial(self._fetcher.delete, call))
         except Overloaded as full:
             return Failed(full, Outcome.NONE, str(Forwarded(Why.METHOD)))
-        detail = None if deletion.ended else Detail.INVALIDATION_PENDING
+        detail = None if deletion.invalidated else Detail.INVALIDATION_PENDING
         match deletion.result:
             case ProxyError() as failure:
                 cache_status = str(Forwarded(Why.METHOD, _received(failure), detail=detail))
@@ -157,18 +191,18 @@ class ReadThrough:
                 )
 
     async def _or_stale(
-        self, call: Call, answer: Served | Failed, fallback: Entry, ended: tuple[int, ...]
+        self, call: Call, answer: Served | Failed, fallback: Entry, counts: tuple[int, ...]
     ) -> Served | Failed:
         """Serve `fallback` in the place of a failure, where it is still there and still good for that.
 
-        It is looked up again: what was ended while the upstream was asked is not served. Where the store
-        cannot tell any more, what was found a fetch ago counts, unless this replica `ended` it since.
+        It is looked up again: what was invalidated while the upstream was asked is not served. If Redis
+        cannot be reached by now, `fallback` is served unless this replica invalidated it since `counts`.
         """
         if not is_replaceable(answer.error.status if isinstance(answer, Failed) else answer.status):
             return answer
         lookup = await self._store.lookup(call.key)
         entry = lookup.entry
-        if lookup.unavailable and self._invalidator.ended(call.key) == ended:
+        if lookup.unavailable and self._memory.counts(call.key) == counts:
             entry = fallback
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):
@@ -259,10 +293,12 @@ def read_through(
     draw: Callable[[], float] = random,
 ) -> ReadThrough:
     """Put the main path together: see each class for what it needs."""
+    memory = invalidator.memory
     fetcher = Fetcher(
         store,
         gate,
         policy,
+        memory,
         invalidator,
         total_timeout_s=total_timeout_s,
         max_wait_s=max_wait_s,
@@ -274,22 +310,13 @@ def read_through(
         store,
         gate,
         fetcher,
-        invalidator,
+        memory,
         total_timeout_s=total_timeout_s,
         monotonic=monotonic,
         drain=drain,
     )
     refresher = Refresher(store, collapser, flights, observe=observe, clock=clock)
-    return ReadThrough(
-        store,
-        fetcher,
-        collapser,
-        refresher,
-        flights,
-        invalidator=invalidator,
-        monotonic=monotonic,
-        clock=clock,
-    )
+    return ReadThrough(store, fetcher, collapser, refresher, flights, memory=memory, clock=clock)
 
 
 def _received(failure: ProxyError) -> int | None:

@@ -86,7 +86,7 @@ class UpstreamCall:
     seconds: float
 
 
-Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "quota"]
+Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "channel", "quota"]
 """What the store is asked for. `end` invalidates for a DELETE, a purge, a 401 or a write that was passed
 through; `drop` takes an entry away because a read was answered 403, or 404 that is not kept."""
 
@@ -105,7 +105,7 @@ By = Literal["single", "list"]
 """How a snapshot is refreshed behind its callers' backs."""
 
 Cause = Literal["delete", "purge", "unauthorized", "passthrough"]
-"""What ends something before its time."""
+"""What invalidates entries before they have expired."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The rest of the API: which targets may be forwarded, which headers travel, and what a write ends.
+"""The rest of the API: which targets may be forwarded, which headers travel, what a write invalidates.
 
 The table at the end holds every write to other paths that changes a snapshot or a list, as the API's
 documentation has them. What changes later than its request (a transfer, a destruction) is bounded by the TTL.
@@ -12,13 +12,14 @@ from typing import Any
 import orjson
 
 from proxy.core.errors import BadRequest
-from proxy.core.identity import Partition, SnapshotId, Token
+from proxy.core.identity import EntryKey, Partition, SnapshotId, Token
+from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
 
 MOST_READ_BYTES = 65_536
 """Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
 
 MOST_NAMED = 100
-"""So many ids of a body end one by one; with more of them all of the caller's end, which is one step."""
+"""So many ids of a body are invalidated one by one; a body with more invalidates all of the caller's."""
 
 _NO_SNAPSHOTS = frozenset({"droplet", "volume", "database", "kubernetes"})
 """What can be tagged and is no snapshot. A kind beyond these may be one: kinds grow, too."""
@@ -116,29 +117,7 @@ class Streamed:
     chunks: AsyncIterator[bytes]
 
 
-# -- what a write ends -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EndsForAll:
-    """What is kept of this snapshot, for all callers."""
-
-    snapshot_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class EndsForCaller:
-    """What the caller keeps of these snapshots; of all, where there are none."""
-
-    snapshot_ids: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class EndsWhatBodyNames:
-    """What the caller keeps of the snapshots that the request's body names: `ends_of_body` tells them."""
-
-
-Ends = EndsForAll | EndsForCaller
+# -- what a write invalidates ------------------------------------------------------------------
 
 _WRITES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (methods, re.compile(path, re.IGNORECASE))
@@ -159,8 +138,12 @@ _WRITES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 
 
-def ends(method: str, target: str) -> Ends | EndsWhatBodyNames | None:
-    """Tell what a request to another path of the API ends, if it succeeds or may have; None for nothing."""
+def scopes_of_write(method: str, target: str, partition: Partition, body: bytes | None) -> tuple[Scope, ...]:
+    """Tell what this request to another path of the API invalidates, if it succeeds or may have succeeded.
+
+    `partition` is the caller's. Without its `body` (None: it was not read to its end) a request that names
+    snapshots there counts as naming all of the caller's.
+    """
     path = target.partition("?")[0].removesuffix("/")
     for methods, pattern in _WRITES:
         match = pattern.fullmatch(path)
@@ -168,37 +151,31 @@ def ends(method: str, target: str) -> Ends | EndsWhatBodyNames | None:
             continue
         groups = match.groupdict()
         if groups.get("body"):
-            return EndsWhatBodyNames()
-        if groups.get("snapshot"):
-            snapshot_id = SnapshotId.parse(groups["snapshot"]) if _is_id(groups["snapshot"]) else None
-            return EndsForCaller() if snapshot_id is None else EndsForAll(snapshot_id.text)
-        return EndsForCaller()
-    return None
+            return _scopes_of_body(partition, body)
+        if _is_id(named := groups.get("snapshot") or ""):
+            return (SnapshotsScope((SnapshotId.parse(named).text,)),)
+        return (CallerScope(partition),)
+    return ()
 
 
-def ends_of_body(body: bytes | None) -> EndsForCaller | None:
-    """Read the body of a write to a tag's resources, None where it was not read to its end.
-
-    Gives None where it surely names no snapshot.
-    """
+def _scopes_of_body(partition: Partition, body: bytes | None) -> tuple[Scope, ...]:
+    """Read the body of a write to a tag's resources. What it names without doubt is all that is covered."""
     try:
-        named: Any = None if body is None else orjson.loads(body)
+        named: Any = orjson.loads(body or b"")
     except orjson.JSONDecodeError:
-        return EndsForCaller()
+        return (CallerScope(partition),)
     match named:
         case {"resources": list(resources)} if all(isinstance(one, dict) for one in resources):
-            named_ids = [
+            ids = [
                 str(one.get("resource_id"))
                 for one in resources
                 if str(one.get("resource_type")) not in _NO_SNAPSHOTS  # a list there is no key of a set
             ]
         case _:
-            return EndsForCaller()
-    if not named_ids:
-        return None
-    if len(named_ids) > MOST_NAMED or not all(map(_is_id, named_ids)):
-        return EndsForCaller()
-    return EndsForCaller(tuple(SnapshotId.parse(one).text for one in named_ids))
+            return (CallerScope(partition),)
+    if len(ids) > MOST_NAMED or not all(map(_is_id, ids)):
+        return (CallerScope(partition),)
+    return tuple(EntryScope(EntryKey(partition, SnapshotId.parse(one).text)) for one in ids)
 
 
 def _is_id(text: str) -> bool:

@@ -13,8 +13,9 @@ from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.events import EnumField
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
+from proxy.core.invalidation import CallerScope, Scope, SnapshotsScope
 from proxy.core.quota import stretched
-from proxy.core.request import Directives
+from proxy.core.request import Call, Directives
 from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot
 
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
@@ -120,7 +121,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class TokenRejected:
-    """The upstream does not know this token: whatever is kept for this caller ends. Serve `body`.
+    """The upstream does not know this token: all of this caller's entries are invalidated. Serve `body`.
 
     `entry` answers the caller from now on, whatever is asked, for as long as its lifetime says.
     """
@@ -131,7 +132,7 @@ class TokenRejected:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """This token may not read this, or there is nothing: the entry that is kept for it ends. Serve `body`."""
+    """This token may not read this, or there is nothing: the caller's entry is invalidated. Serve `body`."""
 
     body: bytes | None
 
@@ -155,7 +156,7 @@ class Deleted:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """There is no such snapshot for this caller: the caller's own entry and lists end. Serve `body`."""
+    """This caller sees no such snapshot: the caller's entry and lists are invalidated. Serve `body`."""
 
     body: bytes | None
 
@@ -244,7 +245,7 @@ class Policy:
                 return Deleted(envelope)
 
     def _keep_negative(self, answer: Answer, envelope: bytes | None, draw: float) -> Keep | Denied:
-        """Keep a no for a while; one that may not be kept still ends what was there."""
+        """Keep a 404 for `negative_s`; one that may not be kept still invalidates what was there."""
         negative = self._negative(answer, envelope, draw)
         return Denied(envelope) if negative is None else Keep(negative)
 
@@ -277,6 +278,16 @@ class Policy:
     def _of_list(self, draw: float) -> Lifetimes:
         """Give a list its lifetimes: never served while being refreshed, lest a new snapshot is missing."""
         return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
+
+
+def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
+    """Tell what the DELETE `call` invalidates, if it deleted its snapshot or may have.
+
+    An id in another form than the API documents invalidates all of the caller's entries, too: the upstream
+    may have taken it for another snapshot's, 06372321 for 6372321.
+    """
+    named = SnapshotsScope((call.target.text,))
+    return (named,) if call.target.cacheable else (named, CallerScope(call.key.partition))
 
 
 def _raise_if_no_error_of_the_api(status: int) -> None:

@@ -6,13 +6,14 @@ and `Gate` in `gate/gate.py`; tests and the simulated day bring their own. Times
 of the composition root's monotonic clock. Pure: signatures only.
 """
 
-from collections.abc import AsyncIterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import QuotaSpent
 from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.invalidation import Scope
 from proxy.core.passthrough import Forwarding, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Postponed
@@ -55,21 +56,26 @@ class Store(Protocol):
     async def release(self, lease: Leased, record: Record | None) -> None:
         """Give the lease up, and leave an outcome that is not stored as a `record` for those who wait."""
 
-    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
-        """Invalidate one caller's entry and lists, and fills of them that are in flight.
+    async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+        """Invalidate what `scope` covers, entries whose fetch is in flight included.
 
-        `by_read`: the upstream answered a read with a no; no write or purge asked for it. Like the three
-        below, tell whether the store did it now; else it does it when Redis is back.
+        `by_read`: a read was answered 403 or 404; no write or purge asked for it. A `refusal` comes with a
+        CallerScope, and answers the caller's lookups while it lasts. Tell whether the store did it now; else
+        it is pending, and done when Redis can be reached.
         """
 
-    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """Invalidate all entries of one caller; a `refusal` answers the caller's lookups while it lasts."""
 
-    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
-        """Invalidate these snapshots, and all lists, for all callers."""
+class Hearing(Protocol):
+    """What follows the invalidations of other replicas: this replica's memory."""
 
-    async def end_everything(self) -> bool:
-        """Invalidate all entries of all callers."""
+    def invalidate(self, scope: Scope) -> None:
+        """Let nothing answer any more that `scope` covers."""
+
+    def hears(self, until: float) -> None:
+        """Take note that every invalidation that others rely on before `until` (monotonic) has been heard."""
+
+    def deaf(self) -> None:
+        """Take note that invalidations may have been missed, or may be."""
 
 
 class Gate(Protocol):

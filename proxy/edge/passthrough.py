@@ -31,15 +31,14 @@ from proxy.core.errors import (
     tells_outcome,
 )
 from proxy.core.http import CACHE_NAME, Detail, Forwarded, Why, retry_after
+from proxy.core.invalidation import CallerScope
 from proxy.core.passthrough import (
     MOST_READ_BYTES,
-    EndsWhatBodyNames,
     Forwarding,
     Streamed,
-    ends,
-    ends_of_body,
     is_read,
     returned_headers,
+    scopes_of_write,
 )
 from proxy.core.snapshot import error_envelope
 from proxy.edge.answers import NO_RETRY
@@ -111,8 +110,8 @@ class Passthrough:
         """Forward a read and stream its answer back."""
         async with self._gate.stream(forwarding, body, new_connection=new_connection) as answer:
             if answer.status == HTTPStatus.UNAUTHORIZED:
-                pending = not await self._invalidator.refused(forwarding.partition)
-                return await _stream_back(request, forwarding, answer, pending=pending)
+                invalidated = await self._reject_token(forwarding)
+                return await _stream_back(request, forwarding, answer, pending=not invalidated)
             if answer.status in EDGE_FAILED:
                 raise UpstreamEdgeFailed(answer.status)
             return await _stream_back(request, forwarding, answer, pending=False)
@@ -126,20 +125,20 @@ class Passthrough:
         try:
             async with self._gate.stream(forwarding, body) as begun:
                 answer = begun
-                ended = await self._end_by(answer.status, forwarding, body)
+                invalidated = await self._invalidate_after(answer.status, forwarding, body)
                 told = True
                 if answer.status in EDGE_FAILED:
                     answer, said = await peek(answer)
                     if error_envelope(said, forwarding.request_id) is None:  # a page: clients expect JSON
                         return WriteUnknown(UpstreamUnexplained(answer.status))
-                return await _stream_back(request, forwarding, answer, pending=ended is False)
+                return await _stream_back(request, forwarding, answer, pending=not invalidated)
         except (NotSent, UpstreamUnreachable) as not_sent:
             return not_sent
         except Abandoned:  # it was not sent
             raise
         except BaseException as failure:
             if not told:  # its outcome is unknown
-                await self._end(forwarding, body)
+                await self._invalidate(forwarding, body)
             if isinstance(failure, ProxyError):
                 return WriteUnknown(failure) if isinstance(failure, UpstreamError) else failure
             raise
@@ -147,18 +146,25 @@ class Passthrough:
     def _body_of(self, request: web.BaseRequest) -> "_Body | None":
         return _Body(request, self._read_timeout_s) if request.body_exists else None
 
-    async def _end_by(self, status: int, forwarding: Forwarding, body: "_Body | None") -> bool | None:
-        """Invalidate what a write that was answered with this status changed; give what `_end` gives."""
+    async def _invalidate_after(self, status: int, forwarding: Forwarding, body: "_Body | None") -> bool:
+        """Invalidate what a write with this status changed. Like the two below, tell whether Redis did it."""
         if status == HTTPStatus.UNAUTHORIZED:
-            return await self._invalidator.refused(forwarding.partition)
-        return None if _refuses(status) else await self._end(forwarding, body)
+            return await self._reject_token(forwarding)
+        return _refuses(status) or await self._invalidate(forwarding, body)
 
-    async def _end(self, forwarding: Forwarding, body: "_Body | None") -> bool | None:
-        """Invalidate what the request may have changed, None if nothing; tell whether all replicas know."""
-        what = ends(forwarding.method, forwarding.target)
-        if isinstance(what, EndsWhatBodyNames):
-            what = ends_of_body(None if body is None else body.whole)
-        return None if what is None else await self._invalidator.written(forwarding.partition, what)
+    async def _invalidate(self, forwarding: Forwarding, body: "_Body | None") -> bool:
+        """Invalidate what a write may have changed."""
+        scopes = scopes_of_write(
+            forwarding.method,
+            forwarding.target,
+            forwarding.partition,
+            None if body is None else body.whole,
+        )
+        return await self._invalidator.invalidate("passthrough", *scopes)
+
+    async def _reject_token(self, forwarding: Forwarding) -> bool:
+        """Invalidate all of the caller: the answer is a 401."""
+        return await self._invalidator.invalidate("unauthorized", CallerScope(forwarding.partition))
 
 
 class _Body:

@@ -96,7 +96,7 @@ class Link:
         address: str = "",
         trial: Callable[[], Sequence[Command]] = tuple,
     ) -> None:
-        self._connect = connect
+        self.client = connect
         self._trial = trial
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
@@ -163,7 +163,7 @@ class Link:
         while True:
             if not is_first:
                 await self._usable.wait()
-            client = self._connect()
+            client = self.client()
             backoff_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
             try:
                 trouble = await self._open(client, min(backoff_s, _LONGEST_PROBATION_S) if failures else 0.0)

@@ -27,7 +27,7 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Link, Unavailable
-from proxy.storage.invalidation import Pending
+from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.keys import Keys
 from proxy.storage.values import TOMBSTONE, as_bytes, as_stamp, new_stamp, refuse_error
 
@@ -44,7 +44,7 @@ class Entries:
         link: Link,
         keys: Keys,
         keyring: Keyring,
-        pending: Pending,
+        pending: PendingInvalidations,
         *,
         stamp_ttl_s: int,
         observe: Callable[[StoreOperation], None],

@@ -15,11 +15,13 @@ from proxy.core.entry import Entry, Lifetimes, seal
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
 from proxy.core.incident import Incident
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.logs import event
+from proxy.storage.channel import Channel
 from proxy.storage.commands import Command
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import EntryKeys, Keys
-from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error
+from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error, refuse_errors
 
 MOST_PENDING = 1024
 """So many stamps are pending at most; instead of one more, the stamp of everything is."""
@@ -27,7 +29,7 @@ MOST_PENDING = 1024
 _LOG = logging.getLogger(__name__)
 
 
-class Pending:
+class PendingInvalidations:
     """The stamps of invalidations that Redis has not taken yet.
 
     `address` says in the log where Redis is, `monotonic` gives the seconds for how long they were pending.
@@ -100,10 +102,9 @@ class Pending:
 
 
 class Invalidations:
-    """Invalidates one caller's entry, one caller, snapshots for all callers, or everything.
+    """Invalidates scopes in Redis, and has the other replicas follow, where there is a `channel`.
 
-    Each method tells whether Redis did it; where not, it is pending. None raises. `guard_s` is longer than
-    any fetch takes.
+    `guard_s` is longer than any fetch takes.
     """
 
     def __init__(
@@ -111,7 +112,8 @@ class Invalidations:
         link: Link,
         keys: Keys,
         keyring: Keyring,
-        pending: Pending,
+        pending: PendingInvalidations,
+        channel: Channel | None = None,
         *,
         guard_s: int,
         observe: Callable[[StoreOperation], None],
@@ -121,60 +123,76 @@ class Invalidations:
         self._keys = keys
         self._keyring = keyring
         self._pending = pending
+        self._channel = channel
         self._guard_s = guard_s
         self._observe = observe
         self._clock = clock
 
-    async def end_entry(self, key: EntryKey | ListKey, *, by_read: bool = False) -> bool:
-        """Invalidate one caller's entry and lists, and keep fetches that are in flight from storing them.
+    async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+        """Invalidate what `scope` covers, and tell whether Redis did it; else it is pending. Never raises.
+
+        When Redis has done it, it is published, in the same round trip; this returns when no other replica
+        serves any of it from its memory.
 
         `by_read`: a read was answered 403 or 404, and neither a caller nor an operator asked for more; it
-        is counted as `drop`. A tombstone takes the entry's place: it rests on stamps that never stood in
-        Redis, so that it answers no lookup, and no fetch in flight has seen it.
+        is counted as `drop`. A `refusal` comes with a CallerScope.
+        """
+        stamps = self._stamps(scope)
+        match scope:
+            case EntryScope(key):
+                commands = self._replace(key)
+            case CallerScope(partition) if refusal is not None:
+                commands = [self._refuse(partition, refusal)]
+            case _:
+                commands = [("DEL", name) for name in stamps]
+        operation: Literal["end", "drop"] = "drop" if by_read else "end"
+        try:
+            if self._channel is None:
+                refuse_errors(await self._link.ask(*commands))
+            else:
+                await self._channel.invalidate(scope, *commands)
+        except Unavailable as error:
+            self._observe(StoreOperation(operation, error.outcome))
+            self._pending.add(stamps, error, asked=not by_read)
+            return False
+        self._observe(StoreOperation(operation, "ok"))
+        return True
+
+    def _stamps(self, scope: Scope) -> tuple[bytes, ...]:
+        """Name stamps whose deletion invalidates `scope`: an entry has none of its own, so all of its caller.
+
+        The stamp of all callers' lists comes first: `Entries.seed` relies on it.
+        """
+        match scope:
+            case EntryScope(key):
+                return (self._keys.caller(key.partition),)
+            case CallerScope(partition):
+                return (self._keys.caller(partition),)
+            case SnapshotsScope(snapshot_ids):
+                return (self._keys.lists, *map(self._keys.snapshot, snapshot_ids))
+            case EverythingScope():
+                return (self._keys.everything,)
+
+    def _replace(self, key: EntryKey | ListKey) -> list[Command]:
+        """Delete the stamp of the caller's lists, and put a tombstone in the entry's place, for `guard_s`.
+
+        The tombstone rests on stamps that never stood in Redis, so that it answers no lookup, and no fetch
+        in flight has seen it: none is stored over it.
         """
         name, stamps = self._keys.of(key)
         nothing = Entry(TOMBSTONE, b"", "", self._clock(), Lifetimes(0))
         value = seal(nothing, tuple(map(new_stamp, stamps)), name, self._keyring)
-        return await self._run(
-            (self._keys.caller(key.partition),),
+        return [
             ("DEL", self._keys.lists_of(key.partition)),
             ("DEL", name),  # a Redis that is full deletes, though it does not set
             ("SET", name, value, "EX", self._guard_s),
-            operation="drop" if by_read else "end",
-        )
+        ]
 
-    async def end_caller(self, partition: Partition, refusal: Entry | None = None) -> bool:
-        """Invalidate all entries of one caller, those whose fetch is in flight included.
+    def _refuse(self, partition: Partition, refusal: Entry) -> Command:
+        """Put the `refusal` in the place of the caller's stamp, until it has expired.
 
-        A `refusal` of the token takes the place of the caller's stamp: every lookup of this caller finds
-        it, and nothing else, until it has expired.
+        Every lookup of this caller finds it, and nothing else.
         """
         caller = self._keys.caller(partition)
-        if refusal is None:
-            return await self._run((caller,), ("DEL", caller))
         lasts_ms = max(int((refusal.lifetimes.fresh_s - refusal.age_s(self._clock())) * 1000), 1)
-        value = seal(refusal, (), caller, self._keyring)
-        return await self._run((caller,), ("SET", caller, value, "PX", lasts_ms))
-
-    async def end_snapshots(self, snapshot_ids: Sequence[str]) -> bool:
-        """Invalidate these snapshots and all lists of all callers, with those whose fetch is in flight."""
-        names = (self._keys.lists, *(self._keys.snapshot(snapshot_id) for snapshot_id in snapshot_ids))
-        return await self._run(names, *(("DEL", name) for name in names))
-
-    async def end_everything(self) -> bool:
-        """Invalidate all entries of all callers, those whose fetch is in flight included."""
-        return await self._run((self._keys.everything,), ("DEL", self._keys.everything))
-
-    async def _run(
-        self, stamps: Sequence[bytes], *commands: Command, operation: Literal["end", "drop"] = "end"
-    ) -> bool:
-        """Run the commands of one invalidation. Where Redis fails, its `stamps` are pending."""
-        try:
-            for reply in await self._link.ask(*commands):
-                refuse_error(reply)
-        except Unavailable as error:
-            self._observe(StoreOperation(operation, error.outcome))
-            self._pending.add(stamps, error, asked=operation == "end")
-            return False
-        self._observe(StoreOperation(operation, "ok"))
-        return True
+        return ("SET", caller, seal(refusal, (), caller, self._keyring), "PX", lasts_ms)

@@ -2,7 +2,8 @@
 
 Each has a file of its own; here stands only who shares what. Pending invalidations are shared by three:
 Invalidations adds to them, Entries neither reads nor stores what they cover, the heartbeat makes up for
-them.
+them. Where there is a memory (`tier`), the other replicas hear of invalidations on the channel, and this one
+hears of theirs.
 """
 
 import time
@@ -10,10 +11,13 @@ from collections.abc import Callable
 
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring
+from proxy.core.ports import Hearing
+from proxy.storage.channel import Channel
 from proxy.storage.connection import Link
+from proxy.storage.conversation import Conversation
 from proxy.storage.entries import Entries
 from proxy.storage.heartbeat import Heartbeat
-from proxy.storage.invalidation import Invalidations, Pending
+from proxy.storage.invalidation import Invalidations, PendingInvalidations
 from proxy.storage.keys import Keys
 from proxy.storage.leases import Leases
 from proxy.storage.membership import Membership
@@ -36,23 +40,39 @@ class Store:
         stamp_ttl_s: int,
         guard_s: int,
         observe: Callable[[StoreOperation], None],
+        tier: Hearing | None = None,
         previous: Keyring | None = None,
         address: str = "",
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
-        self._pending = Pending(keys, address=address, monotonic=monotonic)
+        self._pending = PendingInvalidations(keys, address=address, monotonic=monotonic)
         self._members = Membership(keys, keyring, previous)
         self._heartbeat = Heartbeat(
             link, self._pending, self._members, address=address, clock=clock, monotonic=monotonic
         )
+        self._channel = None
+        if tier is not None:
+            conversation = Conversation(
+                keys, keyring, self._members, tier, observe=observe, monotonic=monotonic
+            )
+            self._channel = Channel(
+                link,
+                keys,
+                conversation,
+                register=self._heartbeat.pulse,
+                observe=observe,
+                address=address,
+                monotonic=monotonic,
+            )
+            self._heartbeat.conversation = conversation
         entries = Entries(
             link, keys, keyring, self._pending, stamp_ttl_s=stamp_ttl_s, observe=observe, clock=clock
         )
         leases = Leases(link, keys, keyring, guard_s=guard_s, observe=observe, clock=clock)
         invalidations = Invalidations(
-            link, keys, keyring, self._pending, guard_s=guard_s, observe=observe, clock=clock
+            link, keys, keyring, self._pending, self._channel, guard_s=guard_s, observe=observe, clock=clock
         )
         self.lookup = entries.lookup
         self.put = entries.put
@@ -60,10 +80,7 @@ class Store:
         self.lease = leases.lease
         self.renew = leases.renew
         self.release = leases.release
-        self.end_entry = invalidations.end_entry
-        self.end_caller = invalidations.end_caller
-        self.end_snapshots = invalidations.end_snapshots
-        self.end_everything = invalidations.end_everything
+        self.invalidate = invalidations.invalidate
 
     @property
     def replicas(self) -> int:
@@ -89,8 +106,12 @@ class Store:
         """Connect, and go on trying where that does not work."""
         await self._link.start()
         self._heartbeat.start()
+        if self._channel is not None:
+            self._channel.start()
 
     async def close(self) -> None:
-        """Stop the heartbeat, and disconnect."""
+        """Leave the other replicas, and disconnect."""
+        if self._channel is not None:
+            await self._channel.stop()
         await self._heartbeat.stop()
         await self._link.close()

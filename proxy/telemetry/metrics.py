@@ -44,6 +44,8 @@ _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _WATCHED = {
     "connections": "Open connections of callers.",
     "flights": "Fetches on their way.",
+    "memory_bytes": "What the entries in this process take, all counted.",
+    "memory_entries": "Entries in this process, in front of Redis.",
     "store_up": "1 while Redis answers.",
     "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
     "secret_mismatch": "1 where a replica is there that uses another secret, and no rotation explains it.",
@@ -149,6 +151,8 @@ class Metrics:
         *,
         connections: Callable[[], float],
         flights: Callable[[], float],
+        memory_bytes: Callable[[], float],
+        memory_entries: Callable[[], float],
         store_up: Callable[[], float],
         store_shared: Callable[[], float],
         secret_mismatch: Callable[[], float],
@@ -161,6 +165,8 @@ class Metrics:
         for name, read in (
             ("connections", connections),
             ("flights", flights),
+            ("memory_bytes", memory_bytes),
+            ("memory_entries", memory_entries),
             ("store_up", store_up),
             ("store_shared", store_shared),
             ("secret_mismatch", secret_mismatch),

@@ -1,4 +1,4 @@
-"""The passthrough without a socket: what may go up, which headers travel, what a write ends."""
+"""The passthrough without a socket: what may go up, which headers travel, what a write invalidates."""
 
 import json
 import re
@@ -8,17 +8,14 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.errors import BadRequest, NotProxied
+from proxy.core.identity import EntryKey, Partition
+from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
 from proxy.core.passthrough import (
     MOST_NAMED,
-    Ends,
-    EndsForAll,
-    EndsForCaller,
-    EndsWhatBodyNames,
-    ends,
-    ends_of_body,
     forwarded_headers,
     passthrough_target,
     returned_headers,
+    scopes_of_write,
 )
 from proxy.core.request import ApiPath, parse_target
 
@@ -236,7 +233,31 @@ def test_returned_headers(given: list[tuple[str, str]], expected: list[tuple[str
 
 # -- writes ------------------------------------------------------------------------------------
 
-WHOLE = EndsForCaller()
+CALLER = Partition("a" * 32)
+WHOLE = (CallerScope(CALLER),)
+
+
+def for_all(snapshot_id: str) -> tuple[Scope, ...]:
+    """Cover one snapshot of all callers."""
+    return (SnapshotsScope((snapshot_id,)),)
+
+
+def own(*snapshot_ids: str) -> tuple[Scope, ...]:
+    """Cover these of the caller."""
+    return tuple(EntryScope(EntryKey(CALLER, snapshot_id)) for snapshot_id in snapshot_ids)
+
+
+def named(*resources: Any) -> bytes:
+    """Write the body of a write to a tag's resources."""
+    return json.dumps({"resources": resources}).encode()
+
+
+def image(resource_id: Any, resource_type: str = "image") -> dict[str, Any]:
+    """Name one resource."""
+    return {"resource_id": resource_id, "resource_type": resource_type}
+
+
+NAMED = own("6372321")
 
 
 @pytest.mark.parametrize(
@@ -247,22 +268,20 @@ WHOLE = EndsForCaller()
         pytest.param("POST", "/v2/droplets/7/actions", WHOLE, id="action-of-a-droplet"),
         pytest.param("POST", "/v2/droplets/actions?tag_name=web", WHOLE, id="action-of-many-droplets"),
         pytest.param(
-            "DELETE", f"/v2/volumes/snapshots/{UUID}", EndsForAll(UUID), id="snapshot-of-a-volume-goes"
+            "DELETE", f"/v2/volumes/snapshots/{UUID}", for_all(UUID), id="snapshot-of-a-volume-goes"
         ),
-        pytest.param(
-            "DELETE", f"/v2/volumes/snapshots/{UUID.upper()}/", EndsForAll(UUID), id="in-upper-case"
-        ),
-        pytest.param("DELETE", f"/v2/Volumes/SNAPSHOTS/{UUID}", EndsForAll(UUID), id="path-in-any-case"),
+        pytest.param("DELETE", f"/v2/volumes/snapshots/{UUID.upper()}/", for_all(UUID), id="in-upper-case"),
+        pytest.param("DELETE", f"/v2/Volumes/SNAPSHOTS/{UUID}", for_all(UUID), id="path-in-any-case"),
         pytest.param("DELETE", "/v2/volumes/snapshots/odd", WHOLE, id="odd-id"),
-        pytest.param("DELETE", "/v2/images/6372321", EndsForAll("6372321"), id="image-goes"),
-        pytest.param("DELETE", "/v2/images/6372321?x=/actions", EndsForAll("6372321"), id="query-ignored"),
+        pytest.param("DELETE", "/v2/images/6372321", for_all("6372321"), id="image-goes"),
+        pytest.param("DELETE", "/v2/images/6372321?x=/actions", for_all("6372321"), id="query-ignored"),
         pytest.param("DELETE", "/v2/images/06372321", WHOLE, id="image-with-a-leading-zero"),
-        pytest.param("PUT", "/v2/images/6372321", EndsForAll("6372321"), id="image-renamed"),
+        pytest.param("PUT", "/v2/images/6372321", for_all("6372321"), id="image-renamed"),
         pytest.param("PUT", "/v2/images/ubuntu-24", WHOLE, id="image-by-its-slug"),
         pytest.param("PUT", "/v2/images/ubuntu-24.04", WHOLE, id="image-by-a-slug-with-a-dot"),
-        pytest.param("POST", "/v2/images/6372321/actions", EndsForAll("6372321"), id="image-transferred"),
-        pytest.param("POST", "/v2/tags/web/resources", EndsWhatBodyNames(), id="tagged"),
-        pytest.param("DELETE", "/v2/tags/web/resources", EndsWhatBodyNames(), id="untagged"),
+        pytest.param("POST", "/v2/images/6372321/actions", for_all("6372321"), id="image-transferred"),
+        pytest.param("POST", "/v2/tags/web/resources", NAMED, id="tagged"),
+        pytest.param("DELETE", "/v2/tags/web/resources", NAMED, id="untagged"),
         pytest.param("DELETE", "/v2/tags/web", WHOLE, id="tag-goes"),
         pytest.param("DELETE", "/v2/droplets/7", WHOLE, id="droplet-goes"),
         pytest.param("DELETE", "/v2/droplets?tag_name=web", WHOLE, id="droplets-of-a-tag-go"),
@@ -294,9 +313,9 @@ WHOLE = EndsForCaller()
         pytest.param("DELETE", "/v2/volumes?name=a&region=b", WHOLE, id="volume-by-name-goes"),
     ],
 )
-def test_writes(method: str, target: str, expected: Ends | EndsWhatBodyNames) -> None:
-    """Every write that FACTS and the API's documentation name."""
-    assert ends(method, target) == expected
+def test_writes(method: str, target: str, expected: tuple[Scope, ...]) -> None:
+    """Every write that FACTS and the API's documentation name. The body counts only for a tag's resources."""
+    assert scopes_of_write(method, target, CALLER, named(image("6372321"))) == expected
 
 
 @pytest.mark.parametrize(
@@ -320,44 +339,28 @@ def test_writes(method: str, target: str, expected: Ends | EndsWhatBodyNames) ->
     ],
 )
 def test_not_a_write_of_ours(method: str, target: str) -> None:
-    """Reads, and writes that leave snapshots as they are, end nothing."""
-    assert ends(method, target) is None
-
-
-def named(*resources: Any) -> bytes:
-    """Write the body of a write to a tag's resources."""
-    return json.dumps({"resources": resources}).encode()
-
-
-def image(resource_id: Any, resource_type: str = "image") -> dict[str, Any]:
-    """Name one resource."""
-    return {"resource_id": resource_id, "resource_type": resource_type}
+    """Reads, and writes that leave snapshots as they are, invalidate nothing."""
+    assert scopes_of_write(method, target, CALLER, named(image("6372321"))) == ()
 
 
 @pytest.mark.G6
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        pytest.param(named(image("6372321")), EndsForCaller(("6372321",)), id="image"),
-        pytest.param(named(image(6372321)), EndsForCaller(("6372321",)), id="id-as-a-number"),
-        pytest.param(
-            named(image(UUID.upper(), "volume_snapshot")), EndsForCaller((UUID,)), id="volume-snapshot"
-        ),
-        pytest.param(
-            named(image("1"), image("9", "droplet"), image("2")), EndsForCaller(("1", "2")), id="among-others"
-        ),
+        pytest.param(named(image("6372321")), own("6372321"), id="image"),
+        pytest.param(named(image(6372321)), own("6372321"), id="id-as-a-number"),
+        pytest.param(named(image(UUID.upper(), "volume_snapshot")), own(UUID), id="volume-snapshot"),
+        pytest.param(named(image("1"), image("9", "droplet"), image("2")), own("1", "2"), id="among-others"),
         pytest.param(
             named(*(image("9", kind) for kind in ("droplet", "volume", "database", "kubernetes"))),
-            None,
+            (),
             id="no-snapshot",
         ),
-        pytest.param(named(image(UUID, "nfs_snapshot")), EndsForCaller((UUID,)), id="a-new-kind"),
+        pytest.param(named(image(UUID, "nfs_snapshot")), own(UUID), id="a-new-kind"),
         pytest.param(named(image("name", "bucket")), WHOLE, id="a-new-kind-without-an-id-of-a-snapshot"),
-        pytest.param(named({"resource_id": "1"}), EndsForCaller(("1",)), id="no-kind"),
-        pytest.param(
-            named({"resource_id": "1", "resource_type": ["image"]}), EndsForCaller(("1",)), id="list"
-        ),
-        pytest.param(named(), None, id="nothing"),
+        pytest.param(named({"resource_id": "1"}), own("1"), id="no-kind"),
+        pytest.param(named({"resource_id": "1", "resource_type": ["image"]}), own("1"), id="list"),
+        pytest.param(named(), (), id="nothing"),
         pytest.param(named(image("1"), image("odd")), WHOLE, id="odd-id"),
         pytest.param(named(image("1"), image("a/b")), WHOLE, id="no-id-at-all"),
         pytest.param(named(image(None)), WHOLE, id="null-id"),
@@ -371,12 +374,12 @@ def image(resource_id: Any, resource_type: str = "image") -> dict[str, Any]:
         pytest.param(None, WHOLE, id="unread"),
         pytest.param(
             named(*map(image, range(1, MOST_NAMED + 1))),
-            EndsForCaller(tuple(map(str, range(1, MOST_NAMED + 1)))),
-            id="as-many-as-are-ended-one-by-one",
+            own(*map(str, range(1, MOST_NAMED + 1))),
+            id="as-many-as-are-invalidated-one-by-one",
         ),
         pytest.param(named(*map(image, range(1, MOST_NAMED + 2))), WHOLE, id="more-than-that"),
     ],
 )
-def test_what_a_body_names(body: bytes | None, expected: EndsForCaller | None) -> None:
-    """Ids in a body end for the caller; a body that cannot be read for certain ends all of the caller's."""
-    assert ends_of_body(body) == expected
+def test_what_a_body_names(body: bytes | None, expected: tuple[Scope, ...]) -> None:
+    """Ids in a body cover the caller's entries; a body that cannot be read for certain covers all of them."""
+    assert scopes_of_write("POST", "/v2/tags/web/resources", CALLER, body) == expected

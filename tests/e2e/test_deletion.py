@@ -44,6 +44,7 @@ from kit.support import (
 from proxy.core.breaker import FAILURES
 from proxy.core.entry import UNAVAILABLE, Entry, Lifetimes
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.simulator import (
     DROPLET_SNAPSHOT_ID,
     READ_ONLY,
@@ -854,12 +855,12 @@ async def test_a_debt_that_is_owed_again(monkeypatch: pytest.MonkeyPatch) -> Non
         await store.start()
         try:
             link.away = True
-            assert not await store.end_snapshots(["1"])
+            assert not await store.invalidate(SnapshotsScope(("1",)))
             link.replies.clear()
             link.away = False
             await until(lambda: link.deleted, "the heartbeat has paid, and does not know it yet")
             link.away = True
-            assert not await store.end_snapshots(["2"])
+            assert not await store.invalidate(SnapshotsScope(("2",)))
             link.away, link.deleted = False, []
             assert await store.lookup(ListKey(Partition("0" * 32), "page=1")) == UNAVAILABLE
             link.replies.set()
@@ -961,15 +962,13 @@ async def test_every_order_of_commands(pair: Pair, kind: Kind, ending: str, orde
         fill = pair.filling.seed(partition, {name: ENTRY}, basis)
     else:
         fill = pair.filling.put(key, ENTRY, basis)
-    match ending:
-        case "for-all":
-            end = pair.ending.end_snapshots([name])
-        case "entry":
-            end = pair.ending.end_entry(single)
-        case "caller":
-            end = pair.ending.end_caller(partition)
-        case _:
-            end = pair.ending.end_everything()
+    scopes: dict[str, Scope] = {
+        "for-all": SnapshotsScope((name,)),
+        "entry": EntryScope(single),
+        "caller": CallerScope(partition),
+        "everything": EverythingScope(),
+    }
+    end = pair.ending.invalidate(scopes[ending])
     for link in pair.links.values():
         link.stop()
     tasks = {"fill": asyncio.create_task(fill), "end": asyncio.create_task(end)}

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lifetimes, Record
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, Partition
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.storage.client import connector
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
@@ -156,21 +157,23 @@ async def test_what_a_fetch_rests_on_stays(
 
 
 @pytest.mark.G6
-@pytest.mark.parametrize("ends", ["entry", "caller", "snapshots", "everything"])
-async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Replica]) -> None:
-    """A fetch from before an end holds nobody up who looks after it, and its record is not theirs."""
+@pytest.mark.parametrize(
+    "scope",
+    [
+        pytest.param(EntryScope(KEY), id="entry"),
+        pytest.param(CallerScope(KEY.partition), id="caller"),
+        pytest.param(SnapshotsScope((KEY.snapshot_id,)), id="snapshots"),
+        pytest.param(EverythingScope(), id="everything"),
+    ],
+)
+async def test_no_lookup_after_an_invalidation_waits_for_a_lease_from_before(
+    scope: Scope, replicas: tuple[Replica, Replica]
+) -> None:
+    """A fetch from before it holds no later lookup up, and its record answers none."""
     one, two = replicas
     before = await one.basis()
     lease = await one.hold(before)
-    match ends:
-        case "entry":
-            await two.end_entry(KEY)
-        case "caller":
-            await two.end_caller(KEY.partition)
-        case "snapshots":
-            await two.end_snapshots([KEY.snapshot_id])
-        case _:
-            await two.end_everything()
+    await two.invalidate(scope)
     after = await two.basis()
     await one.release(lease, Record(500, b"from before"))
     assert await one.lease(KEY, before) == Record(500, b"from before")

@@ -12,6 +12,7 @@ from kit.support import Valkey
 from benchmarks.day.redis import Key, MemoryStore
 from proxy.core.entry import Entry, FillPrecondition, Leased, Lifetimes, Record
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, SnapshotsScope
 from proxy.storage import leases
 from proxy.storage.client import connector
 from proxy.storage.connection import Link
@@ -100,13 +101,13 @@ class Pair:
         for store in self.both:
             match what:
                 case 0:
-                    assert await store.end_everything()
+                    assert await store.invalidate(EverythingScope())
                 case 1:
-                    assert await store.end_caller(key.partition, refusal)
+                    assert await store.invalidate(CallerScope(key.partition), refusal=refusal)
                 case 2 | 3 | 4:
-                    assert await store.end_snapshots([key[1]])
+                    assert await store.invalidate(SnapshotsScope((key[1],)))
                 case _:
-                    assert await store.end_entry(key)
+                    assert await store.invalidate(EntryScope(key))
 
     def _entry(self) -> Entry:
         called_at = NOW + self.chance.randrange(-3, 4)

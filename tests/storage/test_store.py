@@ -17,6 +17,14 @@ from redis.asyncio import Redis
 from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import EntryKey, Keyring, ListKey, Partition, Token
+from proxy.core.invalidation import (
+    CallerScope,
+    EntryScope,
+    EverythingScope,
+    Scope,
+    SnapshotsScope,
+    covers,
+)
 from proxy.storage import heartbeat, invalidation
 from proxy.storage.client import connector
 from proxy.storage.connection import LANES, Command, Link, Unavailable
@@ -141,13 +149,13 @@ async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
         yield client
 
 
-class Ending(NamedTuple):
-    """One way to end something, what it ends of `KEPT`, and what nobody here reads while it is owed."""
+class Invalidated(NamedTuple):
+    """One scope, what it covers of `KEPT`, and what this replica does not read while it is pending."""
 
-    end: Callable[[Store], Awaitable[bool]]
-    ends: frozenset[Key]
-    owed: frozenset[Key]
-    full: bool
+    scope: Scope
+    covered: frozenset[Key]
+    unread: frozenset[Key]
+    full: bool = True
     """Whether a Redis that is full does it."""
 
 
@@ -155,16 +163,20 @@ MY_OWN = frozenset({MINE, SIBLING, MY_LIST, MY_OTHER_LIST})
 MY_LISTS = frozenset({MY_LIST, MY_OTHER_LIST})
 FOR_ALL = frozenset({MINE, THEIRS, THEIR_LIST}) | MY_LISTS
 ALL = frozenset(KEPT)
-ENDINGS = {
-    "end_caller": Ending(lambda store: store.end_caller(MINE.partition), MY_OWN, MY_OWN, full=True),
-    "end_entry": Ending(lambda store: store.end_entry(MINE), MY_LISTS | {MINE}, MY_OWN, full=False),
-    "end_list": Ending(lambda store: store.end_entry(MY_LIST), MY_LISTS, MY_OWN, full=False),
-    "end_snapshots": Ending(
-        lambda store: store.end_snapshots([MINE.snapshot_id, "1"]), FOR_ALL, FOR_ALL, full=True
-    ),
-    "end_everything": Ending(lambda store: store.end_everything(), ALL, ALL, full=True),
+INVALIDATED = {
+    "caller": Invalidated(CallerScope(MINE.partition), MY_OWN, MY_OWN),
+    "entry": Invalidated(EntryScope(MINE), MY_LISTS | {MINE}, MY_OWN, full=False),
+    "list": Invalidated(EntryScope(MY_LIST), MY_LISTS, MY_OWN, full=False),
+    "snapshots": Invalidated(SnapshotsScope((MINE.snapshot_id, "1")), FOR_ALL, FOR_ALL),
+    "everything": Invalidated(EverythingScope(), ALL, ALL),
 }
-each_ending = pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+each_scope = pytest.mark.parametrize("it", INVALIDATED.values(), ids=INVALIDATED)
+
+
+@each_scope
+def test_the_table_covers_what_the_scope_covers(it: Invalidated) -> None:
+    """What Redis invalidates is what `covers` says, which other parts rely on."""
+    assert it.covered == {key for key in KEPT if covers(it.scope, key)}
 
 
 def names_of(key: Key) -> tuple[bytes, ...]:
@@ -224,14 +236,14 @@ async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
         assert ENTRY.lifetimes.retention_s - 5 < ttls.pop(KEYS.of(key).entry) <= ENTRY.lifetimes.retention_s
     assert all(STAMP_TTL_S - 5 < ttl <= STAMP_TTL_S for ttl in ttls.values())
     for key in (MINE, MY_LIST):
-        await one.store.end_entry(key)
+        await one.store.invalidate(EntryScope(key))
         assert GUARD_S - 5 < await redis.ttl(KEYS.of(key).entry) <= GUARD_S
 
 
-async def test_what_takes_the_place_of_an_ending_guards_it_as_long(one: Replica, redis: Redis) -> None:
-    """An empty place would let in a fetch that began before the ending."""
-    await one.store.end_entry(MINE)
-    await one.store.end_entry(SIBLING)
+async def test_what_replaces_a_tombstone_stands_as_long(one: Replica, redis: Redis) -> None:
+    """An empty place would let in a fetch that began before the invalidation."""
+    await one.store.invalidate(EntryScope(MINE))
+    await one.store.invalidate(EntryScope(SIBLING))
     await one.fill(MINE, GUARDED)
     await one.store.seed(MINE.partition, {SIBLING.snapshot_id: NEVER_OLDER}, await one.basis(MY_LIST))
     assert await one.entry(SIBLING) == NEVER_OLDER
@@ -346,10 +358,10 @@ async def test_put_replaces_what_is_older(
 
 @pytest.mark.G6
 @pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["single", "list"])
-async def test_put_replaces_no_ending(one: Replica, two: Replica, key: Key) -> None:
-    """Where something ended since its look, no fill is stored, whenever its call began."""
+async def test_put_replaces_no_tombstone(one: Replica, two: Replica, key: Key) -> None:
+    """Where something was invalidated since its lookup, no fill is stored, whenever its call began."""
     slow = await one.basis(key)
-    await two.store.end_entry(key)
+    await two.store.invalidate(EntryScope(key))
     assert not await one.store.put(key, NEVER_OLDER, slow)
     assert await two.entry(key) is None
 
@@ -363,7 +375,7 @@ async def test_a_fill_ends_well_though_its_predecessor_was_evicted(one: Replica,
     assert await one.entry(MINE) == NEWER
 
 
-# -- what ends entries -------------------------------------------------------------------------
+# -- invalidation ------------------------------------------------------------------------------
 
 
 async def hits(who: Replica) -> set[Key]:
@@ -372,39 +384,39 @@ async def hits(who: Replica) -> set[Key]:
 
 
 @pytest.mark.G6
-@each_ending
-async def test_an_ending_counts_on_every_replica(one: Replica, two: Replica, ending: Ending) -> None:
-    """What one replica ended, no replica serves, and all else stays; it may be filled anew."""
+@each_scope
+async def test_an_invalidation_counts_on_every_replica(one: Replica, two: Replica, it: Invalidated) -> None:
+    """What one replica invalidated, no replica serves; all else stays; it may be filled anew."""
     for key in KEPT:
         await one.fill(key)
-    assert await ending.end(one.store)
+    assert await one.store.invalidate(it.scope)
     assert one.told[-1] == StoreOperation("end", "ok")
-    assert await hits(one) == await hits(two) == ALL - ending.ends
-    for key in ending.ends:
+    assert await hits(one) == await hits(two) == ALL - it.covered
+    for key in it.covered:
         await two.fill(key, NEWER)
         assert await one.entry(key) == NEWER
     assert await hits(one) == ALL
 
 
 @pytest.mark.G6
-@each_ending
-@pytest.mark.parametrize("before", ["nothing", "an entry", "another ending"])
-async def test_a_fill_that_began_before_an_ending_counts_for_nothing(
-    one: Replica, two: Replica, ending: Ending, before: str
+@each_scope
+@pytest.mark.parametrize("before", ["nothing", "an entry", "another invalidation"])
+async def test_a_fill_that_began_before_an_invalidation_is_not_served(
+    one: Replica, two: Replica, it: Invalidated, before: str
 ) -> None:
-    """Whatever the fill saw when it began: what it brings after the ending is served to nobody."""
+    """Whatever the fill saw when it began: what it brings after the invalidation answers no lookup."""
     if before == "an entry":
         for key in KEPT:
             await one.fill(key)
-    elif before == "another ending":
-        await ending.end(one.store)
-    in_flight = {key: await two.basis(key) for key in ending.ends}
-    await ending.end(one.store)
+    elif before == "another invalidation":
+        await one.store.invalidate(it.scope)
+    in_flight = {key: await two.basis(key) for key in it.covered}
+    await one.store.invalidate(it.scope)
     for key, basis in in_flight.items():
         await two.store.put(key, ENTRY, basis)
     for who in (one, two):
-        assert not await hits(who) & ending.ends
-    for key in ending.ends:
+        assert not await hits(who) & it.covered
+    for key in it.covered:
         await one.fill(key, NEWER)
 
 
@@ -422,7 +434,7 @@ async def test_a_fill_that_began_before_an_ending_counts_for_nothing(
     ],
 )
 async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, key: Key, place: int) -> None:
-    """An evicted or replaced stamp ends what rests on it, in flight or stored, and a new one is made."""
+    """An evicted or replaced stamp invalidates what rests on it, in flight or stored; a new one is made."""
     await one.fill(key)
     in_flight = await one.basis(key)
     await redis.delete(names_of(key)[place])
@@ -434,30 +446,30 @@ async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, key: K
 
 @pytest.mark.G6
 @pytest.mark.parametrize("seed", range(6))
-async def test_no_order_of_events_brings_back_what_ended(
+async def test_no_order_of_events_brings_back_what_was_invalidated(
     one: Replica, two: Replica, redis: Redis, seed: int
 ) -> None:
-    """At random: looks, fills and seeds that end in any order, endings, evictions.
+    """At random: lookups, fills and seeds that land in any order, invalidations, evictions.
 
-    What began before an ending is gone. Each entry carries the number of endings that were done when its
-    fill began.
+    What began before an invalidation is gone. Each entry carries the number of invalidations that were done
+    when its fill began.
     """
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
-    endings = dict.fromkeys(KEPT, 0)
+    counts = dict.fromkeys(KEPT, 0)
     flying: list[Callable[[Store], Awaitable[object]]] = []
     seen = dict.fromkeys(["single", "list", "seed"], 0)
 
     def made(key: Key, step: int) -> Entry:
-        return replace(ENTRY, body=f"{key} {endings[key]}".encode(), called_at=step)
+        return replace(ENTRY, body=f"{key} {counts[key]}".encode(), called_at=step)
 
     for step in range(500):
         store = chance.choice((one, two)).store
         key = chance.choice(KEPT)
-        match chance.choice(["look", "land"] * 12 + ["end", "evict"]):
+        match chance.choice(["look", "land"] * 12 + ["invalidate", "evict"]):
             case "look":
                 entry, basis = await store.lookup(key)
                 if entry is not None:
-                    assert entry.body == f"{key} {endings[key]}".encode()
+                    assert entry.body == f"{key} {counts[key]}".encode()
                     seen["list" if isinstance(key, ListKey) else "seed" if entry.seeded else "single"] += 1
                 assert basis is not None
                 flying.append(methodcaller("put", key=key, entry=made(key, step), basis=basis))
@@ -467,11 +479,11 @@ async def test_no_order_of_events_brings_back_what_ended(
                     flying.append(methodcaller("seed", partition=key.partition, seeds=seeds, basis=basis))
             case "land" if flying:
                 await flying.pop(chance.randrange(len(flying)))(store)
-            case "end":
-                ending = chance.choice([*ENDINGS.values()])
-                assert await ending.end(store)
-                for ended in ending.ends:
-                    endings[ended] += 1
+            case "invalidate":
+                it = chance.choice([*INVALIDATED.values()])
+                assert await store.invalidate(it.scope)
+                for covered in it.covered:
+                    counts[covered] += 1
             case "evict":
                 await redis.delete(chance.choice(names_of(key)[1:]))
     assert min(seen.values()) > 10
@@ -546,13 +558,13 @@ async def test_a_seed_where_something_foreign_stands(
 
 
 @pytest.mark.G6
-@each_ending
-async def test_seeds_that_began_before_an_ending_count_for_nothing(
-    one: Replica, two: Replica, ending: Ending
+@each_scope
+async def test_seeds_that_began_before_an_invalidation_are_not_stored(
+    one: Replica, two: Replica, it: Invalidated
 ) -> None:
-    """Where anything of the list's ended since its look, none of its snapshots is stored."""
+    """Where anything of the list was invalidated since its lookup, none of its snapshots is stored."""
     in_flight = await two.basis(MY_LIST)
-    await ending.end(one.store)
+    await one.store.invalidate(it.scope)
     assert await two.store.seed(MINE.partition, SEEDS, in_flight) == set()
     assert await hits(one) == set()
     assert await two.store.seed(MINE.partition, LATER_SEEDS, await two.basis(MY_LIST)) == SEEDS.keys()
@@ -560,29 +572,31 @@ async def test_seeds_that_began_before_an_ending_count_for_nothing(
 
 
 @pytest.mark.G6
-@each_ending
+@each_scope
 @pytest.mark.parametrize("after", [1, 2], ids=["between-its-reading-and-its-writing", "after-its-writing"])
-async def test_seeds_that_an_ending_overtakes(one: Replica, two: Replica, ending: Ending, after: int) -> None:
-    """Also between the two steps of seeding: what ended is served to nobody."""
+async def test_seeds_that_an_invalidation_overtakes(
+    one: Replica, two: Replica, it: Invalidated, after: int
+) -> None:
+    """Also between the two steps of seeding: what was invalidated answers no lookup."""
     basis = await one.basis(MY_LIST)
     ask = one.link.ask
     asked = 0
 
-    async def ask_and_end(*commands: Command) -> list[Any]:
+    async def ask_and_invalidate(*commands: Command) -> list[Any]:
         nonlocal asked
         replies = await ask(*commands)
         asked += 1
         if asked == after:
-            await ending.end(two.store)
+            await two.store.invalidate(it.scope)
         return replies
 
-    one.link.ask = ask_and_end
+    one.link.ask = ask_and_invalidate
     kept = await one.store.seed(MINE.partition, SEEDS, basis)
     one.link.ask = ask
     assert asked == 2
     assert kept in (set(), SEEDS.keys())
     for who in (one, two):
-        assert not await hits(who) & ending.ends
+        assert not await hits(who) & it.covered
 
 
 @pytest.mark.parametrize(
@@ -740,48 +754,48 @@ async def test_redis_away_is_a_miss_with_a_reason(
 
 
 @pytest.mark.G6
-@each_ending
-async def test_an_ending_that_redis_did_not_hear_is_owed(
-    valkey: Valkey, hasty: Replica, two: Replica, ending: Ending
+@each_scope
+async def test_an_invalidation_that_redis_did_not_hear_is_pending(
+    valkey: Valkey, hasty: Replica, two: Replica, it: Invalidated
 ) -> None:
-    """Until it is paid this replica neither reads nor stores there, though Redis is back; then nobody does.
+    """Until Redis took it this replica neither reads nor stores there; from then on no replica reads it.
 
-    One entry of a caller's is owed as all of the caller's: a stamp is what can be deleted late.
+    One entry of a caller pends as all of the caller's: only a stamp can be deleted late.
     """
     for key in KEPT:
         await hasty.fill(key)
     in_flight = {key: await hasty.basis(key) for key in KEPT}
     valkey.pause()
-    assert not await ending.end(hasty.store)
+    assert not await hasty.store.invalidate(it.scope)
     assert hasty.told[-1] == StoreOperation("end", "timeout")
-    assert not await ending.end(hasty.store)
+    assert not await hasty.store.invalidate(it.scope)
     valkey.resume()
     await hasty.connected()
 
     for key in KEPT:
-        if key in ending.owed:
+        if key in it.unread:
             assert await hasty.store.lookup(key) == UNAVAILABLE
             assert not await hasty.store.put(key, ENTRY, in_flight[key])
-    assert await hits(hasty) == ALL - ending.owed
+    assert await hits(hasty) == ALL - it.unread
 
     await hasty.store._heartbeat.pulse()
     assert not hasty.store._pending.stamps
-    for key in ending.owed:
+    for key in it.unread:
         await hasty.store.put(key, ENTRY, in_flight[key])
     for who in (hasty, two):
-        assert await hits(who) == ALL - ending.owed
-    for key in ending.owed:
+        assert await hits(who) == ALL - it.unread
+    for key in it.unread:
         await hasty.fill(key, NEWER)
 
 
-@each_ending
-async def test_nothing_is_seeded_where_an_ending_is_owed(
-    valkey: Valkey, hasty: Replica, two: Replica, ending: Ending
+@each_scope
+async def test_nothing_is_seeded_where_an_invalidation_is_pending(
+    valkey: Valkey, hasty: Replica, two: Replica, it: Invalidated
 ) -> None:
-    """Before it is paid, and after it with what was seen before it."""
+    """Before Redis took it, and after that with what was looked up before."""
     in_flight = await hasty.basis(MY_LIST)
     valkey.pause()
-    await ending.end(hasty.store)
+    await hasty.store.invalidate(it.scope)
     valkey.resume()
     await hasty.connected()
     await hasty.store.seed(MINE.partition, SEEDS, in_flight)
@@ -793,23 +807,25 @@ async def test_nothing_is_seeded_where_an_ending_is_owed(
     assert await hits(two) == {MINE, SIBLING}
 
 
-async def test_only_what_is_owed_is_left_out_of_seeds(valkey: Valkey, hasty: Replica, two: Replica) -> None:
-    """What one write left undone for one snapshot keeps no other one of the list from being seeded."""
+async def test_only_what_is_pending_is_left_out_of_seeds(
+    valkey: Valkey, hasty: Replica, two: Replica
+) -> None:
+    """What is pending for one snapshot keeps no other one of the list from being seeded."""
     valkey.pause()
-    await hasty.store.end_snapshots([MINE.snapshot_id])
+    await hasty.store.invalidate(SnapshotsScope((MINE.snapshot_id,)))
     valkey.resume()
     await hasty.connected()
-    del hasty.store._pending.stamps[KEYS.lists]  # paid; the snapshot's own is not
+    del hasty.store._pending.stamps[KEYS.lists]  # done; the snapshot's own is not
     await hasty.store.seed(MINE.partition, SEEDS, await hasty.basis(MY_LIST))
     assert await hits(two) == {SIBLING}
 
 
 @pytest.mark.G6
-async def test_debts_are_paid_lists_first(valkey: Valkey, one: Replica) -> None:
-    """Whoever seeds reads a snapshot's stamp before the lists': it relies on this order of endings."""
+async def test_pending_stamps_are_deleted_lists_first(valkey: Valkey, one: Replica) -> None:
+    """`seed` reads a snapshot's stamp before the lists': it relies on this order of deletions."""
     await valkey.kill()
-    await one.store.end_caller(MINE.partition)
-    await one.store.end_snapshots([MINE.snapshot_id])
+    await one.store.invalidate(CallerScope(MINE.partition))
+    await one.store.invalidate(SnapshotsScope((MINE.snapshot_id,)))
     sent: list[Command] = []
 
     async def watched(*commands: Command) -> list[object]:
@@ -825,12 +841,12 @@ async def test_debts_are_paid_lists_first(valkey: Valkey, one: Replica) -> None:
 
 
 @pytest.mark.G6
-async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
+async def test_what_is_added_during_a_heartbeat_stays_pending(
     valkey: Valkey, hasty: Replica, two: Replica
 ) -> None:
-    """A second ending is not settled by the payment of the first, which may have come before it."""
+    """The deletion for a first invalidation does not settle a second: it may have come before it."""
     valkey.pause()
-    await hasty.store.end_caller(MINE.partition)
+    await hasty.store.invalidate(CallerScope(MINE.partition))
     valkey.resume()
     await hasty.connected()
     ask = hasty.link.ask
@@ -839,7 +855,7 @@ async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
         replies = await ask(*commands)
         await two.fill(MINE)
         hasty.link.ask = lost
-        await hasty.store.end_caller(MINE.partition)
+        await hasty.store.invalidate(CallerScope(MINE.partition))
         hasty.link.ask = ask
         return replies
 
@@ -855,18 +871,20 @@ async def test_what_comes_to_be_owed_during_a_payment_stays_owed(
 
 
 @pytest.mark.G9
-async def test_debts_are_bounded(valkey: Valkey, one: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many stamps are owed at most; one that is owed takes no more room, and others are owed as all."""
+async def test_pending_stamps_are_bounded(
+    valkey: Valkey, one: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most MOST_PENDING stamps; one that is there takes no more room, others pend as everything."""
     monkeypatch.setattr(invalidation, "MOST_PENDING", 2)
     await one.fill(MINE)
     await valkey.kill()
-    owed = [KEYS.caller(Partition(f"{number:032}")) for number in (1, 2)]
+    pending = [KEYS.caller(Partition(f"{number:032}")) for number in (1, 2)]
     for number in (1, 2, 2, 1):
-        await one.store.end_caller(Partition(f"{number:032}"))
-    assert [*one.store._pending.stamps] == owed
+        await one.store.invalidate(CallerScope(Partition(f"{number:032}")))
+    assert [*one.store._pending.stamps] == pending
     for number in (3, 4, 2, 1):
-        await one.store.end_caller(Partition(f"{number:032}"))
-    assert [*one.store._pending.stamps] == [*owed, KEYS.everything]
+        await one.store.invalidate(CallerScope(Partition(f"{number:032}")))
+    assert [*one.store._pending.stamps] == [*pending, KEYS.everything]
     await valkey.start()
     await one.connected()
     assert await one.store.lookup(MINE) == UNAVAILABLE
@@ -875,16 +893,16 @@ async def test_debts_are_bounded(valkey: Valkey, one: Replica, monkeypatch: pyte
 
 
 async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without anybody's asking, debts are paid when Redis is back after a restart."""
+    """Without a request, what is pending is done when Redis is back after a restart."""
     monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.01)
     async with replica(valkey.url) as one:
         await valkey.kill()
-        await one.store.end_caller(MINE.partition)
+        await one.store.invalidate(CallerScope(MINE.partition))
         await until(lambda: not one.store.up, "the heartbeat notices")
-        await one.store.end_entry(THEIRS)
+        await one.store.invalidate(EntryScope(THEIRS))
         assert len(one.store._pending.stamps) == 2
         await valkey.start()
-        await until(lambda: not one.store._pending.stamps, "paid")
+        await until(lambda: not one.store._pending.stamps, "done")
 
 
 async def test_pending_invalidations_are_those_that_were_asked_for(
@@ -902,15 +920,15 @@ async def test_pending_invalidations_are_those_that_were_asked_for(
 
     one.store._pending._address = "127.0.0.1:6379"
     await valkey.kill()
-    await one.store.end_entry(THEIRS, by_read=True)
+    await one.store.invalidate(EntryScope(THEIRS), by_read=True)
     assert one.store.pending_invalidations == 0
     assert one.store._pending.stamps
     assert lines() == []
     assert {told.operation for told in one.told} == {"drop"}
-    await one.store.end_entry(THEIRS)
-    await one.store.end_entry(THEIRS, by_read=True)
-    await one.store.end_snapshots(["1"])
-    await one.store.end_everything()
+    await one.store.invalidate(EntryScope(THEIRS))
+    await one.store.invalidate(EntryScope(THEIRS), by_read=True)
+    await one.store.invalidate(SnapshotsScope(("1",)))
+    await one.store.invalidate(EverythingScope())
     assert one.store.pending_invalidations == 4  # the caller's, the snapshot's, the lists', everything's
     ((level, name, fields),) = lines()
     assert (level, name) == ("WARNING", "invalidations-pending")
@@ -923,8 +941,8 @@ async def test_pending_invalidations_are_those_that_were_asked_for(
     _, (level, name, fields) = lines()
     assert (level, name, fields["count"]) == ("INFO", "invalidations-done", 3)
     one.told.clear()
-    await one.store.end_entry(THEIRS, by_read=True)
-    await one.store.end_entry(THEIRS)
+    await one.store.invalidate(EntryScope(THEIRS), by_read=True)
+    await one.store.invalidate(EntryScope(THEIRS))
     assert one.told == [StoreOperation("drop", "ok"), StoreOperation("end", "ok")]
 
 
@@ -978,40 +996,40 @@ async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
 
 @pytest.mark.G6
 @REFUSALS
-@each_ending
-async def test_an_ending_that_redis_refuses_is_owed(
-    one: Replica, two: Replica, redis: Redis, ending: Ending, refuse: Refusal
+@each_scope
+async def test_an_invalidation_that_redis_refuses_is_pending(
+    one: Replica, two: Replica, redis: Redis, it: Invalidated, refuse: Refusal
 ) -> None:
-    """A full Redis ends what it holds all the same; what it refuses is done later, and not read before."""
+    """A full Redis invalidates what it holds all the same; what it refuses is pending, and not read."""
     for key in KEPT:
         await one.fill(key)
     in_flight = {key: await one.basis(key) for key in KEPT}
     await refuse(redis)
-    done = await ending.end(one.store)
-    assert done is (refuse is full and ending.full)
+    done = await one.store.invalidate(it.scope)
+    assert done is (refuse is full and it.full)
     await one.connected()
-    assert not await hits(one) & ending.ends
+    assert not await hits(one) & it.covered
     if refuse is full:
-        assert not await hits(two) & ending.ends
+        assert not await hits(two) & it.covered
     await one.connected()
-    paying = one.store._heartbeat.pulse()
+    beat = one.store._heartbeat.pulse()
     if refuse is full:
-        await paying
+        await beat
     else:
         with pytest.raises(Unavailable):
-            await paying
+            await beat
         assert one.store._pending.stamps
     await one.connected()
-    assert not await hits(one) & ending.ends
+    assert not await hits(one) & it.covered
     await better(redis)
     await one.connected()
     await one.store._heartbeat.pulse()
     assert not one.store._pending.stamps
-    for key in ending.ends:
+    for key in it.covered:
         await one.store.put(key, ENTRY, in_flight[key])
     for who in (one, two):
-        assert not await hits(who) & ending.ends
-    for key in ending.ends:
+        assert not await hits(who) & it.covered
+    for key in it.covered:
         await two.fill(key, NEWER)
 
 

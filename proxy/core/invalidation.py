@@ -1,0 +1,115 @@
+"""What an invalidation covers, as one value: a `Scope`. Pure: it invalidates nothing itself.
+
+A 401, 403 or 404, a write and a purge make scopes; the invalidator, the store and this replica's memory take
+them. A new kind of scope is one more class here, and one more case where mypy then misses it.
+"""
+
+from dataclasses import dataclass
+
+from proxy.core.identity import EntryKey, ListKey, Partition
+
+MOST_COUNTED = 4096
+"""`InvalidationCounts` remembers so many names at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntryScope:
+    """One caller's entry of `key`, and all lists of that caller."""
+
+    key: EntryKey | ListKey
+
+
+@dataclass(frozen=True, slots=True)
+class CallerScope:
+    """All entries of one caller."""
+
+    partition: Partition
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsScope:
+    """The entries of these snapshots, and all lists, of all callers."""
+
+    snapshot_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EverythingScope:
+    """All entries of all callers."""
+
+
+Scope = EntryScope | CallerScope | SnapshotsScope | EverythingScope
+
+
+def covers(scope: Scope, key: EntryKey | ListKey) -> bool:
+    """Tell whether an entry that is kept under `key` is invalidated with `scope`."""
+    match scope:
+        case EntryScope(own):
+            return key == own or (isinstance(key, ListKey) and key.partition == own.partition)
+        case CallerScope(partition):
+            return key.partition == partition
+        case SnapshotsScope(snapshot_ids):
+            return isinstance(key, ListKey) or key.snapshot_id in snapshot_ids
+        case EverythingScope():
+            return True
+
+
+class InvalidationCounts:
+    """How often this replica made or followed an invalidation of what a key is kept under. Counts only grow.
+
+    They are to this process what stamps are to Redis: what was found, or begun, with other counts than those
+    of now was invalidated since. After more than `most` names everything counts as invalidated once, and the
+    names are forgotten.
+    """
+
+    def __init__(self, most: int = MOST_COUNTED) -> None:
+        self._most = most
+        self._for_all = 0
+        self._counts: dict[_Name, int] = {}
+        self.total = 0
+        """Of all invalidations."""
+
+    def of(self, key: EntryKey | ListKey) -> tuple[int, int, int, int]:
+        """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
+        get = self._counts.get
+        own, of_all_callers = _names(key)
+        return self._for_all, get(key.partition, 0), get(own, 0), get(of_all_callers, 0)
+
+    def count(self, scope: Scope) -> None:
+        """Count one invalidation."""
+        self.total += 1
+        match scope:
+            case EntryScope(key):
+                self._add(_names(key)[0], _lists(key.partition))
+            case CallerScope(partition):
+                self._add(partition)
+            case SnapshotsScope(snapshot_ids):
+                self._add(_LISTS, *((snapshot_id,) for snapshot_id in snapshot_ids))
+            case EverythingScope():
+                self._for_all += 1
+
+    def _add(self, *names: "_Name") -> None:
+        for name in names:
+            self._counts[name] = self._counts.get(name, 0) + 1
+        if len(self._counts) > self._most:
+            self._counts.clear()
+            self._for_all += 1
+
+
+_Name = Partition | EntryKey | ListKey | tuple[str]
+"""A caller, a caller's entry, a caller's lists, one snapshot of all callers, or all lists of all callers."""
+
+_LISTS = ("lists",)
+
+
+def _names(key: EntryKey | ListKey) -> tuple[EntryKey | ListKey, tuple[str]]:
+    """Name what is counted for `key`: for its caller, and for all. Lists are invalidated together."""
+    match key:
+        case EntryKey():
+            return key, (key.snapshot_id,)
+        case ListKey():
+            return _lists(key.partition), _LISTS
+
+
+def _lists(partition: Partition) -> ListKey:
+    return ListKey(partition, "")

@@ -1,0 +1,76 @@
+"""What each scope of an invalidation covers, and which keys' counts it changes."""
+
+import pytest
+
+from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.invalidation import (
+    CallerScope,
+    EntryScope,
+    EverythingScope,
+    InvalidationCounts,
+    Scope,
+    SnapshotsScope,
+    covers,
+)
+
+pytestmark = pytest.mark.G6
+
+MINE, THEIRS = Partition("a" * 32), Partition("b" * 32)
+ONE, TWO = EntryKey(MINE, "1"), EntryKey(MINE, "2")
+PAGE_1, PAGE_2 = ListKey(MINE, "page=1"), ListKey(MINE, "page=2")
+THEIR_ONE, THEIR_TWO, THEIR_PAGE = EntryKey(THEIRS, "1"), EntryKey(THEIRS, "2"), ListKey(THEIRS, "page=1")
+KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE)
+
+
+@pytest.mark.parametrize(
+    ("scope", "covered"),
+    [
+        pytest.param(EntryScope(ONE), {ONE, PAGE_1, PAGE_2}, id="an-entry-and-the-callers-lists"),
+        pytest.param(EntryScope(PAGE_1), {PAGE_1, PAGE_2}, id="a-list-and-the-callers-other-lists"),
+        pytest.param(CallerScope(MINE), {ONE, TWO, PAGE_1, PAGE_2}, id="a-caller"),
+        pytest.param(
+            SnapshotsScope(("1",)),
+            {ONE, PAGE_1, PAGE_2, THEIR_ONE, THEIR_PAGE},
+            id="a-snapshot-of-all-callers",
+        ),
+        pytest.param(SnapshotsScope(("1", "2")), {*KEYS}, id="snapshots-of-all-callers"),
+        pytest.param(EverythingScope(), {*KEYS}, id="everything"),
+    ],
+)
+def test_what_a_scope_covers(scope: Scope, covered: set[EntryKey | ListKey]) -> None:
+    """Exactly these entries, of all that are kept."""
+    assert {key for key in KEYS if covers(scope, key)} == covered
+
+
+@pytest.mark.parametrize(
+    ("scope", "changed"),
+    [
+        pytest.param(EntryScope(ONE), {ONE, PAGE_1, PAGE_2}, id="an-entry-and-the-callers-lists"),
+        pytest.param(EntryScope(PAGE_1), {PAGE_1, PAGE_2}, id="a-list-and-the-callers-other-lists"),
+        pytest.param(CallerScope(MINE), {ONE, TWO, PAGE_1, PAGE_2}, id="a-caller"),
+        pytest.param(
+            SnapshotsScope(("1",)),
+            {ONE, PAGE_1, PAGE_2, THEIR_ONE, THEIR_PAGE},
+            id="a-snapshot-of-all-callers",
+        ),
+        pytest.param(EverythingScope(), {*KEYS}, id="everything"),
+    ],
+)
+def test_which_counts_an_invalidation_changes(scope: Scope, changed: set[EntryKey | ListKey]) -> None:
+    """Each one changes exactly these, each time."""
+    counts = InvalidationCounts()
+    for _ in range(2):
+        before = {key: counts.of(key) for key in KEYS}
+        counts.count(scope)
+        assert {key for key in KEYS if counts.of(key) != before[key]} == changed
+
+
+def test_a_key_whose_count_is_forgotten_counts_as_invalidated() -> None:
+    """After an invalidation the counts never look as they did at any time before it."""
+    counts = InvalidationCounts(most=2)
+    seen = {counts.of(ONE)}
+    for number in range(20):
+        counts.count(EntryScope(ONE if number % 3 == 0 else EntryKey(THEIRS, str(number))))
+        if number % 3 == 0:
+            assert counts.of(ONE) not in seen
+        seen.add(counts.of(ONE))
