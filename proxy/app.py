@@ -9,7 +9,7 @@ settings is in `options.py`.
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +21,11 @@ from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory
 from proxy.cache.readthrough import read_through
 from proxy.core.address import address_of
-from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
 from proxy.core.quota import QuotaLimits
 from proxy.edge.accept import Accepting, accept
 from proxy.edge.api import Api
+from proxy.edge.fastpath import FastPath
 from proxy.edge.handler import plain_server
 from proxy.edge.listener import Listener
 from proxy.edge.passthrough import Passthrough
@@ -45,10 +45,10 @@ from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import MOST_OF_ONE, Flights
-from proxy.telemetry.access import access_log
 from proxy.telemetry.aliases import Callers
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.observers import Observers
 from proxy.upstream.client import Upstream
 
 _FETCHES_PER_CONNECTION = 2
@@ -88,7 +88,8 @@ class App:
         self._metrics = Metrics(__version__)
         self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
         self._keys = Keys(settings.redis.key_prefix)
-        self._log_access = access_log(settings.log.access)
+        self._observers = Observers(self._metrics, self._incidents, settings.log.access)
+        self._fastpath: FastPath | None = None
         self._callers: Callers
         self._certificate: Certificate | None
         self._listener: Listener
@@ -138,13 +139,13 @@ class App:
         aliases = self._callers.read()
         if self._certificate is not None:
             self._certificate.load()
-        self._callers.use(aliases)
         differ = [name for name, key in KEYS.items() if key.of(settings) != key.of(self._settings)]
         followed = [name for name in differ if name in _IN_FLIGHT]
         if followed:
             configure(settings.log.level, settings.log.format)
-            self._log_access = access_log(settings.log.access)
+            self._observers.log(settings.log.access)
             self._settings = replace(self._settings, log=settings.log)
+        self._callers.use(aliases)  # last: the fast path then follows all of it
         waiting = [name for name in differ if name not in _IN_FLIGHT]
         announce(
             _LOG,
@@ -161,7 +162,7 @@ class App:
         settings = self._settings
         files = open_files(settings)
         keyring, previous = options.keyring(settings), options.previous_keyring(settings)
-        self._callers = Callers(settings.callers.aliases_file, self._metrics.expect)
+        self._callers = Callers(settings.callers.aliases_file, self._expect)
         self._certificate = certificate(settings.server)
 
         upstream = Upstream(options.upstream_options(settings, files.upstream), self._metrics.observe)
@@ -196,11 +197,17 @@ class App:
                 gate, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
         api = Api(
-            readthrough, passthrough, keyring, name_caller=self._callers.name, observe=self._observe_request
+            readthrough, passthrough, keyring, name_caller=self._callers.name, observe=self._observers.request
         )
-        self._listener = Listener(
-            plain_server(api.respond), options.listener_limits(settings, files), api.malformed
-        )
+        if settings.memory.max_bytes:
+            self._fastpath = FastPath(
+                readthrough,
+                partition=keyring.partition,
+                name_caller=self._callers.name,
+                counter=self._observers.hits,
+            )
+        server, limits = plain_server(api.respond), options.listener_limits(settings, files)
+        self._listener = Listener(server, limits, api.malformed, self._fastpath)
         self._watch(store, memory, gate, flights)
 
         admin_url = await self._cleanup.enter_async_context(
@@ -290,24 +297,16 @@ class App:
             total_timeout_s=settings.upstream.total_timeout_s,
             write_timeout_s=settings.upstream.write_timeout_s,
             previous_partition=None if previous is None else previous.partition,
-            observe=self._observe_call,
+            observe=self._observers.call,
             monotonic=time.monotonic,
             drain=self._drain,
         )
 
-    # -- who is told of what -------------------------------------------------------------------
-
-    def _observe_request(self, done: RequestDone) -> None:
-        self._metrics.observe(done)
-        self._incidents.request(done)
-        self._log_access(done)
-
-    def _observe_call(self, told: QuotaWait | CallSettled) -> None:
-        match told:
-            case QuotaWait():
-                self._metrics.observe(told)
-            case CallSettled():
-                self._incidents.settled(told)
+    def _expect(self, aliases: Iterable[str]) -> None:
+        """Follow aliases that were read."""
+        self._metrics.expect(aliases)
+        if self._fastpath is not None:
+            self._fastpath.forget()
 
     def _watch(self, store: Store, memory: Memory, gate: UpstreamGate, flights: FetchFlights) -> None:
         """Tell the metrics where their gauges are read."""

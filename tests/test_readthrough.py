@@ -275,7 +275,7 @@ class Path:
         )
         self.get = readthrough.get
         self.delete = readthrough.delete
-        self.note_stale = lambda name: readthrough._refresher.record_read(call(name), STALE, NOW)
+        self.note_stale = lambda name: readthrough._refresher.record_read(call(name).key, STALE, NOW)
         self.invalidate = invalidator.invalidate
 
 

@@ -28,9 +28,10 @@ from proxy.core.entry import UNAVAILABLE, Entry, Freshness, Lookup
 from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
 from proxy.core.events import AVOIDED_BY, Avoided, Outcome, Refreshed, UnknownValue
 from proxy.core.http import Detail, Forwarded, Why, hit
+from proxy.core.identity import EntryKey, ListKey
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
 from proxy.core.ports import Gate, Store
-from proxy.core.request import Call
+from proxy.core.request import NO_DIRECTIVES, Call, Directives
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import FlightResult, Flights, Owner
 
@@ -96,6 +97,8 @@ class ReadThrough:
     ) -> None:
         self._store = store
         self._memory = memory
+        self.held = memory.get
+        """Give the entry that this replica's memory may answer with now, fresh or not."""
         self._fetcher = fetcher
         self._collapser = collapser
         self._refresher = refresher
@@ -106,16 +109,16 @@ class ReadThrough:
         """Answer one read. The whole program in one match."""
         if not call.target.cacheable:
             return await self._bypass(call)
-        if (served := self.peek(call)) is not None:
+        if (served := self.peek(call.key, self._clock(), call.directives)) is not None:
             return served
         lookup, mark = await self._lookup(call)
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
-                self._refresher.record_read(call, entry, now)
+                self._refresher.record_read(call.key, entry, now)
                 return _from_entry(entry, now)
             case HitThenRevalidate(entry):
-                self._refresher.record_read(call, entry, now)
+                self._refresher.record_read(call.key, entry, now)
                 if not call.directives.no_store:
                     self._refresher.refresh(call, lookup, now)
                 return _from_entry(entry, now)
@@ -128,18 +131,16 @@ class ReadThrough:
             case Unsatisfiable():
                 return _unsatisfiable()
 
-    def peek(self, call: Call) -> Served | None:
+    def peek(
+        self, key: EntryKey | ListKey, now: float, directives: Directives = NO_DIRECTIVES
+    ) -> Served | None:
         """Answer one read from this replica's memory, if that has a fresh entry for it. Waits for nothing.
 
         None says nothing about the answer: Redis may have another entry, and a stale one is refreshed.
         """
-        entry = self._memory.get(call.key)
-        if entry is None:
-            return None
-        now = self._clock()
-        match on_lookup(entry, call.directives, now):
-            case Hit():
-                self._refresher.record_read(call, entry, now)
+        match on_lookup(self.held(key), directives, now):
+            case Hit(entry):
+                self._refresher.record_read(key, entry, now)
                 return _from_entry(entry, now)
             case _:
                 return None

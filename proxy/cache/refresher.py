@@ -41,10 +41,10 @@ class Refresher:
         self._clock = clock
         self._hot = HotSet()
 
-    def record_read(self, call: Call, entry: Entry, now: float) -> None:
+    def record_read(self, key: EntryKey | ListKey, entry: Entry, now: float) -> None:
         """Count that `entry` answered: snapshots that are read often are worth a list."""
-        if isinstance(call.key, EntryKey) and entry.status == HTTPStatus.OK:
-            self._hot.read(call.key, entry, now)
+        if isinstance(key, EntryKey) and entry.status == HTTPStatus.OK:
+            self._hot.read(key, entry, now)
 
     def refresh(self, call: Call, lookup: Lookup, now: float) -> None:
         """Fetch what `call` reads, or the caller's list if that refreshes several snapshots in one call."""
