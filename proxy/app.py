@@ -9,25 +9,25 @@ settings is in `options.py`.
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 from proxy import __version__, options
 from proxy.admin.listener import serve_admin
-from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.fetch import FetchFlights, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import ReadThrough
 from proxy.core.address import address_of
-from proxy.core.errors import ProxyError
-from proxy.core.events import CallSettled, QuotaWait, RequestDone
 from proxy.core.identity import Keyring
 from proxy.core.quota import QuotaLimits
 from proxy.edge.accept import Accepting, accept
 from proxy.edge.api import Api
-from proxy.edge.connection import Listener
+from proxy.edge.fastpath import FastPath
 from proxy.edge.handler import plain_server
+from proxy.edge.listener import Listener
 from proxy.edge.passthrough import Passthrough
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots
@@ -46,10 +46,10 @@ from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import MOST_OF_ONE, Flights
-from proxy.telemetry.access import access_log
 from proxy.telemetry.aliases import Aliases
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.observers import Observers
 from proxy.upstream.client import Upstream
 
 _FETCHES_PER_CONNECTION = 2
@@ -89,7 +89,8 @@ class App:
         self._metrics = Metrics(__version__)
         self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
         self._keys = Keys(settings.redis.key_prefix)
-        self._log_access = access_log(settings.log.access)
+        self._observers = Observers(self._metrics, self._incidents, settings.log.access)
+        self._fastpath: FastPath | None = None
         self._aliases: Aliases
         self._certificate: Certificate | None
         self._listener: Listener
@@ -139,13 +140,13 @@ class App:
         aliases = self._aliases.read()
         if self._certificate is not None:
             self._certificate.load()
-        self._aliases.use(aliases)
         differ = [name for name, key in KEYS.items() if key.of(settings) != key.of(self._settings)]
         followed = [name for name in differ if name in _IN_FLIGHT]
         if followed:
             configure(settings.log.level, settings.log.format)
-            self._log_access = access_log(settings.log.access)
+            self._observers.log(settings.log.access)
             self._settings = replace(self._settings, log=settings.log)
+        self._aliases.use(aliases)  # last: the fast path then follows all of it
         waiting = [name for name in differ if name not in _IN_FLIGHT]
         announce(
             _LOG,
@@ -162,23 +163,24 @@ class App:
         settings = self._settings
         files = open_files(settings)
         keyring, previous = options.keyring(settings), options.previous_keyring(settings)
-        self._aliases = Aliases(settings.callers.aliases_file, self._metrics.expect)
+        self._aliases = Aliases(settings.callers.aliases_file, self._expect)
         self._certificate = certificate(settings.server)
 
         upstream = Upstream(options.upstream_options(settings, files.upstream), self._metrics.observe)
         self._cleanup.push_async_callback(upstream.close)
         link = await self._link()
-        store = await self._store(link, keyring, previous)
+        memory = options.memory(settings, link)
+        store = await self._store(link, memory, keyring, previous)
         gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
         self._cleanup.push_async_callback(gate.close)
-        flights: Flights[Fetched | ProxyError] = Flights(
+        flights: FetchFlights = Flights(
             files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
             monotonic=time.monotonic,
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
         )
         self._cleanup.push_async_callback(flights.close)
-        invalidator = Invalidator(store, self._metrics.observe)
+        invalidator = Invalidator(store, memory, self._metrics.observe)
         readthrough = ReadThrough(
             store,
             gate,
@@ -196,11 +198,19 @@ class App:
             passthrough = Passthrough(
                 gate, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
-        api = Api(readthrough, passthrough, keyring, alias_of=self._aliases.of, observe=self._observe_request)
-        self._listener = Listener(
-            plain_server(api.respond), options.listener_limits(settings, files), api.malformed
+        api = Api(
+            readthrough, passthrough, keyring, alias_of=self._aliases.of, observe=self._observers.request
         )
-        self._watch(store, gate, flights)
+        if settings.memory.max_bytes:
+            self._fastpath = FastPath(
+                readthrough,
+                partition=keyring.partition,
+                alias_of=self._aliases.of,
+                counter=self._observers.hits,
+            )
+        server, limits = plain_server(api.respond), options.listener_limits(settings, files)
+        self._listener = Listener(server, limits, api.malformed, self._fastpath)
+        self._watch(store, memory, gate, flights)
 
         admin_url = await self._cleanup.enter_async_context(
             serve_admin(
@@ -242,7 +252,7 @@ class App:
             trial=partial(trial, redis.key_prefix),
         )
 
-    async def _store(self, link: Link, keyring: Keyring, previous: Keyring | None) -> Store:
+    async def _store(self, link: Link, memory: Memory, keyring: Keyring, previous: Keyring | None) -> Store:
         fetch_s = options.longest_fetch_s(self._settings)
         store = Store(
             link,
@@ -251,6 +261,7 @@ class App:
             stamp_ttl_s=options.longest_use_s(self._settings) + fetch_s,
             guard_s=fetch_s,
             observe=self._metrics.observe,
+            tier=memory,
             previous=previous,
             address=address_of(self._settings.redis.url),
         )
@@ -288,30 +299,24 @@ class App:
             total_timeout_s=settings.upstream.total_timeout_s,
             write_timeout_s=settings.upstream.write_timeout_s,
             previous_partition=None if previous is None else previous.partition,
-            observe=self._observe_call,
+            observe=self._observers.call,
             monotonic=time.monotonic,
             drain=self._drain,
         )
 
-    # -- who is told of what -------------------------------------------------------------------
+    def _expect(self, aliases: Iterable[str]) -> None:
+        """Follow aliases that were read."""
+        self._metrics.expect(aliases)
+        if self._fastpath is not None:
+            self._fastpath.forget()
 
-    def _observe_request(self, done: RequestDone) -> None:
-        self._metrics.observe(done)
-        self._incidents.request(done)
-        self._log_access(done)
-
-    def _observe_call(self, told: QuotaWait | CallSettled) -> None:
-        match told:
-            case QuotaWait():
-                self._metrics.observe(told)
-            case CallSettled():
-                self._incidents.settled(told)
-
-    def _watch(self, store: Store, gate: UpstreamGate, flights: Flights[Fetched | ProxyError]) -> None:
+    def _watch(self, store: Store, memory: Memory, gate: UpstreamGate, flights: FetchFlights) -> None:
         """Tell the metrics where their gauges are read."""
         self._metrics.watch(
             connections=lambda: len(self._listener.connections),
             flights=lambda: len(flights),
+            memory_bytes=lambda: memory.size,
+            memory_entries=lambda: len(memory),
             store_up=lambda: store.up,
             store_shared=lambda: self._settings.redis.url != "embedded",
             secret_mismatch=lambda: store.secret_mismatch,

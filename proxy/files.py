@@ -10,7 +10,7 @@ import resource
 from dataclasses import dataclass
 
 from proxy.admin.listener import ADMIN_LIMITS
-from proxy.edge.connection import MOST_REFUSED
+from proxy.edge.listener import MOST_REFUSED
 from proxy.logs import event
 from proxy.settings.sections import Settings
 from proxy.system.start import StartError

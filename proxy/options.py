@@ -7,22 +7,25 @@ names. Nothing is started here. `serve` and `check` use the same functions, and 
 import math
 import secrets
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from redis.asyncio import Redis
 
+from proxy.cache.memory import Memory
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import QuotaLimits
 from proxy.core.resources import RESOURCES
-from proxy.edge.connection import ConnectionLimits
+from proxy.edge.listener import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings
 from proxy.storage.client import connector, endpoint
+from proxy.storage.connection import Link
 from proxy.storage.wire import Endpoint
 from proxy.upstream.client import UpstreamOptions
 
@@ -59,6 +62,16 @@ def listener_limits(settings: Settings, files: OpenFiles) -> ConnectionLimits:
         idle_timeout_s=settings.server.idle_timeout_s,
         max_connections=files.connections,
         max_refused=files.refused,
+    )
+
+
+def memory(settings: Settings, link: Link) -> Memory:
+    """Give the tier in this process; it is on its own while the store cannot be reached."""
+    return Memory(
+        settings.memory.max_bytes,
+        settings.memory.max_age_s,
+        reachable=lambda: link.up,
+        monotonic=time.monotonic,
     )
 
 

@@ -1,6 +1,7 @@
 """The service as a process: signals in, exit status out."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -42,6 +43,7 @@ async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
         logs.event(_LOG, logging.ERROR, "cannot-start", cause=cause, mend=_MEND)
         return 1
 
+    gc.freeze()  # what the start made lives as long as the process: no collection looks at it again
     following = asyncio.create_task(_follow(hangups, app, load_again))
     first = await signals.get()
     following.cancel()  # what it reads again is for requests that no longer come

@@ -13,7 +13,7 @@ from proxy import __version__
 from proxy.admin.listener import admin_application
 from proxy.admin.purge import Purge
 from proxy.core.invalidation import Scope, SnapshotsScope
-from proxy.edge.connection import ConnectionLimits
+from proxy.edge.listener import ConnectionLimits
 from proxy.simulator import Simulator, Token
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

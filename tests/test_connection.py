@@ -11,9 +11,9 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from proxy.edge import connection
-from proxy.edge.connection import ConnectionLimits, Listener
+from proxy.edge import connection, listener as listeners
 from proxy.edge.handler import Handler, plain_server
+from proxy.edge.listener import ConnectionLimits, Listener
 
 DEADLINE_S = 0.05
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -133,7 +133,7 @@ def test_a_late_end_is_that_of_who_has_left(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, *, busy: bool, answered: bool
 ) -> None:
     """Late by what the caller waited, not by what the loop took to look: its handling is cancelled then."""
-    monkeypatch.setattr(connection, "TICK_S", 0.01)
+    monkeypatch.setattr(listeners, "TICK_S", 0.01)
 
     async def work() -> None:
         async with listening(ConnectionLimits(5.0, 5.0, 10)) as (listener, at):

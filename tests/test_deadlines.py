@@ -17,6 +17,7 @@ from benchmarks.day.redis import MemoryStore
 from proxy.cache.collapse import LONGEST_POLL_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.entry import Leased
 from proxy.core.errors import (
@@ -165,7 +166,7 @@ class Scene:
                 max_fresh_s=60,
                 jitter=0.0,
             ),
-            Invalidator(self.store, lambda _: None),
+            Invalidator(self.store, Memory(0, 0, reachable=lambda: True, monotonic=now), lambda _: None),
             total_timeout_s=TOTAL_TIMEOUT_S,
             max_wait_s=MAX_WAIT_S,
             observe=lambda _: None,

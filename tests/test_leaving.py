@@ -19,6 +19,7 @@ from kit.virtual import now, run
 from benchmarks.day.redis import MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.errors import ProxyError
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
@@ -172,7 +173,7 @@ class Scene:
                 max_fresh_s=self._fresh_s,
                 jitter=0.0,
             ),
-            Invalidator(self.store, self.noted.append),
+            Invalidator(self.store, Memory(0, 0, reachable=lambda: True, monotonic=now), self.noted.append),
             total_timeout_s=CALL_S,
             max_wait_s=60.0,
             observe=self.noted.append,

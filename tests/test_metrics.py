@@ -31,7 +31,7 @@ ALIASES = {"other", "team-a"}
 WINDOWS = {"minute", "hour"}
 BY = ("single", "list")
 CAUSES = ("delete", "purge", "unauthorized", "passthrough")
-OPERATIONS = ("lookup", "put", "seed", "lease", "end", "drop", "quota")
+OPERATIONS = ("lookup", "put", "seed", "lease", "end", "drop", "channel", "quota")
 RESULTS = ("ok", "timeout", "error", "corrupt")
 LIMITS = {
     ("team-a", "minute"): 250,
@@ -69,6 +69,8 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "store_shared": ("gauge", {}),
     "secret_mismatch": ("gauge", {}),
     "pending_invalidations": ("gauge", {}),
+    "memory_bytes": ("gauge", {}),
+    "memory_entries": ("gauge", {}),
     "upstream_breaker_open": ("gauge", {}),
     "flights": ("gauge", {}),
     "connections": ("gauge", {}),
@@ -96,6 +98,8 @@ def metrics() -> Metrics:
     declared.watch(
         connections=lambda: 1,
         flights=lambda: 2,
+        memory_bytes=lambda: 1500,
+        memory_entries=lambda: 1,
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 5,
@@ -319,13 +323,15 @@ FROM_THE_START: dict[str, tuple[set[str], int]] = {
     "upstream_avoided": ({"reason"}, 6),
     "entry_age_seconds": (set(), 1),
     "quota_wait_seconds": (set(), 1),
-    "store_operations": ({"operation", "outcome"}, 7 * 4),
+    "store_operations": ({"operation", "outcome"}, 8 * 4),
     "invalidations": ({"cause"}, 4),
     "unknown_values": ({"field"}, 1),
     "refreshes": ({"by"}, 2),
     "refreshed_snapshots": ({"by"}, 2),
     "quota_cooldown_seconds": ({"caller"}, 1),
     "pending_invalidations": (set(), 1),
+    "memory_bytes": (set(), 1),
+    "memory_entries": (set(), 1),
 }
 """Labels, and how many series there are without an alias."""
 
@@ -401,6 +407,8 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
     metrics.watch(
         connections=lambda: len(open_connections),
         flights=lambda: 2,
+        memory_bytes=lambda: 1500,
+        memory_entries=lambda: 1,
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 0,

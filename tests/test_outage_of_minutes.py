@@ -22,6 +22,7 @@ from kit.virtual import now, run
 from benchmarks.day.redis import MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, ReadThrough
 from proxy.core.breaker import FAILURES, LONGEST_S
 from proxy.core.entry import Entry
@@ -218,7 +219,7 @@ class Outage:
             shield,
             flights,
             cache_policy(SETTINGS),
-            Invalidator(self._store, lambda _: None),
+            Invalidator(self._store, Memory(0, 0, reachable=lambda: True, monotonic=now), lambda _: None),
             total_timeout_s=TIMEOUT_S,
             max_wait_s=QUOTA.max_wait_s,
             observe=lambda _: None,

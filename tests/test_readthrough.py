@@ -15,6 +15,7 @@ from kit.virtual import now, run
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.cache_status import CacheStatus, Detail, Forwarded, FromCache, Fwd, Outcome
 from proxy.core.entry import (
@@ -246,7 +247,9 @@ class Path:
         self.noted: list[Invalidation | Refreshed | UnknownValue] = []
         self.drain = DrainDeadline(now)
         self.flights: Flights[Fetched | ProxyError] = Flights(most, is_failure, monotonic=now)
-        invalidator = Invalidator(store, self.noted.append)
+        invalidator = Invalidator(
+            store, Memory(0, 0, reachable=lambda: True, monotonic=now), self.noted.append
+        )
         readthrough = ReadThrough(
             store,
             upstream,
@@ -270,7 +273,7 @@ class Path:
         )
         self.get = readthrough.get
         self.delete = readthrough.delete
-        self.note_stale = lambda name: readthrough._refresher.record_read(call(name), STALE, NOW)
+        self.note_stale = lambda name: readthrough._refresher.record_read(call(name).key, STALE, NOW)
         self.invalidate = invalidator.invalidate
 
 

@@ -36,5 +36,9 @@ def test_only_the_keyring_makes_callers() -> None:
 
 @pytest.mark.G1
 def test_partitions_are_made_in_few_places() -> None:
-    """By the keyring, and one that is no token's: the account of all tokens that were never accepted."""
-    assert [*uses("Partition")] == ["proxy/core/identity.py", "proxy/gate/gate.py"]
+    """By the keyring; from a message that a replica with the same secret signed; and one that is no token's.
+
+    That is the account of all tokens that were never accepted.
+    """
+    files = ["proxy/core/identity.py", "proxy/gate/gate.py", "proxy/storage/messages.py"]
+    assert sorted({*uses("Partition")}) == files

@@ -15,6 +15,7 @@ from benchmarks.day.fleet import Fleet, Read
 from benchmarks.day.redis import Books, Kept, MemoryStore
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.errors import ProxyError, UpstreamUnreachable
 from proxy.core.identity import Keyring, Token
@@ -244,7 +245,7 @@ class Ours:
                 shield,
                 flights,
                 policy,
-                Invalidator(self._store, lambda _: None),
+                Invalidator(self._store, Memory(0, 0, reachable=lambda: True, monotonic=now), lambda _: None),
                 total_timeout_s=call_s,
                 max_wait_s=quota.max_wait_s,
                 observe=lambda _: None,

@@ -14,7 +14,7 @@ from proxy.admin.purge import Purge
 from proxy.core.http import CACHE_NAME
 from proxy.core.invalidation import Scope
 from proxy.edge.accept import accept
-from proxy.edge.connection import ConnectionLimits, Listener
+from proxy.edge.listener import ConnectionLimits, Listener
 from proxy.settings.rules import is_loopback
 from proxy.settings.secrets import read_admin_token
 from proxy.settings.sections import Admin

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 
 from proxy.cache.fetch import BACKGROUND, HAS_FALLBACK, Due, Fetched, Fetcher, FetchMode, is_replaceable
-from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory
 from proxy.core.entry import EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere, UpstreamGivenUp
 from proxy.core.ports import Gate, Store
@@ -40,7 +40,7 @@ class Collapser:
         store: Store,
         gate: Gate,
         fetcher: Fetcher,
-        invalidator: Invalidator,
+        memory: Memory,
         *,
         total_timeout_s: float,
         monotonic: Callable[[], float],
@@ -49,7 +49,7 @@ class Collapser:
         self._store = store
         self._gate = gate
         self._fetcher = fetcher
-        self._invalidator = invalidator
+        self._memory = memory
         self._total_timeout_s = total_timeout_s
         self._monotonic = monotonic
         self._drain = drain
@@ -63,7 +63,7 @@ class Collapser:
 
         The stamps that its lookup saw tell that; without the store, this replica's own count.
         """
-        return call.key, mode, self._invalidator.counts(call.key) if basis is None else basis
+        return call.key, mode, self._memory.counts(call.key) if basis is None else basis
 
     def may_share(self, call: Call) -> bool:
         """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""

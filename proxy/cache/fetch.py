@@ -14,7 +14,8 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from proxy.cache.invalidator import Invalidator
-from proxy.core.entry import Entry, FillPrecondition, Lookup
+from proxy.cache.memory import Mark, Memory
+from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import (
     UPSTREAM_DOWN,
     NotSent,
@@ -36,7 +37,8 @@ from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough
 from proxy.core.ports import Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
-from proxy.tasks.flights import Abandoned
+from proxy.core.resources import SNAPSHOT, Key
+from proxy.tasks.flights import Abandoned, Flights
 
 _SPARE_S = 1.0
 """A fetch has so much more time than its wait for the quota and one call: its requests get 2 s more."""
@@ -93,6 +95,9 @@ class Fetched:
     """It answers a write, and does not tell whether the write was carried out."""
 
 
+FetchFlights = Flights[Fetched | ProxyError]
+
+
 @dataclass(frozen=True, slots=True)
 class Deletion:
     """What a DELETE brought, and whether what it invalidates is `invalidated` on all replicas by now."""
@@ -114,6 +119,7 @@ class Fetcher:
         store: Store,
         gate: Gate,
         policy: Policy,
+        memory: Memory,
         invalidator: Invalidator,
         *,
         total_timeout_s: float,
@@ -125,6 +131,7 @@ class Fetcher:
         self._store = store
         self._gate = gate
         self._policy = policy
+        self._memory = memory
         self._invalidator = invalidator
         self._total_timeout_s = total_timeout_s
         self._max_wait_s = max_wait_s
@@ -146,7 +153,8 @@ class Fetcher:
         `lookup` is what the store had: its entry is revalidated, if it has an entity tag. Without `due` the
         deadlines are those of a fetch that begins now.
         """
-        basis, validated = lookup.basis, lookup.entry
+        mark = self._memory.mark(call.key)
+        validated = lookup.entry
         validator = "" if validated is None else validated.validator
         try:
             answer = await self._ask(call, validator, mode, due or self.due())
@@ -161,7 +169,7 @@ class Fetcher:
             return failure
         match verdict:
             case Keep():
-                return await self._fill(call, basis, answer, verdict)
+                return await self._fill(call, lookup, mark, answer, verdict)
             case TokenRejected(_, refusal):
                 await self._reject_token(call, refusal)
             case Denied():
@@ -170,12 +178,16 @@ class Fetcher:
                 pass
         return _passed_on(answer, verdict.body)
 
-    async def _fill(self, call: Call, basis: FillPrecondition | None, answer: Answer, keep: Keep) -> Fetched:
-        """Store what `keep` holds, unless the request says `no-store` or Redis is away; compress a list."""
+    async def _fill(self, call: Call, lookup: Lookup, mark: Mark, answer: Answer, keep: Keep) -> Fetched:
+        """Store what `keep` holds, unless the request says `no-store`; compress a list.
+
+        Redis takes it where the `lookup` could ask it; this replica's memory takes what Redis took, and what
+        it was away for.
+        """
         for name in keep.unknown:
             self._observe(UnknownValue(name))
         entry, stored, seeded = keep.entry, False, frozenset[str]()
-        storable = None if call.directives.no_store else basis
+        storable = None if call.directives.no_store else lookup.basis
         if (
             storable is not None and keep.seeds
         ):  # before the list itself: replicas that wait for the list find them
@@ -184,6 +196,12 @@ class Fetcher:
             entry = await _compressed(entry)
         if storable is not None:
             stored = await self._store.put(call.key, entry, storable)
+        for snapshot_id in seeded:
+            self._memory.forget(Key(SNAPSHOT, call.key.partition, snapshot_id))
+        if stored or (lookup.unavailable and call.target.cacheable and not call.directives.no_store):
+            self._memory.keep(call.key, entry, mark)
+        else:
+            self._memory.forget(call.key)
         if not stored and entry.status != HTTPStatus.OK and call.target.cacheable:
             # A 404 that is not stored still invalidates.
             await self._invalidator.invalidate("read", EntryScope(call.key))

@@ -1,4 +1,4 @@
-"""Invalidation: the store invalidates for all replicas, and this replica counts what it invalidated.
+"""Invalidation: first in this replica's memory, then in the store, for all replicas.
 
 `core/invalidation.py` states what a scope covers. The code that sees the cause (an answer, a purge) makes it.
 """
@@ -6,24 +6,20 @@
 from collections.abc import Callable
 from typing import Literal
 
+from proxy.cache.memory import Memory
 from proxy.core.entry import Entry
 from proxy.core.events import Cause, Invalidation
-from proxy.core.invalidation import InvalidationCounts, Scope
+from proxy.core.invalidation import Scope
 from proxy.core.ports import Store
-from proxy.core.resources import Key
 
 
 class Invalidator:
     """Invalidates scopes. `observe` is told the cause, unless it is a read that was answered 403 or 404."""
 
-    def __init__(self, store: Store, observe: Callable[[Invalidation], None]) -> None:
+    def __init__(self, store: Store, memory: Memory, observe: Callable[[Invalidation], None]) -> None:
         self._store = store
+        self.memory = memory
         self._observe = observe
-        self._counts = InvalidationCounts()
-
-    def counts(self, key: Key) -> tuple[int, ...]:
-        """Give this replica's counts for `key`: they are equal as long as it invalidated nothing of it."""
-        return self._counts.of(key)
 
     async def invalidate(
         self, cause: Cause | Literal["read"], *scopes: Scope, refusal: Entry | None = None
@@ -37,7 +33,7 @@ class Invalidator:
         if scopes and cause != "read":
             self._observe(Invalidation(cause))
         for scope in scopes:
-            self._counts.count(scope)
+            self.memory.invalidate(scope)
         done = True
         for scope in scopes:
             done = await self._store.invalidate(scope, by_read=cause == "read", refusal=refusal) and done

@@ -22,6 +22,7 @@ from proxy.cache.fetch import (
     is_replaceable,
 )
 from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Mark
 from proxy.cache.refresher import Refresher
 from proxy.core.cache_status import CacheStatus, Detail, Forwarded, FromCache, Fwd
 from proxy.core.entry import UNAVAILABLE, Entry, Lookup
@@ -29,7 +30,8 @@ from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaS
 from proxy.core.events import Refreshed, UnknownValue
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
 from proxy.core.ports import Gate, Store
-from proxy.core.request import Call
+from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.core.resources import Key
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights, Owner
 
@@ -84,15 +86,18 @@ class ReadThrough:
         clock: Callable[[], float] = time.time,
         draw: Callable[[], float] = random,
     ) -> None:
+        memory = invalidator.memory
         self._store = store
+        self._memory = memory
+        self.held = memory.get
+        """Give the entry that this replica's memory may answer with now, fresh or not."""
         self._flights = flights
-        self._invalidator = invalidator
-        self._monotonic = monotonic
         self._clock = clock
         self._fetcher = Fetcher(
             store,
             gate,
             policy,
+            memory,
             invalidator,
             total_timeout_s=total_timeout_s,
             max_wait_s=max_wait_s,
@@ -104,7 +109,7 @@ class ReadThrough:
             store,
             gate,
             self._fetcher,
-            invalidator,
+            memory,
             total_timeout_s=total_timeout_s,
             monotonic=monotonic,
             drain=drain,
@@ -113,27 +118,60 @@ class ReadThrough:
 
     async def get(self, call: Call) -> Served | Failed:
         """Answer one read. The whole program in one match."""
-        since, counts = self._monotonic(), self._invalidator.counts(call.key)
-        lookup = await self._store.lookup(call.key) if call.target.cacheable else UNAVAILABLE
+        served = self.peek(call.key, self._clock(), call.directives) if call.target.cacheable else None
+        if served is not None:
+            return served
+        lookup, mark = await self._lookup(call)
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
-                self._refresher.record_read(call, entry, now)
+                self._refresher.record_read(call.key, entry, now)
                 return _from_entry(entry, now)
             case HitThenRevalidate(entry):
-                self._refresher.record_read(call, entry, now)
+                self._refresher.record_read(call.key, entry, now)
                 if not call.directives.no_store:
                     self._refresher.refresh(call, lookup, now)
                 return _from_entry(entry, now)
             case Forward(fwd, fallback):
                 fwd = Fwd.BYPASS if lookup.unavailable else fwd
                 if fallback is None:
-                    return await self._forward(call, fwd, lookup, since, BLOCKING)
-                answer = await self._forward(call, fwd, lookup, since, HAS_FALLBACK)
-                return await self._or_stale(call, answer, fallback, counts)
+                    return await self._forward(call, fwd, lookup, mark.began, BLOCKING)
+                answer = await self._forward(call, fwd, lookup, mark.began, HAS_FALLBACK)
+                return await self._or_stale(call, answer, fallback, mark.counts)
             case Unsatisfiable():
                 error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
                 return Failed(error, Forwarded(Fwd.REQUEST, begun=False))
+
+    def peek(self, key: Key, now: float, directives: Directives = NO_DIRECTIVES) -> Served | None:
+        """Answer one read from this replica's memory, if that has a fresh entry for it. Waits for nothing.
+
+        None says nothing about the answer: Redis may have another entry, and a stale one is refreshed.
+        """
+        match on_lookup(self.held(key), directives, now):
+            case Hit(entry):
+                self._refresher.record_read(key, entry, now)
+                return _from_entry(entry, now)
+            case _:
+                return None
+
+    async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
+        """Look into the store, and keep in memory what it has, if that is fresh. Say how things stood before.
+
+        The refusal of a token has no basis: it answers for all keys of its caller, and is not kept.
+        """
+        mark = self._memory.mark(call.key)
+        if not call.target.cacheable:
+            return UNAVAILABLE, mark
+        lookup = await self._store.lookup(call.key)
+        entry = lookup.entry
+        if (
+            entry is not None
+            and lookup.basis is not None
+            and not call.directives.no_store
+            and entry.is_fresh(self._clock())
+        ):
+            self._memory.keep(call.key, entry, mark)
+        return lookup, mark
 
     async def delete(self, call: Call) -> Served | Failed:
         """Forward one DELETE, once. When it is answered, no cache serves that snapshot any more."""
@@ -180,7 +218,7 @@ class ReadThrough:
             return answer
         lookup = await self._store.lookup(call.key)
         entry = lookup.entry
-        if lookup.unavailable and self._invalidator.counts(call.key) == counts:
+        if lookup.unavailable and self._memory.counts(call.key) == counts:
             entry = fallback
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):

@@ -17,6 +17,7 @@ from proxy.core.events import Refreshed
 from proxy.core.ports import Store
 from proxy.core.refresh import PAGE, HotSet
 from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import Key
 from proxy.core.snapshot import ids_in_list
 from proxy.tasks.flights import Flights, Owner
 
@@ -40,10 +41,10 @@ class Refresher:
         self._clock = clock
         self._hot = HotSet()
 
-    def record_read(self, call: Call, entry: Entry, now: float) -> None:
+    def record_read(self, key: Key, entry: Entry, now: float) -> None:
         """Record that `entry` answered: a list refreshes the snapshots that are read often."""
-        if call.target.resource.comes_with_lists and entry.status == HTTPStatus.OK:
-            self._hot.read(call.key, entry, now)
+        if key.resource.comes_with_lists and entry.status == HTTPStatus.OK:
+            self._hot.read(key, entry, now)
 
     def refresh(self, call: Call, lookup: Lookup, now: float) -> None:
         """Fetch what `call` reads, or the caller's list if that refreshes several snapshots in one call."""

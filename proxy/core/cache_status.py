@@ -7,7 +7,7 @@ log, `avoided` the label `reason` of `upstream_avoided`: what made a call to the
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from proxy.core.entry import Entry
 from proxy.core.http import CACHE_NAME
@@ -27,8 +27,10 @@ class Outcome(StrEnum):
     NONE = "none"
 
 
-FROM_CACHE = frozenset({Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE})
+CachedOutcome = Literal[Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE]
 """Outcomes for which a stored entry answered."""
+
+FROM_CACHE = frozenset(get_args(CachedOutcome))
 
 Avoided = Literal[Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.COLLAPSED, "cooldown", Outcome.NEGATIVE]
 """Why a request needed no call to the upstream. `cooldown`: stale, as the API had asked the token to wait."""
@@ -80,7 +82,7 @@ class FromCache:
         return f"{CACHE_NAME}; hit; ttl={self.ttl_s}{_parameter(self.detail)}"
 
     @property
-    def outcome(self) -> Literal[Outcome.HIT, Outcome.SEEDED, Outcome.STALE, Outcome.NEGATIVE]:
+    def outcome(self) -> CachedOutcome:
         """How the request is counted."""
         if self.detail is Detail.NEGATIVE:
             return Outcome.NEGATIVE

@@ -57,7 +57,7 @@ class UpstreamCall:
     seconds: float
 
 
-Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "quota"]
+Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "channel", "quota"]
 """Operations on the store. `end` invalidates after a DELETE, a purge, a 401 or a write that was passed
 through; `drop` removes an entry because a read was answered 403, or 404 that is not stored."""
 

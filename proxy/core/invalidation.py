@@ -4,7 +4,6 @@ A 401, 403 or 404, a write and a purge make scopes; the invalidator, the store a
 them. A new kind of scope is one more class here, and one more case where mypy then misses it.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from proxy.core.identity import Partition
@@ -68,38 +67,56 @@ def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
 
 
 class InvalidationCounts:
-    """How often this replica invalidated what a key is kept under. Counts only grow.
+    """How often this replica made or followed an invalidation of what a key is kept under. Counts only grow.
 
-    Stamps tell that better, and for all replicas. While Redis cannot be reached there are none, and these
-    counts tell a request which flights and which found entries are older than an invalidation.
+    They are to this process what stamps are to Redis: what was found, or begun, with other counts than those
+    of now was invalidated since. After more than `most` names everything counts as invalidated once, and the
+    names are forgotten.
     """
 
     def __init__(self, most: int = MOST_COUNTED) -> None:
         self._most = most
         self._for_all = 0
-        self._counts: OrderedDict[Partition | Key, int] = OrderedDict()
+        self._counts: dict[_Name, int] = {}
+        self.total = 0
+        """Of all invalidations."""
 
-    def of(self, key: Key) -> tuple[int, int, int]:
+    def of(self, key: Key) -> tuple[int, int, int, int]:
         """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
-        return self._for_all, self._counts.get(key.partition, 0), self._counts.get(_counted(key), 0)
+        get = self._counts.get
+        own, of_all_callers = _names(key)
+        return self._for_all, get(key.partition, 0), get(own, 0), get(of_all_callers, 0)
 
     def count(self, scope: Scope) -> None:
         """Count one invalidation."""
+        self.total += 1
         match scope:
             case EntryScope(key):
-                self._add(_counted(key))
-                self._add(_lists(key.partition))
+                self._add(_names(key)[0], _lists(key.partition))
             case CallerScope(partition):
                 self._add(partition)
-            case SnapshotsScope() | EverythingScope():
+            case SnapshotsScope(snapshot_ids):
+                self._add(_LISTS, *((snapshot_id,) for snapshot_id in snapshot_ids))
+            case EverythingScope():
                 self._for_all += 1
 
-    def _add(self, name: Partition | Key) -> None:
-        """Count for `name`. Where that makes the oldest name forgotten, everything counts as invalidated."""
-        self._counts[name] = self._counts.pop(name, 0) + 1
+    def _add(self, *names: "_Name") -> None:
+        for name in names:
+            self._counts[name] = self._counts.get(name, 0) + 1
         if len(self._counts) > self._most:
-            self._counts.popitem(last=False)
+            self._counts.clear()
             self._for_all += 1
+
+
+_Name = Partition | Key | tuple[str]
+"""A caller, a caller's entry, a caller's lists, one snapshot of all callers, or all lists of all callers."""
+
+_LISTS = ("lists",)
+
+
+def _names(key: Key) -> tuple[Key, tuple[str]]:
+    """Name what is counted for `key`: for its caller, and for all. Lists are invalidated together."""
+    return (_lists(key.partition), _LISTS) if _is_list(key) else (key, (key.name,))
 
 
 def _is_list(key: Key) -> bool:
@@ -109,8 +126,3 @@ def _is_list(key: Key) -> bool:
 def _lists(partition: Partition) -> Key:
     """Give the name under which all lists of a caller are counted: they are invalidated together."""
     return Key(SNAPSHOT_LIST, partition, "")
-
-
-def _counted(key: Key) -> Key:
-    """Give the name to count `key` under."""
-    return _lists(key.partition) if _is_list(key) else key

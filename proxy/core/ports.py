@@ -67,6 +67,19 @@ class Store(Protocol):
         """
 
 
+class Hearing(Protocol):
+    """What follows the invalidations of other replicas: this replica's memory."""
+
+    def invalidate(self, scope: Scope) -> None:
+        """Let nothing answer any more that `scope` covers."""
+
+    def hears(self, until: float) -> None:
+        """Take note that every invalidation that others rely on before `until` (monotonic) has been heard."""
+
+    def deaf(self) -> None:
+        """Take note that invalidations may have been missed, or may be."""
+
+
 class Gate(Protocol):
     """The way to the upstream that counts each call against the token's quota."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from proxy.edge.connection import Listener
+from proxy.edge.listener import Listener
 from proxy.logs import event
 from proxy.system.sockets import listen
 

@@ -1,9 +1,11 @@
 """Answers become aiohttp responses: status, headers and body. No header names a version of the server."""
 
-import secrets
+import os
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from http import HTTPStatus
+from typing import Final
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -12,15 +14,25 @@ from proxy.cache.readthrough import Failed, Served
 from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError
 from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status, retry_after
 
-_JSON = "application/json; charset=utf-8"
+JSON = "application/json; charset=utf-8"
+
+_ID_BYTES = 16
+_DRAWN_IDS = 256
+"""Request ids that are made of one draw: each alone would be a system call."""
 
 NO_RETRY = {"x-should-retry": "false"}
 """Tells clients that know this header not to repeat a write that may have been carried out."""
 
 
-def new_request_id() -> str:
-    """Make an id for a request whose caller gave none: 128 bits, 32 hexadecimal digits."""
-    return secrets.token_hex(16)
+def _request_ids() -> Iterator[str]:
+    while True:
+        drawn = os.urandom(_ID_BYTES * _DRAWN_IDS).hex()
+        for start in range(0, len(drawn), 2 * _ID_BYTES):
+            yield drawn[start : start + 2 * _ID_BYTES]
+
+
+new_request_id: Final[Callable[[], str]] = _request_ids().__next__
+"""Make an id for a request whose caller gave none: 128 random bits, 32 hexadecimal digits."""
 
 
 def served_response(
@@ -58,7 +70,7 @@ def served_response(
             return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
     if served.status == HTTPStatus.NO_CONTENT:
         return web.Response(status=HTTPStatus.NO_CONTENT, headers=headers)
-    headers["Content-Type"] = _JSON
+    headers["Content-Type"] = JSON
     if served.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if served.outcome_unknown:
@@ -101,7 +113,7 @@ def _headers(request_id: str) -> CIMultiDict[str]:
 
 def _error_headers(error: ProxyError, request_id: str) -> CIMultiDict[str]:
     headers = _headers(request_id)
-    headers["Content-Type"] = _JSON
+    headers["Content-Type"] = JSON
     headers["Cache-Control"] = "no-store"
     headers["Proxy-Status"] = proxy_status(error)
     if error.status == HTTPStatus.UNAUTHORIZED:

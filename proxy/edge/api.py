@@ -7,12 +7,13 @@ there was no request at all, in `malformed`.
 import logging
 import time
 from asyncio import CancelledError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
+from multidict import MultiMapping
 
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.cache_status import FROM_CACHE, Avoided, Outcome
@@ -118,7 +119,10 @@ class Api:
         self._done(_Log(request_id, status=error.status, error=error), time.perf_counter())
 
     async def _answer(self, request: web.BaseRequest, log: _Log) -> web.StreamResponse:
-        target = _target(request)
+        if isinstance(request, ForeignRequest):
+            raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
+        check_head(request)
+        target = parse_target(request.raw_path)
         if isinstance(target, ApiPath):
             return await self._pass_through(request, target, log)
         call = await self._call(request, target, log)
@@ -218,19 +222,28 @@ def _fact(error: ProxyError | None) -> str | None:
             return None
 
 
-def _target(request: web.BaseRequest) -> Target | ApiPath:
-    """Check what every request must have, and tell what it is about."""
-    if isinstance(request, ForeignRequest):
-        raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
+class Head(Protocol):
+    """What is looked at of a request's head; aiohttp's request has it, and so has what its parser gives."""
+
+    @property
+    def version(self) -> HttpVersion: ...  # noqa: D102 # aiohttp's names
+    @property
+    def headers(self) -> MultiMapping[str]: ...  # noqa: D102
+    @property
+    def raw_headers(self) -> Sequence[tuple[bytes, bytes]]: ...  # noqa: D102
+
+
+def check_head(request: Head) -> None:
+    """Check what every request must have. Raises HeadersTooLarge or BadRequest."""
     # aiohttp's own limit is a few bytes off in all headers but the first.
-    if any(len(name) + len(value) > MAX_FIELD_BYTES for name, value in request.raw_headers):
-        raise HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
+    for name, value in request.raw_headers:
+        if len(name) + len(value) > MAX_FIELD_BYTES:
+            raise HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
     hosts = len(request.headers.getall("Host", ()))
     if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
         raise BadRequest("send exactly one Host header")
     if request.version == HttpVersion10 and "Transfer-Encoding" in request.headers:
         raise BadRequest("HTTP/1.0 has no Transfer-Encoding")  # RFC 9112 §6.1: its framing cannot be trusted
-    return parse_target(request.raw_path)
 
 
 def _reading_ended(request: web.BaseRequest) -> None:

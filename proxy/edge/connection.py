@@ -1,7 +1,7 @@
-"""One object a connection, around aiohttp's own protocol object: deadlines, limits, drain.
+"""One object a connection, around aiohttp's own protocol object: deadlines, and the way into the fast path.
 
-aiohttp parses and answers; this file decides how long a connection may take for what, how many there may be,
-and when they have to go. A connection is
+aiohttp parses and answers; this file decides how long a connection may take for what, and when it has to go.
+A connection is
 
     IDLE     between requests: for `idle_timeout_s`
     READING  from the first byte of a request until all of it is here: for `header_timeout_s`
@@ -16,152 +16,45 @@ times more without anything new.
 A caller that closes its sending side (TCP FIN) with its request, or within a second of it, is answered as
 far as its requests have come whole; then the connection is closed. The same FIN comes from a caller that has
 left: the two cannot be told apart until something is written, and a later one is taken for that. The second
-is counted in ticks of the event loop, so that a busy one does not count. Where `max_connections` is reached,
-the connection that was half-closed first is dropped for a new one. Over TLS asyncio closes at every end.
+is counted in ticks of the event loop, so that a busy one does not count. Over TLS asyncio closes at
+every end.
+
+The fast path is asked only while aiohttp's handler rests: all bytes that it was given are whole requests,
+and it has answered each of them to its end. It rests from the start. The bytes that it is given then end its
+rest, until they are answered, the connection is kept, and
+
+- what it was given was one whole request and nothing else: the fast path's parser said so; or
+- it ended as a request's head ends, so that there is no part of a request in the parser; the body of the last
+  request has come; and the loop has turned `_REST_LOOKS` times without another request from aiohttp's queue.
 """
 
 import asyncio
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
-from aiohttp import StreamReader, web
-from aiohttp.http import RawRequestMessage
+from aiohttp import StreamReader
 
-from proxy.core.errors import Overloaded, ProxyError
+from proxy.core.errors import Overloaded
 from proxy.edge.answers import new_request_id, refusal
-from proxy.edge.handler import MAX_FIELD_BYTES, MAX_HEADERS, MAX_LINE_BYTES, Handler, NoAccessLog
-from proxy.logs import event
+from proxy.edge.handler import Handler
 from proxy.tasks.listening import LAST_LOOKS
 
-MOST_REFUSED = 100
-"""Connections over the limit that are held until they have asked and are told 503. One more takes the place
-of the oldest, which is dropped: it has not asked yet."""
+if TYPE_CHECKING:
+    from proxy.edge.listener import Listener
 
-TICK_S = 0.25
 PROMPT_TICKS = 4
 """A FIN that comes later after the last bytes is that of a caller who gave up waiting, and has left."""
 
-_LINGER_S = 2.0
-_LONG_S = 365 * 86_400
+_REST_LOOKS = 4
+"""From an answer's end to the next request of aiohttp's queue the loop turns once or twice."""
+
 _NEVER = float("inf")
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """How long and how many: seconds, and connections."""
-
-    header_timeout_s: float
-    idle_timeout_s: float
-    max_connections: int
-    max_refused: int = MOST_REFUSED
 
 
 class _Phase(Enum):
     IDLE = auto()
     READING = auto()
     BUSY = auto()
-
-
-class Listener:
-    """All connections of one listener, and what they share.
-
-    `server` answers requests; `on_malformed` is told of each answer, and its request id, given to what is no
-    request.
-    """
-
-    def __init__(
-        self, server: web.Server, limits: ConnectionLimits, on_malformed: Callable[[ProxyError, str], None]
-    ) -> None:
-        self._server = server
-        self.limits = limits
-        self.on_malformed = on_malformed
-        self.connections: set[Connection] = set()
-        self.half_closed: dict[Connection, None] = {}  # the first to half-close comes first
-        self.refused: dict[Connection, None] = {}  # the oldest comes first
-        self.draining = False
-        self.ticks = 0
-        """Grows by one each `TICK_S` in which the event loop was not busy throughout."""
-        self._loop = asyncio.get_running_loop()
-        self._ticking: asyncio.Handle = self._loop.call_later(TICK_S, self._tick)
-        self._quiet = asyncio.Event()
-        self._make_request: Callable[..., web.BaseRequest] = server.request_factory
-        server.request_factory = self._begin_request
-
-    def __call__(self) -> "Connection":
-        """Make the protocol of a new connection, for `loop.create_server`."""
-        handler = Handler(
-            self._server,
-            loop=self._loop,
-            access_log_class=NoAccessLog,  # ours is written where the outcome is known
-            auto_decompress=False,  # it would inflate a body that is not used
-            keepalive_timeout=_LONG_S,  # the deadlines are the connection's
-            lingering_time=_LINGER_S,
-            read_bufsize=65_536,  # a sixteenth as many HTTP chunks are parsed before the loop turns
-            max_line_size=MAX_LINE_BYTES,
-            max_field_size=MAX_FIELD_BYTES,  # it forgets the name in all but the first: see `api.py`
-            max_headers=MAX_HEADERS,
-        )
-        handler.connection = Connection(self, handler, self._loop)
-        return handler.connection
-
-    def _tick(self) -> None:
-        self.ticks += 1
-        self._ticking = self._loop.call_later(TICK_S, self._tick)
-
-    def _begin_request(
-        self, message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, *rest: Any
-    ) -> web.BaseRequest:
-        """Tell the connection which request is handled now, then make it as `server` would."""
-        cast(Handler, protocol).connection.begun(payload)
-        return self._make_request(message, payload, protocol, *rest)
-
-    def admit(self, connection: "Connection") -> bool:
-        """Take a new connection, if need be in the place of one that is half-closed. False: refuse it."""
-        if len(self.connections) >= self.limits.max_connections:
-            if not self.half_closed:
-                return False
-            self._drop(next(iter(self.half_closed)))
-        self.connections.add(connection)
-        return True
-
-    def refuse(self, connection: "Connection") -> None:
-        """Hold a connection until it has asked, if need be in the place of the oldest of these."""
-        self.refused[connection] = None
-        if len(self.refused) > self.limits.max_refused:
-            self._drop(next(iter(self.refused)))
-
-    def _drop(self, connection: "Connection") -> None:
-        self.closed(connection)
-        connection.abort()
-
-    def closed(self, connection: "Connection") -> None:
-        """Take note that a connection is gone."""
-        self.connections.discard(connection)
-        self.half_closed.pop(connection, None)
-        self.refused.pop(connection, None)
-        if not self.connections:
-            self._quiet.set()
-
-    async def drain(self, within_s: float) -> None:
-        """Let the running requests end, at most `within_s`; then close whatever is left."""
-        self.draining = True
-        for connection in list(self.connections):
-            connection.close_if_idle()
-        self._quiet.clear()
-        try:
-            if self.connections:
-                async with asyncio.timeout(within_s):
-                    await self._quiet.wait()
-        except TimeoutError:
-            event(_LOG, logging.WARNING, "drain-incomplete", connections=len(self.connections))
-        for connection in [*self.connections, *self.refused]:
-            connection.abort()
-        self._ticking.cancel()
-        await self._server.shutdown(0)
 
 
 class Connection(asyncio.Protocol):
@@ -171,20 +64,24 @@ class Connection(asyncio.Protocol):
         "_after_eof",
         "_body",
         "_deadline",
+        "_ends_head",
         "_eof",
         "_handler",
         "_heard_at",
         "_loop",
         "_more",
         "_phase",
+        "_resting",
+        "_resting_soon",
         "_timer",
         "_transport",
         "_unread",
+        "_whole",
         "_write_deadline",
         "listener",
     )
 
-    def __init__(self, listener: Listener, handler: Handler, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, listener: "Listener", handler: Handler, loop: asyncio.AbstractEventLoop) -> None:
         self.listener = listener
         self._handler: Handler | None = handler
         self._loop = loop
@@ -194,6 +91,10 @@ class Connection(asyncio.Protocol):
         self._unread = 0
         self._more = False
         self._eof = False
+        self._resting = False  # and where it is true, the phase is IDLE, and the fast path may be asked
+        self._whole = False  # what the handler has is one whole request
+        self._ends_head = False
+        self._resting_soon: asyncio.Handle | None = None
         self._heard_at = listener.ticks
         self._body: StreamReader | None = None  # of the request that is handled now
         self._timer: asyncio.Handle | None = None
@@ -209,17 +110,31 @@ class Connection(asyncio.Protocol):
         if self.listener.admit(self):
             assert self._handler is not None
             self._handler.connection_made(transport)
+            self._resting = self.listener.fastpath is not None
         else:
             self._handler = None
             self.listener.refuse(self)
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        """Take a chunk of bytes."""
+        """Take a chunk of bytes: answer it at once, or give it to the handler."""
+        listener = self.listener
+        self._heard_at = listener.ticks
+        whole = False
+        if self._resting and not listener.draining and self._write_deadline == _NEVER:
+            assert listener.fastpath is not None
+            answer = listener.fastpath.answer(data)
+            if answer is not None:
+                self._transport.write(answer)
+                self._deadline = self._loop.time() + listener.limits.idle_timeout_s
+                return
+            whole = listener.fastpath.question(data) is not None
         if self._handler is None:
             self._refuse()
             return
-        self._heard_at = self.listener.ticks
+        self._resting = False
+        self._whole = whole
+        self._ends_head = data.endswith(b"\r\n\r\n")
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.READING)
         elif self._phase is _Phase.BUSY:
@@ -236,6 +151,7 @@ class Connection(asyncio.Protocol):
         if self.listener.ticks - self._heard_at > PROMPT_TICKS:
             return False  # who had waited for so long gave up waiting
         self._eof = True
+        self._resting = False
         self.listener.half_closed[self] = None
         if self._body is None:
             self._close_unless_begun(LAST_LOOKS)
@@ -243,7 +159,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        for handle in (self._timer, self._after_eof):
+        for handle in (self._timer, self._after_eof, self._resting_soon):
             if handle is not None:
                 handle.cancel()
         self.listener.closed(self)
@@ -268,21 +184,36 @@ class Connection(asyncio.Protocol):
     def begun(self, body: StreamReader) -> None:
         """Take note that the next request is handled from now on; what has come of its body is in `body`."""
         self._body = body
-        if self._after_eof is not None:
-            self._after_eof.cancel()
+        for handle in (self._after_eof, self._resting_soon):
+            if handle is not None:
+                handle.cancel()
 
     def reading_ended(self) -> None:
         """All of the request is here: from now on we owe an answer, and what comes is the next request's."""
         self._more = False
         self._enter(_Phase.BUSY)
 
-    def answered(self) -> None:
-        """Take note that the answer is written; bytes that came meanwhile are the next request's."""
+    def answered(self, *, goes_on: bool) -> None:
+        """Take note that the answer is written; bytes that came meanwhile are the next request's.
+
+        `goes_on` tells whether the connection is kept.
+        """
         self._enter(_Phase.READING if self._more else _Phase.IDLE)
+        if goes_on and not self._more and (self._body is None or self._body.is_eof()):
+            self._rest(0 if self._whole else _REST_LOOKS)
         self._more = False
         self._body = None
         if self._eof:
             self._close_unless_begun(LAST_LOOKS)
+
+    def _rest(self, looks: int) -> None:
+        """Let the fast path be asked again; see the law of this file."""
+        if self._phase is not _Phase.IDLE or self._eof:
+            return
+        if looks:
+            self._resting_soon = self._loop.call_soon(self._rest, looks - 1)
+        else:
+            self._resting = self.listener.fastpath is not None and (self._whole or self._ends_head)
 
     def _close_unless_begun(self, looks: int) -> None:
         """Close a half-closed connection, unless a request that came before its end is handled first.

@@ -6,7 +6,7 @@ It parses and answers; the connection around it is told when a request has come 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractAccessLogger, AbstractStreamWriter
@@ -31,6 +31,23 @@ MAX_HEADERS = 64
 
 MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
 """A header's name and value, without the `: ` between them."""
+
+
+class ParserOptions(TypedDict):
+    """How aiohttp's parser is to read a request."""
+
+    auto_decompress: bool
+    max_line_size: int
+    max_field_size: int
+    max_headers: int
+
+
+PARSER_OPTIONS: Final[ParserOptions] = {
+    "auto_decompress": False,  # it would inflate a body that is not used
+    "max_line_size": MAX_LINE_BYTES,
+    "max_field_size": MAX_FIELD_BYTES,  # it forgets the name in all but the first: see `api.py`
+    "max_headers": MAX_HEADERS,
+}
 
 _FOREIGN_VERSION = ("Invalid HTTP version", "Expected HTTP/")  # the parser's words
 _LOG = logging.getLogger(__name__)
@@ -92,7 +109,8 @@ class Handler(web.RequestHandler):
         if self.connection.listener.draining:
             resp.force_close()
         finished = await super().finish_response(request, resp, start_time)
-        self.connection.answered()
+        answer, broken = finished
+        self.connection.answered(goes_on=bool(answer.keep_alive) and not broken)
         return finished
 
 

@@ -95,7 +95,7 @@ class Link:
         address: str = "",
         trial: Callable[[], Sequence[Command]] = tuple,
     ) -> None:
-        self._connect = connect
+        self.connect = connect
         self._trial = trial
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
@@ -159,7 +159,7 @@ class Link:
         while True:
             if not is_first:
                 await self._usable.wait()
-            wire = self._connect()
+            wire = self.connect()
             backoff_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
             try:
                 trouble = await self._open(wire, min(backoff_s, _LONGEST_PROBATION_S) if failures else 0.0)

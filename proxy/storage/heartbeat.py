@@ -1,7 +1,8 @@
 """What this replica asks Redis once a second, whether or not a request comes.
 
-In one round trip it deletes the stamps of pending invalidations, says that it is there, and compares its
-secret with those of the other replicas. A connection that was closed unnoticed is found here, too.
+In one round trip it deletes the stamps of pending invalidations, has all replicas empty their memory where
+there were some, says that it is there, and compares its secret with those of the others. A connection that
+was closed unnoticed is found here, too.
 """
 
 import asyncio
@@ -12,7 +13,9 @@ from contextlib import suppress
 
 from proxy.core.incident import Incident
 from proxy.logs import event
+from proxy.storage.commands import Command
 from proxy.storage.connection import Link, Unavailable
+from proxy.storage.conversation import Conversation
 from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.membership import Membership
 
@@ -34,6 +37,8 @@ class Heartbeat:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
+        self.conversation: Conversation | None = None
+        """Where the other replicas hear of pending invalidations that Redis has taken, if they do."""
         self._pending = pending
         self._members = members
         self._address = address
@@ -54,16 +59,23 @@ class Heartbeat:
         with suppress(Unavailable):
             await self._link.ask(self._members.farewell())
 
-    async def pulse(self) -> None:
-        """Send one heartbeat, and take its replies. Raises Unavailable."""
+    async def pulse(self) -> int | None:
+        """Send one heartbeat. Give the number of other replicas, None if Redis did not tell.
+
+        Raises Unavailable.
+        """
         now = self._clock()
         names = self._pending.to_delete()
-        replies = await self._link.ask(*(("DEL", name) for name in names), *self._members.heartbeat(now))
+        commands: list[Command] = [("DEL", name) for name in names]
+        if names and self.conversation is not None:
+            commands.append(self.conversation.everything())
+        replies = await self._link.ask(*commands, *self._members.heartbeat(now))
         self._pending.settle(names, replies[: len(names)])
-        more = self._members.heard(replies[len(names) :], now)
+        others, more = self._members.heard(replies[len(commands) :], now)
         self._tell_of_secrets()
         if more:
             await self._link.ask(*more)
+        return others
 
     async def _beat(self) -> None:
         while True:

@@ -18,10 +18,11 @@ from proxy.core.incident import Incident
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.resources import Key
 from proxy.logs import event
+from proxy.storage.channel import Channel
 from proxy.storage.commands import Command
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import EntryKeys, Keys
-from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error
+from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error, refuse_errors
 
 MOST_PENDING = 1024
 """Stamps that are pending, at most. Instead of one more, the stamp of everything is pending."""
@@ -102,7 +103,10 @@ class PendingInvalidations:
 
 
 class Invalidations:
-    """Invalidates scopes in Redis. `guard_s` is longer than any fetch takes."""
+    """Invalidates scopes in Redis, and has the other replicas follow, where there is a `channel`.
+
+    `guard_s` is longer than any fetch takes.
+    """
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class Invalidations:
         keys: Keys,
         keyring: Keyring,
         pending: PendingInvalidations,
+        channel: Channel | None = None,
         *,
         guard_s: int,
         observe: Callable[[StoreOperation], None],
@@ -119,12 +124,16 @@ class Invalidations:
         self._keys = keys
         self._keyring = keyring
         self._pending = pending
+        self._channel = channel
         self._guard_s = guard_s
         self._observe = observe
         self._clock = clock
 
     async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
         """Invalidate what `scope` covers, and tell whether Redis did it; else it is pending. Never raises.
+
+        When Redis has done it, it is published, in the same round trip; this returns when no other replica
+        serves any of it from its memory.
 
         `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `refusal` comes with a
         CallerScope.
@@ -139,8 +148,10 @@ class Invalidations:
                 commands = [("DEL", name) for name in stamps]
         operation: Literal["end", "drop"] = "drop" if by_read else "end"
         try:
-            for reply in await self._link.ask(*commands):
-                refuse_error(reply)
+            if self._channel is None:
+                refuse_errors(await self._link.ask(*commands))
+            else:
+                await self._channel.invalidate(scope, *commands)
         except Unavailable as error:
             self._observe(StoreOperation(operation, error.outcome))
             self._pending.add(stamps, error, asked=not by_read)

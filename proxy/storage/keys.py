@@ -98,6 +98,11 @@ class Keys:
         return f"{self.prefix}:1:replicas".encode()
 
     @property
+    def channel(self) -> bytes:
+        """Name the channel on which replicas tell each other what they invalidated."""
+        return f"{self.prefix}:1:channel".encode()
+
+    @property
     def secret(self) -> bytes:
         """Name the place where replicas compare the fingerprints of their secrets."""
         return f"{self.prefix}:1:secret".encode()

@@ -1,12 +1,13 @@
 """Which replicas share this Redis now, and whether they have the same secret.
 
-Each replica writes itself into a sorted set once a second, with its time: `id:fingerprint`, and the
-fingerprint of its previous secret behind that while the secret is changed. A replica that stops takes itself
-out; one that died is left out after 10 s. So only replicas that run are compared.
+Each replica writes itself into a sorted set once a second, with its time: `id:fingerprint:previous:c1`, where
+`previous` is the fingerprint of its previous secret while the secret is changed. `c1` says that it publishes
+what it invalidates (`channel.py`). A replica that stops takes itself out; one that died is left out after
+10 s. So only replicas that run are compared. Replicas' clocks may differ by seconds, not by ten.
 
-A replica of an earlier version writes its id alone, and compares its secret with the key `secret`, which the
-first replica sets and those with the same secret prolong. This version does so, too, and reads the key only
-for such a replica.
+A replica of the version before lacks `c1`. One of an earlier version writes its id alone, and compares its
+secret with the key `secret`, which the first replica sets and those with the same secret prolong. This
+version does so, too, and reads the key only for such a replica.
 """
 
 import secrets
@@ -22,6 +23,9 @@ PRESENT_S = 10.0
 
 MARK_TTL_S = 60
 
+SPEAKS = "c1"
+"""What a replica writes behind itself that publishes what it invalidates: on the channel, in its version."""
+
 _Command = tuple[str | bytes | int, ...]
 
 
@@ -31,14 +35,15 @@ class Member(NamedTuple):
     replica: str
     fingerprint: str = ""
     previous: str = ""
+    speaks: str = ""
 
     @classmethod
     def parse(cls, member: bytes) -> "Member":
         """Read a member of the sorted set; what is not ours is a replica without a fingerprint."""
-        return cls(*member.decode(errors="replace").split(":")[:3])
+        return cls(*member.decode(errors="replace").split(":")[:4])
 
     def __str__(self) -> str:
-        return ":".join(part for part in self if part)
+        return ":".join(self)
 
 
 class Agreement(Enum):
@@ -78,11 +83,16 @@ class Membership:
     def __init__(self, keys: Keys, keyring: Keyring, previous: Keyring | None = None) -> None:
         self._keys = keys
         self.me = Member(
-            secrets.token_hex(8), keyring.fingerprint, "" if previous is None else previous.fingerprint
+            secrets.token_hex(8),
+            keyring.fingerprint,
+            "" if previous is None else previous.fingerprint,
+            SPEAKS,
         )
         self.replicas = 1
         """How many replicas were seen lately, this one included."""
         self.secrets_differ = False
+        self.older = False
+        """A replica is among them that does not publish what it invalidates."""
         self._fewer_since: float | None = None
 
     def heartbeat(self, now: float) -> Sequence[_Command]:
@@ -97,16 +107,24 @@ class Membership:
             ("EXPIRE", replicas, MARK_TTL_S),
         )
 
-    def heard(self, replies: Sequence[Any], now: float) -> Sequence[_Command]:
-        """Take the replies to a heartbeat; give what is to be asked for after it, nothing as a rule."""
+    def heard(self, replies: Sequence[Any], now: float) -> tuple[int | None, Sequence[_Command]]:
+        """Take the replies to a heartbeat.
+
+        Give the number of other replicas, None where it cannot be told, and what is to be asked for after
+        it, nothing as a rule.
+        """
         _, mark, _, _, members, _ = replies
+        others: list[Member] | None = None
         if isinstance(members, list):  # a Redis that refuses tells nothing
             seen = [Member.parse(member) for member in members]
+            others = [member for member in seen if member.replica != self.me.replica]
+            self.older = any(member.speaks != SPEAKS for member in others)
             self._count(len(seen), now)
             self.secrets_differ = agreement(self.me, seen, mark) is Agreement.DIFFERENT
+        number = None if others is None else len(others)
         if mark == self.me.fingerprint.encode():
-            return (("EXPIRE", self._keys.secret, MARK_TTL_S),)
-        return ()
+            return number, (("EXPIRE", self._keys.secret, MARK_TTL_S),)
+        return number, ()
 
     def farewell(self) -> _Command:
         """Give the command that takes this replica out."""

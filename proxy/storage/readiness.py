@@ -86,6 +86,7 @@ def trial(prefix: str) -> list[Command]:
         ("ZRANGE", ranked, 0, -1),
         ("ZREMRANGEBYSCORE", ranked, 0, 1),
         ("ZREM", ranked, "x"),
+        ("PUBLISH", text, "x"),
         ("TIME",),
         ("EVAL", _TRIAL.text, 1, text),
         ("EVALSHA", _TRIAL.digest, 1, text),

@@ -2,6 +2,8 @@
 
 Each has a file of its own; here stands only which parts share what. Three share the pending invalidations:
 Invalidations adds to them, Entries neither reads nor stores what they cover, Heartbeat sends them again.
+Where there is a memory (`tier`), the other replicas hear of invalidations on the channel, and this one hears
+of theirs.
 """
 
 import time
@@ -9,7 +11,10 @@ from collections.abc import Callable
 
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring
+from proxy.core.ports import Hearing
+from proxy.storage.channel import Channel
 from proxy.storage.connection import Link
+from proxy.storage.conversation import Conversation
 from proxy.storage.entries import Entries
 from proxy.storage.heartbeat import Heartbeat
 from proxy.storage.invalidation import Invalidations, PendingInvalidations
@@ -35,6 +40,7 @@ class Store:
         stamp_ttl_s: int,
         guard_s: int,
         observe: Callable[[StoreOperation], None],
+        tier: Hearing | None = None,
         previous: Keyring | None = None,
         address: str = "",
         clock: Callable[[], float] = time.time,
@@ -46,12 +52,27 @@ class Store:
         self._heartbeat = Heartbeat(
             link, self._pending, self._members, address=address, clock=clock, monotonic=monotonic
         )
+        self._channel = None
+        if tier is not None:
+            conversation = Conversation(
+                keys, keyring, self._members, tier, observe=observe, monotonic=monotonic
+            )
+            self._channel = Channel(
+                link,
+                keys,
+                conversation,
+                register=self._heartbeat.pulse,
+                observe=observe,
+                address=address,
+                monotonic=monotonic,
+            )
+            self._heartbeat.conversation = conversation
         entries = Entries(
             link, keys, keyring, self._pending, stamp_ttl_s=stamp_ttl_s, observe=observe, clock=clock
         )
         leases = Leases(link, keys, keyring, guard_s=guard_s, observe=observe, clock=clock)
         invalidations = Invalidations(
-            link, keys, keyring, self._pending, guard_s=guard_s, observe=observe, clock=clock
+            link, keys, keyring, self._pending, self._channel, guard_s=guard_s, observe=observe, clock=clock
         )
         self.lookup = entries.lookup
         self.put = entries.put
@@ -85,8 +106,12 @@ class Store:
         """Connect, and try again and again if that fails."""
         await self._link.start()
         self._heartbeat.start()
+        if self._channel is not None:
+            self._channel.start()
 
     async def close(self) -> None:
-        """Stop the heartbeat, and disconnect."""
+        """Leave the other replicas, and disconnect."""
+        if self._channel is not None:
+            await self._channel.stop()
         await self._heartbeat.stop()
         await self._link.close()

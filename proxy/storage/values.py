@@ -5,6 +5,7 @@ refusal of a command raises Unavailable.
 """
 
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -38,6 +39,12 @@ def as_bytes(reply: Any) -> bytes:
             raise CorruptValue
         case _:
             raise Unavailable(too_slow=False)
+
+
+def refuse_errors(replies: Iterable[Any]) -> None:
+    """Raise Unavailable where Redis refused one of several commands."""
+    for reply in replies:
+        refuse_error(reply)
 
 
 def refuse_error(reply: Any) -> None:

@@ -5,25 +5,18 @@ whose labels are known exists at 0 from the start, so that a rate sees the first
 """
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from itertools import chain, product
 from typing import assert_never, get_args
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.core.cache_status import Avoided, Outcome
+from proxy.core.cache_status import Avoided, CachedOutcome, Outcome
 from proxy.core.events import (
     OTHER_CALLER,
     By,
@@ -34,6 +27,7 @@ from proxy.core.events import (
     QuotaWait,
     Refreshed,
     RequestDone,
+    Route,
     Standing,
     StoreOperation,
     StoreOutcome,
@@ -41,6 +35,7 @@ from proxy.core.events import (
     UpstreamCall,
 )
 from proxy.core.series import CALLED, CALLS, requests_of
+from proxy.telemetry.counts import Counters, Histograms
 
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
@@ -48,6 +43,8 @@ _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _WATCHED = {
     "connections": "Open connections of callers.",
     "flights": "Fetches on their way.",
+    "memory_bytes": "What the entries in this process take, all counted.",
+    "memory_entries": "Entries in this process, in front of Redis.",
     "store_up": "1 while Redis answers.",
     "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
     "secret_mismatch": "1 where a replica is there that uses another secret, and no rotation explains it.",
@@ -70,7 +67,6 @@ class Metrics:
     """All metrics of one process, in a registry of their own."""
 
     def __init__(self, version: str) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every first one
         self._registry = CollectorRegistry()
         """Counters and histograms, which any thread may read."""
         self._live = CollectorRegistry()
@@ -94,7 +90,7 @@ class Metrics:
         )
         self._entry_age = self._histogram(
             "entry_age_seconds", "Age of the entries that answered, since their call.", _AGES_S
-        )
+        ).labels()
         self._store_operations = self._counter(
             "store_operations", "Operations on the store.", "operation", "outcome"
         )
@@ -110,7 +106,7 @@ class Metrics:
         )
         self._quota_wait = self._histogram(
             "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
-        )
+        ).labels()
         self._watched = {
             name: Gauge(_PREFIX + name, help_text, registry=self._live)
             for name, help_text in _WATCHED.items()
@@ -204,6 +200,25 @@ class Metrics:
             case _:
                 assert_never(event)
 
+    def hits(
+        self, route: Route, outcome: CachedOutcome, status: int, caller: str
+    ) -> Callable[[float, float, str], None]:
+        """Give what counts a hit with these labels as `observe` does: seconds, entry's age, request id."""
+        requests = self._requests.labels(route, outcome, status_label(status), caller)
+        request_seconds = self._request_seconds.labels(outcome)
+        avoided = self._avoided.labels(outcome)
+        entry_age = self._entry_age
+
+        def count(seconds: float, age_s: float, _request_id: str) -> None:
+            requests.value += 1
+            avoided.value += 1
+            request_seconds.counts[bisect_left(_SECONDS, seconds)] += 1
+            request_seconds.sum += seconds
+            entry_age.counts[bisect_left(_AGES_S, age_s)] += 1
+            entry_age.sum += age_s
+
+        return count
+
     def types(self) -> dict[str, str]:
         """Give the type of each of our metrics, by the name that queries use."""
         return {
@@ -226,11 +241,15 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(everything), content_type
 
-    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
-        return Counter(_PREFIX + name, help_text, labels, registry=self._registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counters:
+        family = Counters(_PREFIX + name, help_text, labels)
+        self._registry.register(family)
+        return family
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(_PREFIX + name, help_text, labels, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, help_text: str, bounds: tuple[float, ...], *labels: str) -> Histograms:
+        family = Histograms(_PREFIX + name, help_text, labels, bounds)
+        self._registry.register(family)
+        return family
 
 
 class _Families(Collector):

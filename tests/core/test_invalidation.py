@@ -53,7 +53,11 @@ def test_what_a_scope_covers(scope: Scope, covered: set[Key]) -> None:
         pytest.param(EntryScope(ONE), {ONE, PAGE_1, PAGE_2}, id="an-entry-and-the-callers-lists"),
         pytest.param(EntryScope(PAGE_1), {PAGE_1, PAGE_2}, id="a-list-and-the-callers-other-lists"),
         pytest.param(CallerScope(MINE), {ONE, TWO, PAGE_1, PAGE_2}, id="a-caller"),
-        pytest.param(SnapshotsScope(("1",)), {*KEYS}, id="what-is-for-all-callers-counts-as-everything"),
+        pytest.param(
+            SnapshotsScope(("1",)),
+            {ONE, PAGE_1, PAGE_2, THEIR_ONE, THEIR_PAGE},
+            id="a-snapshot-of-all-callers",
+        ),
         pytest.param(EverythingScope(), {*KEYS}, id="everything"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit.support import Valkey, connecting, free_port, until
+from kit.support import DEADLINE_S, Valkey, connecting, free_port, until
 from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
@@ -27,6 +27,7 @@ from proxy.core.address import address_of
 from proxy.storage import connection as link_module, outage
 from proxy.storage.client import connector
 from proxy.storage.connection import Link, Unavailable
+from proxy.storage.keys import Keys
 from proxy.storage.readiness import Refusal, is_of_no_use, refusal, refused, trial
 
 pytestmark = pytest.mark.G5
@@ -315,7 +316,9 @@ async def test_no_server(said: Said) -> None:
 async def test_a_user_without_a_right(valkey: Valkey, said: Said, command: str) -> None:
     """Each command that the program sends is tried; the one that is refused is named, with the mend."""
     async with Redis.from_url(valkey.url) as admin:
-        await admin.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", "+@all", f"-{command}")
+        await admin.execute_command(
+            "ACL", "SETUSER", "app", "on", ">secret", "~*", "&*", "+@all", f"-{command}"
+        )
         async with linked(valkey.url, username="app", password="secret") as link:
             await until(lambda: said("redis-unusable"), "said")
             assert not link.up
@@ -332,11 +335,20 @@ async def test_the_documented_user(valkey: Valkey) -> None:
     (line,) = re.findall(r"^ACL SETUSER .*$", OPERATING.read_text(encoding="utf-8"), re.MULTILINE)
     async with Redis.from_url(valkey.url) as admin:
         await admin.execute_command(*line.replace(">PASSWORD", ">secret").split())
-    assert set(re.findall(r" \+(\S+)", line)) == {*COMMANDS, "ping", "select", "client|setinfo", "info"}
+    more = {"ping", "select", "client|setinfo", "info", "subscribe"}
+    assert set(re.findall(r" \+(\S+)", line)) == {*COMMANDS, *more}
     async with linked(valkey.url, username="snapshot-proxy", password="secret") as link:
         assert link.up
-        (reply,) = await link.ask(("SET", "elsewhere", "x"))
-        assert str(reply).startswith("NOPERM")
+        for command in (("SET", "elsewhere", "x"), ("PUBLISH", "elsewhere", "x")):
+            (reply,) = await link.ask(command)
+            assert str(reply).startswith("NOPERM")
+        listening = link.connect()
+        await listening.open()
+        async with asyncio.timeout(DEADLINE_S):
+            assert await listening.run([("SUBSCRIBE", Keys(PREFIX).channel)]) == [
+                [b"subscribe", Keys(PREFIX).channel, 1]
+            ]
+        listening.close()
 
 
 def test_a_server_that_gives_back_something_else() -> None:

@@ -1,0 +1,179 @@
+"""The tier in this process, in front of Redis: entries that Redis or the upstream gave a few seconds ago.
+
+The laws of this file:
+
+- A key begins with its caller's partition: there is no way to an entry without one.
+- An entry is kept with the invalidation counts of before its lookup, or its fetch, was sent. It answers only
+  while they are the same: one that was invalidated meanwhile, here or on another replica, is never served.
+- It answers for `max_age_s` from that moment; then Redis is asked again.
+- All answer only while this replica **hears** what others invalidate: until a moment that the channel
+  (`storage/channel.py`) moves on, and that passes by itself. What a replica that is deaf has kept from before
+  is never served again. While it cannot reach Redis either, it serves what it fetched itself since then.
+- Never more than `max_bytes` are kept, all counted. The entry that was kept first is evicted first: it is
+  also the first that Redis would have to be asked for again, so that a hit changes nothing here.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from proxy.core.entry import Entry
+from proxy.core.invalidation import EverythingScope, InvalidationCounts, Scope
+from proxy.core.resources import Key
+
+FIXED_BYTES = 1000
+"""What an entry takes besides the characters of its body, tags and name: objects and places in tables."""
+
+
+class Mark(NamedTuple):
+    """How things stood when a lookup or a fetch was sent: the time (monotonic), and the key's counts."""
+
+    began: float
+    counts: tuple[int, ...]
+
+
+class _Kept:
+    """An entry in memory, and until when it answers."""
+
+    __slots__ = ("entry", "mark", "seen", "size", "until")
+
+    def __init__(self, entry: Entry, mark: Mark, seen: int, size: int, until: float) -> None:
+        self.entry = entry
+        self.mark = mark
+        self.seen = seen
+        """How many invalidations there had been when the counts were last found to be the same."""
+        self.size = size
+        self.until = until
+
+
+class Memory:
+    """Entries of all callers. `reachable` tells whether Redis can be asked; `monotonic` gives seconds.
+
+    With `max_bytes` 0 it keeps nothing, and still counts invalidations.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        max_age_s: float,
+        *,
+        reachable: Callable[[], bool],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._reachable = reachable
+        self._monotonic = monotonic
+        self._counts = InvalidationCounts()
+        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self._hears_until = -math.inf
+        self.size = 0
+        """Bytes that the entries take, all counted."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    # -- for requests --------------------------------------------------------------------------
+
+    def get(self, key: Key) -> Entry | None:
+        """Give the entry of `key` if it needs no look into Redis now; whether it is fresh is not asked here.
+
+        The clock is read here, after the request has come: a process that was stopped knows that it is late.
+        """
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        now = self._monotonic()
+        if now >= kept.until or not self._may_answer(kept.mark.began, now):
+            return None
+        if kept.seen != self._counts.total:  # something was invalidated: this?
+            if kept.mark.counts != self._counts.of(key):
+                self.forget(key)
+                return None
+            kept.seen = self._counts.total
+        return kept.entry
+
+    def mark(self, key: Key) -> Mark:
+        """Note how things stand, before a lookup or a fetch of `key` is sent."""
+        return Mark(self._monotonic(), self._counts.of(key))
+
+    def counts(self, key: Key) -> tuple[int, ...]:
+        """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
+        return self._counts.of(key)
+
+    def keep(self, key: Key, entry: Entry, mark: Mark) -> None:
+        """Keep what a verified lookup, or this replica's own fetch, brought; `mark` is from before it.
+
+        Nothing is kept where `key` was invalidated since, or where it could not answer now. One of a later
+        call stays.
+        """
+        now = self._monotonic()
+        until = mark.began + self._max_age_s
+        old = self.get(key)
+        if old is not None and old.called_at > entry.called_at:
+            return
+        self.forget(key)
+        size = size_of(key, entry)
+        if (
+            size > self._max_bytes
+            or now >= until
+            or mark.counts != self._counts.of(key)
+            or not self._may_answer(mark.began, now)
+        ):
+            return
+        self._kept[key] = _Kept(entry, mark, self._counts.total, size, until)
+        self.size += size
+        while self.size > self._max_bytes or next(iter(self._kept.values())).until <= now:
+            _, first = self._kept.popitem(last=False)
+            self.size -= first.size
+
+    def forget(self, key: Key) -> None:
+        """Evict one entry: Redis has a newer one."""
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self.size -= kept.size
+
+    # -- for invalidations and the channel -----------------------------------------------------
+
+    def invalidate(self, scope: Scope) -> None:
+        """Let nothing answer any more that `scope` covers, nor keep what was sent for before."""
+        self._counts.count(scope)
+
+    def empty(self) -> None:
+        """Evict everything, and keep nothing that was sent for before."""
+        self._kept.clear()
+        self.size = 0
+        self._counts.count(EverythingScope())
+
+    def hears(self, until: float) -> None:
+        """Take note that this replica has heard every invalidation that others may rely on before `until`.
+
+        Where it was deaf, it begins anew.
+        """
+        now = self._monotonic()
+        if until <= now:
+            return
+        if self._hears_until <= now:
+            self.empty()
+        self._hears_until = max(self._hears_until, until)
+
+    def deaf(self) -> None:
+        """Take note that something may have been missed."""
+        self.empty()
+        self._hears_until = min(self._hears_until, self._monotonic())
+
+    def _may_answer(self, began: float, now: float) -> bool:
+        return now < self._hears_until or (began >= self._hears_until and not self._reachable())
+
+
+def size_of(key: Key, entry: Entry) -> int:
+    """Estimate how many bytes it takes to keep `entry`."""
+    return (
+        FIXED_BYTES
+        + len(key.name)
+        + len(entry.body)
+        + len(entry.gzip)
+        + len(entry.etag)
+        + len(entry.validator)
+    )

@@ -1,0 +1,225 @@
+"""The fast path: a plain GET or HEAD whose answer is in memory is answered in the callback that brought it.
+
+It decides nothing and parses nothing. Why its answer is the one that the rest of the program would give:
+
+**The same question.** A chunk is looked at only while aiohttp's handler has nothing of this connection: no
+byte of a request, no request in its queue, no answer unfinished (`connection.py` says how that is known). So
+the first byte of the chunk is the first of a request. aiohttp's own parser, with the handler's options, reads
+it here; it counts only if it is one whole request of HTTP/1.1 without a body and nothing else. Then the
+functions that `api.py` uses check it. What is refused, or has a header on which the answer depends in a way
+that is not handled here, is no question: the handler gets the very same bytes, and has seen no others.
+
+**A memo of questions, never of answers.** The same bytes are the same question of the same caller: the token
+is among them. So the memo cannot be wrong for another caller. It outlives no invalidation: each question is
+put to memory. Only the callers' aliases in it can change; then `forget` drops all of it.
+
+**The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer counts
+while memory holds the very same entry, and until its age or the clock shows another second: the policy would
+say the same again.
+
+Anything else (a stale entry, a large one, an error, a caller who does not read) is the handler's.
+"""
+
+import time
+from asyncio import get_running_loop
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol
+
+from aiohttp import HttpVersion11
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http import HttpRequestParser, RawRequestMessage
+
+from proxy.cache.readthrough import Served
+from proxy.core.cache_status import CachedOutcome, FromCache
+from proxy.core.entry import Entry
+from proxy.core.errors import ProxyError
+from proxy.core.events import Route
+from proxy.core.identity import Partition, Token
+from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
+from proxy.core.resources import Key, Target
+from proxy.edge.answers import new_request_id
+from proxy.edge.api import check_head
+from proxy.edge.handler import PARSER_OPTIONS
+from proxy.edge.memo import Memo, Question
+from proxy.edge.prepared import Place, Prepared, Shelf, write
+
+LONGEST_BYTES = 2048
+"""A longer request is the handler's."""
+
+MOST_CALLERS = 4096
+MOST_SUBJECTS = 16_384
+MOST_COUNTERS = 1024
+"""What is remembered of parts of questions (who asks; who asks for what), and what counts their answers."""
+
+_BEGIN = (b"GET /", b"HEAD /")
+_END = b"\r\n\r\n"
+_READ_BYTES = 65_536
+
+_NOT_PLAIN = frozenset(
+    {
+        # How the request, or the connection, goes on.
+        *(b"content-length", b"transfer-encoding", b"content-encoding", b"trailer", b"te", b"expect"),
+        *(b"upgrade", b"proxy-connection", b"keep-alive", b"http2-settings"),
+        # Which answer is wanted.
+        *(b"cache-control", b"pragma", b"range", b"if-range", b"if-match"),
+        *(b"if-modified-since", b"if-unmodified-since"),
+    }
+)
+"""Headers of requests that are the handler's."""
+
+_HANDLED = frozenset({b"connection", b"accept-encoding", b"if-none-match"})
+"""Headers on which the answer depends as it does in the handler; of the first one only `keep-alive`."""
+
+
+class Reads(Protocol):
+    """What can be answered without waiting."""
+
+    def held(self, key: Key) -> Entry | None:
+        """Give the entry that memory may answer with at this moment, fresh or not."""
+
+    def peek(self, key: Key, now: float) -> Served | None:
+        """Answer a read without directives at `now` (Unix seconds) from memory, and take note of it.
+
+        None where memory has no fresh entry.
+        """
+
+
+class FastPath:
+    """Answers from memory to the bytes of requests.
+
+    `counter` gives what counts the answers of a route, an outcome, a status and a caller.
+    """
+
+    def __init__(
+        self,
+        reads: Reads,
+        *,
+        partition: Callable[[Token], Partition],
+        alias_of: Callable[[Token], str],
+        counter: Callable[[Route, CachedOutcome, int, str], Callable[[float, float, str], None]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._held = reads.held
+        self._peek = reads.peek
+        self._partition = partition
+        self._alias_of = alias_of
+        self._clock = clock
+        self._parser: HttpRequestParser | None = None
+        self._memo = Memo()
+        self._shelf = Shelf()
+        self._counter = lru_cache(MOST_COUNTERS)(counter)
+        self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
+        self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
+
+    def forget(self) -> None:
+        """Drop what depends on the aliases, and on what is logged."""
+        self._memo, self._shelf = Memo(), Shelf()
+        for cached in (self._counter, self._caller, self._subject):
+            cached.cache_clear()
+
+    def answer(self, data: bytes) -> bytes | None:
+        """Give the whole answer to `data`, which begins a request, and count it. None: there is none here."""
+        started = time.perf_counter()
+        question = self._memo.young.get(data) or self.question(data)
+        if question is None:
+            return None
+        place = question.place
+        entry = self._held(place.key)
+        if entry is None:
+            return None
+        now = self._clock()
+        ready = self._shelf.by_place.get(place)
+        if ready is None or ready.entry is not entry or not ready.since <= now < ready.until:
+            ready = self._prepare(question, now)
+            if ready is None:
+                return None
+        request_id = question.request_id or new_request_id()
+        answer = b"".join((ready.opening, request_id.encode(), ready.rest))
+        age_s = now - entry.called_at
+        ready.tell(time.perf_counter() - started, age_s if age_s > 0 else 0.0, request_id)
+        return answer
+
+    def question(self, data: bytes) -> Question | None:
+        """Tell what `data`, which begins a request, asks; None where it is not one whole plain request."""
+        if len(data) > LONGEST_BYTES or not data.endswith(_END) or not data.startswith(_BEGIN):
+            return None
+        question = self._memo.get(data)
+        if question is None and (message := self._parsed(data)) is not None:
+            question = self._asked(message)
+            if question is not None and question.request_id is None:  # else the next one has another id
+                self._memo.put(data, question)
+        return question
+
+    def _prepare(self, question: Question, now: float) -> Prepared | None:
+        """Ask for the answer, and keep it for those who ask the same in this second."""
+        place = question.place
+        served = self._peek(place.key, now)
+        if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
+            return None
+        written = write(served, served.entry, place, now)
+        if written is None:
+            return None
+        outcome = served.cache_status.outcome
+        tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
+        ready = Prepared(served.entry, now, written.until, written.opening, written.rest, tell)
+        self._shelf.put(place, ready)
+        return ready
+
+    def _parsed(self, data: bytes) -> RawRequestMessage | None:
+        """Parse what has to be one request without a body, and nothing else."""
+        parser, self._parser = self._parser or _new_parser(), None
+        try:
+            messages, upgraded, tail = parser.feed_data(data)
+        except Exception:  # noqa: BLE001 # the handler's parser raises the same, and there it is dealt with
+            return None
+        if len(messages) != 1 or upgraded or tail:
+            return None
+        message, body = messages[0]
+        if not body.is_eof() or message.should_close or message.upgrade or message.chunked:
+            return None
+        self._parser = parser  # it is between two requests: any other one is not used again
+        return message
+
+    def _asked(self, message: RawRequestMessage) -> Question | None:
+        """Check a request as `api.py` does; None where it is not plain, or is refused."""
+        headers = message.headers
+        names = {name.lower() for name, _ in message.raw_headers}
+        authorizations = headers.getall("Authorization", ())
+        if message.version != HttpVersion11 or not names.isdisjoint(_NOT_PLAIN) or len(authorizations) != 1:
+            return None
+        try:
+            check_head(message)
+            subject = self._subject(authorizations[0], message.path, message.method)
+        except ProxyError:
+            return None
+        if subject is None:
+            return None
+        place, caller = subject
+        if not names.isdisjoint(_HANDLED):
+            if [value.lower() for value in headers.getall("Connection", ("keep-alive",))] != ["keep-alive"]:
+                return None
+            conditions = headers.getall("If-None-Match", None)
+            place = place._replace(
+                gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
+                if_none_match=None if conditions is None else ",".join(conditions),
+            )
+        return Question(place, caller, parse_request_id(headers.get("X-Request-Id")))
+
+    def _subject_of(self, authorization: str, path: str, method: str) -> tuple[Place, str] | None:
+        """Tell who asks for what; None where that is not cached. May raise ProxyError."""
+        target = parse_target(path)
+        partition, caller = self._caller(authorization)
+        if not isinstance(target, Target) or not target.cacheable:
+            return None
+        key = Key(target.resource, partition, target.name)
+        return Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller
+
+    def _caller_of(self, authorization: str) -> tuple[Partition, str]:
+        token = parse_authorization((authorization,))
+        return self._partition(token), self._alias_of(token)
+
+
+def _new_parser() -> HttpRequestParser:
+    loop = get_running_loop()
+    return HttpRequestParser(BaseProtocol(loop), loop, _READ_BYTES, **PARSER_OPTIONS)

@@ -1,0 +1,138 @@
+"""All connections of one listener, and what they share: how many there may be, the clock's ticks, the drain.
+
+Where `max_connections` is reached, the connection that was half-closed first is dropped for a new one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from aiohttp import StreamReader, web
+from aiohttp.http import RawRequestMessage
+
+from proxy.core.errors import ProxyError
+from proxy.edge.connection import Connection
+from proxy.edge.fastpath import FastPath
+from proxy.edge.handler import PARSER_OPTIONS, Handler, NoAccessLog
+from proxy.logs import event
+
+MOST_REFUSED = 100
+"""Connections over the limit that are held until they have asked and are told 503. One more takes the place
+of the oldest, which is dropped: it has not asked yet."""
+
+TICK_S = 0.25
+
+_LINGER_S = 2.0
+_LONG_S = 365 * 86_400
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How long and how many: seconds, and connections."""
+
+    header_timeout_s: float
+    idle_timeout_s: float
+    max_connections: int
+    max_refused: int = MOST_REFUSED
+
+
+class Listener:
+    """All connections of one listener, and what they share.
+
+    `fastpath` answers what it can, and `server` all else; `on_malformed` is told of each answer, and its
+    request id, given to what is no request.
+    """
+
+    def __init__(
+        self,
+        server: web.Server,
+        limits: ConnectionLimits,
+        on_malformed: Callable[[ProxyError, str], None],
+        fastpath: FastPath | None = None,
+    ) -> None:
+        self._server = server
+        self.limits = limits
+        self.on_malformed = on_malformed
+        self.fastpath = fastpath
+        self.connections: set[Connection] = set()
+        self.half_closed: dict[Connection, None] = {}  # the first to half-close comes first
+        self.refused: dict[Connection, None] = {}  # the oldest comes first
+        self.draining = False
+        self.ticks = 0
+        """Grows by one each `TICK_S` in which the event loop was not busy throughout."""
+        self._loop = asyncio.get_running_loop()
+        self._ticking: asyncio.Handle = self._loop.call_later(TICK_S, self._tick)
+        self._quiet = asyncio.Event()
+        self._make_request: Callable[..., web.BaseRequest] = server.request_factory
+        server.request_factory = self._begin_request
+
+    def __call__(self) -> Connection:
+        """Make the protocol of a new connection, for `loop.create_server`."""
+        handler = Handler(
+            self._server,
+            loop=self._loop,
+            access_log_class=NoAccessLog,  # ours is written where the outcome is known
+            keepalive_timeout=_LONG_S,  # the deadlines are the connection's
+            lingering_time=_LINGER_S,
+            **PARSER_OPTIONS,
+        )
+        handler.connection = Connection(self, handler, self._loop)
+        return handler.connection
+
+    def _tick(self) -> None:
+        self.ticks += 1
+        self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    def _begin_request(
+        self, message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, *rest: Any
+    ) -> web.BaseRequest:
+        """Tell the connection which request is handled now, then make it as `server` would."""
+        cast(Handler, protocol).connection.begun(payload)
+        return self._make_request(message, payload, protocol, *rest)
+
+    def admit(self, connection: Connection) -> bool:
+        """Take a new connection, if need be in the place of one that is half-closed. False: refuse it."""
+        if len(self.connections) >= self.limits.max_connections:
+            if not self.half_closed:
+                return False
+            self._drop(next(iter(self.half_closed)))
+        self.connections.add(connection)
+        return True
+
+    def refuse(self, connection: Connection) -> None:
+        """Hold a connection until it has asked, if need be in the place of the oldest of these."""
+        self.refused[connection] = None
+        if len(self.refused) > self.limits.max_refused:
+            self._drop(next(iter(self.refused)))
+
+    def _drop(self, connection: Connection) -> None:
+        self.closed(connection)
+        connection.abort()
+
+    def closed(self, connection: Connection) -> None:
+        """Take note that a connection is gone."""
+        self.connections.discard(connection)
+        self.half_closed.pop(connection, None)
+        self.refused.pop(connection, None)
+        if not self.connections:
+            self._quiet.set()
+
+    async def drain(self, within_s: float) -> None:
+        """Let the running requests end, at most `within_s`; then close whatever is left."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        self._quiet.clear()
+        try:
+            if self.connections:
+                async with asyncio.timeout(within_s):
+                    await self._quiet.wait()
+        except TimeoutError:
+            event(_LOG, logging.WARNING, "drain-incomplete", connections=len(self.connections))
+        for connection in [*self.connections, *self.refused]:
+            connection.abort()
+        self._ticking.cancel()
+        await self._server.shutdown(0)

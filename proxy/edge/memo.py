@@ -1,0 +1,51 @@
+"""What the very bytes of a request ask: a bounded memo of what the parser and `api.py`'s checks said of them.
+
+It holds questions and never answers. The token is among the bytes: no other caller's request finds them.
+"""
+
+from typing import NamedTuple
+
+from proxy.edge.prepared import Place
+
+MOST_QUESTIONS = 32_768
+MOST_BYTES = 16_777_216
+"""Questions that are remembered, and the bytes of the requests that ask them."""
+
+
+class Question(NamedTuple):
+    """What a request asks. `request_id` is None where the caller gave none that is fit for logs."""
+
+    place: Place
+    caller: str
+    request_id: str | None
+
+
+class Memo:
+    """Questions by the bytes that ask them, in two halves: what is asked again moves to the younger one.
+
+    Where that is full it becomes the older one, and what was older is forgotten.
+    """
+
+    __slots__ = ("_bytes", "_old", "young")
+
+    def __init__(self) -> None:
+        self.young: dict[bytes, Question] = {}
+        self._old: dict[bytes, Question] = {}
+        self._bytes = 0
+
+    def get(self, data: bytes) -> Question | None:
+        """Give what these very bytes ask, if it is remembered."""
+        question = self.young.get(data)
+        if question is None and (question := self._old.pop(data, None)) is not None:
+            self.put(data, question)
+        return question
+
+    def put(self, data: bytes, question: Question) -> None:
+        """Remember it."""
+        if len(self.young) >= MOST_QUESTIONS // 2 or self._bytes + len(data) > MOST_BYTES // 2:
+            self._old, self.young, self._bytes = self.young, {}, 0
+        self.young[data] = question
+        self._bytes += len(data)
+
+    def __len__(self) -> int:
+        return len(self.young) + len(self._old)

@@ -1,0 +1,198 @@
+"""The rules of the channel: what a message changes, and until when this replica hears all of them.
+
+Every replica listens on one Pub/Sub channel, and publishes a beat every BEAT_S. A connection delivers in
+order, so a beat of its own that came back proves that all that was published before it has come, too. From
+this follow the laws of this file:
+
+- A replica may serve from its memory until LEASE_S after the moment at which it **sent** its last beat that
+  came back. Reading late shortens that, and never prolongs it.
+- It beats only while it is subscribed, and after it has registered itself (`membership.py`): a replica that
+  invalidates hears the beats of all that may serve, or finds them registered.
+- An invalidation is first made in Redis, then published. It is complete when each replica that was heard
+  within LONGEST_LEASE_S has acknowledged it, or when no lease from before it can last any more.
+- A replica that begins to listen has missed beats. Until LONGEST_LEASE_S has passed it knows of all others
+  only if none but itself is registered. The same holds after a message that it cannot verify: a replica may
+  have sent it that has another secret or a later version. Nothing is served from memory for DOUBT_S after it.
+- Beside a replica of an earlier version, which publishes nothing, nothing is served from memory either.
+
+Nothing here waits, sends or reads: `channel.py` has the connection.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+
+from proxy.core.events import StoreOperation
+from proxy.core.identity import Keyring
+from proxy.core.invalidation import EverythingScope, Scope
+from proxy.core.ports import Hearing
+from proxy.storage.commands import Command
+from proxy.storage.keys import Keys
+from proxy.storage.membership import Membership
+from proxy.storage.messages import Beat, Heard, Invalidated, Message, Unintelligible, decode, encode
+
+BEAT_S = 0.25
+LEASE_S = 1.0
+LONGEST_LEASE_S = LEASE_S * 1.1
+"""By the clock of another machine, which may be slower by a tenth."""
+
+DOUBT_S = 2.0
+
+
+class Announcement:
+    """One invalidation that the `command` publishes, and which replicas have acknowledged it."""
+
+    def __init__(self, number: str, command: Command) -> None:
+        self.number = number
+        self.command = command
+        self._heard_by: set[str] = set()
+        self._awaits: set[str] | None = None
+        """The replicas that have to; None until the announcement itself has come back."""
+        self.changed = asyncio.Event()
+
+    def came_back(self, others: set[str]) -> None:
+        """Take note of the replicas that were heard until it was published."""
+        self._awaits = others
+        self.changed.set()
+
+    def was_heard_by(self, replica: str) -> None:
+        """Take note that a replica has acknowledged it."""
+        self._heard_by.add(replica)
+        self.changed.set()
+
+    @property
+    def missing(self) -> bool:
+        """Tell whether a replica that has to acknowledge it has not done so."""
+        return self._awaits is None or not self._awaits <= self._heard_by
+
+
+class Conversation:
+    """This replica among the others on the channel. `tier` is its memory.
+
+    `monotonic` gives the seconds that leases count in. `has_to_say` is set while an acknowledgement waits.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        keyring: Keyring,
+        members: Membership,
+        tier: Hearing,
+        *,
+        observe: Callable[[StoreOperation], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._name = keys.channel
+        self._keyring = keyring
+        self._members = members
+        self._tier = tier
+        self._observe = observe
+        self._monotonic = monotonic
+        self._me = members.me.replica
+        self._heard_at: dict[str, float] = {}
+        """When a beat of each other replica last came."""
+        self._unsure_until = monotonic() + LONGEST_LEASE_S
+        """Until then a replica may hold a lease whose beats this one did not hear, or not understand."""
+        self._doubts_until = 0.0
+        self._announced: dict[str, Announcement] = {}
+        self._to_say: list[Message] = []
+        self.has_to_say = asyncio.Event()
+
+    # -- who invalidates -----------------------------------------------------------------------
+
+    def announce(self, scope: Scope) -> Announcement:
+        """Make what has to be published, in the same round trip as the invalidation and behind it."""
+        number = secrets.token_hex(8)
+        command = self._say(Invalidated(self._me, number, scope))
+        self._announced[number] = Announcement(number, command)
+        return self._announced[number]
+
+    def left_s(self, announcement: Announcement, published: float) -> float:
+        """Tell for how long to wait, at most, where Redis had taken it at `published`. 0: it is complete."""
+        due = published + LONGEST_LEASE_S
+        if not announcement.missing:
+            due = min(due, self._unsure_until)
+        return max(due - self._monotonic(), 0.0)
+
+    def over(self, announcement: Announcement) -> None:
+        """Forget an announcement: it is complete, or was not published."""
+        del self._announced[announcement.number]
+
+    def everything(self) -> Command:
+        """Give the command that empties all memories; nothing waits for them to follow."""
+        return self._say(Invalidated(self._me, secrets.token_hex(8), EverythingScope()))
+
+    # -- who listens ---------------------------------------------------------------------------
+
+    def subscribed(self) -> None:
+        """Take note that from now on everything comes; what was published before did not."""
+        self._tier.deaf()
+        self._unsure_until = self._monotonic() + LONGEST_LEASE_S
+
+    def registered(self, others: int | None) -> None:
+        """Take note that this replica is registered, and of how many `others`, after it was `subscribed`."""
+        if others == 0:
+            self._unsure_until = self._monotonic()
+
+    def hear(self, raw: object) -> None:
+        """Follow one message. What has to be said in reply waits in `to_say`."""
+        now = self._monotonic()
+        try:
+            message = decode(raw, self._name, self._keyring)
+        except Unintelligible:
+            self._doubt(now)
+            return
+        match message:
+            case Beat(self._me, sent_at):
+                self._came_back(sent_at, now)
+            case Beat(sender):
+                self._heard_at[sender] = now
+            case Invalidated(sender, number, scope):
+                self._tier.invalidate(scope)  # its own, too: a lookup may have been under way
+                if sender != self._me:
+                    self._to_say.append(Heard(self._me, number))
+                    self.has_to_say.set()
+                elif number in self._announced:
+                    self._forget_the_silent(now)
+                    self._announced[number].came_back({*self._heard_at})
+            case Heard(sender, number):
+                if number in self._announced:
+                    self._announced[number].was_heard_by(sender)
+
+    def to_say(self) -> list[Command]:
+        """Give what is to be published now: a beat, and acknowledgements."""
+        messages, self._to_say = [Beat(self._me, self._monotonic()), *self._to_say], []
+        self.has_to_say.clear()
+        return [self._say(message) for message in messages]
+
+    def say_nothing(self) -> None:
+        """Forget what was to be said: it comes too late."""
+        self._to_say.clear()
+        self.has_to_say.clear()
+
+    def lost(self) -> None:
+        """Take note that the connection has ended."""
+        self._tier.deaf()
+        self.say_nothing()
+
+    def _came_back(self, sent_at: float, now: float) -> None:
+        """Follow a beat of its own: all that was published before it has come."""
+        self._forget_the_silent(now)
+        if self._members.older:
+            self._tier.deaf()
+        elif now >= self._doubts_until:
+            self._tier.hears(sent_at + LEASE_S)
+
+    def _doubt(self, now: float) -> None:
+        """Follow a message that cannot be verified: it may have been an invalidation, or another's beat."""
+        self._observe(StoreOperation("channel", "corrupt"))
+        self._tier.deaf()
+        self._doubts_until = now + DOUBT_S
+        self._unsure_until = max(self._unsure_until, now + LONGEST_LEASE_S)
+
+    def _forget_the_silent(self, now: float) -> None:
+        """Forget the replicas whose lease is over by now, if they had one."""
+        self._heard_at = {who: at for who, at in self._heard_at.items() if now - at < LONGEST_LEASE_S}
+
+    def _say(self, message: Message) -> Command:
+        return ("PUBLISH", self._name, encode(message, self._name, self._keyring))

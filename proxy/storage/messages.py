@@ -1,0 +1,116 @@
+"""What replicas tell each other on the channel, and the proof that a replica with our secret said it.
+
+A message is a MAC, 16 bytes over the channel's name and the rest, and JSON. Another secret, another channel,
+a flipped bit or another version of this table does not verify, or does not decode: `Unintelligible`.
+
+    beat         who, and when it was sent, on the sender's own clock
+    invalidated  who, a random number, the scope
+    heard        who, and the number of the invalidation that it has followed
+"""
+
+import hmac
+from typing import Any, NamedTuple
+
+import orjson
+
+from proxy.core.identity import Keyring, Partition
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.resources import RESOURCES, Key
+
+_MAC_BYTES = 16
+_CONTEXT = b"\x00channel\x00"
+"""No envelope begins so: what is sealed as an entry is no message."""
+_BY_KIND = {resource.kind: resource for resource in RESOURCES}
+
+
+class Unintelligible(Exception):
+    """A message that no replica with this secret and this version sent to this channel."""
+
+
+class Beat(NamedTuple):
+    """A replica is there, and hears. `sent_at` is a time of its own clock."""
+
+    sender: str
+    sent_at: float
+
+
+class Invalidated(NamedTuple):
+    """A replica has invalidated `scope` in Redis, and waits until all have followed."""
+
+    sender: str
+    number: str
+    scope: Scope
+
+
+class Heard(NamedTuple):
+    """A replica serves nothing any more that the invalidation of this number covers."""
+
+    sender: str
+    number: str
+
+
+Message = Beat | Invalidated | Heard
+
+
+def encode(message: Message, channel: bytes, keyring: Keyring) -> bytes:
+    """Write a message for `channel`."""
+    text = orjson.dumps(_parts(message))
+    return _mac(text, channel, keyring) + text
+
+
+def decode(raw: object, channel: bytes, keyring: Keyring) -> Message:
+    """Read what came on `channel`. Raises Unintelligible."""
+    if not isinstance(raw, bytes):
+        raise Unintelligible
+    mac, text = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
+    if not hmac.compare_digest(mac, _mac(text, channel, keyring)):
+        raise Unintelligible
+    match orjson.loads(text):
+        case ["beat", str(sender), float(sent_at)]:
+            return Beat(sender, sent_at)
+        case ["invalidated", str(sender), str(number), *scope]:
+            return Invalidated(sender, number, _read(scope))
+        case ["heard", str(sender), str(number)]:
+            return Heard(sender, number)
+        case _:
+            raise Unintelligible
+
+
+def _parts(message: Message) -> list[Any]:
+    match message:
+        case Beat(sender, sent_at):
+            return ["beat", sender, sent_at]
+        case Invalidated(sender, number, scope):
+            return ["invalidated", sender, number, *_written(scope)]
+        case Heard(sender, number):
+            return ["heard", sender, number]
+
+
+def _written(scope: Scope) -> list[Any]:
+    match scope:
+        case EntryScope(key):
+            return ["entry", key.resource.kind, key.partition, key.name]
+        case CallerScope(partition):
+            return ["caller", partition]
+        case SnapshotsScope(snapshot_ids):
+            return ["snapshots", *snapshot_ids]
+        case EverythingScope():
+            return ["everything"]
+
+
+def _read(parts: list[Any]) -> Scope:
+    match parts:
+        case ["entry", kind, str(partition), str(name)] if kind in _BY_KIND:
+            return EntryScope(Key(_BY_KIND[kind], Partition(partition), name))
+        case ["caller", str(partition)]:
+            return CallerScope(Partition(partition))
+        case ["snapshots", *snapshot_ids]:
+            return SnapshotsScope(tuple(map(str, snapshot_ids)))
+        case ["everything"]:
+            return EverythingScope()
+        case _:
+            raise Unintelligible
+
+
+def _mac(text: bytes, channel: bytes, keyring: Keyring) -> bytes:
+    return keyring.mac(b"\x00".join((_CONTEXT, channel, text)))

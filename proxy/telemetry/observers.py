@@ -1,0 +1,57 @@
+"""Who is told of a request and of a call: the metrics, the log of troubles, the access log."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from proxy.core.cache_status import CachedOutcome
+from proxy.core.events import CallSettled, QuotaWait, RequestDone, Route
+from proxy.telemetry.access import access_log
+from proxy.telemetry.incidents import Incidents
+from proxy.telemetry.metrics import Metrics
+
+
+class Observers:
+    """Tells them. `log` chooses which requests are logged."""
+
+    def __init__(
+        self, metrics: Metrics, incidents: Incidents, which: Literal["all", "misses", "off"]
+    ) -> None:
+        self._metrics = metrics
+        self._incidents = incidents
+        self.log(which)
+
+    def log(self, which: Literal["all", "misses", "off"]) -> None:
+        """Log these requests from now on; what `hits` gave before goes on as it was."""
+        self._logs_hits = which == "all"
+        self._access = access_log(which)
+
+    def request(self, done: RequestDone) -> None:
+        """Tell all of one request."""
+        self._metrics.observe(done)
+        self._incidents.request(done)
+        self._access(done)
+
+    def call(self, told: QuotaWait | CallSettled) -> None:
+        """Tell of one call to the upstream."""
+        match told:
+            case QuotaWait():
+                self._metrics.observe(told)
+            case CallSettled():
+                self._incidents.settled(told)
+
+    def hits(
+        self, route: Route, outcome: CachedOutcome, status: int, caller: str
+    ) -> Callable[[float, float, str], None]:
+        """Give what is told of each hit with these labels: its seconds, its entry's age, its request id.
+
+        It does what `request` does, and makes a record only for the log.
+        """
+        count, access = self._metrics.hits(route, outcome, status, caller), self._access
+        if not self._logs_hits:
+            return count
+
+        def tell(seconds: float, age_s: float, request_id: str) -> None:
+            count(seconds, age_s, request_id)
+            access(RequestDone(route, outcome, status, caller, seconds, request_id, age_s, avoided=outcome))
+
+        return tell

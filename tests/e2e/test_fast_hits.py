@@ -1,0 +1,104 @@
+"""The fast path in the service: used where memory has the answer, and counted and logged as every request."""
+
+import json
+import logging
+
+import aiohttp
+import pytest
+from kit.support import DROPLET_PATH, app, bearer, scrape, total
+
+from proxy.app import Addresses
+from proxy.edge.fastpath import FastPath
+from proxy.logs import Formatter
+from proxy.simulator import Simulator, Token
+
+HITS = 5
+CHANGING = {b"Date", b"Age", b"Cache-Status", b"Cache-Control", b"X-Request-Id"}
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[bytes | None]:
+    """Watch what the fast path answers."""
+    answers: list[bytes | None] = []
+    answer = FastPath.answer
+
+    def watched(self: FastPath, data: bytes) -> bytes | None:
+        answers.append(answer(self, data))
+        return answers[-1]
+
+    monkeypatch.setattr(FastPath, "answer", watched)
+    return answers
+
+
+async def hit(at: Addresses, client: aiohttp.ClientSession) -> dict[bytes, bytes]:
+    """Ask for a snapshot that the cache has; give the answer's headers, in their order."""
+    async with client.get(at.api + DROPLET_PATH) as response:
+        assert response.status == 200
+        assert "; hit; " in response.headers["Cache-Status"]
+        return dict(response.raw_headers)
+
+
+async def until_fast(at: Addresses, client: aiohttp.ClientSession, answered: list[bytes | None]) -> None:
+    """Ask until the fast path answers: memory keeps nothing before it hears its own beat on the channel."""
+    while not (answered and answered[-1]):
+        await hit(at, client)
+
+
+@pytest.mark.parametrize("access", ["all", "misses"])
+async def test_hits(
+    simulator: Simulator,
+    token: Token,
+    access: str,
+    answered: list[bytes | None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Redis is not asked for them; each has an id of its own, one outcome, and a line if all have one."""
+    caplog.set_level(logging.INFO)
+    upstream = f"upstream.base_url={simulator.url}"
+    async with (
+        app(upstream, f"log.access={access}") as at,
+        app(upstream, "memory.max_bytes=0") as handled,
+        aiohttp.ClientSession(headers=bearer(token.value)) as client,
+    ):
+        for each in (at, handled):
+            async with client.get(each.api + DROPLET_PATH) as missed:
+                assert missed.status == 200
+        await until_fast(at, client, answered)
+        before = await scrape(at.admin)
+        hits = [await hit(at, client) for _ in range(HITS)]
+        after = await scrape(at.admin)
+        assert all(answered[-HITS:])
+        other = await hit(handled, client)
+    for name, labels, more in (
+        ("store_operations_total", {"operation": "lookup"}, 0),
+        ("requests_total", {"cache": "hit", "status": "2xx", "route": "snapshot"}, HITS),
+        ("requests_total", {}, HITS),
+        ("upstream_avoided_total", {"reason": "hit"}, HITS),
+        ("entry_age_seconds_count", {}, HITS),
+        ("request_duration_seconds_count", {"cache": "hit"}, HITS),
+    ):
+        series = f"snapshot_proxy_{name}"
+        assert total(after, series, **labels) - total(before, series, **labels) == more
+    for headers in hits:
+        assert list(headers) == list(other)
+        assert all(headers[name] == other[name] for name in headers if name not in CHANGING)
+    ids = {headers[b"X-Request-Id"].decode() for headers in hits}
+    assert len(ids) == HITS
+    lines = [json.loads(Formatter(json.dumps).format(record)) for record in caplog.records]
+    assert ids.issubset({line.get("request_id") for line in lines}) is (access == "all")
+
+
+@pytest.mark.G6
+async def test_a_delete_ends_it(simulator: Simulator, token: Token, answered: list[bytes | None]) -> None:
+    """The next request on the same connection, with the same bytes, is a miss."""
+    async with (
+        app(f"upstream.base_url={simulator.url}") as at,
+        aiohttp.ClientSession(headers=bearer(token.value)) as client,
+    ):
+        async with client.get(at.api + DROPLET_PATH) as missed:
+            assert missed.status == 200
+        await until_fast(at, client, answered)
+        async with client.delete(at.api + DROPLET_PATH) as deleted:
+            assert deleted.status == 204
+        async with client.get(at.api + DROPLET_PATH) as gone:
+            assert gone.status == 404

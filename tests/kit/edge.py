@@ -1,0 +1,176 @@
+"""Connections to a listener without sockets: chunks go in as a transport gives them, bytes come out."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from proxy.cache.readthrough import Failed, Served, _from_entry
+from proxy.core.cache_status import Forwarded, Fwd, Outcome
+from proxy.core.entry import Entry
+from proxy.core.errors import ProxyError
+from proxy.core.events import RequestDone, Route
+from proxy.core.identity import Keyring, Token
+from proxy.core.policy import Hit, HitThenRevalidate, on_lookup
+from proxy.core.request import NO_DIRECTIVES, Call
+from proxy.core.resources import Key
+from proxy.edge.api import Api
+from proxy.edge.fastpath import FastPath
+from proxy.edge.handler import plain_server
+from proxy.edge.listener import ConnectionLimits, Listener
+
+KEYRING = Keyring(b"k" * 32)
+QUIET_TURNS = 60
+"""In so many turns of the loop everything is answered that can be."""
+
+
+class Wire(asyncio.Transport):
+    """One connection, seen by its caller."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self.received = bytearray()
+        self.closed = False
+        self.unread = 0
+        self._loop = asyncio.get_running_loop()
+        self.protocol = listener()
+        self.protocol.connection_made(self)
+
+    def send(self, data: bytes) -> None:
+        """Send a chunk. Nothing arrives where the other side has closed."""
+        if not self.closed:
+            self.protocol.data_received(data)
+
+    def half_close(self) -> None:
+        """Send no more."""
+        if not self.closed and not self.protocol.eof_received():
+            self.close()
+
+    # -- what the protocol calls ---------------------------------------------------------------
+
+    def write(self, data: Any) -> None:
+        """Receive."""
+        if not self.closed:
+            self.received += data
+
+    def close(self) -> None:
+        """Close."""
+        if not self.closed:
+            self.closed = True
+            self._loop.call_soon(self.protocol.connection_lost, None)
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        """Tell whether it was closed."""
+        return self.closed
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Know nothing: it is no socket, and has no TLS."""
+        del name
+        return default
+
+    def get_write_buffer_size(self) -> int:
+        """Tell what the caller has not read."""
+        return self.unread
+
+    def pause_reading(self) -> None:
+        """Go on: tests send little."""
+
+    def resume_reading(self) -> None:
+        """Go on."""
+
+
+class Memory:
+    """Entries by their keys, in the place of the cache below the edge; what is not there is a miss."""
+
+    def __init__(self, entries: dict[Key, Entry], now: float) -> None:
+        self.entries = entries
+        self.now = now
+        self.recorded: list[Key] = []
+
+    def held(self, key: Key) -> Entry | None:
+        """Give what is there."""
+        return self.entries.get(key)
+
+    def peek(self, key: Key, now: float) -> Served | None:
+        """Answer as `get` does, or not at all."""
+        match on_lookup(self.entries.get(key), NO_DIRECTIVES, now):
+            case Hit(entry):
+                self.recorded.append(key)
+                return _from_entry(entry, now)
+        return None
+
+    async def get(self, call: Call) -> Served | Failed:
+        """Answer after a few turns of the loop, as every fetch does."""
+        match on_lookup(self.entries.get(call.key), call.directives, self.now):
+            case Hit(entry) | HitThenRevalidate(entry):
+                return _from_entry(entry, self.now)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return Served(404, b'{"id":"not_found"}', Forwarded(Fwd.URI_MISS))
+
+    async def delete(self, call: Call) -> Served | Failed:
+        """Delete nothing."""
+        del call
+        await asyncio.sleep(0)
+        return Served(204, b"", Forwarded(Fwd.METHOD, 204))
+
+
+class Edge:
+    """The edge over such a memory, with a fast path or without. `done` tells what was counted, in order."""
+
+    def __init__(self, memory: Memory, *, fast: bool, alias_of: Callable[[Token], str] | None = None) -> None:
+        self.done: list[tuple[Any, ...]] = []
+        self.answered_fast = 0
+        self.aliases: dict[str, str] = {}
+        name = alias_of or (lambda token: self.aliases.get(token.reveal(), "other"))
+        api = Api(
+            memory,  # type: ignore[arg-type] # the two methods that it needs
+            None,
+            KEYRING,
+            alias_of=name,
+            observe=self._observe,
+            clock=lambda: memory.now,
+        )
+        self.fastpath = FastPath(
+            memory,
+            partition=KEYRING.partition,
+            alias_of=name,
+            counter=lambda *labels: partial(self._tell, labels),
+            clock=lambda: memory.now,
+        )
+        self.listener = Listener(
+            plain_server(api.respond),
+            ConnectionLimits(5.0, 5.0, 10),
+            self._malformed(api),
+            self.fastpath if fast else None,
+        )
+
+    def _malformed(self, api: Api) -> Callable[[ProxyError, str], None]:
+        return api.malformed
+
+    def _observe(self, done: RequestDone) -> None:
+        self.done.append(
+            (
+                done.route,
+                done.outcome,
+                int(done.status),
+                done.caller,
+                done.request_id,
+                done.entry_age_s,
+                done.avoided,
+            )
+        )
+
+    def _tell(self, labels: tuple[Route, Outcome, int, str], seconds: float, age_s: float, name: str) -> None:
+        route, outcome, status, caller = labels
+        assert seconds >= 0
+        self.answered_fast += 1
+        self.done.append((route, outcome, int(status), caller, name, age_s, outcome))
+
+
+async def turns(number: int = QUIET_TURNS) -> None:
+    """Let the event loop turn."""
+    for _ in range(number):
+        await asyncio.sleep(0)

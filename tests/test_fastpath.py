@@ -1,0 +1,602 @@
+"""The fast path: what is a question, which bytes answer it, and when aiohttp's handler rests.
+
+The handler is the yardstick: with and without the fast path a caller receives the same bytes, and the same is
+counted.
+"""
+
+import asyncio
+import re
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+from kit.edge import KEYRING, Edge, Memory, Wire, turns
+
+from proxy.core.cache_status import Outcome
+from proxy.core.entry import Entry, Lifetimes
+from proxy.core.events import Route
+from proxy.core.http import etag_of
+from proxy.core.identity import Token
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, list_target
+from proxy.edge import fastpath as module, memo, prepared
+from proxy.edge.memo import Memo, Question
+from proxy.edge.prepared import Place, Prepared, Shelf
+
+NOW = 1_800_000_000.25
+ONE, OTHER = "dop_v1_one", "dop_v1_other"
+UUID = "0a1b2c3d-0000-4000-8000-00000000000f"
+LISTED = list_target("").name
+LIFETIMES = Lifetimes(60, 60, 300)
+
+
+def entry(body: bytes, age_s: float = 18.5, **changes: Any) -> Entry:
+    """Make a fresh one."""
+    return replace(Entry(200, body, etag_of(body), NOW - age_s, LIFETIMES), **changes)
+
+
+def snapshot(token: str, number: str) -> bytes:
+    """Make a body that tells whose it is."""
+    return f'{{"snapshot":{{"id":"{number}","name":"of {token}"}}}}'.encode()
+
+
+def memory() -> Memory:
+    """Fill it: what each id stands for is in its name."""
+    entries: dict[Key, Entry] = {}
+    for token in (ONE, OTHER):
+        partition = KEYRING.partition(Token(token))
+        of = {
+            "1": entry(snapshot(token, "1")),
+            UUID: entry(snapshot(token, UUID), 0.0, seeded=True),
+            "3": entry(snapshot(token, "3"), 61.0),  # stale
+            "4": entry(b'{"id":"not_found"}', 1.0, status=404),
+            "5": entry(snapshot(token, "5"), -5.0),  # the clock stepped back
+            "6": entry(b"x" * (prepared.MOST_BODY_BYTES + 1)),
+            "7": entry(snapshot(token, "7"), 59.9),  # about to expire
+        }
+        entries |= {Key(SNAPSHOT, partition, number): each for number, each in of.items()}
+        entries[Key(SNAPSHOT_LIST, partition, LISTED)] = entry(
+            b"list of " + token.encode(), gzip=b"zipped " + token.encode()
+        )
+    return Memory(entries, NOW)
+
+
+def request(
+    target: str = "/v2/snapshots/1",
+    *headers: str,
+    method: str = "GET",
+    token: str = ONE,
+    version: str = "HTTP/1.1",
+    body: bytes = b"",
+) -> bytes:
+    """Write a request."""
+    lines = [f"{method} {target} {version}", "Host: a", f"Authorization: Bearer {token}", *headers, "", ""]
+    return "\r\n".join(lines).encode("utf-8", "surrogateescape") + body
+
+
+PLAIN = request()
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run on an event loop of its own."""
+    asyncio.run(work)
+
+
+@pytest.fixture(autouse=True)
+def _known_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every request that brings no id the same one."""
+    for room in ("api", "connection", "fastpath", "handler"):
+        monkeypatch.setattr(f"proxy.edge.{room}.new_request_id", lambda: "f" * 32)
+
+
+def without_date(received: bytes) -> bytes:
+    """Leave out what aiohttp takes from the machine's clock."""
+    return re.sub(rb"\r\nDate: [^\r]{29}\r\n", b"\r\nDate: -\r\n", received)
+
+
+# -- the same answer -----------------------------------------------------------------------------
+
+
+ETAG = etag_of(snapshot(ONE, "1"))
+ZIPPED = f'{etag_of(b"list of " + ONE.encode())[:-1]}-gzip"'
+
+ANSWERED = {
+    "plain": PLAIN,
+    "head": request(method="HEAD"),
+    "seeded-uuid": request(f"/v2/snapshots/{UUID}"),
+    "uuid-in-capitals": request(f"/v2/snapshots/{UUID.upper()}"),
+    "trailing-slash-and-query": request("/v2/snapshots/1/?per_page=200"),
+    "clock-stepped-back": request("/v2/snapshots/5"),
+    "last-fresh-moment": request("/v2/snapshots/7"),
+    "list": request("/v2/snapshots"),
+    "list-canonical": request("/v2/snapshots?per_page=20&page=1"),
+    "list-gzipped": request("/v2/snapshots", "Accept-Encoding: br, gzip;q=0.5"),
+    "list-head-gzipped": request("/v2/snapshots", "Accept-Encoding: gzip", method="HEAD"),
+    "list-no-gzip": request("/v2/snapshots", "Accept-Encoding: gzip;q=0, br"),
+    "list-not-modified": request("/v2/snapshots", "Accept-Encoding: *", f"If-None-Match: {ZIPPED}"),
+    "list-other-form-s-tag": request("/v2/snapshots", f"If-None-Match: {ZIPPED}"),
+    "not-modified": request("/v2/snapshots/1", f"If-None-Match: {ETAG}"),
+    "not-modified-weak": request("/v2/snapshots/1", f'If-None-Match: "a", W/{ETAG}'),
+    "not-modified-any": request("/v2/snapshots/1", "If-None-Match: *"),
+    "not-modified-head": request("/v2/snapshots/1", f"If-None-Match: {ETAG}", method="HEAD"),
+    "not-modified-two-headers": request("/v2/snapshots/1", 'If-None-Match: "a"', f"If-None-Match: {ETAG}"),
+    "modified": request("/v2/snapshots/1", 'If-None-Match: "other"'),
+    "no-tag-at-all": request("/v2/snapshots/1", "If-None-Match: caf\udcc3\udca9"),
+    "accepts-gzip": request("/v2/snapshots/1", "Accept-Encoding: gzip, deflate"),
+    "own-id": request("/v2/snapshots/1", "X-Request-Id: abc.DEF-1_2"),
+    "unfit-id": request("/v2/snapshots/1", "X-Request-Id: a b"),
+    "keep-alive": request("/v2/snapshots/1", "Connection: Keep-Alive"),
+    "other-headers": request("/v2/snapshots/1", "User-Agent: gradient/3", "Accept: */*", "Cookie: a=b"),
+    "bearer-in-capitals": PLAIN.replace(b"Bearer", b"BEARER"),
+    "token-with-spaces": request(token="My Access Token"),
+    "blank-line-after-it": PLAIN + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", ANSWERED.values(), ids=ANSWERED)
+def test_the_answer_is_the_handlers(data: bytes) -> None:
+    """Byte for byte, twice (parsed, and remembered); counted and recorded the same way."""
+
+    async def work() -> None:
+        held = memory()
+        key = Key(SNAPSHOT, KEYRING.partition(Token("My Access Token")), "1")
+        held.entries[key] = entry(b"with spaces")
+        fast, slow = Edge(held, fast=True), Edge(held, fast=False)
+        received: list[bytes] = []
+        for edge in (fast, slow):
+            wire = Wire(edge.listener)
+            for _ in range(2):
+                wire.send(data)
+                if edge is slow:
+                    await turns()
+            received.append(without_date(bytes(wire.received)))
+        assert received[0] == received[1]
+        assert fast.done == slow.done
+        assert (fast.answered_fast, len(slow.done)) == (2, 2)
+        assert len(held.recorded) == 1  # by the fast path's `peek`; once in a second is enough
+
+    run(work())
+
+
+def test_the_date_is_todays() -> None:
+    """The one header that the comparison leaves out."""
+    shown = prepared.write(
+        memory_answer(), entry(b"x"), Place(Key(SNAPSHOT, "", "1"), False, False, None), NOW
+    )
+    assert shown is not None
+    assert b"\r\nDate: Fri, 15 Jan 2027 08:00:00 GMT\r\n" in shown.rest
+
+
+def memory_answer() -> Any:
+    """Let the memory answer for snapshot 1."""
+    return memory().peek(Key(SNAPSHOT, KEYRING.partition(Token(ONE)), "1"), NOW)
+
+
+@pytest.mark.parametrize(
+    ("later_s", "age"),
+    [
+        pytest.param(0.2, 18, id="nothing-changed"),
+        pytest.param(0.5, 19, id="the-age-did"),
+        pytest.param(0.75, 19, id="the-date-did"),
+        pytest.param(30.0, 48, id="much-later"),
+        pytest.param(-10.0, 8, id="the-clock-stepped-back"),
+    ],
+)
+def test_numbers_follow_the_clock(later_s: float, age: int) -> None:
+    """What was prepared is used until one of its numbers is another, and not longer."""
+
+    async def work() -> None:
+        held = memory()
+        fast, slow = Edge(held, fast=True), Edge(held, fast=False)
+        wire = Wire(fast.listener)
+        wire.send(PLAIN)
+        held.now += later_s
+        wire.received.clear()
+        wire.send(PLAIN)
+        handled = Wire(slow.listener)
+        handled.send(PLAIN)
+        await turns()
+        assert without_date(bytes(wire.received)) == without_date(bytes(handled.received))
+        assert f"ttl={60 - age}\r\n".encode() in wire.received
+        assert f"\r\nAge: {age}\r\n".encode() in wire.received
+
+    run(work())
+
+
+def test_what_memory_no_longer_holds_is_not_served() -> None:
+    """Neither the memo nor what is prepared outlives an invalidation, or hides a newer entry."""
+
+    async def work() -> None:
+        held = memory()
+        key = Key(SNAPSHOT, KEYRING.partition(Token(ONE)), "1")
+        wire = Wire(Edge(held, fast=True).listener)
+        for change, expected in (
+            (None, b"of dop_v1_one"),
+            (entry(b"newer"), b"newer"),
+            ("gone", b"not_found"),
+        ):
+            if isinstance(change, Entry):
+                held.entries[key] = change
+            elif change == "gone":
+                del held.entries[key]
+            wire.received.clear()
+            wire.send(PLAIN)
+            await turns()
+            assert expected in wire.received
+
+    run(work())
+
+
+def test_callers_stay_apart() -> None:
+    """The same request but for the token, in turns."""
+
+    async def work() -> None:
+        edge = Edge(memory(), fast=True)
+        wire = Wire(edge.listener)
+        for token in (ONE, OTHER, ONE, OTHER):
+            wire.received.clear()
+            wire.send(request(token=token))
+            assert wire.received.endswith(snapshot(token, "1"))
+        assert edge.answered_fast == 4
+
+    run(work())
+
+
+def test_aliases_are_read_again() -> None:
+    """The memo holds them until `forget`."""
+
+    async def work() -> None:
+        edge = Edge(memory(), fast=True)
+        wire = Wire(edge.listener)
+        for caller in ("other", "team-a"):
+            wire.send(PLAIN)
+            assert edge.done[-1][3] == caller
+            edge.aliases[ONE] = "team-a"
+            edge.fastpath.forget()
+
+    run(work())
+
+
+# -- any doubt is the handler's ------------------------------------------------------------------
+
+
+NO_QUESTION = {
+    "half-a-head": PLAIN[:-2],
+    "half-a-line": PLAIN[:20],
+    "blank-line-before": b"\r\n" + PLAIN,
+    "two-requests": PLAIN + PLAIN,
+    "a-part-of-the-next": PLAIN + PLAIN[:9],
+    "an-end-and-a-request": PLAIN[20:] + PLAIN,
+    "body": request("/v2/snapshots/1", "Content-Length: 2", body=b"{}"),
+    "body-of-line-ends": request("/v2/snapshots/1", "Content-Length: 4", body=b"\r\n\r\n"),
+    "body-to-come": request("/v2/snapshots/1", "Content-Length: 60"),
+    "body-of-nothing": request("/v2/snapshots/1", "Content-Length: 0"),
+    "chunked": request("/v2/snapshots/1", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"),
+    "expect": request("/v2/snapshots/1", "Expect: 100-continue"),
+    "upgrade": request("/v2/snapshots/1", "Connection: Upgrade", "Upgrade: websocket"),
+    "upgrade-alone": request("/v2/snapshots/1", "Upgrade: h2c"),
+    "close": request("/v2/snapshots/1", "Connection: close"),
+    "keep-alive-and-close": request("/v2/snapshots/1", "Connection: keep-alive", "Connection: close"),
+    "proxy-connection": request("/v2/snapshots/1", "Proxy-Connection: close"),
+    "no-cache": request("/v2/snapshots/1", "Cache-Control: no-cache"),
+    "pragma": request("/v2/snapshots/1", "pragma: no-cache"),
+    "range": request("/v2/snapshots/1", "Range: bytes=0-1"),
+    "if-match": request("/v2/snapshots/1", 'If-Match: "a"'),
+    "if-modified-since": request("/v2/snapshots/1", "If-Modified-Since: Fri, 15 Jan 2027 08:00:00 GMT"),
+    "post": request(method="POST"),
+    "delete": request(method="DELETE"),
+    "options": request("*", method="OPTIONS"),
+    "method-in-small-letters": request(method="get"),
+    "http-1.0": request(version="HTTP/1.0"),
+    "http-1.0-keep-alive": request("/v2/snapshots/1", "Connection: keep-alive", version="HTTP/1.0"),
+    "http-2.0": request(version="HTTP/2.0"),
+    "absolute-form": request("http://a/v2/snapshots/1"),
+    "other-id": request("/v2/snapshots/introduction"),
+    "encoded-id": request("/v2/snapshots/%31"),
+    "bad-id": request("/v2/snapshots/.."),
+    "other-query": request("/v2/snapshots?page=1&page=2"),
+    "api": request("/v2/account"),
+    "elsewhere": request("/"),
+    "no-authorization": b"GET /v2/snapshots/1 HTTP/1.1\r\nHost: a\r\n\r\n",
+    "two-authorizations": request("/v2/snapshots/1", f"Authorization: Bearer {OTHER}"),
+    "basic": PLAIN.replace(b"Bearer", b"Basic"),
+    "long-token": request(token="t" * 513),
+    "no-host": PLAIN.replace(b"Host: a\r\n", b""),
+    "two-hosts": request("/v2/snapshots/1", "Host: b"),
+    "folded": request("/v2/snapshots/1", "X-A: b\r\n c"),
+    "no-colon": request("/v2/snapshots/1", "nonsense"),
+    "null": request("/v2/snapshots/1", "X-A: \0"),
+    "long": request("/v2/snapshots/1", "X-A: " + "a" * module.LONGEST_BYTES),
+    "line-ends-without-cr": PLAIN.replace(b"\r\n", b"\n"),
+    "empty": b"",
+    "line-ends": b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", NO_QUESTION.values(), ids=NO_QUESTION)
+async def test_any_doubt_is_the_handlers(data: bytes) -> None:
+    """It is no question, whatever is in memory, and leaves the next one unharmed."""
+    edge = Edge(memory(), fast=True)
+    assert edge.fastpath.question(data) is None
+    assert edge.fastpath.answer(data) is None
+    assert edge.fastpath.answer(PLAIN) is not None
+
+
+@pytest.mark.parametrize("number", ["2", "3", "4", "6"], ids=["missing", "stale", "negative", "large"])
+async def test_what_is_no_small_fresh_success_is_the_handlers(number: str) -> None:
+    """It is a question, and has no answer here."""
+    edge = Edge(memory(), fast=True)
+    assert edge.fastpath.question(request(f"/v2/snapshots/{number}")) is not None
+    assert edge.fastpath.answer(request(f"/v2/snapshots/{number}")) is None
+    assert edge.done == []
+
+
+# -- when the handler rests ------------------------------------------------------------------------
+
+
+EARLY = request("/v2/snapshots/1", f"Content-Length: {len(PLAIN)}", method="POST")
+"""Refused before its body comes, which looks like a request."""
+
+STREAMS: dict[str, tuple[list[bytes], int]] = {
+    "each-for-itself": ([PLAIN, PLAIN], 2),
+    "after-a-miss": ([request("/v2/snapshots/2"), PLAIN], 1),
+    "after-two-at-once": ([PLAIN + PLAIN, PLAIN], 1),
+    "after-a-split": ([PLAIN[:30], PLAIN[30:], PLAIN], 1),
+    "after-a-delete": ([request(method="DELETE"), PLAIN], 1),
+    "after-directives": ([request("/v2/snapshots/1", "Cache-Control: no-cache"), PLAIN], 1),
+    "after-a-body": ([request("/v2/snapshots/1", "Content-Length: 2", body=b"{}"), PLAIN, PLAIN], 1),
+    "blank-line-in-a-packet-of-its-own": ([b"\r\n", PLAIN, PLAIN], 1),
+    "a-part-of-the-next-comes-along": ([PLAIN + b"HE", b"AD" + PLAIN[3:], PLAIN], 1),
+    "a-part-hides-the-next": ([PLAIN + b"GET /v2/snapshots/2 HTTP/1.1\r\nX-A: ", PLAIN, PLAIN], 1),
+    "a-part-spoils-the-next": ([PLAIN + b"GET / HTTP/1.1\r\nHost: a\r\nX-A: ", PLAIN, PLAIN], 0),
+    "a-body-that-looks-like-a-request": ([EARLY, PLAIN], 0),
+    "a-body-that-comes-in-parts": (
+        [request("/v2/snapshots/1", "Content-Length: 6"), b"\r\n\r\n", b"{}", PLAIN, PLAIN],
+        1,
+    ),
+    "after-the-last": ([request("/v2/snapshots/1", "Connection: close"), PLAIN], 0),
+    "after-what-is-no-request": ([b"nonsense\r\n\r\n", PLAIN], 0),
+}
+
+
+@pytest.mark.parametrize(("chunks", "fast"), STREAMS.values(), ids=STREAMS)
+def test_when_the_handler_rests(chunks: list[bytes], fast: int) -> None:
+    """How many chunks are answered at once where all before was answered, and that nothing else differs."""
+    run(same_bytes([[(chunk, 60) for chunk in chunks]], fast=fast))
+
+
+def test_the_handlers_queue_comes_first() -> None:
+    """A chunk that comes when the first of two queued requests is answered waits for the second."""
+
+    async def work() -> None:
+        for pause in range(12):
+            chunks = [(PLAIN + request("/v2/snapshots/2"), pause), (request(token=OTHER), 60)]
+            await same_bytes([chunks])
+
+    run(work())
+
+
+@pytest.mark.parametrize("state", ["draining", "does-not-read", "refused"])
+def test_states_in_which_the_handler_answers(state: str) -> None:
+    """As if there were no fast path."""
+
+    async def work() -> None:
+        received = []
+        for is_fast in (True, False):
+            edge = Edge(memory(), fast=is_fast)
+            if state == "refused":
+                others = [Wire(edge.listener) for _ in range(edge.listener.limits.max_connections)]
+                assert len(others) == len(edge.listener.connections)
+            wire = Wire(edge.listener)
+            edge.listener.draining = state == "draining"
+            if state == "does-not-read":
+                wire.unread = 100_000
+                wire.protocol.pause_writing()
+            wire.send(PLAIN)
+            await turns()
+            assert edge.answered_fast == 0
+            if state == "does-not-read":
+                wire.send(PLAIN)  # it waits until what was written is read
+                await turns()
+                assert wire.received.count(b"HTTP/1.1 200") == 1
+                wire.unread = 0
+                wire.protocol.resume_writing()
+                await turns()
+                wire.send(PLAIN)
+                await turns()
+                assert edge.answered_fast == is_fast
+            received.append((without_date(bytes(wire.received)), wire.closed))
+        assert received[0] == received[1]
+
+    run(work())
+
+
+# -- the same for any stream -----------------------------------------------------------------------
+
+
+async def same_bytes(
+    callers: Iterable[list[tuple[bytes | None, int]]], *, fast: int | None = None, drain: bool = False
+) -> None:
+    """Send each caller's chunks, each followed by so many turns of the loop, to both servers, and compare.
+
+    None is a half-close. `fast` is how many chunks the fast path has to answer.
+    """
+    outcomes: list[list[tuple[bytes, bool]]] = []
+    edges = [Edge(memory(), fast=True), Edge(memory(), fast=False)]
+    for edge in edges:
+        seen = []
+        for chunks in callers:
+            wire = Wire(edge.listener)
+            for chunk, pause in chunks:
+                if chunk is None:
+                    wire.half_close()
+                else:
+                    wire.send(chunk)
+                await turns(pause)
+            await turns()
+            edge.listener.draining = drain  # for those that follow
+            seen.append((without_date(bytes(wire.received)), wire.closed))
+            wire.close()
+            await turns(2)
+        outcomes.append(seen)
+    assert outcomes[0] == outcomes[1]
+    assert sorted(map(str, edges[0].done)) == sorted(map(str, edges[1].done))
+    if fast is not None:
+        assert edges[0].answered_fast == fast
+
+
+HEADERS = (
+    *("Accept-Encoding: gzip", "Connection: keep-alive", "Connection: close", "User-Agent: a/1", "Host: b"),
+    *("Cache-Control: no-cache", "Cache-Control: max-age=5", "Pragma: no-cache", "Expect: 100-continue"),
+    *("X-Request-Id: mine-1", "X-Request-Id: ?", f"If-None-Match: {ETAG}", "If-None-Match: *"),
+    *(
+        "Content-Length: 0",
+        "Content-Length: 2",
+        "Transfer-Encoding: chunked",
+        "Range: bytes=0-1",
+        "X: \udcff",
+    ),
+)
+TARGETS = (
+    *("/v2/snapshots/1", f"/v2/snapshots/{UUID}", "/v2/snapshots", "/v2/snapshots/2", "/v2/snapshots/3"),
+    *(
+        "/v2/snapshots/4",
+        "/v2/snapshots/1/?a=b",
+        "/v2/snapshots/a%2fb",
+        "/v2/account",
+        "http://a/v2/snapshots/1",
+    ),
+)
+BODIES = (b"", b"", b"", b"{}", b"\r\n", b"\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n", PLAIN)
+
+REQUESTS = st.builds(
+    request,
+    st.sampled_from(TARGETS),
+    *[st.sampled_from(("X-A: b", "X-B: c", *HEADERS))] * 2,
+    method=st.sampled_from(("GET", "GET", "GET", "HEAD", "DELETE", "POST", "BREW")),
+    token=st.sampled_from((ONE, OTHER)),
+    version=st.sampled_from(("HTTP/1.1",) * 6 + ("HTTP/1.0", "HTTP/2.0")),
+    body=st.sampled_from(BODIES),
+)
+PLAIN_ONES = st.builds(request, st.sampled_from(TARGETS[:6]), token=st.sampled_from((ONE, OTHER)))
+BLANKS = st.sampled_from((b"\r\n", b"\r\n\r\n", b"\n", b"\r"))
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> bytes:
+    """Take a request, and leave out, double or change a few bytes."""
+    data = bytearray(draw(REQUESTS))
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(data) - 1))
+        data[at : at + draw(st.integers(0, 3))] = draw(
+            st.sampled_from((b"", b" ", b"\r\n", b"\0", b":", b"GET "))
+        )
+    return bytes(data)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> list[tuple[bytes | None, int]]:
+    """Write what a caller sends, in chunks that now and then end where a request does."""
+    pieces = draw(st.lists(PLAIN_ONES | REQUESTS | BLANKS | spoilt(), min_size=1, max_size=6))
+    chunks: list[bytes] = []
+    for piece in pieces:
+        cut = draw(st.just(0) | st.just(0) | st.integers(0, len(piece)))
+        if chunks and draw(st.integers(0, 3)) == 0:
+            chunks[-1] += piece[:cut] if cut else piece
+        else:
+            chunks.append(piece[:cut] if cut else piece)
+        if cut:
+            chunks.append(piece[cut:])
+    sent: list[tuple[bytes | None, int]] = [
+        (chunk, draw(st.sampled_from((0, 1, 2, 3, 5, 60)))) for chunk in chunks if chunk
+    ]
+    if draw(st.booleans()):
+        sent.append((None, 0))
+    return sent
+
+
+@given(callers=st.lists(streams(), min_size=1, max_size=3), drain=st.booleans())
+@example(callers=[[(b"\r\n", 60), (PLAIN, 60)]], drain=False)
+@example(callers=[[(PLAIN + b"POST / HTTP/1.1\r\nHost: a\r\nX: ", 60), (PLAIN, 60)]], drain=False)
+@example(callers=[[(PLAIN, 0), (None, 0)], [(PLAIN, 0), (request(token=OTHER), 0)]], drain=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_stream(callers: list[list[tuple[bytes | None, int]]], *, drain: bool) -> None:
+    """Whatever callers send, in whatever chunks: each byte of each answer is the same, and all is counted."""
+    run(same_bytes(callers, drain=drain))
+
+
+# -- bounds ----------------------------------------------------------------------------------------
+
+
+def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In questions and in bytes; what is asked again and again stays."""
+    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None), "other", None)
+    for most, most_bytes in ((10, 1_000_000), (1_000_000, 100)):
+        monkeypatch.setattr(memo, "MOST_QUESTIONS", most)
+        monkeypatch.setattr(memo, "MOST_BYTES", most_bytes)
+        remembered = Memo()
+        remembered.put(b"hot".ljust(10), question)
+        for number in range(100):
+            remembered.put(b"%10d" % number, question)
+            assert remembered.get(b"hot".ljust(10)) is question
+            assert len(remembered) <= 10
+        assert remembered.get(b"%10d" % 1) is None
+
+
+@pytest.mark.parametrize(("changed", "value"), [("MOST_PREPARED", 10), ("MOST_PREPARED_BYTES", 100)])
+def test_what_is_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch, changed: str, value: int) -> None:
+    """In answers and in bytes."""
+    monkeypatch.setattr(prepared, changed, value)
+    shelf = Shelf()
+    for number in range(100):
+        place = Place(Key(SNAPSHOT, "", str(number)), False, False, None)
+        shelf.put(place, Prepared(entry(b""), NOW, NOW + 1, b"", b"x" * 10, lambda *_: None))
+        assert place in shelf.by_place
+        assert len(shelf.by_place) <= 10
+
+
+@pytest.mark.parametrize("later_s", [1.0, 100.0, -0.1], ids=["a-second", "later", "the-clock-stepped-back"])
+def test_what_is_prepared_goes_after_a_second(later_s: float) -> None:
+    """No body is held by it for longer than the next answer is prepared."""
+    shelf = Shelf()
+    for number, at in ((1, NOW), (2, NOW + later_s)):
+        place = Place(Key(SNAPSHOT, "", str(number)), False, False, None)
+        shelf.put(place, Prepared(entry(b""), at, at + 1, b"", b"", lambda *_: None))
+    assert [place.key.name for place in shelf.by_place] == ["2"]
+
+
+async def test_a_request_with_an_id_is_not_remembered() -> None:
+    """The next one will have another."""
+    edge = Edge(memory(), fast=True)
+    for number in range(3):
+        assert edge.fastpath.question(request("/v2/snapshots/1", f"X-Request-Id: {number}")) is not None
+    assert len(edge.fastpath._memo) == 0
+    edge.fastpath.question(PLAIN)
+    assert len(edge.fastpath._memo) == 1
+
+
+@pytest.mark.G7
+async def test_no_token_is_shown() -> None:
+    """The memo's keys hold tokens; nothing that is shown does."""
+    edge = Edge(memory(), fast=True)
+    edge.fastpath.answer(PLAIN)
+    fast = edge.fastpath
+    assert ONE not in f"{fast!r} {fast._memo!r} {fast._shelf!r} {fast.question(PLAIN)!r}"
+
+
+def test_routes_and_outcomes_are_counted() -> None:
+    """By what was asked for and how the entry came."""
+
+    async def work() -> None:
+        edge = Edge(memory(), fast=True)
+        wire = Wire(edge.listener)
+        for data in (PLAIN, request(f"/v2/snapshots/{UUID}"), request("/v2/snapshots")):
+            wire.send(data)
+        assert [done[:2] for done in edge.done] == [
+            (Route.SNAPSHOT, Outcome.HIT),
+            (Route.SNAPSHOT, Outcome.SEEDED),
+            (Route.LIST, Outcome.HIT),
+        ]
+
+    run(work())
