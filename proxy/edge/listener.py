@@ -77,6 +77,7 @@ class Listener:
             access_log_class=NoAccessLog,  # ours is written where the outcome is known
             keepalive_timeout=_LONG_S,  # the deadlines are the connection's
             lingering_time=_LINGER_S,
+            read_bufsize=65_536,  # a sixteenth as many HTTP chunks are parsed before the loop turns
             **PARSER_OPTIONS,
         )
         handler.connection = Connection(self, handler, self._loop)
