@@ -5,7 +5,6 @@ Two replicas with one store and one ledger, on a loop whose time is a number.
 
 import asyncio
 import gc
-import json
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -13,6 +12,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 import pytest
+from kit.documents import body_of
 from kit.fakes import CALL_S, Admission, FakeLedger, accounts
 from kit.virtual import now, run
 
@@ -36,16 +36,6 @@ CALLER = Partition("a" * 32)
 PER_MINUTE, MINUTE_S = 5, 6.0
 STORE_S = 0.002
 NO_CACHE = Directives(no_cache=True)
-SNAPSHOT = {
-    "created_at": "2020-07-28T16:47:44Z",
-    "min_disk_size": 25,
-    "name": "web",
-    "regions": ["nyc3"],
-    "resource_id": "7",
-    "resource_type": "droplet",
-    "size_gigabytes": 2.34,
-    "tags": None,
-}
 
 
 # -- two replicas ------------------------------------------------------------------------------------
@@ -92,7 +82,7 @@ class Api:
         await asyncio.sleep(scene.takes_s)
         if call.method == "DELETE":
             return Answer(204, b"", called_at)
-        return Answer(200, json.dumps({"snapshot": SNAPSHOT | {"id": call.target.text}}).encode(), called_at)
+        return Answer(200, body_of(call.target.text), called_at)
 
 
 class Scene:

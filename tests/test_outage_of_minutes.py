@@ -15,6 +15,7 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
+from kit.documents import SNAPSHOT
 from kit.fakes import FakeLedger
 from kit.virtual import now, run
 
@@ -123,17 +124,7 @@ class Api:
 
 def snapshot(caller: Partition, snapshot_id: str, called_at: float) -> dict[str, object]:
     """Make what the upstream says to this caller at this time."""
-    return {
-        "id": snapshot_id,
-        "created_at": "2020-07-28T16:47:44Z",
-        "min_disk_size": 25,
-        "name": f"{caller} {called_at}",
-        "regions": ["nyc3"],
-        "resource_id": "7",
-        "resource_type": "droplet",
-        "size_gigabytes": 2.34,
-        "tags": None,
-    }
+    return SNAPSHOT | {"id": snapshot_id, "name": f"{caller} {called_at}"}
 
 
 # -- two replicas, and who asks them -----------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import pytest
+from kit.documents import SNAPSHOT, body_of
 from kit.virtual import now, run
 
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
@@ -57,18 +58,7 @@ from proxy.tasks.flights import LINGER_S, MOST_OF_ONE, Flights
 NOW = 1_000_000.0
 TOTAL_TIMEOUT_S = 8.0
 MAX_WAIT_S = 10.0
-SNAPSHOT = {
-    "id": "42",
-    "created_at": "2020-07-28T16:47:44Z",
-    "min_disk_size": 25,
-    "name": "web",
-    "regions": ["nyc3"],
-    "resource_id": "7",
-    "resource_type": "droplet",
-    "size_gigabytes": 2.34,
-    "tags": None,
-}
-BODY = json.dumps({"snapshot": SNAPSHOT}, separators=(",", ":")).encode()
+BODY = body_of()
 ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
 RATELIMIT = (("ratelimit-remaining", "4999"),)
 LIFETIMES = Lifetimes(60, 60, 300)

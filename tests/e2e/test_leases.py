@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 from kit.replicas import shared, together
-from kit.support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total
+from kit.support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, until_idle
 from redis.asyncio import Redis
 
 from proxy.app import Addresses
@@ -146,8 +146,7 @@ async def leases(redis: Redis) -> list[bytes]:
 async def all_is_over(replicas: Sequence[Addresses], redis: Redis) -> None:
     """Wait until no flight is in the air and no lease or record is left."""
     for at in replicas:
-        while total(await scrape(at.admin), "snapshot_proxy_flights"):
-            pass
+        await until_idle(at.admin)
     while await leases(redis):
         pass
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-from kit.support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
+from kit.support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, scrape, total
+from kit.wire import raw_exchange
 from multidict import CIMultiDictProxy
 
 from proxy.simulator import (

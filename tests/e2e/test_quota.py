@@ -20,7 +20,19 @@ from typing import Any, Self
 import aiohttp
 import pytest
 from kit.replicas import shared, together
-from kit.support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
+from kit.support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    Scaled,
+    Valkey,
+    app,
+    bearer,
+    scrape,
+    total,
+    until_idle,
+    until_metrics,
+    write_secret,
+)
 from redis.asyncio import Redis
 
 from proxy.app import Addresses
@@ -390,9 +402,9 @@ async def test_whoever_leaves_the_line(
                 return response.status, response.headers["Cache-Status"]
 
         async def flights(number: int) -> None:
-            async with asyncio.timeout(3):
-                while (await scrape(at.admin))["snapshot_proxy_flights"] != number:  # noqa: ASYNC110 # nothing tells
-                    await asyncio.sleep(0.01)
+            await until_metrics(
+                at.admin, lambda seen: seen["snapshot_proxy_flights"] == number, "calls in flight"
+            )
 
         assert (await ask("GET", DROPLET_PATH))[0] == 200
         simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "5"}))
@@ -729,8 +741,6 @@ async def test_without_redis_nobody_is_told_that_the_token_is_spent(
 async def nothing_is_left(valkey: Valkey, running: Sequence[Scaled]) -> None:
     """No flight, no lease, no waiting caller, on any replica."""
     for replica in running:
-        async with asyncio.timeout(10):
-            while (await scrape(replica.admin))["snapshot_proxy_flights"]:  # noqa: ASYNC110 # nothing tells
-                await asyncio.sleep(0.01)
+        await until_idle(replica.admin)
     async with Redis.from_url(valkey.url) as redis:
         assert [name async for name in redis.scan_iter("*:lease:*")] == []

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from kit.support import DROPLET_PATH, Serve, raw_exchange
+from kit.support import DROPLET_PATH, Serve
+from kit.wire import raw_exchange
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, World
 
