@@ -96,6 +96,8 @@ def test_forwarded_targets(target: str, expected: str) -> None:
         pytest.param("/v2/snapshots*", id="with-a-star"),
         pytest.param("/v2/snapshots;x=1/1", id="with-a-parameter"),
         pytest.param("/v2/account;/../snapshots/1", id="parameter-and-dots"),
+        pytest.param("/v2/snapshots/1/..", id="dots-after-an-id"),
+        pytest.param("/v2/snapshots/" + "a" * 65, id="longer-than-any-id"),
         pytest.param("/v2/snapshots/1.json", id="id-with-a-format"),
         pytest.param("/v2/snapshots/1%00", id="id-with-an-encoded-nul"),
         pytest.param("HTTP://X/v2/SNAPSHOTS/1", id="absolute-in-upper-case"),
