@@ -470,13 +470,16 @@ def test_interrupted_before_it_began(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SERVE = ("serve", "--set=server.port=0", "--set=admin.port=0")
+
+
 @pytest.mark.parametrize(
-    ("command", "ready"),
+    ("command", "ready", "number"),
     [
-        pytest.param(("serve", "--set=server.port=0", "--set=admin.port=0"), '"ready"', id="serve"),
-        pytest.param(("simulate",), '"ready"', id="simulate"),
-        pytest.param(("demo",), "until Ctrl-C", id="demo"),
+        pytest.param(SERVE, '"ready"', signal.SIGINT, id="serve-interrupted"),
+        pytest.param(SERVE, '"ready"', signal.SIGTERM, id="serve-terminated"),
+        pytest.param(("simulate",), '"ready"', signal.SIGINT, id="simulate"),
+        pytest.param(("demo",), "until Ctrl-C", signal.SIGINT, id="demo"),
     ],
 )
 async def test_a_signal_ends_it_well(command: tuple[str, ...], ready: str, number: signal.Signals) -> None:

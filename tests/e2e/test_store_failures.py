@@ -275,7 +275,7 @@ async def test_filling_up(
         Load(client, at.api, simulator.world, callers=12) as load,
         Redis.from_url(valkey.url) as redis,
     ):
-        await load.more(1000)
+        await load.more(600)
         assert (await redis.info("stats"))["evicted_keys"] > 50
         assert any(status.endswith("; stored") for status in load.seen)
 
