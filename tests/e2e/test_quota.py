@@ -201,13 +201,13 @@ async def test_the_limit_is_used_and_never_hit(
     client: aiohttp.ClientSession,
     tmp_path: Path,
 ) -> None:
-    """A load of 10 times the limit for several windows, on a token that somebody else uses, too.
+    """A load of 20 times the limit for several windows, on a token that somebody else uses, too.
 
     The upstream refuses no call that the ledger admitted, but for the one in a while that checks whether the
     other user has really spent the hour; and at least 85 % of those that the other user and the reserve leave
     are made; callers who have something cached see no error. A tenth of the callers leave.
     """
-    windows, others_a_second = 4, 2.0
+    windows, others_a_second = 5, 2.0
     async with (
         Api(*shape) as api,
         replicas(
@@ -223,7 +223,7 @@ async def test_the_limit_is_used_and_never_hit(
         load = Load(client, api.token, running)
         await load.warm_up()
         async with others(client, api, others_a_second):
-            await load.run(windows * WINDOW_S, 10 * LIMIT / WINDOW_S)
+            await load.run(windows * WINDOW_S, 20 * LIMIT / WINDOW_S)
         calls = await api.calls(client)
         await nothing_is_left(valkey, running)
     assert len(refused(calls)) <= checks
