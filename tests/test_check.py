@@ -210,7 +210,7 @@ async def test_far_too_few_open_files(look: Look, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "setting", ["security.secret_file", "security.previous_secret_file", "admin.token_file"]
 )
-async def test_a_secret_for_everybody(setting: str, open_secret: Path, look: Look) -> None:
+async def test_a_secret_that_all_users_may_read(setting: str, open_secret: Path, look: Look) -> None:
     """A warning that says how to close it."""
     status, printed = await look(f"{setting}={open_secret}")
     assert status == 0
@@ -226,7 +226,7 @@ async def test_a_short_secret(setting: str, tmp_path: Path, look: Look) -> None:
         await look(f"{setting}={tmp_path / 'secret'}")
 
 
-async def test_an_admin_token_that_nobody_can_send(tmp_path: Path, look: Look) -> None:
+async def test_an_admin_token_that_cannot_be_sent(tmp_path: Path, look: Look) -> None:
     """It too is refused as `serve` refuses it."""
     (tmp_path / "token").write_text("one\ntwo\n")
     with pytest.raises(SettingsError, match="one line of printable ASCII"):

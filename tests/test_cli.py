@@ -330,7 +330,9 @@ async def test_purge(
         pytest.param(None, "'Authorization: Bearer <token>'", id="no-token"),
     ],
 )
-async def test_purge_by_somebody_else(run_here: Run, tmp_path: Path, given: str | None, said: str) -> None:
+async def test_purge_without_the_right_token(
+    run_here: Run, tmp_path: Path, given: str | None, said: str
+) -> None:
     """1, and the service's own line on what to do."""
     (tmp_path / "token").write_text(ADMIN_TOKEN)
     mine: list[str] = []

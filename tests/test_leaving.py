@@ -278,7 +278,7 @@ def test_whose_replica_is_left_is_asked_for_by_another() -> None:
 
 
 @pytest.mark.parametrize("leaving", KINDS)
-def test_whoever_leaves_what_was_sent(leaving: Call) -> None:
+def test_a_caller_leaves_a_call_that_was_sent(leaving: Call) -> None:
     """What it brings is kept, and what it ended has ended."""
 
     async def main() -> None:
@@ -297,7 +297,7 @@ def test_whoever_leaves_what_was_sent(leaving: Call) -> None:
 
 @pytest.mark.parametrize("leaving", KINDS)
 @pytest.mark.parametrize("after_s", [number * STORE_S / 4 for number in range(12)], ids="{:.4f}".format)
-def test_whoever_leaves_at_any_moment(leaving: Call, after_s: float) -> None:
+def test_a_caller_leaves_at_any_moment(leaving: Call, after_s: float) -> None:
     """There is room: either it was sent and is kept, or neither; whoever comes next gets its answer."""
 
     async def main() -> None:

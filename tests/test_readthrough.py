@@ -813,7 +813,7 @@ def test_who_waits_for_another_replica(
         pytest.param(FALLBACK, 200, Outcome.STALE, STALE_PATIENCE_S, id="something-stale"),
     ],
 )
-def test_nobody_waits_for_another_replica_for_ever(
+def test_waiting_for_another_replica_has_a_limit(
     found: Entry | None, status: int, outcome: Outcome, after_s: float
 ) -> None:
     """After the longest that a fetch may take it says so; whoever has something stale is soon tired.
@@ -861,7 +861,7 @@ def test_who_waits_for_another_replica_that_waits_for_the_quota() -> None:
         pytest.param(FALLBACK, 200, Outcome.STALE, id="something-stale"),
     ],
 )
-def test_nobody_waits_for_another_replica_beyond_the_end(
+def test_waiting_for_another_replica_ends_with_the_drain(
     found: Entry | None, status: int, outcome: Outcome, announced_at_s: float
 ) -> None:
     """What this one can say by itself it says when its answers are due."""
@@ -1114,7 +1114,7 @@ async def test_who_joins_a_fetch_that_runs(directives: Directives, fetches: int)
         assert (second.outcome, second.ratelimit) == (Outcome.MISS, RATELIMIT)
 
 
-async def test_a_fetch_of_its_own_is_joined_by_nobody() -> None:
+async def test_an_unshared_fetch_is_not_joined() -> None:
     """What was fetched for `no-store` is not another caller's answer."""
     path = Path(Store(missing()), Upstream(said()))
     path.upstream.open.clear()

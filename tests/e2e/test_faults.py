@@ -563,7 +563,7 @@ async def test_a_no_does_not_wait_long_for_its_words(
 @pytest.mark.parametrize(
     "apart", [pytest.param(False, id="at-once"), pytest.param(True, id="a-moment-later")]
 )
-async def test_answer_that_nobody_asked_for(client: aiohttp.ClientSession, *, apart: bool) -> None:
+async def test_unsolicited_answer(client: aiohttp.ClientSession, *, apart: bool) -> None:
     """A second answer on one connection is nobody's: the next caller gets the one to his own request."""
     answered = asyncio.Event()
 

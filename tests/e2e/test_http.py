@@ -462,7 +462,7 @@ async def test_one_connection_too_many(simulator: Simulator) -> None:
         pytest.param([ask("/nothing") + ask()[:-2]], id="half-a-head-behind-a-request"),
     ],
 )
-async def test_nobody_holds_a_connection(simulator: Simulator, sent: list[bytes]) -> None:
+async def test_an_unfinished_request_holds_no_connection(simulator: Simulator, sent: list[bytes]) -> None:
     """A request that does not come to its end is given up at the deadline, without a word to the upstream."""
     async with (
         app(

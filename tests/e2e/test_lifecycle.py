@@ -188,7 +188,7 @@ async def get(client: aiohttp.ClientSession, url: str, token: Token) -> tuple[in
 
 
 @pytest.mark.G8
-async def test_whoever_waits_for_the_quota_is_answered(
+async def test_a_caller_that_waits_for_the_quota_is_answered(
     token: Token, client: aiohttp.ClientSession, to_simulator: str
 ) -> None:
     """Before SIGTERM, in the lame duck, in the drain: by the upstream, with 429, or with something stale.

@@ -625,7 +625,7 @@ async def test_who_is_invited_to_repeat(
         assert response.headers.get("x-should-retry") == should_retry
 
 
-async def test_nobody_there(wire: aiohttp.ClientSession) -> None:
+async def test_an_upstream_that_does_not_listen(wire: aiohttp.ClientSession) -> None:
     """The body of a request that nobody takes is not waited for."""
     async with (
         app("upstream.base_url=http://127.0.0.1:1", ON) as at,
@@ -952,7 +952,7 @@ async def test_expect_continue(upstream: Upstream) -> None:
     assert "Expect" not in upstream.received[0].headers
 
 
-async def test_expect_and_nobody_there() -> None:
+async def test_expect_and_an_upstream_that_does_not_listen() -> None:
     """A body that nobody wants is not asked for."""
     async with app("upstream.base_url=http://127.0.0.1:1", ON) as at:
         answered = await raw_exchange(

@@ -130,7 +130,7 @@ async def test_commands_with_closed_descriptors(closed: str, arguments: str, sta
     assert not [word for word in TROUBLE if word in (out + errors).decode()]
 
 
-async def test_output_that_nobody_reads() -> None:
+async def test_output_into_a_closed_pipe() -> None:
     """`snapshot-proxy config | head -1`: status 1, and no traceback."""
     process = await asyncio.create_subprocess_exec(
         *("/bin/sh", "-c", f"{sys.executable} -m proxy config; echo $? >&2"),

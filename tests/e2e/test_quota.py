@@ -364,7 +364,7 @@ async def test_a_429_that_names_a_date(
     assert 35 < total(metrics, "snapshot_proxy_quota_cooldown_seconds", caller="other") <= 41
 
 
-async def test_whoever_cannot_wait_so_long_is_told(
+async def test_a_caller_that_cannot_wait_so_long_is_refused(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """A 429 of ours says what is spent and until when, on every replica; another token goes on."""
@@ -395,7 +395,7 @@ async def test_whoever_cannot_wait_so_long_is_told(
         pytest.param("POST", "/v2/volumes/1/snapshots", id="passed-through"),
     ],
 )
-async def test_whoever_leaves_the_line(
+async def test_a_caller_leaves_the_line(
     *,
     simulator: Simulator,
     token: Token,
@@ -680,7 +680,7 @@ async def test_a_value_that_is_wrong_once_closes_nothing_for_long(
         assert simulator.count(status=429) == 0
 
 
-async def test_whoever_waits_in_a_cool_down_is_told_of_that_in_time(
+async def test_a_caller_in_a_cool_down_is_told_of_it_in_time(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """No read waits longer for the quota than it may, whoever fetches the same; none is told of a silence."""
@@ -708,7 +708,7 @@ async def test_whoever_waits_in_a_cool_down_is_told_of_that_in_time(
             assert any(told in message for told in _WAITING), message
 
 
-async def test_without_redis_nobody_is_told_that_the_token_is_spent(
+async def test_without_redis_the_share_is_spent_not_the_token(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """It is this replica's share of the calls that is, and that is what is said."""

@@ -157,7 +157,9 @@ async def test_what_a_fetch_rests_on_stays(
 
 @pytest.mark.G6
 @pytest.mark.parametrize("ends", ["entry", "caller", "snapshots", "everything"])
-async def test_after_an_end_nobody_joins(ends: str, replicas: tuple[Replica, Replica]) -> None:
+async def test_a_lease_from_before_an_invalidation_is_not_joined(
+    ends: str, replicas: tuple[Replica, Replica]
+) -> None:
     """A fetch from before an end holds nobody up who looks after it, and its record is not theirs."""
     one, two = replicas
     before = await one.basis()

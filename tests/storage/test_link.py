@@ -326,7 +326,7 @@ async def test_who_left_is_not_told(relay: Held) -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting in the queue", "waiting for the server"])
-async def test_close_answers_everybody(relay: Held, moment: str) -> None:
+async def test_close_answers_all_askers(relay: Held, moment: str) -> None:
     """Whoever still waits when the link hangs up is told that it is gone, wherever it waits."""
     async with linked(relay.redis_url) as link:
         relay.held.clear()
