@@ -7,8 +7,8 @@ PYTHON ?= $(shell for each in python3 python3.11 python3.12 python3.13 python3.1
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
-# A file's tests run in one process: they share servers.
-PARALLEL := -n 2 --dist loadfile
+# A file's tests run in one process: they share servers. The slowest files come first (tests/conftest.py).
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo quick test test-long check lengths format bench clean
 .DELETE_ON_ERROR:
@@ -21,7 +21,7 @@ demo: $(VENV)/.runtime
 
 # The core, and everything else that starts no process and opens no socket: the answer in half a minute.
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --quick $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --quick $(ARGS)
 
 # All tests but the long random ones, with their coverage; or what ARGS says: make test ARGS="tests/core -x".
 # Two processes at once are a load that some bounds of time were not made for: what fails has to pass alone.
@@ -38,7 +38,7 @@ endif
 
 # The random runs of `make test` again, with many more histories: they compute more than they wait.
 test-long: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest $(PARALLEL) -m long
 
 check: $(VENV)/.dev lengths
 	$(BIN)/ruff format --check .

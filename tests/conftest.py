@@ -34,6 +34,14 @@ WIRE = [
 ]
 """Directories and files whose tests start processes or open sockets."""
 
+SLOWEST = [
+    *(f"e2e/test_{name}.py" for name in ("quota", "lifecycle", "secrets", "passthrough", "store_failures")),
+    *(f"e2e/test_{name}.py" for name in ("faults", "leases", "process", "collapsing", "deletion")),
+    *("test_cli.py", "storage/test_store.py", "e2e/clients/test_matrix.py", "e2e/clients/test_gradient.py"),
+    *(f"e2e/test_{name}.py" for name in ("outage", "isolation", "outage_log", "lists", "purge")),
+]
+"""They begin first: one of them at the end would keep one process waiting for the other."""
+
 _reached_out: list[str] = []
 
 
@@ -57,6 +65,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """With `--quick`, leave out what is in `WIRE`."""
     wire = collection_path.is_relative_to(TESTS) and str(collection_path.relative_to(TESTS)) in WIRE
     return True if wire and config.getoption("--quick") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the slowest files first, each file's in their order."""
+    rank = {TESTS / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 from aiohttp import web
-from kit.support import DROPLET_PATH, app, bearer, raw_exchange, scrape, total
+from kit.support import DROPLET_PATH, app, bearer, scrape, total
+from kit.wire import raw_exchange
 
 from proxy import __version__
 from proxy.admin.listener import admin_application

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from kit.servers import RawServer, says_once
 from kit.support import Valkey, free_port, write_secret
 from redis.asyncio import Redis
 
@@ -212,7 +213,7 @@ async def test_far_too_few_open_files(look: Look, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "setting", ["security.secret_file", "security.previous_secret_file", "admin.token_file"]
 )
-async def test_a_secret_for_everybody(setting: str, open_secret: Path, look: Look) -> None:
+async def test_a_secret_that_all_users_may_read(setting: str, open_secret: Path, look: Look) -> None:
     """A warning that says how to close it."""
     status, printed = await look(f"{setting}={open_secret}")
     assert status == 0
@@ -228,7 +229,7 @@ async def test_a_short_secret(setting: str, tmp_path: Path, look: Look) -> None:
         await look(f"{setting}={tmp_path / 'secret'}")
 
 
-async def test_an_admin_token_that_nobody_can_send(tmp_path: Path, look: Look) -> None:
+async def test_an_admin_token_that_cannot_be_sent(tmp_path: Path, look: Look) -> None:
     """It too is refused as `serve` refuses it."""
     (tmp_path / "token").write_text("one\ntwo\n")
     with pytest.raises(SettingsError, match="one line of printable ASCII"):
@@ -338,15 +339,8 @@ async def test_tls_where_there_is_none(lru: Valkey, secret: Path, look: Look) ->
 
 async def test_tls_where_something_else_answers(secret: Path, look: Look) -> None:
     """OpenSSL says that it is no TLS."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        writer.write(b"-ERR Protocol error: unauthenticated\r\n")
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        url = f"rediss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with RawServer(says_once(b"-ERR Protocol error: unauthenticated\r\n")) as server:
+        url = f"rediss://127.0.0.1:{server.port}"
         status, printed = await look(f"redis.url={url}", f"security.secret_file={secret}")
     assert status == 1
     assert has(printed, Level.PROBLEM, "Redis: no answer", "wrong version number", "use redis://")
@@ -381,20 +375,12 @@ async def test_a_refusal_is_told_in_the_servers_words(
     reply: bytes, words: str, mend: str, *, secret: Path, look: Look
 ) -> None:
     """And never with the password, whatever the server sends back (the fixture looks for that)."""
-
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        writer.write(reply)
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with RawServer(says_once(reply)) as server:
         status, printed = await look(
-            f"redis.url=redis://:{PASSWORD}@127.0.0.1:{port}", f"security.secret_file={secret}"
+            f"redis.url=redis://:{PASSWORD}@127.0.0.1:{server.port}", f"security.secret_file={secret}"
         )
     assert status == 1
-    assert has(printed, Level.PROBLEM, f"127.0.0.1:{port}", words, mend)
+    assert has(printed, Level.PROBLEM, f"127.0.0.1:{server.port}", words, mend)
     assert all(len(line) < 500 for line in printed.splitlines())
 
 
@@ -586,11 +572,9 @@ async def test_an_upstream_that_is_slow(scheme: str, said: bytes, setting: str, 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(said)
         await reader.read()
-        writer.close()
 
-    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        url = f"upstream.base_url={scheme}://127.0.0.1:{port}"
+    async with RawServer(talk) as server:
+        url = f"upstream.base_url={scheme}://127.0.0.1:{server.port}"
         status, printed = await look(url, f"upstream.{setting}=0.3")
     assert status == 1
     assert has(printed, Level.PROBLEM, "upstream", f"or raise upstream.{setting}")

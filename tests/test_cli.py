@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from http.client import BadStatusLine, HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import aiohttp
 import pytest
-from kit.support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
+from kit.servers import RawServer, says_once
+from kit.support import DEADLINE_S, TROUBLE, Serve, app, bearer, write_secret
 
 from proxy import __version__, cli, serve
 from proxy.admin.client import no_answer
@@ -68,6 +69,29 @@ async def run(*arguments: str, **environ: str) -> Ended:
     return await end(await start("-m", "proxy", *arguments, **environ))
 
 
+class Run(Protocol):
+    """Runs `snapshot-proxy` with arguments in this process, in a thread of its own."""
+
+    async def __call__(self, *arguments: str, **environ: str) -> Ended:
+        """Give its exit status, and what it printed."""
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command without the half second that a process of its own takes to start."""
+
+    async def run_here(*arguments: str, **environ: str) -> Ended:
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        try:
+            status = await asyncio.to_thread(cli.main, [*arguments])
+        except SystemExit as error:
+            status = int(str(error.code))
+        return Ended(status, *capsys.readouterr())
+
+    return run_here
+
+
 def listener(port: int | str) -> str:
     """Name the admin listener on a port of loopback as errors do."""
     return f"the admin listener at 127.0.0.1:{port}"
@@ -105,7 +129,7 @@ async def test_version() -> None:
         pytest.param(["serve", "--set"], "--set", id="option-without-value"),
         pytest.param(["--verbose"], "COMMAND", id="option-without-command"),
         pytest.param(["check", "--conf=x"], "--conf=x", id="options-are-not-abbreviated"),
-        pytest.param(["serve", "--set=cache.fresh_s=x"], "cache.fresh_s", id="bad-value"),
+        pytest.param(["check", "--set=cache.fresh_s=x"], "cache.fresh_s", id="bad-value"),
         pytest.param(["config", "--set=cache.fersh_s=1"], "cache.fresh_s", id="nearest-name"),
         pytest.param(["check", "--config=missing.toml"], "missing.toml", id="missing-file"),
         pytest.param(["healthcheck", "--set=admin.port=0"], "admin.port", id="port-of-nobody"),
@@ -122,12 +146,27 @@ async def test_version() -> None:
         pytest.param(
             ["purge", "--all", "--set=admin.token_file=missing"], "admin.token_file", id="purge-without-token"
         ),
-        pytest.param(["serve", "--set=server.tls_cert_file=none.pem"], "server.tls_cert_file", id="no-pair"),
-        pytest.param(["simulate", "--latency-ms=-1"], "latency", id="simulator"),
+        pytest.param(["check", "--set=server.tls_cert_file=none.pem"], "server.tls_cert_file", id="no-pair"),
     ],
 )
-async def test_misuse_is_one_line_and_status_2(arguments: list[str], named: str) -> None:
+async def test_misuse_is_one_line_and_status_2(run_here: Run, arguments: list[str], named: str) -> None:
     """The line names what is wrong."""
+    status, out, err = await run_here(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("snapshot-proxy")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        pytest.param(["serve", "--set=cache.fresh_s=x"], "cache.fresh_s", id="serve"),
+        pytest.param(["simulate", "--latency-ms=-1"], "latency", id="simulate"),
+    ],
+)
+async def test_misuse_of_a_process(arguments: list[str], named: str) -> None:
+    """The same of the commands that run until they are stopped, as a process."""
     status, out, err = await run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("snapshot-proxy")
@@ -153,11 +192,11 @@ async def test_a_file_of_no_authorities_for_redis(command: str, content: str, tm
 # -- config ------------------------------------------------------------------------------------
 
 
-async def test_config_prints_what_counts(tmp_path: Path) -> None:
+async def test_config_prints_what_counts(run_here: Run, tmp_path: Path) -> None:
     """TOML that loads again, with origins, without passwords."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"x" * 32)
-    status, out, err = await run(
+    status, out, err = await run_here(
         "config",
         "--set=redis.url=redis://:pa55word@localhost",
         f"--set=security.secret_file={secret}",
@@ -171,23 +210,23 @@ async def test_config_prints_what_counts(tmp_path: Path) -> None:
     assert load(config_file=str(effective), overrides=[], environ={}).settings.cache.fresh_s == 61
 
 
-async def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+async def test_a_file_with_a_byte_order_mark(run_here: Run, tmp_path: Path) -> None:
     """Editors of Windows write one; the file counts as it does without it, and its aliases too."""
     aliases, config = tmp_path / "aliases.toml", tmp_path / "proxy.toml"
     aliases.write_text(f'team = "{"0" * 64}"\r\n', encoding="utf-8-sig")
     config.write_text(
         f"[cache]\r\nfresh_s = 61\r\n[callers]\r\naliases_file = '{aliases}'\r\n", encoding="utf-8-sig"
     )
-    status, out, err = await run("config", f"--config={config}")
+    status, out, err = await run_here("config", f"--config={config}")
     assert (status, err) == (0, "")
     assert f"fresh_s = 61  # file {config}\n" in out
     async with Serve(f"callers.aliases_file={aliases}"):
         pass
 
 
-async def test_the_help_of_the_simulator_tells_how_it_is_controlled() -> None:
+async def test_the_help_of_the_simulator_tells_how_it_is_controlled(run_here: Run) -> None:
     """Every resource, kind of fault and field of one; the list of commands does not load it."""
-    status, out, err = await run("simulate", "--help")
+    status, out, err = await run_here("simulate", "--help")
     assert (status, err) == (0, "")
     assert "/_simulator/" in out
     assert "curl" in out
@@ -213,32 +252,26 @@ async def test_healthcheck() -> None:
     assert err == f"snapshot-proxy: no answer from {listener(port)} (connection refused): {LOOK}\n"
 
 
-async def test_healthcheck_of_a_busy_replica() -> None:
+async def test_healthcheck_of_a_busy_replica(run_here: Run) -> None:
     """One that answers after 3 s lives: restarted, it would send its load to the others."""
 
     async def answer_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         await asyncio.sleep(3)  # this is the busy replica
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        writer.close()
 
-    async with await asyncio.start_server(answer_late, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        assert await run("healthcheck", f"--set=admin.port={port}") == (0, "", "")
+    async with RawServer(answer_late) as server:
+        assert await run_here("healthcheck", f"--set=admin.port={server.port}") == (0, "", "")
 
 
-async def test_healthcheck_of_something_else() -> None:
-    """Whoever does not answer 200 is not well."""
-
-    async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
-        writer.close()
-
-    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        status, _, err = await run("healthcheck", f"--set=admin.port={port}")
+async def test_healthcheck_of_something_else(run_here: Run) -> None:
+    """An answer other than 200 is a failure."""
+    async with RawServer(
+        says_once(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+    ) as server:
+        status, _, err = await run_here("healthcheck", f"--set=admin.port={server.port}")
     assert status == 1
-    assert err == f"snapshot-proxy: {listener(port)} answers 503, not 200: {LOOK}\n"
+    assert err == f"snapshot-proxy: {listener(server.port)} answers 503, not 200: {LOOK}\n"
 
 
 async def test_healthcheck_loads_no_server() -> None:
@@ -255,35 +288,20 @@ async def test_healthcheck_loads_no_server() -> None:
 ADMIN_TOKEN = "only-for-operators"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said", "ended"),
-    [
-        pytest.param([DROPLET_SNAPSHOT_ID], "purged: 1\n", {DROPLET_SNAPSHOT_ID}, id="one"),
-        pytest.param([VOLUME_SNAPSHOT_ID.upper(), "1"], "purged: 2\n", {VOLUME_SNAPSHOT_ID}, id="two"),
-        pytest.param(["--all"], "purged: all\n", {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID}, id="all"),
-    ],
-)
 @pytest.mark.parametrize("protected", [False, True], ids=["on-loopback", "with-a-token"])
 async def test_purge(
-    *,
-    simulator: Simulator,
-    token: Token,
-    client: aiohttp.ClientSession,
-    tmp_path: Path,
-    arguments: list[str],
-    said: str,
-    ended: set[str],
-    protected: bool,
+    simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path, protected: bool
 ) -> None:
-    """What it names has ended when it ends with 0; the rest stays."""
+    """What it names is purged when it ends with 0; the rest stays."""
     settings: list[str] = []
     if protected:
         (tmp_path / "token").write_text(f"{ADMIN_TOKEN}\n")
         settings = [f"--set=admin.token_file={tmp_path / 'token'}", "--set=admin.host=0.0.0.0"]
+    both = {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID}
 
     async def hits(api: str) -> set[str]:
         found = set()
-        for snapshot_id in (DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID):
+        for snapshot_id in both:
             async with client.get(f"{api}/v2/snapshots/{snapshot_id}", headers=bearer(token.value)) as answer:
                 if answer.headers["Cache-Status"].startswith("snapshot-proxy; hit"):
                     found.add(snapshot_id)
@@ -291,12 +309,17 @@ async def test_purge(
 
     overrides = [setting.removeprefix("--set=") for setting in settings]
     async with Serve(f"upstream.base_url={simulator.url}", "redis.timeout_s=5", *overrides) as service:
-        await hits(service.api)
-        assert await hits(service.api) == {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID}
         port = service.admin.rpartition(":")[2]
-        done = await run("purge", *settings, *arguments, SNAPSHOT_PROXY_ADMIN__PORT=port)
-        assert done == (0, said, "")
-        assert await hits(service.api) == {DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID} - ended
+        for arguments, said, left in (
+            ([DROPLET_SNAPSHOT_ID], "purged: 1\n", {VOLUME_SNAPSHOT_ID}),
+            ([VOLUME_SNAPSHOT_ID.upper(), "1"], "purged: 2\n", {DROPLET_SNAPSHOT_ID}),
+            (["--all"], "purged: all\n", set()),
+        ):
+            await hits(service.api)
+            assert await hits(service.api) == both
+            done = await run("purge", *settings, *arguments, SNAPSHOT_PROXY_ADMIN__PORT=port)
+            assert done == (0, said, "")
+            assert await hits(service.api) == left
     assert ADMIN_TOKEN.encode() not in service.raw
 
 
@@ -307,16 +330,18 @@ async def test_purge(
         pytest.param(None, "'Authorization: Bearer <token>'", id="no-token"),
     ],
 )
-async def test_purge_by_somebody_else(tmp_path: Path, given: str | None, said: str) -> None:
+async def test_purge_without_the_right_token(
+    run_here: Run, tmp_path: Path, given: str | None, said: str
+) -> None:
     """1, and the service's own line on what to do."""
     (tmp_path / "token").write_text(ADMIN_TOKEN)
     mine: list[str] = []
     if given is not None:
         (tmp_path / "mine").write_text(given)
         mine = [f"--set=admin.token_file={tmp_path / 'mine'}"]
-    async with Serve(f"admin.token_file={tmp_path / 'token'}") as service:
+    async with app(f"admin.token_file={tmp_path / 'token'}") as service:
         port = service.admin.rpartition(":")[2]
-        status, out, err = await run("purge", "--all", *mine, f"--set=admin.port={port}")
+        status, out, err = await run_here("purge", "--all", *mine, f"--set=admin.port={port}")
     assert (status, out) == (1, "")
     assert err.startswith("snapshot-proxy: ")
     assert err.count("\n") == 1
@@ -324,31 +349,31 @@ async def test_purge_by_somebody_else(tmp_path: Path, given: str | None, said: s
     assert ADMIN_TOKEN not in err
 
 
-async def test_purge_of_a_service_that_is_absent() -> None:
+async def test_purge_of_a_service_that_is_absent(run_here: Run) -> None:
     """1, and a line."""
     with unheard_port() as port:
-        status, out, err = await run("purge", "42", f"--set=admin.port={port}")
+        status, out, err = await run_here("purge", "42", f"--set=admin.port={port}")
     assert (status, out) == (1, "")
     assert err == f"snapshot-proxy: no answer from {listener(port)} (connection refused): {LOOK}\n"
 
 
-async def test_purge_while_redis_is_away(tmp_path: Path) -> None:
+async def test_purge_while_redis_is_away(run_here: Run, tmp_path: Path) -> None:
     """It is not done, and that is said; the service does it later."""
     with unheard_port() as redis:
         shared = [f"redis.url=redis://127.0.0.1:{redis}", f"security.secret_file={write_secret(tmp_path)}"]
-        async with Serve(*shared) as service:
+        async with app(*shared) as service:
             port = service.admin.rpartition(":")[2]
-            status, out, err = await run("purge", "42", f"--set=admin.port={port}")
+            status, out, err = await run_here("purge", "42", f"--set=admin.port={port}")
     assert (status, out) == (1, "")
     assert err == "snapshot-proxy: Redis does not answer; the purge is kept, and done when it does\n"
 
 
-async def test_purge_of_more_than_is_taken_at_once() -> None:
+async def test_purge_of_more_than_is_taken_at_once(run_here: Run) -> None:
     """1, and how many it may be."""
-    async with Serve() as service:
+    async with app() as service:
         port = service.admin.rpartition(":")[2]
         ids = [str(number) for number in range(1, 1002)]
-        status, out, err = await run("purge", *ids, f"--set=admin.port={port}")
+        status, out, err = await run_here("purge", *ids, f"--set=admin.port={port}")
     assert (status, out) == (1, "")
     assert "1 to 1000 ids" in err
 
@@ -356,28 +381,31 @@ async def test_purge_of_more_than_is_taken_at_once() -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        pytest.param(b"HTTP/1.1 404 Not Found\r\n", "{} answers 404 and nothing that a purge", id="404"),
-        pytest.param(b"HTTP/1.1 200 OK\r\n", "{} answers 200 and nothing that a purge", id="200"),
+        *(
+            pytest.param(
+                b"HTTP/1.1 %d Some Reason\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body),
+                f"{{}} answers {status} and nothing that a purge",
+                id=f"{status}-{body!r}",
+            )
+            for status in (200, 404)
+            for body in (b"404: Not Found", b"[]", b'{"purge":1}', b'{"message":1}', b"\xff")
+        ),
         pytest.param(b"x", "no answer from {} (BadStatusLine): see that serve runs", id="no-http"),
         pytest.param(b"", "no answer from {} (RemoteDisconnected): see that serve runs", id="nothing"),
     ],
 )
-@pytest.mark.parametrize("body", [b"404: Not Found", b"[]", b'{"purge":1}', b'{"message":1}', b"\xff"])
-async def test_purge_of_something_else(answer: bytes, said: str, body: bytes) -> None:
-    """Whatever listens there and says whatever: nothing is claimed to be purged."""
+async def test_purge_of_something_else(run_here: Run, answer: bytes, said: str) -> None:
+    """Whatever another server there answers: nothing is claimed to be purged."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(len(b'{"all":true}'))
-        length = b"Content-Length: %d\r\n\r\n" % len(body)
-        writer.write(answer + length + body if answer.startswith(b"HTTP") else answer)
-        writer.close()
+        writer.write(answer)
 
-    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        status, out, err = await run("purge", "--all", f"--set=admin.port={port}")
+    async with RawServer(talk) as server:
+        status, out, err = await run_here("purge", "--all", f"--set=admin.port={server.port}")
     assert (status, out) == (1, "")
-    assert err.startswith(f"snapshot-proxy: {said.format(listener(port))}")
+    assert err.startswith(f"snapshot-proxy: {said.format(listener(server.port))}")
     assert "admin.port" in err
     assert err.count("\n") == 1
 
@@ -445,13 +473,16 @@ def test_interrupted_before_it_began(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SERVE = ("serve", "--set=server.port=0", "--set=admin.port=0")
+
+
 @pytest.mark.parametrize(
-    ("command", "ready"),
+    ("command", "ready", "number"),
     [
-        pytest.param(("serve", "--set=server.port=0", "--set=admin.port=0"), '"ready"', id="serve"),
-        pytest.param(("simulate",), '"ready"', id="simulate"),
-        pytest.param(("demo",), "until Ctrl-C", id="demo"),
+        pytest.param(SERVE, '"ready"', signal.SIGINT, id="serve-interrupted"),
+        pytest.param(SERVE, '"ready"', signal.SIGTERM, id="serve-terminated"),
+        pytest.param(("simulate",), '"ready"', signal.SIGINT, id="simulate"),
+        pytest.param(("demo",), "until Ctrl-C", signal.SIGINT, id="demo"),
     ],
 )
 async def test_a_signal_ends_it_well(command: tuple[str, ...], ready: str, number: signal.Signals) -> None:

@@ -161,7 +161,7 @@ def test_a_late_end_is_that_of_who_has_left(
 # -- how many ----------------------------------------------------------------------------------
 
 
-def test_who_asks_is_refused_whoever_came_before(loop: Loop) -> None:
+def test_a_connection_that_asks_replaces_a_silent_one(loop: Loop) -> None:
     """Those who hold a place among the refused and say nothing make room for one who asks."""
 
     async def work() -> None:

@@ -4,12 +4,12 @@ Three replicas with one store and one ledger, on a loop whose time is a number.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import NamedTuple
 
 import pytest
+from kit.documents import body_of
 from kit.fakes import CALLER as SOMEBODY, FakeLedger, accounts
 from kit.virtual import now, run
 
@@ -179,19 +179,8 @@ class Scene:
 
 def snapshot(text: str, remaining: int = 4900) -> Answer:
     """Answer with a snapshot."""
-    document = {
-        "id": text,
-        "created_at": "2020-07-28T16:47:44Z",
-        "min_disk_size": 25,
-        "name": "web",
-        "regions": ["nyc3"],
-        "resource_id": "7",
-        "resource_type": "droplet",
-        "size_gigabytes": 2.34,
-        "tags": None,
-    }
     told = (("ratelimit-remaining", str(remaining)),)
-    return Answer(200, json.dumps({"snapshot": document}).encode(), now(), None, told)
+    return Answer(200, body_of(text), now(), None, told)
 
 
 def refuses(times: int, retry_after_s: int) -> FetchMode:

@@ -100,7 +100,7 @@ def idle() -> Fetch:
 # -- sharing -----------------------------------------------------------------------------------
 
 
-async def test_one_fetch_for_everybody(flights: Flights[object], fetch: Fetch) -> None:
+async def test_one_fetch_for_all_callers(flights: Flights[object], fetch: Fetch) -> None:
     """A thousand callers of one key make one fetch, and all but the first are collapsed."""
     callers = await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(1_000)))
     assert len(flights) == 1
@@ -143,7 +143,7 @@ async def test_a_landed_flight_is_not_shared_with_who_looks_later(
     assert fetch.began == 2
 
 
-async def test_whoever_comes_while_it_lands_is_answered(flights: Flights[object], fetch: Fetch) -> None:
+async def test_a_caller_that_comes_while_it_lands_is_answered(flights: Flights[object], fetch: Fetch) -> None:
     """In whichever turn of the loop a caller joins, it waits for this flight or makes its own."""
     since = now()
     first = await started(flights.join(OWNER, "key", since, fetch))
@@ -159,7 +159,7 @@ async def test_whoever_comes_while_it_lands_is_answered(flights: Flights[object]
     assert fetch.began == 1
 
 
-async def test_alone_shares_with_nobody(flights: Flights[object], fetch: Fetch) -> None:
+async def test_an_unshared_flight_is_not_joined(flights: Flights[object], fetch: Fetch) -> None:
     """It neither joins a flight nor is joined."""
     joined = await started(flights.join(OWNER, "key", now(), fetch))
     alone = await started(flights.unshared(OWNER, fetch), flights.unshared(OWNER, fetch))
@@ -190,7 +190,7 @@ async def test_a_later_caller_leaves(flights: Flights[object], fetch: Fetch) -> 
     assert await third == FlightResult("answer", collapsed=True)
 
 
-async def test_everybody_leaves(flights: Flights[object], fetch: Fetch) -> None:
+async def test_all_callers_leave_what_was_sent(flights: Flights[object], fetch: Fetch) -> None:
     """What was sent comes to its end: what it stores serves whoever comes next, who joins it meanwhile."""
     for caller in await started(*(flights.join(OWNER, "key", now(), fetch) for _ in range(3))):
         await cancelled(caller)
@@ -211,7 +211,7 @@ async def test_who_is_alone_leaves(flights: Flights[object], fetch: Fetch) -> No
     assert (fetch.ended, len(flights)) == (1, 0)
 
 
-async def test_everybody_leaves_what_waits(flights: Flights[object], idle: Fetch) -> None:
+async def test_all_callers_leave_what_waits(flights: Flights[object], idle: Fetch) -> None:
     """It ends with the last of them, and not before; who comes while it does so is not drawn into it."""
     *callers, last = await started(*(flights.join(OWNER, "key", now(), idle) for _ in range(3)))
     for caller in callers:
@@ -242,7 +242,7 @@ async def test_who_joins_keeps_what_waits(flights: Flights[object], idle: Fetch)
     assert idle.began == 1
 
 
-async def test_what_waits_for_nobody_goes_on(flights: Flights[object], idle: Fetch) -> None:
+async def test_a_background_fetch_goes_on(flights: Flights[object], idle: Fetch) -> None:
     """A refresh has no callers that could leave it, and who joined it is none."""
     flights.begin(OWNER, "key", idle)
     (joined,) = await started(flights.join(OWNER, "key", now(), idle))
@@ -367,7 +367,7 @@ async def test_waiting_outside_of_any_flight() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_nobody_is_cancelled_by_another(flights: Flights[object], seed: int) -> None:
+async def test_no_caller_is_cancelled_by_another(flights: Flights[object], seed: int) -> None:
     """Callers come, leave and are served in any order: who stays gets the answer to its own key."""
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
 
@@ -396,7 +396,7 @@ async def test_nobody_is_cancelled_by_another(flights: Flights[object], seed: in
 # -- how it ends -------------------------------------------------------------------------------
 
 
-async def test_an_exception_reaches_everybody(flights: Flights[object]) -> None:
+async def test_an_exception_reaches_all_callers(flights: Flights[object]) -> None:
     """A bug in a fetch is a bug to each caller, and the key is free again for those who come later."""
     fetch = Fetch(ValueError("a bug"))
     callers = await started(
@@ -422,7 +422,7 @@ async def test_an_exception_before_the_first_await(flights: Flights[object]) -> 
     assert len(flights) == 0
 
 
-async def test_an_exception_that_nobody_waits_for(
+async def test_an_exception_without_a_waiting_caller(
     flights: Flights[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When everybody has left, the loop reports it: a bug is never lost."""

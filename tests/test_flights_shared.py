@@ -129,7 +129,7 @@ async def test_begin_nothing_where_there_is_no_room(flights: Flights[str]) -> No
     assert len(flights) == 0
 
 
-async def test_everybody_may_leave(flights: Flights[str]) -> None:
+async def test_all_callers_may_leave(flights: Flights[str]) -> None:
     """A flight that was sent goes on when all who wait are cancelled, and answers who comes later."""
     fetch = Fetch("fine")
     since = now()

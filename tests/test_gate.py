@@ -93,7 +93,7 @@ def test_a_new_token_waits_for_its_first_answer_and_not_a_moment_longer() -> Non
     run(main())
 
 
-def test_whoever_stands_too_far_behind_is_told_at_once() -> None:
+def test_a_caller_too_far_behind_in_line_is_refused_at_once() -> None:
     """With room for two more in time, the third in line is refused; it is told when there would be room."""
 
     async def main() -> None:
@@ -109,7 +109,7 @@ def test_whoever_stands_too_far_behind_is_told_at_once() -> None:
     run(main())
 
 
-def test_whoever_cannot_wait_so_long_is_told_at_once() -> None:
+def test_a_caller_that_cannot_wait_so_long_is_refused_at_once() -> None:
     """Nobody waits in vain for the end of a window."""
 
     async def main() -> None:
@@ -185,7 +185,7 @@ def test_a_write_goes_before_the_misses_that_wait() -> None:
     run(main())
 
 
-def test_an_overload_starves_nobody() -> None:
+def test_an_overload_starves_no_waiting_call() -> None:
     """Who waits is served before those who come later, for as long as these come."""
 
     async def main() -> None:
@@ -215,7 +215,7 @@ def ask_as(gate: Gate, sender: Caller, number: int = 1, **how: object) -> asynci
     return asyncio.create_task(gate.shield.ask(call(number, sender), **how))  # type: ignore[arg-type]
 
 
-def test_whoever_finds_no_connection_waits_for_one() -> None:
+def test_a_call_waits_for_a_free_connection() -> None:
     """In order of arrival; the call has its whole time from then on."""
 
     async def main() -> None:
@@ -239,7 +239,7 @@ def test_whoever_finds_no_connection_waits_for_one() -> None:
         pytest.param({"patient": False, "call_class": CallClass.REFRESH}, 0.0, id="refresh"),
     ],
 )
-def test_whoever_finds_no_connection_in_time(how: dict[str, object], refused_at_s: float) -> None:
+def test_a_call_that_finds_no_connection_in_time(how: dict[str, object], refused_at_s: float) -> None:
     """It is overload of ours: nothing counts, neither against the upstream nor against the token."""
 
     async def main() -> None:
@@ -291,7 +291,7 @@ STRANGERS = [caller(f"stranger {number}") for number in range(6)]
         pytest.param(Route.SNAPSHOT, STRANGERS, [0, 0, 0, 0, 1, 1], id="strangers"),
     ],
 )
-def test_nobody_has_all_connections(route: Route, many: list[Caller], at_s: list[int]) -> None:
+def test_no_token_has_all_connections(route: Route, many: list[Caller], at_s: list[int]) -> None:
     """One token has half of them at most, whatever it waits for; and so have all that may be made up.
 
     That is for what may last: other calls of these end soon, and are few.
@@ -321,7 +321,7 @@ def test_nobody_has_all_connections(route: Route, many: list[Caller], at_s: list
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=lambda place: f"number-{place}-in-line")
-def test_whoever_leaves_while_waiting_for_a_connection(place: int) -> None:
+def test_a_caller_leaves_while_waiting_for_a_connection(place: int) -> None:
     """Gives its turn back; the others keep their order, and lose no time."""
 
     async def main() -> None:
@@ -343,7 +343,7 @@ def test_whoever_leaves_while_waiting_for_a_connection(place: int) -> None:
 
 
 @pytest.mark.G8
-def test_whoever_waits_for_a_connection_at_the_end() -> None:
+def test_a_drain_while_calls_wait_for_a_connection() -> None:
     """It is told while there is time for a call yet, as whoever waits for the quota."""
 
     async def main() -> None:
@@ -409,7 +409,7 @@ def held_by_the_window(it: Gate) -> None:
         pytest.param(held_by_the_window, 2, id="both-first-in-line"),
     ],
 )
-def test_whoever_leaves_leaves_nothing_behind(hold: Callable[[Gate], None], leavers: int) -> None:
+def test_a_caller_that_leaves_leaves_no_claim_behind(hold: Callable[[Gate], None], leavers: int) -> None:
     """At each place where a call waits: those behind it go on, and no place, count or task is left."""
 
     async def main() -> None:
@@ -1134,7 +1134,7 @@ def test_strangers_are_limited_without_redis_too() -> None:
         pytest.param(1.0, [], [0.25] * 5, id="too-early-for-any-call"),
     ],
 )
-def test_whoever_waits_for_the_window_at_the_end(
+def test_a_drain_while_calls_wait_for_the_window(
     due_s: float, called_at_s: list[float], refused_at_s: list[float]
 ) -> None:
     """Who is admitted has the whole time of a call before answers are due; the others are told before."""
@@ -1160,7 +1160,7 @@ def test_whoever_waits_for_the_window_at_the_end(
 
 
 @pytest.mark.G8
-def test_whoever_waits_for_a_turn_at_the_end() -> None:
+def test_a_drain_while_calls_wait_for_their_turn() -> None:
     """First in line or not: nobody sleeps past the moment at which there is no time left for its call."""
 
     async def main() -> None:
@@ -1178,7 +1178,7 @@ def test_whoever_waits_for_a_turn_at_the_end() -> None:
 
 
 @pytest.mark.G8
-def test_whoever_comes_at_the_end() -> None:
+def test_a_call_that_comes_in_the_drain() -> None:
     """Where there is room it is asked for; where there is none there is no time to wait for it."""
 
     async def main() -> None:
@@ -1330,7 +1330,7 @@ def test_during_a_rotation_both_ledgers_count_and_either_can_refuse() -> None:
 
 
 @pytest.mark.G9
-def test_nothing_of_this_keeps_a_ledger_of_everybody() -> None:
+def test_the_number_of_ledgers_is_bounded() -> None:
     """The ledgers of the least recently used tokens are forgotten."""
 
     async def main() -> None:

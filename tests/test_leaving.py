@@ -5,7 +5,6 @@ Two replicas with one store and one ledger, on a loop whose time is a number.
 
 import asyncio
 import gc
-import json
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -13,6 +12,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 import pytest
+from kit.documents import body_of
 from kit.fakes import CALL_S, CALLER as SOMEBODY, Admission, FakeLedger, accounts
 from kit.virtual import now, run
 
@@ -38,16 +38,6 @@ CALLER = SOMEBODY.partition
 PER_MINUTE, MINUTE_S = 5, 6.0
 STORE_S = 0.002
 NO_CACHE = Directives(no_cache=True)
-FIELDS = {
-    "created_at": "2020-07-28T16:47:44Z",
-    "min_disk_size": 25,
-    "name": "web",
-    "regions": ["nyc3"],
-    "resource_id": "7",
-    "resource_type": "droplet",
-    "size_gigabytes": 2.34,
-    "tags": None,
-}
 
 
 # -- two replicas ------------------------------------------------------------------------------------
@@ -94,7 +84,7 @@ class Api:
         await asyncio.sleep(scene.takes_s)
         if call.method == "DELETE":
             return Answer(204, b"", called_at)
-        return Answer(200, json.dumps({"snapshot": FIELDS | {"id": call.target.name}}).encode(), called_at)
+        return Answer(200, body_of(call.target.name), called_at)
 
 
 class Scene:
@@ -288,7 +278,7 @@ def test_whose_replica_is_left_is_asked_for_by_another() -> None:
 
 
 @pytest.mark.parametrize("leaving", KINDS)
-def test_whoever_leaves_what_was_sent(leaving: Call) -> None:
+def test_a_caller_leaves_a_call_that_was_sent(leaving: Call) -> None:
     """What it brings is kept, and what it ended has ended."""
 
     async def main() -> None:
@@ -307,7 +297,7 @@ def test_whoever_leaves_what_was_sent(leaving: Call) -> None:
 
 @pytest.mark.parametrize("leaving", KINDS)
 @pytest.mark.parametrize("after_s", [number * STORE_S / 4 for number in range(12)], ids="{:.4f}".format)
-def test_whoever_leaves_at_any_moment(leaving: Call, after_s: float) -> None:
+def test_a_caller_leaves_at_any_moment(leaving: Call, after_s: float) -> None:
     """There is room: either it was sent and is kept, or neither; whoever comes next gets its answer."""
 
     async def main() -> None:

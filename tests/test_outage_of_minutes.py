@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from kit.callers import caller
+from kit.documents import FIELDS
 from kit.fakes import FakeLedger
 from kit.virtual import now, run
 
@@ -127,17 +128,7 @@ class Api:
 
 def snapshot(partition: Partition, snapshot_id: str, called_at: float) -> dict[str, object]:
     """Make what the upstream says to this caller at this time."""
-    return {
-        "id": snapshot_id,
-        "created_at": "2020-07-28T16:47:44Z",
-        "min_disk_size": 25,
-        "name": f"{partition} {called_at}",
-        "regions": ["nyc3"],
-        "resource_id": "7",
-        "resource_type": "droplet",
-        "size_gigabytes": 2.34,
-        "tags": None,
-    }
+    return FIELDS | {"id": snapshot_id, "name": f"{partition} {called_at}"}
 
 
 # -- two replicas, and who asks them -----------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 from kit.callers import caller
+from kit.documents import FIELDS, body_of
 from kit.virtual import now, run
 
 from proxy.cache.collapse import LONGEST_POLL_S, STALE_PATIENCE_S
@@ -61,18 +62,7 @@ from proxy.tasks.flights import LINGER_S, MOST_OF_ONE, Flights
 NOW = 1_000_000.0
 TOTAL_TIMEOUT_S = 8.0
 MAX_WAIT_S = 10.0
-FIELDS = {
-    "id": "42",
-    "created_at": "2020-07-28T16:47:44Z",
-    "min_disk_size": 25,
-    "name": "web",
-    "regions": ["nyc3"],
-    "resource_id": "7",
-    "resource_type": "droplet",
-    "size_gigabytes": 2.34,
-    "tags": None,
-}
-BODY = json.dumps({"snapshot": FIELDS}, separators=(",", ":")).encode()
+BODY = body_of()
 ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
 RATELIMIT = (("ratelimit-remaining", "4999"),)
 LIFETIMES = Lifetimes(60, 60, 300)
@@ -791,7 +781,7 @@ def test_who_waits_for_another_replica(
         ),
     ],
 )
-def test_nobody_waits_for_another_replica_for_ever(
+def test_waiting_for_another_replica_has_a_limit(
     found: Entry | None, status: int, cache_status: Forwarded, after_s: float
 ) -> None:
     """After the longest that a fetch may take it says so; whoever has something stale is soon tired.
@@ -839,7 +829,7 @@ def test_who_waits_for_another_replica_that_waits_for_the_quota() -> None:
         pytest.param(FALLBACK, 200, Outcome.STALE, id="something-stale"),
     ],
 )
-def test_nobody_waits_for_another_replica_beyond_the_end(
+def test_waiting_for_another_replica_ends_with_the_drain(
     found: Entry | None, status: int, outcome: Outcome, announced_at_s: float
 ) -> None:
     """What this one can say by itself it says when its answers are due."""
@@ -1088,7 +1078,7 @@ async def test_who_joins_a_fetch_that_runs(directives: Directives, fetches: int)
         assert (second.cache_status.outcome, second.ratelimit) == (Outcome.MISS, RATELIMIT)
 
 
-async def test_a_fetch_of_its_own_is_joined_by_nobody() -> None:
+async def test_an_unshared_fetch_is_not_joined() -> None:
     """What was fetched for `no-store` is not another caller's answer."""
     path = Path(Store(missing()), Upstream(said()))
     path.upstream.open.clear()

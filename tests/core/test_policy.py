@@ -1,10 +1,10 @@
 """The two questions of a cache: what may answer, and what may be kept."""
 
-import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
+from kit.documents import body_of
 
 from proxy.core.cache_status import Fwd
 from proxy.core.entry import Entry, Lifetimes
@@ -44,18 +44,7 @@ POLICY = Policy(
 )
 NUMBER = Target(SNAPSHOT, "42")
 LIST = list_target("")
-FIELDS = {
-    "id": "42",
-    "created_at": "2020-07-28T16:47:44Z",
-    "min_disk_size": 25,
-    "name": "web",
-    "regions": ["nyc3"],
-    "resource_id": "7",
-    "resource_type": "droplet",
-    "size_gigabytes": 2.34,
-    "tags": [],
-}
-BODY = json.dumps({"snapshot": FIELDS}, separators=(",", ":")).encode()
+BODY = body_of()
 ERROR = b'{"id":"some_error","message":"some message","request_id":"theirs"}'
 NO_SUCH = b'{"id":"bad_request","message":"the resource is not a snapshot","request_id":"theirs"}'
 

@@ -8,7 +8,7 @@ look-up that is given up makes a second call, as it should.
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from random import Random
 
 import aiohttp
@@ -19,11 +19,13 @@ from kit.support import (
     MANY_STRANGERS,
     Serve,
     bearer,
-    raw_exchange,
     resetting,
     scrape,
     total,
+    until_idle,
+    until_metrics,
 )
+from kit.wire import raw_exchange
 
 from proxy.core.series import requests_of
 from proxy.simulator import VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token, World
@@ -78,24 +80,10 @@ async def get(
         return Got(response, await response.read())
 
 
-async def metrics_when(
-    service: Serve, holds: Callable[[Mapping[str, float]], bool], what: str
-) -> Mapping[str, float]:
-    """Scrape until something holds."""
-    metrics: Mapping[str, float] = {}
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while not holds(metrics := await scrape(service.admin)):
-                pass
-    except TimeoutError:
-        raise AssertionError(f"never: {what}\n{metrics}") from None
-    return metrics
-
-
 async def all_wait(service: Serve, callers: int) -> None:
     """Return when so many callers have looked for an entry, found none, and wait for a flight."""
-    metrics = await metrics_when(
-        service,
+    metrics = await until_metrics(
+        service.admin,
         lambda metrics: (
             total(metrics, "snapshot_proxy_store_operations_total", operation="lookup", outcome="ok")
             == callers
@@ -167,7 +155,7 @@ async def test_the_first_caller_leaves(
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        metrics = await metrics_when(service, lambda metrics: requests(metrics) == 1, "one who left")
+        metrics = await until_metrics(service.admin, lambda metrics: requests(metrics) == 1, "one who left")
         assert requests(metrics, cache="none", status="4xx") == 1
         assert total(metrics, "snapshot_proxy_flights") == 1
         gate.release()
@@ -188,9 +176,11 @@ async def test_all_callers_leave(
         for each in asking:
             each.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-        await metrics_when(service, lambda metrics: requests(metrics, status="4xx") == 10, "ten who left")
+        await until_metrics(
+            service.admin, lambda metrics: requests(metrics, status="4xx") == 10, "ten who left"
+        )
         gate.release()
-        await metrics_when(service, lambda metrics: not total(metrics, "snapshot_proxy_flights"), "no flight")
+        await until_idle(service.admin)
     assert (await get(crowd, service, token.value)).cache_status.startswith("hit; ttl=")
     assert simulator.count() == 1
 
@@ -274,8 +264,8 @@ async def test_random_cancellation(
     async with asyncio.timeout(DEADLINE_S):
         answered = await asyncio.gather(*(come_and_go() for _ in range(400)))
     assert 0 < sum(answered) < 400
-    metrics = await metrics_when(
-        service,
+    metrics = await until_metrics(
+        service.admin,
         lambda metrics: (
             total(metrics, "snapshot_proxy_flights") == total(metrics, "snapshot_proxy_connections") == 0
         ),
@@ -370,7 +360,9 @@ async def test_metrics_add_up(
     await send_raw(2, "200", b"HEAD " + DROPLET_PATH.encode() + b" HTTP/1.1\r\n" + authorized)
 
     sent = sum(known.values())
-    metrics = await metrics_when(service, lambda metrics: requests(metrics) >= sent, f"{sent} requests")
+    metrics = await until_metrics(
+        service.admin, lambda metrics: requests(metrics) >= sent, f"{sent} requests"
+    )
     assert requests(metrics) == sent
     classes = Counter[str]()
     for status, number in known.items():

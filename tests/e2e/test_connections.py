@@ -17,7 +17,8 @@ from typing import Self
 import aiohttp
 import pytest
 import trustme
-from kit.support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, raw_exchange, scrape, until
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, scrape, until, until_metrics
+from kit.wire import address, opened, raw_exchange, until_closed
 
 from proxy.app import Addresses
 from proxy.simulator import Simulator, Token
@@ -36,12 +37,6 @@ def request(token: Token, *more: str) -> bytes:
     return "".join([HEAD.format(token=token.value), *(f"{line}\r\n" for line in more), "\r\n"]).encode()
 
 
-def address(url: str) -> tuple[str, int]:
-    """Split the URL of a listener."""
-    host, _, port = url.rpartition("://")[2].partition(":")
-    return host, int(port)
-
-
 async def connections(at: Addresses) -> float:
     """Read the gauge of open connections."""
     return (await scrape(at.admin))["snapshot_proxy_connections"]
@@ -49,30 +44,7 @@ async def connections(at: Addresses) -> float:
 
 async def until_connections(at: Addresses, number: int) -> None:
     """Return when so many are open."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            if await connections(at) == number:
-                return
-            await asyncio.sleep(0.01)
-
-
-@contextlib.asynccontextmanager
-async def opened(at: Addresses) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Open a connection to the API listener."""
-    reader, writer = await asyncio.open_connection(*address(at.api))
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
-
-
-async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    """Give all that comes until the other side closes, in whatever way."""
-    received = b""
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65_536):
-            received += data
-    return received
+    await until_metrics(at.admin, lambda seen: seen["snapshot_proxy_connections"] == number, "connections")
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
@@ -152,7 +124,7 @@ async def test_slow_request(
 ) -> None:
     """A byte now and then does not prolong the time for a request, head and body together."""
     began = monotonic()
-    async with Others(client, at, token), opened(at) as (reader, writer):
+    async with Others(client, at, token), opened(at.api) as (reader, writer):
 
         async def go_on() -> None:
             writer.write(begins.replace(b"{head}", HEAD.format(token=token.value).encode()))
@@ -171,7 +143,7 @@ async def test_slow_request(
 
 async def test_kept_connection(at: Addresses, token: Token) -> None:
     """After an answer the idle time counts from the answer, and the next request has its own time."""
-    async with opened(at) as (reader, writer):
+    async with opened(at.api) as (reader, writer):
         for _ in range(3):
             writer.write(request(token))
             head, _ = await read_answer(reader)
@@ -185,7 +157,7 @@ async def test_kept_connection(at: Addresses, token: Token) -> None:
 
 async def test_half_a_request_behind_a_whole_one(at: Addresses, simulator: Simulator, token: Token) -> None:
     """What came while an answer was owed is the next request's beginning, and has its time."""
-    async with opened(at) as (reader, writer):
+    async with opened(at.api) as (reader, writer):
         async with simulator.hold() as gate:
             writer.write(request(token))
             await gate.arrived()
@@ -203,7 +175,7 @@ async def test_slow_upstream_is_not_the_callers_fault(
     at: Addresses, simulator: Simulator, token: Token
 ) -> None:
     """While an answer is owed neither deadline counts."""
-    async with opened(at) as (reader, writer), simulator.hold() as gate:
+    async with opened(at.api) as (reader, writer), simulator.hold() as gate:
         writer.write(request(token))
         await gate.arrived()
         await asyncio.sleep(HEADER_S + IDLE_S + 0.3)
@@ -215,7 +187,7 @@ async def test_slow_upstream_is_not_the_callers_fault(
 async def test_pipelined_requests(at: Addresses, token: Token) -> None:
     """Whole ones in one packet are answered in their order."""
     paths = [DROPLET_PATH, "/v2/snapshots/1", "/nothing"] * 20
-    async with opened(at) as (reader, writer):
+    async with opened(at.api) as (reader, writer):
         for path in paths:
             writer.write(request(token).replace(DROPLET_PATH.encode(), path.encode(), 1))
         answers = [await read_answer(reader) for _ in paths]
@@ -321,7 +293,7 @@ async def test_more_than_the_limit(simulator: Simulator, token: Token, client: a
         app(f"upstream.base_url={simulator.url}", *settings) as at,
         contextlib.AsyncExitStack() as held,
     ):
-        first, *_ = [await held.enter_async_context(opened(at)) for _ in range(3)]
+        first, *_ = [await held.enter_async_context(opened(at.api)) for _ in range(3)]
         await until_connections(at, 3)
         for _ in range(3):
             head, _, body = (await raw_exchange(at.api, request(token))).partition(b"\r\n\r\n")
@@ -377,7 +349,7 @@ async def test_callers_who_leave(at: Addresses, simulator: Simulator, token: Tok
 
     A reset says at once that they have left; after a mere FIN they may still read, see `test_half_closed`.
     """
-    async with opened(at) as (reader, writer):
+    async with opened(at.api) as (reader, writer):
         writer.write(request(token).replace(DROPLET_PATH.encode(), b"/v2/snapshots/1", 1))
         await read_answer(reader)
     await until_connections(at, 0)
@@ -392,7 +364,7 @@ async def test_callers_who_leave(at: Addresses, simulator: Simulator, token: Tok
             reset(writer)
         await until_connections(at, 0)
         assert (await scrape(at.admin))["snapshot_proxy_flights"] == 1
-    async with opened(at) as (reader, writer):
+    async with opened(at.api) as (reader, writer):
         writer.write(request(token))
         head, _ = await read_answer(reader)
         assert head.startswith(b"HTTP/1.1 200 ")
@@ -502,7 +474,7 @@ async def test_handshake_that_does_not_end(
 ) -> None:
     """It is closed at the deadline for a head at the latest; nothing of ours is told, others are served."""
     async with app(f"upstream.base_url={simulator.url}", *certificate.settings, *DEADLINES) as at:
-        async with opened(at) as (reader, writer):
+        async with opened(at.api) as (reader, writer):
             writer.write(words)
             ask = client.get(at.api + DROPLET_PATH, headers=bearer(token.value), ssl=certificate.context)
             async with ask as response:

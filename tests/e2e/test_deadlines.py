@@ -14,6 +14,8 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import web
+from kit.documents import body_of
+from kit.servers import http_server
 from kit.support import DEADLINE_S, app, bearer, scrape, total, until
 
 from proxy.core.breaker import FAILURES
@@ -133,11 +135,8 @@ async def streaming(pieces: int, pause_s: float, piece: bytes = b"x") -> AsyncIt
             await asyncio.sleep(pause_s)
         return response
 
-    server = web.Server(answer, handler_cancellation=True)
-    listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    listener.close()
-    await server.shutdown(0)
+    async with http_server(answer) as url:
+        yield url
 
 
 @pytest.mark.parametrize(
@@ -251,7 +250,7 @@ class Threaded:
                     if method == b"DELETE":
                         connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
                         continue
-                    body = self._document(target.rpartition(b"/")[2].decode())
+                    body = body_of(target.rpartition(b"/")[2].decode())
                     connection.sendall(
                         b"HTTP/1.1 200 OK\r\nratelimit-remaining: 4999\r\nContent-Length: %d\r\n\r\n"
                         % len(body)
@@ -264,13 +263,6 @@ class Threaded:
             with self._lock:
                 self.waiting += 1
             assert self.go.wait(DEADLINE_S)
-
-    def _document(self, snapshot_id: str) -> bytes:
-        return (
-            b'{"snapshot":{"id":"%b","created_at":"2026-01-02T03:04:05Z","min_disk_size":25,"name":"web",'
-            b'"regions":[],"resource_id":"1","resource_type":"droplet","size_gigabytes":1,"tags":[]}}'
-            % snapshot_id.encode()
-        )
 
 
 @pytest.fixture(scope="module")

@@ -735,7 +735,7 @@ async def test_redis_is_away(
 
 
 @pytest.mark.parametrize("kind", ["single", "list"])
-async def test_nobody_joins_a_fetch_from_before(
+async def test_a_fetch_from_before_is_not_joined(
     upstream: Simulator, session: aiohttp.ClientSession, replicas: Replicas, kind: str
 ) -> None:
     """Without stamps too: who asks after the answer does not wait for a fetch that began before."""

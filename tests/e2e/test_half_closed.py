@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import secrets
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,12 +12,16 @@ from typing import Self
 
 import aiohttp
 import pytest
+import pytest_asyncio
 import trustme
 import uvloop
-from kit.support import DEADLINE_S, DROPLET_PATH, Serve, app, bearer, scrape
+from kit.support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, app, bearer, scrape, until_metrics
+from kit.wire import address, connect
 
 from proxy.app import Addresses
-from proxy.simulator import DROPLET_SNAPSHOT_ID, Simulator, Token
+from proxy.simulator import DROPLET_SNAPSHOT_ID, Simulator, Token, World
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HEADER_S = 0.5
 SETTINGS = ("passthrough.enabled=true", f"server.header_timeout_s={HEADER_S}")
@@ -44,8 +49,7 @@ class Peer:
     """A connection, by the system's own calls: what it sent and closed has arrived when they return."""
 
     def __init__(self, url: str) -> None:
-        host, _, port = url.rpartition("://")[2].partition(":")
-        self._at = host, int(port)
+        self._at = address(url)
         self._socket = socket.socket()
         self._socket.setblocking(False)
 
@@ -79,10 +83,32 @@ def statuses(received: bytes) -> list[str]:
     return re.findall(r"HTTP/1\.[01] (\d{3}) ", received.decode())
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def simulator() -> AsyncIterator[Simulator]:
+    """Run the API."""
+    async with Simulator() as running:
+        yield running
+
+
+@pytest.fixture
+def token(simulator: Simulator) -> Token:
+    """Give a token for which nothing is cached, of an upstream that has everything and was asked nothing."""
+    simulator.reset()
+    simulator.world = World()
+    return simulator.world.token(value=secrets.token_hex(16))
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    """Give a client."""
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["asyncio", "uvloop"])
 async def at(request: pytest.FixtureRequest, simulator: Simulator) -> AsyncIterator[Addresses]:
     """Run the service on either event loop: here, and as a process, which has uvloop."""
-    settings = (f"upstream.base_url={simulator.url}", *SETTINGS)
+    settings = (f"upstream.base_url={simulator.url}", MANY_STRANGERS, *SETTINGS)
     if request.param == "asyncio":
         async with app(*settings) as addresses:
             yield addresses
@@ -206,9 +232,7 @@ async def test_who_has_left_is_gone_with_the_answer(
             await peer.send(request(token))
             await gate.arrived()
         gate.release()
-    async with asyncio.timeout(DEADLINE_S):
-        while (await scrape(at.admin))["snapshot_proxy_connections"]:  # noqa: ASYNC110 # nothing tells
-            await asyncio.sleep(0.005)
+    await until_metrics(at.admin, lambda seen: not seen["snapshot_proxy_connections"], "it is closed")
     async with Peer(at.api) as peer:
         await peer.send(request(token))
         peer.half_close()
@@ -239,10 +263,9 @@ async def test_over_tls_the_end_is_the_end(simulator: Simulator, token: Token) -
             ) as at,
             simulator.hold() as gate,
         ):
-            host, _, port = at.api.removeprefix("https://").partition(":")
             incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-            there = context.wrap_bio(incoming, outgoing, server_hostname=host)
-            reader, writer = await asyncio.open_connection(host, int(port))
+            there = context.wrap_bio(incoming, outgoing, server_hostname=address(at.api)[0])
+            reader, writer = await connect(at.api)
 
             async def exchange(step: Callable[[], object]) -> None:
                 while True:

@@ -197,25 +197,11 @@ def auth(token: Token) -> str:
 CHUNKED = "Transfer-Encoding: chunked"
 EXPECT = "Expect: 100-continue"
 
+# One of each kind: the tables stand in tests/core/test_request.py and test_passthrough.py.
 TARGETS = [
-    pytest.param("/v2/snapshots/637232%31", 400, "bad_request", id="encoded-digit"),
     pytest.param("/v2/snapshots/..%2f6372321", 400, "bad_request", id="encoded-slash"),
     pytest.param("/v2/snapshots%2f6372321", 421, "not_proxied", id="encoded-slash-for-the-real-one"),
-    pytest.param("/v2/snapshots/%2e%2e/account", 400, "bad_request", id="encoded-dots"),
-    pytest.param("/v2/snapshots/.", 400, "bad_request", id="dot"),
-    pytest.param("/v2/snapshots/..", 400, "bad_request", id="dots"),
-    pytest.param("/v2/snapshots/../account", 400, "bad_request", id="dots-then-a-path"),
-    pytest.param("/v2/./snapshots/6372321", 421, "not_proxied", id="dot-before"),
-    pytest.param("/v2/../v2/snapshots/6372321", 421, "not_proxied", id="dots-before"),
-    pytest.param("/v2/snapshots/6372321/..", 400, "bad_request", id="dots-after"),
-    pytest.param("/v2/snapshots//6372321", 400, "bad_request", id="empty-segment-before"),
-    pytest.param("/v2/snapshots//", 400, "bad_request", id="empty-segment"),
-    pytest.param("/v2/snapshots/6372321//", 400, "bad_request", id="two-slashes-after"),
-    pytest.param("/v2/snapshots/6372321/actions", 400, "bad_request", id="deeper"),
-    pytest.param("/v2/snapshots/6372321;a=b", 400, "bad_request", id="path-parameter"),
     pytest.param("/v2/snapshots/6372321#top", 400, "bad_request", id="fragment"),
-    pytest.param("/v2/snapshots/6372321\\..", 400, "bad_request", id="backslash"),
-    pytest.param("/v2/snapshots/" + "a" * 65, 400, "bad_request", id="longer-than-any-id"),
     pytest.param("/v2/snapshots/caf\xe9", 400, "bad_request", id="not-ascii"),
     pytest.param("/v2/snapshots/6372321\x00", 400, "bad_request", id="nul"),
     pytest.param("/v2/snapshots/63 72321", 400, "bad_request", id="space"),
@@ -224,21 +210,8 @@ TARGETS = [
     pytest.param("/v2/snapshots?tag[]=web", 400, "bad_request", id="list-with-brackets"),
     pytest.param("/v2/snapshots?name=caf\xe9", 400, "bad_request", id="list-with-a-query-not-ascii"),
     pytest.param("/v2/account", 421, "not_proxied", id="another-path-of-the-api"),
-    pytest.param("/V2/snapshots/6372321", 421, "not_proxied", id="upper-case"),
-    pytest.param("//v2/snapshots/6372321", 421, "not_proxied", id="empty-segment-in-front"),
-    pytest.param("/v2//snapshots/6372321", 421, "not_proxied", id="empty-segment-behind-the-version"),
-    pytest.param("/", 421, "not_proxied", id="root"),
-    pytest.param("/v2", 421, "not_proxied", id="version-alone"),
-    pytest.param("/snapshots/6372321", 421, "not_proxied", id="no-version"),
-    pytest.param("/api/v2/snapshots/6372321", 421, "not_proxied", id="prefix"),
-    pytest.param("/metrics", 421, "not_proxied", id="what-the-admin-listener-has"),
-    pytest.param("http://elsewhere.example", 421, "not_proxied", id="absolute-without-path"),
-    pytest.param(
-        "http://elsewhere.example//v2/snapshots/1", 421, "not_proxied", id="absolute-with-2-slashes"
-    ),
     pytest.param("http://elsewhere.example/v2/account", 421, "not_proxied", id="absolute-other-path"),
     pytest.param("ftp://elsewhere.example/v2/snapshots/1", 400, "bad_request", id="absolute-other-scheme"),
-    pytest.param("elsewhere.example:443", 400, "bad_request", id="authority"),
     pytest.param("*", 400, "bad_request", id="asterisk"),
     pytest.param(DROPLET_PATH + "?" + "q" * (8191 - len(DROPLET_PATH) - 1), 414, "uri_too_long", id="8191"),
 ]
@@ -253,24 +226,16 @@ REFUSED = [
         ask("http://elsewhere.example" + DROPLET_PATH, host=""), 400, "bad_request", id="only-in-target"
     ),
     pytest.param(ask(DROPLET_PATH, AUTH), 400, "bad_request", id="two-authorizations"),
-    pytest.param(ask(DROPLET_PATH, "authorization: Basic YQ=="), 400, "bad_request", id="two-of-two-schemes"),
     pytest.param(ask(auth=""), 401, "unauthorized", id="no-authorization"),
     pytest.param(ask(auth=f"Authorization: Basic {SECRET}"), 401, "unauthorized", id="basic"),
-    pytest.param(ask(auth=f"Authorization: {SECRET}"), 401, "unauthorized", id="bare-token"),
-    pytest.param(ask(auth=f"Authorization: Bearer{SECRET}"), 401, "unauthorized", id="no-space"),
-    pytest.param(ask(auth=f"Authorization: Bearer\t{SECRET}"), 401, "unauthorized", id="tab-for-space"),
-    pytest.param(ask(auth=f"X-Token: {SECRET}"), 401, "unauthorized", id="another-header"),
-    pytest.param(ask(auth="Authorization: Bearer"), 401, "unauthorized", id="scheme-alone"),
     pytest.param(ask(auth=f"Authorization: Bearer {SECRET}\xe9"), 401, "unauthorized", id="latin-1"),
     pytest.param(ask(auth=f"Authorization: Bearer {SECRET}\xc3\xa9"), 401, "unauthorized", id="utf-8"),
     pytest.param(ask(auth=f"Authorization: Bearer {SECRET}\x7f"), 400, "bad_request", id="delete-character"),
-    pytest.param(ask(auth=f"Authorization: Bearer {SECRET}\tb"), 401, "unauthorized", id="tab-inside"),
     pytest.param(ask(auth=f"Authorization: Bearer {SECRET}\x00"), 400, "bad_request", id="nul-inside"),
     pytest.param(ask(auth=f"Authorization: Bearer {SECRET}\rX: y"), 400, "bad_request", id="cr-inside"),
     pytest.param(ask(auth=f"Authorization: Bearer\r\n {SECRET}"), 400, "bad_request", id="folded"),
     pytest.param(ask(auth=f"Authorization : Bearer {SECRET}"), 400, "bad_request", id="space-before-colon"),
     pytest.param(ask(auth=f"Authorization Bearer {SECRET}"), 400, "bad_request", id="no-colon"),
-    pytest.param(ask(auth=f"{AUTH}{'x' * (513 - len(SECRET))}"), 401, "unauthorized", id="token-of-513"),
     pytest.param(ask(auth=f"{AUTH}{'x' * 8_000}"), 401, "unauthorized", id="token-of-8000"),
     pytest.param(ask(auth=f"{AUTH}{'x' * 9_000}"), 431, "headers_too_large", id="token-of-9000"),
     pytest.param(ask(version="HTTP/2.0"), 505, "http_version_not_supported", id="2.0"),
@@ -291,12 +256,7 @@ REFUSED = [
     pytest.param(ask(method="get"), 400, "bad_request", id="lower-case-method"),
     pytest.param(ask(method="BREW"), 400, "bad_request", id="unheard-of-method"),
     pytest.param(ask(method=SECRET), 400, "bad_request", id="token-for-a-method"),
-    pytest.param(ask(method="OPTIONS"), 405, "method_not_allowed", id="options"),
-    pytest.param(ask(method="TRACE"), 405, "method_not_allowed", id="trace"),
     pytest.param(ask(method="CONNECT"), 405, "method_not_allowed", id="connect"),
-    pytest.param(ask(method="PUT"), 405, "method_not_allowed", id="put"),
-    pytest.param(ask(method="PATCH"), 405, "method_not_allowed", id="patch"),
-    pytest.param(ask("/v2/snapshots", method="DELETE"), 405, "method_not_allowed", id="delete-of-the-list"),
     pytest.param(ask(method="DELETE", auth=""), 401, "unauthorized", id="delete-without-token"),
     pytest.param(ask(DROPLET_PATH, AUTH, method="DELETE"), 400, "bad_request", id="delete-with-two-tokens"),
     pytest.param(ask(method="DELETE", host=""), 400, "bad_request", id="delete-without-host"),
@@ -313,7 +273,6 @@ REFUSED = [
     ),
     pytest.param(ask("*", method="OPTIONS"), 400, "bad_request", id="options-asterisk"),
     pytest.param(ask("elsewhere.example:443", method="CONNECT"), 400, "bad_request", id="connect-elsewhere"),
-    pytest.param(ask("/v2/snapshots", method="POST"), 405, "method_not_allowed", id="post-to-the-list"),
     pytest.param(ask("/v2/droplets", method="DELETE"), 421, "not_proxied", id="delete-elsewhere"),
     pytest.param(ask(DROPLET_PATH, "X: " + "x" * 8188), 431, "headers_too_large", id="line-of-8191"),
     pytest.param(ask(DROPLET_PATH, "x" * 4096 + ": " + "x" * 4093), 431, "headers_too_large", id="long-name"),
@@ -431,6 +390,7 @@ async def test_refused_request(
         pytest.param(ask(DROPLET_PATH, "Content-Length: 2", auth="", body=b"{}"), id="body-left-unread"),
         pytest.param(b"\x00garbage\r\n\r\n", id="garbage"),
         pytest.param(ask(DROPLET_PATH, "Connection: close"), id="asked-to-close"),
+        pytest.param(ask(DROPLET_PATH, "Connection: Close, TE", "TE: trailers"), id="close-and-more"),
         pytest.param(ask(version="HTTP/1.0"), id="1.0"),
     ],
 )
@@ -502,7 +462,7 @@ async def test_one_connection_too_many(simulator: Simulator) -> None:
         pytest.param([ask("/nothing") + ask()[:-2]], id="half-a-head-behind-a-request"),
     ],
 )
-async def test_nobody_holds_a_connection(simulator: Simulator, sent: list[bytes]) -> None:
+async def test_an_unfinished_request_holds_no_connection(simulator: Simulator, sent: list[bytes]) -> None:
     """A request that does not come to its end is given up at the deadline, without a word to the upstream."""
     async with (
         app(
@@ -543,47 +503,10 @@ async def test_an_idle_connection_is_not_a_slow_request(simulator: Simulator, to
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param(DROPLET_PATH, id="number"),
-        pytest.param(DROPLET_PATH + "/", id="trailing-slash"),
-        pytest.param(DROPLET_PATH + "?per_page=200", id="query"),
-        pytest.param(DROPLET_PATH + "/?a=/../b&%00#", id="slash-and-odd-query"),
-        pytest.param(DROPLET_PATH + "?", id="empty-query"),
-        pytest.param(VOLUME_PATH, id="uuid"),
-        pytest.param(
-            VOLUME_PATH.replace(VOLUME_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID.upper()), id="uuid-upper-case"
-        ),
-        pytest.param("http://elsewhere.example:99" + DROPLET_PATH, id="absolute-with-foreign-authority"),
-        pytest.param(
-            "HTTPS://user:pass@elsewhere.example" + VOLUME_PATH + "?a", id="absolute-with-all-parts"
-        ),
-        pytest.param(DROPLET_PATH + "?" + "q" * (8190 - len(DROPLET_PATH) - 1), id="8190-bytes"),
-    ],
-)
-async def test_accepted_target(simulator: Simulator, service: Serve, token: Token, target: str) -> None:
-    """Each spelling is answered without a redirect, asks for the canonical target, and shares its entry."""
-    canonical = VOLUME_PATH if VOLUME_SNAPSHOT_ID in target.lower() else DROPLET_PATH
-    first = await exchange(service.api, ask(target, auth=auth(token)))
-    assert (first.status, first.cache_status()) == (200, "fwd=uri-miss; fwd-status=200; stored")
-    assert json.loads(first.body)["snapshot"]["id"] == canonical.rpartition("/")[2]
-    second = await exchange(service.api, ask(canonical, auth=auth(token)))
-    assert second.body == first.body
-    assert second.cache_status().startswith("hit; ttl=")
-    assert [call.target for call in simulator.calls] == [canonical]
-
-
-@pytest.mark.parametrize(
     ("segment", "cached"),
     [
-        pytest.param("9" * 19, True, id="19-digits"),
         pytest.param("9" * 20, False, id="20-digits"),
-        pytest.param("0", False, id="zero"),
-        pytest.param("06372321", False, id="leading-zero"),
-        pytest.param("-6372321", False, id="negative"),
         pytest.param("{0}", True, id="unknown-uuid"),
-        pytest.param("00000000000000000000000000000000", False, id="uuid-without-hyphens"),
-        pytest.param("a" * 64, False, id="64-characters"),
         pytest.param("My_Name", False, id="name"),
     ],
 )
@@ -602,8 +525,6 @@ async def test_unusual_ids(
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param("Authorization: Bearer {0}", id="plain"),
-        pytest.param("authorization: bearer {0}", id="lower-case"),
         pytest.param("AUTHORIZATION: BEARER {0}", id="upper-case"),
         pytest.param("Authorization:bEaReR  {0} \t", id="white-space-around"),
     ],
@@ -611,12 +532,9 @@ async def test_unusual_ids(
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("My Access Token", id="spaces-inside"),
         pytest.param("a  b", id="two-spaces-inside"),
-        pytest.param("Bearer Bearer", id="scheme-inside"),
         pytest.param("".join(map(chr, range(33, 127))), id="all-printable-characters"),
         pytest.param("x" * 512, id="512-characters"),
-        pytest.param("x", id="one-character"),
     ],
 )
 async def test_accepted_token(simulator: Simulator, service: Serve, line: str, text: str) -> None:
@@ -713,22 +631,6 @@ async def test_expect_continue(service: Serve) -> None:
         assert reply.status == 200
 
 
-@pytest.mark.parametrize(
-    ("lines", "version", "credentials", "status"),
-    [
-        pytest.param((EXPECT,), "HTTP/1.1", AUTH, 200, id="without-a-body"),
-        pytest.param(("Content-Length: 0", EXPECT), "HTTP/1.1", AUTH, 200, id="with-an-empty-body"),
-        pytest.param(("Content-Length: 2", EXPECT), "HTTP/1.1", "", 401, id="of-nobody"),
-    ],
-)
-async def test_no_100(
-    service: Serve, lines: tuple[str, ...], version: str, credentials: str, status: int
-) -> None:
-    """No 100 where no body is wanted (RFC 9110 §10.1.1)."""
-    reply = await exchange(service.api, ask(DROPLET_PATH, *lines, version=version, auth=credentials))
-    assert reply.status == status
-
-
 async def test_pipelining(simulator: Simulator, service: Serve, token: Token) -> None:
     """Answers come in the order of their requests, errors included, though a later one is ready first."""
     mine = auth(token)
@@ -774,14 +676,9 @@ async def test_malformed_behind_a_good_one(simulator: Simulator, service: Serve,
     ("sent", "echoed"),
     [
         pytest.param("abc.DEF_1-2", True, id="all-characters"),
-        pytest.param("x" * 128, True, id="128"),
-        pytest.param("x" * 129, False, id="129"),
         pytest.param("", False, id="empty"),
-        pytest.param("a b", False, id="space"),
         pytest.param("a\tb", False, id="tab"),
-        pytest.param('"><script>', False, id="markup"),
         pytest.param("caf\xe9", False, id="not-ascii"),
-        pytest.param("a,b", False, id="list"),
     ],
 )
 @pytest.mark.parametrize("target", [UNKNOWN_PATH, "/nothing", "/v2/snapshots/unkept"])
@@ -892,15 +789,8 @@ async def test_head_fills(simulator: Simulator, service: Serve, token: Token) ->
     ("lines", "status"),
     [
         pytest.param(("If-None-Match: {0}",), 304, id="it"),
-        pytest.param(("If-None-Match: W/{0}",), 304, id="weak"),
-        pytest.param(('If-None-Match: "a", W/"b" , {0}',), 304, id="among-several"),
         pytest.param(('If-None-Match: "a"', "If-None-Match: {0}"), 304, id="in-the-second-header"),
-        pytest.param(("If-None-Match: *",), 304, id="any"),
         pytest.param(('If-None-Match: "a", W/"b"',), 200, id="others"),
-        pytest.param(('If-None-Match: "*"',), 200, id="quoted-asterisk"),
-        pytest.param(("If-None-Match:",), 200, id="empty"),
-        pytest.param(("If-None-Match: {1}",), 200, id="unquoted"),
-        pytest.param(('If-None-Match: "x{1}"',), 200, id="within-another"),
         pytest.param(("If-Match: {0}",), 200, id="another-condition"),
     ],
 )
@@ -929,86 +819,6 @@ async def test_if_none_match_on_404(service: Serve, token: Token, condition: str
     wanted = "*" if condition == "*" else missing.headers["ETag"]
     reply = await exchange(service.api, ask(UNKNOWN_PATH, f"If-None-Match: {wanted}", auth=auth(token)))
     assert (reply.status, reply.body) == (404, missing.body)
-
-
-HIT = "hit"
-MISS = "fwd=uri-miss; fwd-status=200; stored"
-ASKED = "fwd=request; fwd-status=200; stored"
-UNKEPT = "fwd=request; fwd-status=200"
-NOT_CACHED = "fwd=request"
-
-
-@pytest.mark.parametrize(
-    ("lines", "when_cached", "when_cold"),
-    [
-        pytest.param(("Cache-Control: no-cache",), ASKED, MISS, id="no-cache-§5.2.1.4"),
-        pytest.param(("Cache-Control: No-Cache",), ASKED, MISS, id="any-case-§5.2"),
-        pytest.param(
-            ("Cache-Control: no-store",), HIT, MISS.removesuffix("; stored"), id="no-store-§5.2.1.5"
-        ),
-        pytest.param(("Cache-Control: max-age=0",), ASKED, MISS, id="max-age-0-§5.2.1.1"),
-        pytest.param(("Cache-Control: max-age=60",), HIT, MISS, id="max-age-60-§5.2.1.1"),
-        pytest.param(('Cache-Control: max-age="60"',), HIT, MISS, id="max-age-quoted-§5.2"),
-        pytest.param(("Cache-Control: max-age=1e3",), ASKED, MISS, id="max-age-unreadable-§4.2.1"),
-        pytest.param(("Cache-Control: max-age",), ASKED, MISS, id="max-age-of-nothing-§4.2.1"),
-        pytest.param(("Cache-Control: max-age=60, max-age=0",), ASKED, MISS, id="two-max-ages-§4.2.1"),
-        pytest.param((f"Cache-Control: max-age={'9' * 400}",), HIT, MISS, id="max-age-huge-§1.2.2"),
-        pytest.param(("Cache-Control: only-if-cached",), HIT, NOT_CACHED, id="only-if-cached-§5.2.1.7"),
-        pytest.param(("Cache-Control: only-if-cached, max-age=60",), HIT, NOT_CACHED, id="both-§5.2.1.7"),
-        pytest.param(
-            ("Cache-Control: only-if-cached, max-age=0",), NOT_CACHED, NOT_CACHED, id="too-old-§5.2.1.7"
-        ),
-        pytest.param(
-            ("Cache-Control: only-if-cached, no-cache",), NOT_CACHED, NOT_CACHED, id="neither-§5.2.1.7"
-        ),
-        pytest.param(
-            ("Cache-Control: no-store, no-cache",), UNKEPT, MISS.removesuffix("; stored"), id="§5.2.1.5"
-        ),
-        pytest.param(
-            ("Cache-Control: no-store", "Cache-Control: no-cache"),
-            UNKEPT,
-            MISS.removesuffix("; stored"),
-            id="two-lines-§5.2",
-        ),
-        pytest.param(("Pragma: no-cache",), ASKED, MISS, id="pragma-§5.4"),
-        pytest.param(
-            ("Pragma: no-cache", "Cache-Control: max-age=60"), HIT, MISS, id="pragma-overruled-§5.4"
-        ),
-        pytest.param(('Cache-Control: x="no-cache, max-age=0"',), HIT, MISS, id="inside-a-string-§5.2"),
-        pytest.param(
-            ("Cache-Control: max-stale=60, min-fresh=1, no-transform",), HIT, MISS, id="others-§5.2.3"
-        ),
-    ],
-)
-@pytest.mark.parametrize("state", ["cached", "cold"])
-async def test_directives(
-    simulator: Simulator,
-    service: Serve,
-    token: Token,
-    *,
-    lines: tuple[str, ...],
-    state: str,
-    when_cached: str,
-    when_cold: str,
-) -> None:
-    """What a request may ask of the cache; the sections are RFC 9111's."""
-    if state == "cached":
-        await exchange(service.api, ask(auth=auth(token)))
-        simulator.reset()
-    expected = when_cached if state == "cached" else when_cold
-    reply = await exchange(service.api, ask(DROPLET_PATH, *lines, auth=auth(token)))
-    if expected == HIT:
-        assert reply.cache_status() == f"hit; ttl={60 - int(reply.headers['Age'])}"
-    else:
-        assert reply.cache_status() == expected
-    assert len(simulator.calls) == ("fwd-status" in expected)
-    if expected == NOT_CACHED:
-        assert (reply.status, json.loads(reply.body)["id"]) == (504, "not_cached")
-    else:
-        assert reply.status == 200
-    after = await exchange(service.api, ask(auth=auth(token)))
-    kept = state == "cached" or expected.endswith("stored")
-    assert after.cache_status().startswith("hit" if kept else "fwd=uri-miss")
 
 
 async def test_no_cache_renews(simulator: Simulator, service: Serve, token: Token) -> None:
@@ -1065,16 +875,6 @@ async def test_what_the_upstream_sees(simulator: Simulator, service: Serve, toke
     ("fault", "expected_id", "retry_after"),
     [
         pytest.param(Fault(FaultKind.STATUS, 403), "forbidden", None, id="403"),
-        pytest.param(Fault(FaultKind.STATUS, 409), "conflict", None, id="409"),
-        pytest.param(Fault(FaultKind.STATUS, 422), "unprocessable_entity", None, id="422"),
-        pytest.param(Fault(FaultKind.STATUS, 500), "server_error", None, id="500"),
-        pytest.param(Fault(FaultKind.STATUS, 429), "too_many_requests", "5", id="429"),
-        pytest.param(
-            Fault(FaultKind.STATUS, 429, headers={"retry-after": "7"}),
-            "too_many_requests",
-            "7",
-            id="429-in-7",
-        ),
         pytest.param(
             Fault(FaultKind.STATUS, 429, headers={"retry-after": "0"}),
             "too_many_requests",
@@ -1082,35 +882,13 @@ async def test_what_the_upstream_sees(simulator: Simulator, service: Serve, toke
             id="429-in-0",
         ),
         pytest.param(
-            Fault(FaultKind.STATUS, 503, headers={"retry-after": "3600"}), None, "60", id="503-in-an-hour"
+            Fault(FaultKind.STATUS, 404, headers={"retry-after": "7"}), "not_found", None, id="404-in-7"
         ),
-        pytest.param(
-            Fault(FaultKind.STATUS, 503, headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}),
-            None,
-            "1",
-            id="503-with-a-date-in-the-past",
-        ),
-        pytest.param(
-            Fault(FaultKind.STATUS, 404, headers={"retry-after": "7"}),
-            "not_found",
-            None,
-            id="404-that-says-when",
-        ),
-        pytest.param(
-            Fault(FaultKind.STATUS, 502, headers={"retry-after": "7"}), None, None, id="502-that-says-when"
-        ),
-        pytest.param(Fault(FaultKind.STATUS, 403, envelope=False), "forbidden", None, id="403-of-a-gateway"),
-        pytest.param(
-            Fault(FaultKind.STATUS, 503, envelope=False), "server_error", "5", id="503-of-a-gateway"
-        ),
+        pytest.param(Fault(FaultKind.STATUS, 502, headers={"retry-after": "7"}), None, None, id="502-in-7"),
         pytest.param(
             Fault(FaultKind.STATUS, 418, envelope=False), "bad_request", None, id="418-of-a-gateway"
         ),
-        pytest.param(Fault(FaultKind.REDIRECT), "upstream_invalid", None, id="redirect"),
-        pytest.param(Fault(FaultKind.NOT_MODIFIED), "upstream_invalid", None, id="304-not-asked-for"),
-        pytest.param(Fault(FaultKind.WRONG_ID), "upstream_invalid", None, id="another-snapshot"),
         pytest.param(Fault(FaultKind.HTML), "upstream_invalid", None, id="a-page"),
-        pytest.param(Fault(FaultKind.INVALID_HTTP), "upstream_invalid", None, id="no-http"),
     ],
 )
 @pytest.mark.parametrize("request_id_given", [True, False], ids=["with-request_id", "without-request_id"])

@@ -1,13 +1,12 @@
 """Connections that the upstream's edge closed while they were kept: no read fails, no write goes over one."""
 
 import asyncio
-import contextlib
-import json
 from collections.abc import AsyncIterator
-from typing import Self
 
 import aiohttp
 import pytest
+from kit.documents import body_of
+from kit.servers import RawServer
 from kit.support import app, bearer, scrape, total, until
 
 from proxy.core.breaker import FAILURES
@@ -16,27 +15,11 @@ KEPT, READS = 12, 8
 TOKEN = "dop_v1_" + "ab" * 32
 
 
-def document(snapshot_id: str) -> bytes:
-    """Make the body of a snapshot."""
-    snapshot = {
-        "id": snapshot_id,
-        "created_at": "2026-01-02T03:04:05Z",
-        "min_disk_size": 25,
-        "name": "web",
-        "regions": ["ams3"],
-        "resource_id": "1",
-        "resource_type": "droplet",
-        "size_gigabytes": 2.34,
-        "tags": None,
-    }
-    return json.dumps({"snapshot": snapshot}).encode()
-
-
-class Edge:
+class Edge(RawServer):
     """An upstream that can forget the connections it has, and does not say so before they are used again."""
 
     def __init__(self) -> None:
-        self.opened = 0
+        super().__init__(self._answer)
         self.forgotten = 0
         """So many of the connections, the oldest ones, are not known any more."""
         self.silent = False
@@ -46,57 +29,37 @@ class Edge:
         self.held: asyncio.Event | None = None
         """While it is there and not set, no answer is given."""
         self._before = 0
-        self._running: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        if self.held is not None:
-            self.held.set()
-        for writer in self._running.values():
-            writer.transport.abort()
-        await asyncio.gather(*self._running)
 
     def forget(self, *, silent: bool = False) -> None:
         """Forget all connections."""
-        self.forgotten, self.silent, self._before = self.opened, silent, len(self.requests)
+        self.forgotten, self.silent, self._before = self.connections, silent, len(self.requests)
 
     def lost(self) -> int:
         """Count the requests that came on connections after they were forgotten."""
         return sum(number <= self.forgotten for number, _ in self.requests[self._before :])
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.opened += 1
-        number = self.opened
-        task = asyncio.current_task()
-        assert task is not None
-        self._running[task] = writer
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                method, target, _ = head.decode().split(" ", 2)
-                self.requests.append((number, method))
-                if number <= self.forgotten:
-                    if self.silent:
-                        await reader.read()
-                    break
-                if self.held is not None:
-                    await self.held.wait()
-                body = document(target.rpartition("/")[2])
-                left = 5000 - len(self.requests)
-                told = f"Content-Length: {len(body)}\r\nratelimit-remaining: {left}\r\n\r\n".encode()
-                match method:
-                    case "DELETE":
-                        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
-                    case "HEAD":
-                        writer.write(b"HTTP/1.1 200 OK\r\n" + told)
-                    case _:
-                        writer.write(b"HTTP/1.1 200 OK\r\n" + told + body)
-        writer.transport.abort()
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = self.connections
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            method, target, _ = head.decode().split(" ", 2)
+            self.requests.append((number, method))
+            if number <= self.forgotten:
+                if self.silent:
+                    await reader.read()
+                break
+            if self.held is not None:
+                await self.held.wait()
+            body = body_of(target.rpartition("/")[2])
+            left = 5000 - len(self.requests)
+            told = f"Content-Length: {len(body)}\r\nratelimit-remaining: {left}\r\n\r\n".encode()
+            match method:
+                case "DELETE":
+                    writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+                case "HEAD":
+                    writer.write(b"HTTP/1.1 200 OK\r\n" + told)
+                case _:
+                    writer.write(b"HTTP/1.1 200 OK\r\n" + told + body)
 
 
 @pytest.fixture
@@ -121,7 +84,7 @@ async def keep(client: aiohttp.ClientSession, api: str, edge: Edge, first: int =
     await until(lambda: len(edge.requests) == before + KEPT, "all are asked at once")
     edge.held.set()
     assert await asyncio.gather(*reading) == [200] * KEPT
-    assert edge.opened == KEPT
+    assert edge.connections == KEPT
 
 
 async def test_reads_after_the_edge_closed_all(edge: Edge, client: aiohttp.ClientSession) -> None:
@@ -132,7 +95,7 @@ async def test_reads_after_the_edge_closed_all(edge: Edge, client: aiohttp.Clien
         edge.forget()
         statuses = await asyncio.gather(*(read(client, at.api, 200 + number) for number in range(READS)))
         assert statuses == [200] * READS
-        assert KEPT < edge.opened <= KEPT + READS
+        assert KEPT < edge.connections <= KEPT + READS
         lost = edge.lost()
         assert 1 <= lost <= READS
         assert [await read(client, at.api, 300 + number) for number in range(KEPT)] == [200] * KEPT
@@ -169,7 +132,7 @@ async def test_what_was_used_after_the_failure_is_kept(edge: Edge, client: aioht
         edge.forget()
         assert [await read(client, at.api, 200 + number) for number in range(READS)] == [200] * READS
     # The repeat's own is closed after it; the first read after that opens one, and the others use it.
-    assert edge.opened == KEPT + 2
+    assert edge.connections == KEPT + 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +153,7 @@ async def test_a_write_has_a_connection_of_its_own(
             edge.forget()
             async with client.request(method, at.api + path, headers=bearer(TOKEN)) as response:
                 assert response.status in (200, 204)
-            assert edge.opened == KEPT + number
+            assert edge.connections == KEPT + number
             assert edge.requests[-1] == (KEPT + number, method)
     assert len(edge.requests) == 1 + KEPT + 3
 

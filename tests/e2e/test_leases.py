@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 from kit.replicas import shared, together
-from kit.support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total
+from kit.support import AMPLE, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total, until_idle
 from redis.asyncio import Redis
 
 from proxy.app import Addresses
@@ -146,8 +146,7 @@ async def leases(redis: Redis) -> list[bytes]:
 async def all_is_over(replicas: Sequence[Addresses], redis: Redis) -> None:
     """Wait until no flight is in the air and no lease or record is left."""
     for at in replicas:
-        while total(await scrape(at.admin), "snapshot_proxy_flights"):
-            pass
+        await until_idle(at.admin)
     while await leases(redis):
         pass
 
@@ -314,7 +313,7 @@ async def test_a_failure_is_shared_for_a_second(
 
 @pytest.mark.G6
 @pytest.mark.parametrize("ends", ["delete", "purge", "unauthorized"])
-async def test_nobody_joins_a_fetch_from_before_an_end(
+async def test_a_fetch_from_before_an_invalidation_is_not_joined(
     ends: str, settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
     """Whoever asks after an answered DELETE, purge or 401 gets an answer from after it, on any replica."""
@@ -373,7 +372,7 @@ async def test_a_holder_that_stops_leaves_its_lease(
     assert [leader(call) for call in calls] == [0, 1]
 
 
-async def test_nobody_waits_longer_for_a_replica_than_for_the_upstream(
+async def test_waiting_for_a_replica_is_no_longer_than_for_the_upstream(
     settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
     """Where the lease's holder lives and gets no answer, who waits elsewhere gives up in its own time.
@@ -405,7 +404,7 @@ async def test_nobody_waits_longer_for_a_replica_than_for_the_upstream(
         pytest.param(None, id="of-another-type"),
     ],
 )
-async def test_a_foreign_lease_holds_nobody_up(
+async def test_a_foreign_lease_delays_no_caller(
     *,
     value: bytes | None,
     settings: list[str],
@@ -433,7 +432,7 @@ async def test_a_foreign_lease_holds_nobody_up(
 
 
 @pytest.mark.G5
-async def test_a_full_redis_holds_nobody_up(
+async def test_a_full_redis_delays_no_caller(
     settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession, redis: Redis
 ) -> None:
     """Where Redis refuses the lease because it is full, the upstream is asked without one."""
@@ -446,7 +445,7 @@ async def test_a_full_redis_holds_nobody_up(
     assert simulator.count() == 1 + REPLICAS
 
 
-async def test_the_refusal_of_a_refresh_answers_nobody(
+async def test_the_refusal_of_a_refresh_is_not_shared(
     settings: list[str], simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
     """A refresh for which the quota has no room is not the answer to a caller for whom it has."""

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-from kit.support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, raw_exchange, scrape, total
+from kit.support import DROPLET_PATH, UNSTRETCHED, app, bearer, introduce, scrape, total
+from kit.wire import raw_exchange
 from multidict import CIMultiDictProxy
 
 from proxy.simulator import (
@@ -81,15 +82,9 @@ def ids(body: bytes) -> list[str]:
 @pytest.mark.parametrize(
     ("first", "second", "calls"),
     [
-        pytest.param("", "", 1, id="the-same"),
-        pytest.param("", "?", 1, id="empty-query"),
-        pytest.param("", "/", 1, id="trailing-slash"),
-        pytest.param("", "?page=1", 1, id="page-1-is-absent"),
-        pytest.param("", "?per_page=20", 1, id="per-page-20-is-absent"),
         pytest.param("?page=2&per_page=5", "/?per_page=5&page=2", 1, id="another-order"),
         pytest.param("", "?page=2", 2, id="another-page"),
         pytest.param("", "?per_page=21", 2, id="another-size"),
-        pytest.param("", "?resource_type=volume", 2, id="of-a-type"),
         pytest.param("?resource_type=droplet", "?resource_type=volume", 2, id="another-type"),
     ],
 )
@@ -106,24 +101,12 @@ async def test_cached_by(
     assert simulator.count(path=LIST) == calls
 
 
-async def test_goes_up_in_canonical_form(
-    simulator: Simulator, token: Token, wire: aiohttp.ClientSession
-) -> None:
-    """Nothing of a caller's way to write a query reaches the upstream."""
-    async with app(f"upstream.base_url={simulator.url}", *SETTINGS) as at:
-        await ask(wire, f"{at.api}{LIST}/?resource_type=volume&page=2", token)
-    assert simulator.calls[0].target == "/v2/snapshots?page=2&per_page=20&resource_type=volume"
-
-
 @pytest.mark.parametrize(
     "query",
     [
         pytest.param("page=1&page=2", id="repeated"),
-        pytest.param("page=", id="empty"),
         pytest.param("p%61ge=1", id="encoded"),
-        pytest.param("per_page=500", id="invalid"),
         pytest.param("tag_name=web", id="another"),
-        pytest.param("page=1&", id="empty-pair"),
     ],
 )
 async def test_forwarded(simulator: Simulator, token: Token, wire: aiohttp.ClientSession, query: str) -> None:
@@ -185,21 +168,9 @@ def _document(simulator: Simulator) -> dict[str, Any]:
 
 # -- representations ---------------------------------------------------------------------------
 
-GZIP_OR_NOT = [
-    pytest.param(None, False, id="absent"),
-    pytest.param("", False, id="empty"),
-    pytest.param("br", False, id="br"),
-    pytest.param("identity", False, id="identity"),
-    pytest.param("gzip;q=0", False, id="gzip-q-0"),
-    pytest.param("gzip;q=0, *", False, id="all-but-gzip"),
-    pytest.param("gzip", True, id="gzip"),
-    pytest.param("deflate, gzip;q=0.1, br", True, id="gzip-among-others"),
-    pytest.param("*", True, id="any"),
-]
-
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize(("accept", "zipped"), GZIP_OR_NOT)
+@pytest.mark.parametrize(("accept", "zipped"), [(None, False), ("gzip;q=0, *", False), ("gzip", True)])
 async def test_representation(
     simulator: Simulator,
     token: Token,
@@ -249,10 +220,7 @@ async def test_a_small_list(simulator: Simulator, token: Token, wire: aiohttp.Cl
         pytest.param("gzip", "{plain}", 200, id="gzip-has-plain"),
         pytest.param("identity", "{gzip}", 200, id="plain-has-gzip"),
         pytest.param("gzip", "{plain}, {gzip}", 304, id="gzip-has-both"),
-        pytest.param("identity", 'W/{plain}, "x"', 304, id="weak-comparison"),
         pytest.param("gzip", "*", 304, id="any"),
-        pytest.param("gzip", '"other"', 200, id="another"),
-        pytest.param("gzip", "", 200, id="empty"),
     ],
 )
 async def test_conditions(

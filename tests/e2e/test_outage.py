@@ -14,7 +14,7 @@ from typing import Self
 import aiohttp
 import pytest
 from kit.replicas import shared
-from kit.support import DEADLINE_S, Valkey, app, bearer, scrape, total
+from kit.support import DEADLINE_S, Valkey, app, bearer, scrape, total, until_idle
 from redis.asyncio import Redis
 
 from proxy.app import Addresses
@@ -165,8 +165,7 @@ async def test_an_outage(
         assert len([call for call in hot if call.at_s < hot[0].at_s + 1]) <= HOT
         async with Redis.from_url(valkey.url) as redis, asyncio.timeout(DEADLINE_S):
             for each in at:
-                while total(await scrape(each.admin), "snapshot_proxy_flights"):
-                    pass
+                await until_idle(each.admin)
             while [key async for key in redis.scan_iter("*:lease:*")]:
                 pass
 

@@ -7,10 +7,10 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from kit.replicas import shared
+from kit.servers import RawServer, Talk, http_server
 from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
@@ -25,18 +26,20 @@ from kit.support import (
     Valkey,
     app,
     bearer,
-    raw_exchange,
+    memory_bytes,
     scrape,
     total,
     until,
+    until_idle,
+    until_metrics,
 )
+from kit.wire import connect, opened, raw_exchange, reset, until_closed
 
 from proxy.app import Addresses
 from proxy.core.breaker import FAILURES
 from proxy.simulator import (
     DROPLET_ID,
     DROPLET_SNAPSHOT_ID,
-    VOLUME_ID,
     VOLUME_SNAPSHOT_ID,
     Fault,
     FaultKind,
@@ -77,12 +80,8 @@ class Upstream:
 async def upstream() -> AsyncIterator[Upstream]:
     """Run it."""
     running = Upstream()
-    server = web.Server(running, handler_cancellation=True, auto_decompress=False, max_line_size=20_000)
-    listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    running.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    yield running
-    listener.close()
-    await server.shutdown(1)
+    async with http_server(running, auto_decompress=False, max_line_size=20_000) as running.url:
+        yield running
 
 
 @pytest.fixture
@@ -119,35 +118,30 @@ async def digest(request: web.BaseRequest) -> web.Response:
 # -- off, and on -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-async def test_off_by_default(upstream: Upstream, wire: aiohttp.ClientSession, method: str) -> None:
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+async def test_off_by_default(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     """421, and never a 404 of ours: to Terraform a 404 means that the resource is gone."""
-    async with (
-        app(f"upstream.base_url={upstream.url}") as at,
-        wire.request(method, f"{at.api}/v2/droplets/1") as response,
-    ):
-        assert response.status == 421
-        if method != "HEAD":
-            told = await response.json()
-            assert told["id"] == "not_proxied"
-            assert told["message"].startswith("snapshot-proxy: ")
+    async with app(f"upstream.base_url={upstream.url}") as at:
+        for method in METHODS:
+            async with wire.request(method, f"{at.api}/v2/droplets/1") as response:
+                assert response.status == 421, method
+                if method != "HEAD":
+                    told = await response.json()
+                    assert told["id"] == "not_proxied"
+                    assert told["message"].startswith("snapshot-proxy: ")
     assert upstream.received == []
 
 
 @pytest.mark.parametrize("setting", [OFF, ON], ids=["off", "on"])
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-async def test_a_base_url_that_leads_elsewhere(upstream: Upstream, method: str, setting: str) -> None:
+async def test_a_base_url_that_leads_elsewhere(upstream: Upstream, setting: str) -> None:
     """A slash or a prefix too many gets our 421, which names the right path, and never the API's 404."""
     async with app(f"upstream.base_url={upstream.url}", setting) as at:
-        for path in (
-            *("/", "/v2", "/snapshots/1", "/V2/snapshots/1", "/api/v2/snapshots/1", "/v1/droplets/1"),
-            *("//v2/snapshots/1", "/v2//snapshots/1", "/v2//droplets/1", "/v2/v2/snapshots/1"),
-            *("/v2/v2/droplets/1", "http://api.test//v2/snapshots/1", "http://api.test/x/v2/droplets/1"),
-        ):
-            head = f"{method} {path} HTTP/1.1\r\nHost: api.test\r\nAuthorization: Bearer {TOKEN}\r\n"
-            answer = await raw_exchange(at.api, f"{head}Connection: close\r\n\r\n".encode())
+        for method, path in product(METHODS, ("/", "//v2/snapshots/1", "http://api.test/x/v2/droplets/1")):
+            answer = await raw_exchange(at.api, request(method.encode(), path.encode()))
             status, _, body = answer.partition(b"\r\n\r\n")
-            assert status.startswith(b"HTTP/1.1 421 "), path
+            assert status.startswith(b"HTTP/1.1 421 "), (method, path)
             if method != "HEAD":
                 told = json.loads(body)
                 assert told["id"] == "not_proxied"
@@ -155,28 +149,28 @@ async def test_a_base_url_that_leads_elsewhere(upstream: Upstream, method: str, 
     assert upstream.received == []
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"])
-async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession, method: str) -> None:
+async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     """On, the request goes up as it came and the answer comes back as it is."""
     upstream.handler = echo
+    target = "/v2/droplets/1/?a=%2F&b[]=1&c"
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
-        target = "/v2/droplets/1/?a=%2F&b[]=1&c"
-        async with wire.request(
-            method, aiohttp.client.URL(at.api + target, encoded=True), data=b"body", headers={"X-A": "1"}
-        ) as response:
-            assert (response.status, await response.read()) == (200, b"body")
-            assert response.headers["Cache-Status"] == "snapshot-proxy; fwd=bypass"
-            assert response.headers["Server"] == "snapshot-proxy"
-    (request,) = upstream.received
-    assert (request.method, request.raw_path) == (method, target)
-    assert request.headers["Authorization"] == f"Bearer {TOKEN}"
-    assert request.headers["X-A"] == "1"
-    assert request.headers["X-Request-Id"] == response.headers["X-Request-Id"]
-    # What has a body has a connection of its own, that nobody closed while it was kept.
-    assert names(request) == {
-        *("host", "authorization", "x-a", "x-request-id", "content-length"),
-        "connection",
-    }
+        url = aiohttp.client.URL(at.api + target, encoded=True)
+        for method in (*METHODS, "PROPFIND"):
+            async with wire.request(method, url, data=b"body", headers={"X-A": "1"}) as response:
+                assert response.status == 200
+                assert await response.read() == (b"" if method == "HEAD" else b"body")
+                assert response.headers["Cache-Status"] == "snapshot-proxy; fwd=bypass"
+                assert response.headers["Server"] == "snapshot-proxy"
+            received = upstream.received.pop()
+            assert (received.method, received.raw_path) == (method, target)
+            assert received.headers["Authorization"] == f"Bearer {TOKEN}"
+            assert received.headers["X-A"] == "1"
+            assert received.headers["X-Request-Id"] == response.headers["X-Request-Id"]
+            # A request with a body is sent over a new connection, which the upstream cannot have closed.
+            assert names(received) == {
+                *("host", "authorization", "x-a", "x-request-id", "content-length", "connection"),
+            }
+    assert upstream.received == []
 
 
 def names(request: web.BaseRequest) -> set[str]:
@@ -189,9 +183,9 @@ async def test_counted(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     upstream.handler = echo
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
         await wire.get(f"{at.api}/v2/account")
-        async with asyncio.timeout(DEADLINE_S):  # after its end its place in the quota is settled first
-            while not total(metrics := await scrape(at.admin), "snapshot_proxy_requests_total"):
-                pass
+        metrics = await until_metrics(  # after its end its place in the quota is settled first
+            at.admin, lambda seen: total(seen, "snapshot_proxy_requests_total"), "it is counted"
+        )
     assert (
         total(metrics, "snapshot_proxy_requests_total", route="passthrough", cache="bypass", status="2xx")
         == 1
@@ -215,25 +209,24 @@ async def test_only_with_a_token(upstream: Upstream) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["with-length", "chunked"])
-@pytest.mark.parametrize("size", [0, 1, 65_536, 3 * MIB + 1])
-async def test_bodies_up(upstream: Upstream, wire: aiohttp.ClientSession, size: int, chunked: bool) -> None:
+async def test_bodies_up(upstream: Upstream, wire: aiohttp.ClientSession, chunked: bool) -> None:
     """The body arrives whole, framed as it was sent."""
-    body = os.urandom(size)
     upstream.handler = digest
 
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, size, 100_000):
+    async def pieces(body: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 100_000):
             yield body[start : start + 100_000]
 
-    async with (
-        app(f"upstream.base_url={upstream.url}", ON) as at,
-        wire.post(f"{at.api}/v2/images", data=pieces() if chunked else io.BytesIO(body)) as response,
-    ):
-        told = await response.json()
-    assert told == {"bytes": size, "sha256": hashlib.sha256(body).hexdigest()}
-    (request,) = upstream.received
-    assert request.headers.get("Content-Length") == (None if chunked else str(size))
-    assert request.headers.get("Transfer-Encoding") == ("chunked" if chunked else None)
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        for size in (0, 1, 65_536, 3 * MIB + 1):
+            body = os.urandom(size)
+            sent = pieces(body) if chunked else io.BytesIO(body)
+            async with wire.post(f"{at.api}/v2/images", data=sent) as response:
+                told = await response.json()
+            assert told == {"bytes": size, "sha256": hashlib.sha256(body).hexdigest()}
+            headers = upstream.received.pop().headers
+            assert headers.get("Content-Length") == (None if chunked else str(size))
+            assert headers.get("Transfer-Encoding") == ("chunked" if chunked else None)
 
 
 async def test_idle_after_an_upload(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
@@ -313,21 +306,21 @@ async def test_nothing_is_held(upstream: Upstream, wire: aiohttp.ClientSession, 
 
     upstream.handler = answer
     async with Serve(f"upstream.base_url={upstream.url}", ON, "redis.embedded_max_bytes=8388608") as service:
-        before = peak_bytes(service.process.pid)
+        before = memory_bytes(service.process.pid, "VmHWM")
         if direction == "up":
             asking = asyncio.create_task(send(wire, f"{service.api}/v2/images", pieces()))
             await until(lambda: upstream.received, "the request arrives")
-            await _settled(lambda: rss_bytes(service.process.pid))
+            await _settled(lambda: memory_bytes(service.process.pid, "VmRSS"))
             reading.set()
             assert (await asking)["bytes"] == size
         else:
             async with wire.get(f"{service.api}/v2/images") as response:
-                await _settled(lambda: rss_bytes(service.process.pid))
+                await _settled(lambda: memory_bytes(service.process.pid, "VmRSS"))
                 received = 0
                 async for part in response.content.iter_any():
                     received += len(part)
             assert received == size
-        grown = peak_bytes(service.process.pid) - before
+        grown = memory_bytes(service.process.pid, "VmHWM") - before
     assert grown < 12 * MIB, f"grew by {grown / MIB:.1f} MiB"
 
 
@@ -346,22 +339,6 @@ async def _settled(measure: Callable[[], int]) -> None:
             await asyncio.sleep(0.02)
             still = still + 1 if measure() == last else 0
             last = measure()
-
-
-def peak_bytes(pid: int) -> int:
-    """Give the largest resident size that a process has had."""
-    return _status_bytes(pid, "VmHWM")
-
-
-def rss_bytes(pid: int) -> int:
-    """Give the resident size of a process."""
-    return _status_bytes(pid, "VmRSS")
-
-
-def _status_bytes(pid: int, name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 # -- headers and statuses ----------------------------------------------------------------------
@@ -417,48 +394,21 @@ async def test_headers(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     assert response.headers["Link"] == "<x>"
 
 
-@pytest.mark.parametrize(
-    ("status", "given", "expected"),
-    [
-        pytest.param(429, "30", "30", id="429"),
-        pytest.param(429, "3600", "60", id="429-too-long"),
-        pytest.param(503, None, "5", id="503-without"),
-        pytest.param(404, "30", None, id="404"),
-        pytest.param(500, "30", None, id="500"),
-    ],
-)
-async def test_retry_after(
-    upstream: Upstream, wire: aiohttp.ClientSession, *, status: int, given: str | None, expected: str | None
-) -> None:
-    """With 429 and 503 only, 1 to 60: with it, pydo repeats whatever it got."""
-
-    async def answer(_: web.BaseRequest) -> web.Response:
-        return web.Response(status=status, headers={} if given is None else {"Retry-After": given})
-
-    upstream.handler = answer
-    async with (
-        app(f"upstream.base_url={upstream.url}", ON) as at,
-        wire.get(f"{at.api}/v2/account") as response,
-    ):
-        assert response.status == status
-    assert response.headers.get("Retry-After") == expected
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_redirects(upstream: Upstream, wire: aiohttp.ClientSession, status: int) -> None:
+async def test_redirects(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     """They are the caller's to follow."""
+    statuses = iter((301, 302, 303, 307, 308))
 
     async def answer(_: web.BaseRequest) -> web.Response:
-        return web.Response(status=status, headers={"Location": "https://elsewhere.test/v2/snapshots/1"})
+        location = "https://elsewhere.test/v2/snapshots/1"
+        return web.Response(status=next(statuses), headers={"Location": location})
 
     upstream.handler = answer
-    async with (
-        app(f"upstream.base_url={upstream.url}", ON) as at,
-        wire.post(f"{at.api}/v2/images", data=b"x", allow_redirects=False) as response,
-    ):
-        assert response.status == status
-    assert response.headers["Location"] == "https://elsewhere.test/v2/snapshots/1"
-    assert len(upstream.received) == 1
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        for status in (301, 302, 303, 307, 308):
+            async with wire.post(f"{at.api}/v2/images", data=b"x", allow_redirects=False) as response:
+                assert response.status == status
+            assert response.headers["Location"] == "https://elsewhere.test/v2/snapshots/1"
+    assert len(upstream.received) == 5
 
 
 @pytest.mark.parametrize(
@@ -532,22 +482,12 @@ async def test_an_answer_that_ends_early(
         with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
             async with wire.get(f"{at.api}/v2/account") as response:
                 await response.read()
-        answered = await _until_reset(at.api, request(b"GET", b"/v2/account"))
+        async with opened(at.api) as (reader, writer):
+            writer.write(request(b"GET", b"/v2/account"))
+            answered = await until_closed(reader)
         assert b"0\r\n\r\n" not in answered
         assert answered.count(b"HTTP/1.1") <= 1
         assert total(await scrape(at.admin), "snapshot_proxy_requests_total", status="5xx") == 2
-
-
-async def _until_reset(url: str, sent: bytes) -> bytes:
-    host, _, port = url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(sent)
-    received = b""
-    with contextlib.suppress(ConnectionError):
-        while chunk := await reader.read(65_536):
-            received += chunk
-    writer.close()
-    return received
 
 
 @pytest.mark.parametrize(
@@ -604,8 +544,7 @@ async def test_a_read_whose_connection_ended(
     assert simulator.count(path="/v2/account") == 2
 
 
-@pytest.mark.parametrize("status", [*range(520, 528), 530])
-@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(("method", "status"), [("GET", 522), ("POST", 520), ("POST", 530)])
 async def test_no_answer_behind_the_edge(
     upstream: Upstream, wire: aiohttp.ClientSession, method: str, status: int
 ) -> None:
@@ -651,15 +590,12 @@ async def test_an_envelope_of_the_edge(upstream: Upstream, wire: aiohttp.ClientS
 @pytest.mark.parametrize(
     ("method", "status", "given", "retry_after", "should_retry"),
     [
-        pytest.param("POST", 500, None, None, "false", id="500"),
-        pytest.param("POST", 502, None, None, "false", id="502"),
         pytest.param("POST", 503, None, None, "false", id="503"),
         pytest.param("POST", 503, "7", "7", None, id="503-that-says-when-to-come-again"),
-        pytest.param("POST", 504, None, None, "false", id="504"),
-        pytest.param("POST", 429, None, "5", None, id="429"),
         pytest.param("POST", 429, "Friday, 31-Dec-99 23:59:59 GMT", "1", None, id="429-with-a-date"),
         pytest.param("POST", 404, None, None, None, id="404"),
-        pytest.param("GET", 500, None, None, None, id="read-500"),
+        pytest.param("GET", 429, "3600", "60", None, id="read-429-in-an-hour"),
+        pytest.param("GET", 500, "30", None, None, id="read-500"),
         pytest.param("GET", 503, None, "5", None, id="read-503"),
     ],
 )
@@ -673,7 +609,7 @@ async def test_who_is_invited_to_repeat(
     retry_after: str | None,
     should_retry: str | None,
 ) -> None:
-    """The upstream's own 5xx to a write is passed on as it is, with a word against repeating it."""
+    """Retry-After comes with 429 and 503 only, 1 to 60 s; another 5xx to a write must not be repeated."""
 
     async def answer(_: web.BaseRequest) -> web.Response:
         headers = {} if given is None else {"Retry-After": given}
@@ -689,7 +625,7 @@ async def test_who_is_invited_to_repeat(
         assert response.headers.get("x-should-retry") == should_retry
 
 
-async def test_nobody_there(wire: aiohttp.ClientSession) -> None:
+async def test_an_upstream_that_does_not_listen(wire: aiohttp.ClientSession) -> None:
     """The body of a request that nobody takes is not waited for."""
     async with (
         app("upstream.base_url=http://127.0.0.1:1", ON) as at,
@@ -709,7 +645,7 @@ async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
 
     upstream.handler = answer
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
-        reader, writer = await _connect(at.api)
+        reader, writer = await connect(at.api)
         writer.write(request(b"POST", b"/v2/images", b"Content-Length: 5"))
         async with asyncio.timeout(DEADLINE_S):
             for byte in (b"a", b"b", b"c", b"d", b"e"):
@@ -731,7 +667,7 @@ async def test_a_body_that_takes_longer_than_a_call(upstream: Upstream) -> None:
     upstream.handler = answer
     loop = asyncio.get_running_loop()
     async with app(f"upstream.base_url={upstream.url}", ON, "upstream.write_timeout_s=1") as at:
-        reader, writer = await _connect(at.api)
+        reader, writer = await connect(at.api)
         writer.write(request(b"POST", b"/v2/images", b"Transfer-Encoding: chunked"))
         async with asyncio.timeout(DEADLINE_S):
             began = loop.time()
@@ -768,11 +704,8 @@ async def test_an_answer_that_takes_long(upstream: Upstream, wire: aiohttp.Clien
             assert [await account(token) for token in (TOKEN, "another")] == [503, 200]
             go_on.set()
             await response.read()
-        await _quiet(at)
+        await until_idle(at.admin)
         assert await account(TOKEN) == 200
-
-
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -789,27 +722,6 @@ async def ignore(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await writer.wait_closed()
 
 
-@contextlib.asynccontextmanager
-async def talking(talk: Talk) -> AsyncIterator[str]:
-    """Run an upstream of raw bytes, and give its URL."""
-    running: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        running[task] = writer
-        with contextlib.suppress(OSError):
-            await talk(reader, writer)
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    server.close()
-    for task, writer in running.items():
-        writer.transport.abort()
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-
-
 @pytest.mark.parametrize(
     ("talk", "size"),
     [
@@ -821,8 +733,8 @@ async def talking(talk: Talk) -> AsyncIterator[str]:
 async def test_a_call_that_takes_too_long(talk: Talk, size: int) -> None:
     """However it moves meanwhile: without a head within write_timeout_s its outcome is unknown."""
     patient = ("upstream.total_timeout_s=60", "upstream.write_timeout_s=0.5", "server.header_timeout_s=60")
-    async with talking(talk) as url, app(f"upstream.base_url={url}", ON, *patient) as at:
-        reader, writer = await _connect(at.api)
+    async with RawServer(talk) as slow, app(f"upstream.base_url={slow.url}", ON, *patient) as at:
+        reader, writer = await connect(at.api)
         length = b"Content-Length: %d" % size
         writer.write(request(b"POST", b"/v2/images", length, body=bytes(size)))
         async with asyncio.timeout(DEADLINE_S):
@@ -843,7 +755,7 @@ async def test_a_body_that_stops(upstream: Upstream, framing: bytes, begun: byte
     """Its caller is told so after header_timeout_s; the upstream never sees a whole request."""
     upstream.handler = echo
     async with app(f"upstream.base_url={upstream.url}", ON, "server.header_timeout_s=0.3") as at:
-        reader, writer = await _connect(at.api)
+        reader, writer = await connect(at.api)
         writer.write(request(b"POST", b"/v2/images", framing, body=begun))
         await until(lambda: upstream.received, "the request arrives")
         writer.write(then)
@@ -862,12 +774,12 @@ async def test_a_caller_who_leaves_while_sending(upstream: Upstream, framing: by
     """The upstream never sees a whole request."""
     upstream.handler = echo
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
-        _, writer = await _connect(at.api)
+        _, writer = await connect(at.api)
         writer.write(request(b"POST", b"/v2/images", framing, body=b"3\r\nabc\r\n"))
         await until(lambda: upstream.received, "the request arrives")
         writer.transport.abort()
         await until(lambda: upstream.incomplete, "the upstream sees the end")
-        await _quiet(at)
+        await until_idle(at.admin)
 
 
 def stop(_: asyncio.StreamWriter) -> None:
@@ -893,14 +805,14 @@ async def test_callers_who_do_not_go_on_open_no_breaker(
     upstream.handler = echo
     async with app(f"upstream.base_url={upstream.url}", ON, "server.header_timeout_s=0.3") as at:
         for number in range(FAILURES):
-            reader, writer = await _connect(at.api)
+            reader, writer = await connect(at.api)
             writer.write(request(b"POST", b"/v2/images", b"Transfer-Encoding: chunked", body=b"2\r\nab\r\n"))
             await until(lambda number=number: len(upstream.received) > number, "the request arrives")
             then(writer)
             if then is not leave:
                 assert (await reader.readuntil()).startswith(b"HTTP/1.1 400 ")
             writer.transport.abort()
-        await _quiet(at)
+        await until_idle(at.admin)
         metrics = await scrape(at.admin)
         async with wire.get(f"{at.api}/v2/account") as response:
             assert response.status == 200
@@ -924,7 +836,7 @@ async def test_an_upstream_that_does_not_wait_for_the_body(
     upstream.handler = hang_up
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
         for _ in range(FAILURES):
-            reader, writer = await _connect(at.api)
+            reader, writer = await connect(at.api)
             writer.write(request(b"POST", b"/v2/images", b"Content-Length: 5", body=b"ab"))
             assert (await reader.readuntil()).startswith(b"HTTP/1.1 502 ")
             writer.transport.abort()
@@ -950,17 +862,15 @@ async def test_a_caller_who_leaves_before_it_fails(upstream: Upstream, *, begun:
 
     upstream.handler = fail
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
-        reader, writer = await _connect(at.api)
+        reader, writer = await connect(at.api)
         writer.write(request(b"GET", b"/v2/images"))
         await until(lambda: upstream.received, "the request arrives")
         if begun:
             await reader.readuntil(b"x")
-        writer.transport.abort()
-        async with asyncio.timeout(DEADLINE_S):
-            while total(await scrape(at.admin), "snapshot_proxy_connections"):  # noqa: ASYNC110 # nothing tells
-                await asyncio.sleep(0.01)
+        reset(writer)
+        await until_metrics(at.admin, lambda seen: not seen["snapshot_proxy_connections"], "it has left")
         left.set()
-        await _quiet(at)
+        await until_idle(at.admin)
 
 
 @pytest.mark.usefixtures("troubles")
@@ -976,12 +886,12 @@ async def test_a_caller_who_leaves_while_reading(upstream: Upstream) -> None:
 
     upstream.handler = answer
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
-        reader, writer = await _connect(at.api)
+        reader, writer = await connect(at.api)
         writer.write(request(b"GET", b"/v2/images"))
         assert await reader.read(1000)
         writer.transport.abort()
         await until(lambda: upstream.incomplete, "the upstream sees the end")
-        await _quiet(at)
+        await until_idle(at.admin)
 
 
 @pytest.mark.G8
@@ -1026,23 +936,11 @@ async def test_a_service_that_stops(upstream: Upstream, wire: aiohttp.ClientSess
     assert upstream.incomplete == 1
 
 
-async def _connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = url.removeprefix("http://").partition(":")
-    return await asyncio.open_connection(host, int(port))
-
-
-async def _quiet(at: Addresses) -> None:
-    """Wait until nothing is on its way any more."""
-    async with asyncio.timeout(DEADLINE_S):
-        while total(await scrape(at.admin), "snapshot_proxy_flights"):  # noqa: ASYNC110 # nothing tells
-            await asyncio.sleep(0.01)
-
-
 async def test_expect_continue(upstream: Upstream) -> None:
     """100 comes when the body is wanted, and the expectation stays here."""
     upstream.handler = echo
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
-        reader, writer = await _connect(at.api)
+        reader, writer = await connect(at.api)
         writer.write(request(b"POST", b"/v2/images", b"Expect: 100-continue", b"Content-Length: 4"))
         async with asyncio.timeout(DEADLINE_S):
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -1054,7 +952,7 @@ async def test_expect_continue(upstream: Upstream) -> None:
     assert "Expect" not in upstream.received[0].headers
 
 
-async def test_expect_and_nobody_there() -> None:
+async def test_expect_and_an_upstream_that_does_not_listen() -> None:
     """A body that nobody wants is not asked for."""
     async with app("upstream.base_url=http://127.0.0.1:1", ON) as at:
         answered = await raw_exchange(
@@ -1066,51 +964,25 @@ async def test_expect_and_nobody_there() -> None:
 # -- no way around the cache -------------------------------------------------------------------
 
 SPELLINGS = [
-    pytest.param(target.encode(), id=name)
-    for name, target in {
-        "below-a-snapshot": "/v2/snapshots/1/2",
-        "empty-id": "/v2/snapshots//1",
-        "two-slashes-after": "/v2/snapshots/1//",
-        "empty-segment": "/v2//snapshots/1",
-        "two-slashes-first": "//v2/snapshots/1",
-        "dot": "/v2/./snapshots/1",
-        "dots": "/v2/account/../snapshots/1",
-        "dots-to-the-root": "/v2/../v2/snapshots/1",
-        "dots-last": "/v2/snapshots/1/..",
-        "encoded-dots": "/v2/account/%2e%2e/snapshots/1",
-        "half-encoded-dots": "/v2/account/.%2E/snapshots/1",
-        "encoded-letter": "/v2/%73napshots/1",
-        "encoded-slash": "/v2%2fsnapshots/1",
-        "encoded-slash-after": "/v2/snapshots%2f1",
-        "encoded-twice": "/v2/%2573napshots/1",
-        "encoded-id": "/v2/snapshots/%31",
-        "encoded-nul": "/v2/snapshots/1%00",
-        "upper-case": "/v2/SNAPSHOTS/1",
-        "mixed-case": "/v2/Snapshots",
-        "upper-case-version": "/V2/snapshots/1",
-        "with-a-format": "/v2/snapshots.json",
-        "with-a-format-and-an-id": "/v2/snapshots.json/1",
-        "id-with-a-format": "/v2/snapshots/1.json",
-        "with-a-parameter": "/v2/snapshots;x=1/1",
-        "with-a-colon": "/v2/snapshots:1",
-        "backslash": "/v2\\snapshots\\1",
-        "backslash-dots": "/v2/account\\..\\snapshots\\1",
-        "fragment": "/v2/account#/../../snapshots/1",
-        "full-width": "/v2/\uff53napshots/1",
-        "absolute-with-dots": "http://x/v2/account/../snapshots/1",
-        "absolute-in-upper-case": "HTTP://X/v2/SNAPSHOTS/1",
-        "absolute-with-a-user": "http://x@y/v2//snapshots/1",
-    }.items()
+    "/v2//snapshots/1",
+    "/v2/account/%2e%2e/snapshots/1",
+    "/v2/%73napshots/1",
+    "/v2/SNAPSHOTS/1",
+    "/v2/snapshots/1%00",
+    "/v2/account\\..\\snapshots\\1",
+    "/v2/account#/../../snapshots/1",
+    "/v2/\uff53napshots/1",
+    "http://x/v2/account/../snapshots/1",
 ]
+"""One of each kind of `test_refused_targets` in `tests/core/test_passthrough.py`."""
 
 
-@pytest.mark.parametrize("target", SPELLINGS)
-async def test_spellings_of_snapshots(upstream: Upstream, running: Addresses, target: bytes) -> None:
+async def test_spellings_of_snapshots(upstream: Upstream, running: Addresses) -> None:
     """However it is written, nothing about snapshots passes by the cache's rules."""
     upstream.handler = echo
-    for method in (b"GET", b"HEAD", b"DELETE", b"POST"):
-        answered = await raw_exchange(running.api, request(method, target))
-        assert answered.split(b" ", 2)[1] in {b"400", b"405", b"421"}
+    for method, target in product((b"GET", b"HEAD", b"DELETE", b"POST"), SPELLINGS):
+        answered = await raw_exchange(running.api, request(method, target.encode()))
+        assert answered.split(b" ", 2)[1] in {b"400", b"405", b"421"}, (method, target)
     assert upstream.received == []
 
 
@@ -1121,49 +993,35 @@ async def running(upstream: Upstream) -> AsyncIterator[Addresses]:
         yield at
 
 
-@pytest.mark.parametrize("method", [b"POST", b"PUT", b"PATCH", b"OPTIONS", b"PROPFIND"])
-@pytest.mark.parametrize("target", [b"/v2/snapshots", b"/v2/snapshots/", b"/v2/snapshots/1"])
-async def test_methods_on_snapshots(
-    upstream: Upstream, running: Addresses, target: bytes, method: bytes
-) -> None:
+async def test_methods_on_snapshots(upstream: Upstream, running: Addresses) -> None:
     """Another method on a path of ours is 405, also where everything else passes."""
     upstream.handler = echo
-    answered = await raw_exchange(running.api, request(method, target))
-    assert answered.startswith(b"HTTP/1.1 405 ")
-    assert b"\r\nAllow: GET, HEAD" in answered
+    methods = (b"POST", b"PUT", b"PATCH", b"OPTIONS", b"PROPFIND")
+    for method, target in product(methods, (b"/v2/snapshots", b"/v2/snapshots/", b"/v2/snapshots/1")):
+        answered = await raw_exchange(running.api, request(method, target))
+        assert answered.startswith(b"HTTP/1.1 405 "), (method, target)
+        assert b"\r\nAllow: GET, HEAD" in answered
     assert upstream.received == []
 
 
-@pytest.mark.parametrize(
-    "smuggled",
-    [
-        pytest.param(
-            request(
-                b"POST", b"/v2/images", b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"
-            ),
-            id="length-and-chunked",
-        ),
-        pytest.param(
-            request(b"POST", b"/v2/images", b"Content-Length: 1", b"Content-Length: 2", body=b"ab"),
-            id="two-lengths",
-        ),
-        pytest.param(
-            request(b"POST", b"/v2/images", b"Transfer-Encoding: xchunked", body=b"0\r\n\r\n"),
-            id="odd-coding",
-        ),
-        pytest.param(request(b"POST", b"/v2/images", b"Content-Length: +1", body=b"a"), id="signed-length"),
-        pytest.param(request(b"POST", b"/v2/images", b"X: a\r\n b", body=b""), id="folded-header"),
-        pytest.param(request(b"POST", b"/v2/images", b"X : a", body=b""), id="space-before-colon"),
-        pytest.param(request(b"POST", b"/v2/images", b"Host: y"), id="two-hosts"),
-        pytest.param(b"GET /v2/account HTTP/2.0\r\nHost: x\r\nConnection: close\r\n\r\n", id="http-2"),
-    ],
-)
-async def test_smuggling(upstream: Upstream, running: Addresses, smuggled: bytes) -> None:
+async def test_smuggling(upstream: Upstream, running: Addresses) -> None:
     """A request with two readings is refused, and nothing of it goes up."""
     upstream.handler = echo
-    answered = await raw_exchange(running.api, smuggled)
-    assert answered.split(b" ", 2)[1] in {b"400", b"505"}
-    assert answered.count(b"\r\nServer: ") == 1
+    length, chunked = b"Content-Length: 5", b"Transfer-Encoding: chunked"
+    for headers, body in (
+        ((length, chunked), b"0\r\n\r\n"),
+        ((b"Content-Length: 1", b"Content-Length: 2"), b"ab"),
+        ((b"Transfer-Encoding: xchunked",), b"0\r\n\r\n"),
+        ((b"Content-Length: +1",), b"a"),
+        ((b"X: a\r\n b",), b""),
+        ((b"X : a",), b""),
+        ((b"Host: y",), b""),
+    ):
+        answered = await raw_exchange(running.api, request(b"POST", b"/v2/images", *headers, body=body))
+        assert answered.split(b" ", 2)[1] == b"400", headers
+        assert answered.count(b"\r\nServer: ") == 1
+    answered = await raw_exchange(running.api, request(b"GET", b"/v2/account").replace(b"/1.1", b"/2.0"))
+    assert answered.split(b" ", 2)[1] == b"505"
     assert upstream.received == []
 
 
@@ -1243,43 +1101,13 @@ async def kept(simulator: Simulator, tmp_path: Path) -> AsyncIterator[Kept]:
 ALL = {"droplet", "volume", "list"}
 NAMED = {"resources": [{"resource_id": DROPLET_SNAPSHOT_ID, "resource_type": "image"}]}
 WRITES = {
-    "volume-snapshot-made": ("POST", f"/v2/volumes/{VOLUME_ID}/snapshots", {"name": "new"}, set(), ALL),
-    "droplet-action": ("POST", f"/v2/droplets/{DROPLET_ID}/actions", {"type": "snapshot"}, set(), ALL),
-    "volume-snapshot-deleted": (
-        "DELETE",
-        f"/v2/volumes/snapshots/{VOLUME_SNAPSHOT_ID}",
-        None,
-        {"droplet"},
-        {"droplet"},
-    ),
-    "image-deleted": ("DELETE", f"/v2/images/{DROPLET_SNAPSHOT_ID}", None, {"volume"}, {"volume"}),
-    "image-renamed": ("PUT", f"/v2/images/{DROPLET_SNAPSHOT_ID}", {"name": "new"}, {"volume"}, {"volume"}),
-    "image-action": (
-        "POST",
-        f"/v2/images/{DROPLET_SNAPSHOT_ID}/actions",
-        {"type": "transfer"},
-        {"volume"},
-        {"volume"},
-    ),
-    "tagged": ("POST", "/v2/tags/new/resources", NAMED, {"volume"}, ALL),
-    "untagged": ("DELETE", "/v2/tags/web/resources", NAMED, {"volume"}, ALL),
-    "tag-deleted": ("DELETE", "/v2/tags/web", None, set(), ALL),
-    "droplet-destroyed": (
-        "DELETE",
-        f"/v2/droplets/{DROPLET_ID}/destroy_with_associated_resources/selective",
-        {"snapshots": [DROPLET_SNAPSHOT_ID]},
-        set(),
-        ALL,
-    ),
-    "cluster-destroyed": (
-        "DELETE",
-        "/v2/kubernetes/clusters/1/destroy_with_associated_resources/dangerous",
-        None,
-        set(),
-        ALL,
-    ),
+    "all-of-the-callers": ("POST", f"/v2/droplets/{DROPLET_ID}/actions", {"type": "snapshot"}, set(), ALL),
+    "an-id-in-the-path": ("DELETE", f"/v2/images/{DROPLET_SNAPSHOT_ID}", None, {"volume"}, {"volume"}),
+    "ids-in-the-body": ("POST", "/v2/tags/new/resources", NAMED, {"volume"}, ALL),
 }
-"""Each write of FACTS: method, target, body; what is left to the caller, and to another one."""
+"""One write of each kind of `test_writes` in `tests/core/test_passthrough.py`: method, target, body; what is
+left in the cache of the caller, and of another one.
+"""
 
 
 @pytest.mark.G6
@@ -1311,26 +1139,17 @@ async def test_what_a_write_ends(
     assert kept.simulator.count(method=method) == 1
 
 
-@pytest.mark.parametrize(
-    ("method", "target", "body"),
-    [
-        pytest.param("GET", f"/v2/images/{DROPLET_SNAPSHOT_ID}", None, id="read"),
-        pytest.param("HEAD", f"/v2/volumes/snapshots/{VOLUME_SNAPSHOT_ID}", None, id="head"),
-        pytest.param("GET", f"/v2/volumes/{VOLUME_ID}/snapshots", None, id="list-of-a-volume"),
-        pytest.param("GET", "/v2/account", None, id="account"),
-        pytest.param(
-            "POST",
-            "/v2/tags/new/resources",
-            {"resources": [{"resource_id": "1", "resource_type": "droplet"}]},
-            id="tagging-something-else",
-        ),
-    ],
-)
-async def test_what_ends_nothing(kept: Kept, method: str, target: str, body: Any) -> None:
-    """Reads, and writes to something else."""
+async def test_what_ends_nothing(kept: Kept) -> None:
+    """Reads, and a write that names another resource."""
+    other = {"resources": [{"resource_id": "1", "resource_type": "droplet"}]}
     kept.simulator.faults.add(Fault(FaultKind.STATUS, status=204, acts=True), method="POST")
-    await kept.write(method, target, body)
-    assert await kept.kept() == {"caller": ALL, "other": ALL}
+    for method, target, body in (
+        ("GET", f"/v2/images/{DROPLET_SNAPSHOT_ID}", None),
+        ("HEAD", f"/v2/volumes/snapshots/{VOLUME_SNAPSHOT_ID}", None),
+        ("POST", "/v2/tags/new/resources", other),
+    ):
+        await kept.write(method, target, body)
+        assert await kept.kept() == {"caller": ALL, "other": ALL}, target
 
 
 SAID = b'{"id":"too_many_requests","message":"this operation is rate-limited - one request per 10m0s"}'
@@ -1451,15 +1270,13 @@ async def test_a_429_whose_body_breaks_off(upstream: Upstream, wire: aiohttp.Cli
             assert "asked this token to wait" in (await response.json())["message"]
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 409, 422, 429])
-@pytest.mark.parametrize(("method", "target", "body"), [row[:3] for row in WRITES.values()][2:7:2])
-async def test_a_refused_write_ends_nothing(
-    kept: Kept, *, method: str, target: str, body: Any, status: int
-) -> None:
+@pytest.mark.parametrize(("method", "target", "body"), [row[:3] for row in WRITES.values()], ids=[*WRITES])
+async def test_a_refused_write_ends_nothing(kept: Kept, *, method: str, target: str, body: Any) -> None:
     """The upstream says that it did nothing."""
-    kept.simulator.faults.add(Fault(FaultKind.STATUS, status=status), method=method)
-    assert (await kept.write(method, target, body))[0] == status
-    assert await kept.kept() == {"caller": ALL, "other": ALL}
+    for status in (400, 403, 404, 409, 422, 429):  # 429 is the last: it stops the token
+        kept.simulator.faults.add(Fault(FaultKind.STATUS, status=status), method=method)
+        assert (await kept.write(method, target, body))[0] == status
+        assert await kept.kept() == {"caller": ALL, "other": ALL}, status
 
 
 @pytest.mark.G2

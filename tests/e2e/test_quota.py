@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -20,7 +20,19 @@ from typing import Any, Self
 import aiohttp
 import pytest
 from kit.replicas import shared, together
-from kit.support import DEADLINE_S, DROPLET_PATH, Scaled, Valkey, app, bearer, scrape, total, write_secret
+from kit.support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    Scaled,
+    Valkey,
+    app,
+    bearer,
+    scrape,
+    total,
+    until_idle,
+    until_metrics,
+    write_secret,
+)
 from redis.asyncio import Redis
 
 from proxy.app import Addresses
@@ -45,7 +57,7 @@ SHRUNK = (
 async def replicas(
     valkey: Valkey, upstream: str, directory: Path, *overrides: str, minute_s: float = 60.0
 ) -> AsyncIterator[tuple[Scaled, ...]]:
-    """Run three replicas until the end of the block."""
+    """Run three replicas as processes until the end of the block."""
     settings = (
         *shared(upstream, valkey.url, directory),
         "server.lame_duck_s=0",
@@ -54,6 +66,17 @@ async def replicas(
     )
     async with together(*(Scaled(minute_s, *settings) for _ in range(3))) as running:
         yield running
+
+
+@asynccontextmanager
+async def here(
+    valkey: Valkey, upstream: str, directory: Path, *overrides: str, number: int = 3, minute_s: float = 60.0
+) -> AsyncIterator[tuple[Addresses, ...]]:
+    """Run replicas in this process until the end of the block."""
+    settings = (*shared(upstream, valkey.url, directory), "passthrough.enabled=true", *overrides)
+    async with AsyncExitStack() as stack:
+        running = [app(*settings, clock_scale=minute_s / 60) for _ in range(number)]
+        yield tuple([await stack.enter_async_context(each) for each in running])
 
 
 @dataclass
@@ -94,7 +117,7 @@ class Load:
 
     client: aiohttp.ClientSession
     token: str
-    replicas: Sequence[Scaled]
+    replicas: Sequence[Scaled | Addresses]
     of_new: list[int] = field(default_factory=list)
     of_cached: list[int] = field(default_factory=list)
     _ids: Iterator[int] = field(default_factory=lambda: count(10**9))
@@ -262,7 +285,7 @@ async def test_a_burst_of_cold_reads(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """A hundred cold reads at once, of a token never seen before, within DigitalOcean's limits: no 429."""
-    async with replicas(valkey, simulator.url, tmp_path) as running:
+    async with here(valkey, simulator.url, tmp_path) as running:
         load = Load(client, token.value, running)
         paths = (f"/v2/snapshots/{number}" for number in range(10**9, 10**9 + 100))
         statuses = await asyncio.gather(
@@ -282,10 +305,10 @@ async def test_a_cool_down_holds_everywhere_and_one_probe_ends_it(
 ) -> None:
     """A 429 to one replica stops all; stale entries answer, the others wait for one call, and go after it."""
     settings = ("cache.fresh_s=0", "cache.stale_while_revalidate_s=0", "quota.max_wait_s=10")
-    async with replicas(valkey, simulator.url, tmp_path, *settings, minute_s=6.0) as running:
+    async with here(valkey, simulator.url, tmp_path, *settings, minute_s=6.0) as running:
         load = Load(client, token.value, running)
 
-        async def cached(replica: Scaled) -> tuple[int, str]:
+        async def cached(replica: Addresses) -> tuple[int, str]:
             async with client.get(replica.api + DROPLET_PATH, headers=bearer(token.value)) as response:
                 return response.status, response.headers["Cache-Status"].rpartition("; ")[2]
 
@@ -341,11 +364,11 @@ async def test_a_429_that_names_a_date(
     assert 35 < total(metrics, "snapshot_proxy_quota_cooldown_seconds", caller="other") <= 41
 
 
-async def test_whoever_cannot_wait_so_long_is_told(
+async def test_a_caller_that_cannot_wait_so_long_is_refused(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """A 429 of ours says what is spent and until when, on every replica; another token goes on."""
-    async with replicas(valkey, simulator.url, tmp_path) as running:
+    async with here(valkey, simulator.url, tmp_path) as running:
         simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "90"}))
         load = Load(client, token.value, running)
         assert await load.get(running[0].api, DROPLET_PATH) == 429
@@ -372,7 +395,7 @@ async def test_whoever_cannot_wait_so_long_is_told(
         pytest.param("POST", "/v2/volumes/1/snapshots", id="passed-through"),
     ],
 )
-async def test_whoever_leaves_the_line(
+async def test_a_caller_leaves_the_line(
     *,
     simulator: Simulator,
     token: Token,
@@ -390,9 +413,9 @@ async def test_whoever_leaves_the_line(
                 return response.status, response.headers["Cache-Status"]
 
         async def flights(number: int) -> None:
-            async with asyncio.timeout(3):
-                while (await scrape(at.admin))["snapshot_proxy_flights"] != number:  # noqa: ASYNC110 # nothing tells
-                    await asyncio.sleep(0.01)
+            await until_metrics(
+                at.admin, lambda seen: seen["snapshot_proxy_flights"] == number, "calls in flight"
+            )
 
         assert (await ask("GET", DROPLET_PATH))[0] == 200
         simulator.faults.add(Fault(FaultKind.STATUS, status=429, headers={"retry-after": "5"}))
@@ -411,7 +434,7 @@ async def test_strangers_are_limited(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """Tokens that were never accepted share a few calls, over all replicas; one that was is not held up."""
-    async with replicas(valkey, simulator.url, tmp_path, "quota.unknown_per_minute=20") as running:
+    async with here(valkey, simulator.url, tmp_path, "quota.unknown_per_minute=20") as running:
         assert await Load(client, token.value, running).get(running[0].api, DROPLET_PATH) == 200
 
         async def try_in(number: int) -> tuple[int, str | None]:
@@ -555,23 +578,6 @@ _SHARE_SPENT = (
 )
 
 
-@asynccontextmanager
-async def two(
-    valkey: Valkey, upstream: str, directory: Path, *overrides: str, clock_scale: float = 1.0
-) -> AsyncIterator[tuple[Addresses, Addresses]]:
-    """Run two replicas in this process until the end of the block."""
-    settings = (
-        *shared(upstream, valkey.url, directory),
-        "passthrough.enabled=true",
-        *overrides,
-    )
-    async with (
-        app(*settings, clock_scale=clock_scale) as one,
-        app(*settings, clock_scale=clock_scale) as other,
-    ):
-        yield one, other
-
-
 async def test_an_operation_with_a_limit_of_its_own_stops_alone(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
@@ -579,7 +585,7 @@ async def test_an_operation_with_a_limit_of_its_own_stops_alone(
 
     A second operation within a minute stops the token.
     """
-    async with two(valkey, simulator.url, tmp_path, "cache.fresh_s=0") as (one, other):
+    async with here(valkey, simulator.url, tmp_path, "cache.fresh_s=0", number=2) as (one, other):
 
         async def ask(at: Addresses, method: str, path: str) -> tuple[int, dict[str, str], Any]:
             body = {"name": "one"} if method == "POST" else None
@@ -622,7 +628,7 @@ async def test_the_limit_is_what_the_api_says(
 ) -> None:
     """Lower than configured, and raised while it runs; both replicas hear of it, and the gauge shows it."""
     settings = ("quota.per_hour=100000", "quota.reserve=0.2", "quota.max_wait_s=0")
-    async with two(valkey, simulator.url, tmp_path, *settings) as (one, other):
+    async with here(valkey, simulator.url, tmp_path, *settings, number=2) as (one, other):
         ids = count(10**9)
 
         async def get(at: Addresses) -> int:
@@ -650,9 +656,8 @@ async def test_a_value_that_is_wrong_once_closes_nothing_for_long(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """Ten after 4,990: one call goes and tells, here after half a second, and all replicas go on."""
-    async with two(
-        valkey, simulator.url, tmp_path, "quota.per_minute=1000", "quota.max_wait_s=3", clock_scale=0.1
-    ) as (one, other):
+    settings = ("quota.per_minute=1000", "quota.max_wait_s=3")
+    async with here(valkey, simulator.url, tmp_path, *settings, number=2, minute_s=6.0) as (one, other):
         ids = count(10**9)
 
         async def get(at: Addresses) -> tuple[int, str]:
@@ -675,12 +680,12 @@ async def test_a_value_that_is_wrong_once_closes_nothing_for_long(
         assert simulator.count(status=429) == 0
 
 
-async def test_whoever_waits_in_a_cool_down_is_told_of_that_in_time(
+async def test_a_caller_in_a_cool_down_is_told_of_it_in_time(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """No read waits longer for the quota than it may, whoever fetches the same; none is told of a silence."""
     settings = ("quota.max_wait_s=1", "upstream.total_timeout_s=2")
-    async with two(valkey, simulator.url, tmp_path, *settings) as replicas:
+    async with here(valkey, simulator.url, tmp_path, *settings, number=2) as replicas:
 
         async def get(number: int, after_s: float) -> tuple[int, str, float]:
             await asyncio.sleep(after_s)  # callers come at different times: that is what is tested
@@ -703,12 +708,12 @@ async def test_whoever_waits_in_a_cool_down_is_told_of_that_in_time(
             assert any(told in message for told in _WAITING), message
 
 
-async def test_without_redis_nobody_is_told_that_the_token_is_spent(
+async def test_without_redis_the_share_is_spent_not_the_token(
     simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """It is this replica's share of the calls that is, and that is what is said."""
     settings = ("quota.per_minute=20", "quota.reserve=0", "quota.max_wait_s=0.1")
-    async with two(valkey, simulator.url, tmp_path, *settings) as (one, other):
+    async with here(valkey, simulator.url, tmp_path, *settings, number=2) as (one, other):
         ids = count(10**9)
 
         async def get(at: Addresses) -> tuple[int, str]:
@@ -726,11 +731,9 @@ async def test_without_redis_nobody_is_told_that_the_token_is_spent(
                 assert re.fullmatch(_SHARE_SPENT, message)
 
 
-async def nothing_is_left(valkey: Valkey, running: Sequence[Scaled]) -> None:
+async def nothing_is_left(valkey: Valkey, running: Sequence[Scaled | Addresses]) -> None:
     """No flight, no lease, no waiting caller, on any replica."""
     for replica in running:
-        async with asyncio.timeout(10):
-            while (await scrape(replica.admin))["snapshot_proxy_flights"]:  # noqa: ASYNC110 # nothing tells
-                await asyncio.sleep(0.01)
+        await until_idle(replica.admin)
     async with Redis.from_url(valkey.url) as redis:
         assert [name async for name in redis.scan_iter("*:lease:*")] == []

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
 import pytest
-from kit.support import AMPLE, DEADLINE_S, PATIENT, app, bearer, scrape, total
+from kit.support import AMPLE, DEADLINE_S, PATIENT, app, bearer, scrape, total, until_idle
 
 from proxy.simulator import READ_ONLY, Fault, FaultKind, Limits, Simulator, Snapshot, Token, World
 
@@ -175,8 +175,7 @@ async def test_a_refused_list_ends_the_partition(
             async with simulator.hold(path=LIST) as gate:
                 while not gate.held:
                     await read(client, at.api, token, snapshots)
-            while total(await scrape(at.admin), "snapshot_proxy_flights"):
-                pass
+            await until_idle(at.admin)
         before = simulator.count()
         assert simulator.count(status=401) == simulator.count(path=LIST) == 1
         for snapshot in snapshots:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
-from kit.support import DROPLET_PATH, Serve, raw_exchange
+from kit.support import DROPLET_PATH, Serve
+from kit.wire import raw_exchange
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Simulator, World
 
@@ -123,6 +124,11 @@ SAME = [
     pytest.param(DROPLET_PATH, f"{DROPLET_PATH}?", id="snapshot-empty-query"),
     pytest.param(VOLUME_PATH, VOLUME_PATH.upper().replace("/V2/SNAPSHOTS", LIST_PATH), id="snapshot-case"),
     pytest.param(DROPLET_PATH, f"http://elsewhere.example{DROPLET_PATH}", id="snapshot-absolute-form"),
+    pytest.param(DROPLET_PATH, f"{DROPLET_PATH}/?a=/../b&%00#", id="snapshot-odd-query"),
+    pytest.param(VOLUME_PATH, f"HTTPS://user:pass@elsewhere.example{VOLUME_PATH}?a", id="snapshot-all-parts"),
+    pytest.param(
+        DROPLET_PATH, f"{DROPLET_PATH}?{'q' * (8190 - len(DROPLET_PATH) - 1)}", id="snapshot-8190-bytes"
+    ),
     pytest.param(LIST_TARGET, LIST_PATH, id="list"),
     pytest.param(LIST_TARGET, f"{LIST_PATH}/", id="list-slash"),
     pytest.param(LIST_TARGET, f"{LIST_PATH}?", id="list-empty-query"),
@@ -173,19 +179,10 @@ async def test_spellings_of_a_delete(proxy: Proxy, spelling: str) -> None:
 @pytest.mark.parametrize(
     "query",
     [
-        pytest.param("page=0", id="page-0"),
-        pytest.param("page=01", id="leading-zero"),
-        pytest.param("page=", id="empty"),
-        pytest.param("page", id="without-a-value"),
         pytest.param("per_page=201", id="too-many"),
-        pytest.param("resource_type=image", id="unknown-type"),
-        pytest.param("resource_type=Droplet", id="other-case"),
         pytest.param("page=1&page=2", id="twice"),
-        pytest.param("%70age=1", id="encoded-name"),
         pytest.param("page=%31", id="encoded-value"),
         pytest.param("tag_name=web", id="another-parameter"),
-        pytest.param("page=1&", id="trailing-ampersand"),
-        pytest.param("page=1;per_page=2", id="semicolon"),
     ],
 )
 async def test_other_lists_are_forwarded(proxy: Proxy, query: str) -> None:
@@ -223,11 +220,8 @@ async def test_other_methods(proxy: Proxy, method: str, path: str, allow: str) -
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        pytest.param(DROPLET_PATH, 200, id="snapshot"),
         pytest.param(LIST_PATH, 200, id="list"),
-        pytest.param("/v2/snapshots/999999999", 404, id="unknown"),
         pytest.param(f"{LIST_PATH}?tag_name=web", 200, id="uncached-list"),
-        pytest.param("/nothing", 421, id="elsewhere"),
     ],
 )
 async def test_head(proxy: Proxy, path: str, status: int) -> None:
@@ -235,8 +229,7 @@ async def test_head(proxy: Proxy, path: str, status: int) -> None:
     head, get = await proxy.ask("HEAD", path), await proxy.ask("GET", path)
     assert (head.status, head.body) == (get.status, b"") == (status, b"")
     assert head.headers.keys() >= {"content-length", "content-type", "x-request-id"}
-    if path != "/nothing":
-        assert head.headers["content-length"] == get.headers["content-length"]
+    assert head.headers["content-length"] == get.headers["content-length"]
     assert all(asked.startswith("GET ") for asked in proxy.asked)
 
 
@@ -249,12 +242,8 @@ ROUTES = [
     pytest.param("DELETE", f"{DROPLET_PATH}/", 204, id="delete"),
 ]
 BODIES = [
-    pytest.param(("Content-Length: 2",), b"{}", id="braces"),
-    pytest.param(("Content-Length: 4", "Content-Type: application/json"), b"null", id="null"),
-    pytest.param(("Content-Length: 0",), b"", id="announced-and-empty"),
-    pytest.param((f"Content-Length: {KIB_16}",), b"x" * KIB_16, id="16-KiB"),
+    pytest.param((f"Content-Length: {KIB_16}", "Content-Type: a/b"), b"x" * KIB_16, id="16-KiB"),
     pytest.param((CHUNKED,), b"2\r\n{}\r\n0\r\n\r\n", id="chunked"),
-    pytest.param((CHUNKED,), b"4000\r\n" + b"x" * KIB_16 + b"\r\n0\r\n\r\n", id="chunked-16-KiB"),
 ]
 
 
@@ -307,6 +296,7 @@ async def test_larger_bodies(
         pytest.param((EXPECT, "Content-Length: 2"), b"{}", True, id="body"),
         pytest.param((EXPECT.upper().replace("EXPECT", "expect"), CHUNKED), b"0\r\n\r\n", True, id="chunked"),
         pytest.param((EXPECT,), b"", False, id="without-a-body"),
+        pytest.param(("Content-Length: 0", EXPECT), b"", False, id="with-an-empty-body"),
         pytest.param(("Expect: something-else",), b"", False, id="another-expectation"),
     ],
 )
@@ -327,7 +317,9 @@ async def test_expect(
 
 @pytest.mark.parametrize(("method", "path", "status"), ROUTES[2:])
 async def test_expect_of_what_is_refused(proxy: Proxy, method: str, path: str, status: int) -> None:
-    """No 100 for a body that is too large, nor in HTTP/1.0, which has none (RFC 9110 §10.1.1)."""
+    """No 100 without a token, for too large a body, nor in HTTP/1.0, which has none (RFC 9110 §10.1.1)."""
+    stranger = proxy.request(method, path, EXPECT, "Content-Length: 2", CLOSE).replace(b"Bearer", b"Basic")
+    assert [reply.status for reply in replies(await raw_exchange(proxy.url, stranger), [method])] == [401]
     large = proxy.request(method, path, EXPECT, f"Content-Length: {KIB_16 + 1}")
     assert [reply.status for reply in replies(await raw_exchange(proxy.url, large), [method])] == [413]
     old = proxy.request(method, path, EXPECT, "Content-Length: 2", body=b"{}", version="HTTP/1.0")
@@ -338,24 +330,9 @@ async def test_expect_of_what_is_refused(proxy: Proxy, method: str, path: str, s
 
 ENCODINGS = [
     pytest.param((), False, id="absent"),
-    pytest.param(("",), False, id="empty"),
-    pytest.param(("gzip",), True, id="gzip"),
     pytest.param(("gzip, deflate, br, zstd",), True, id="browser"),
-    pytest.param(("gzip,deflate",), True, id="without-a-space"),
-    pytest.param(("GZip",), True, id="any-case"),
-    pytest.param(("x-gzip",), True, id="x-gzip"),
-    pytest.param(("br",), False, id="br"),
-    pytest.param(("identity",), False, id="identity"),
-    pytest.param(("gzip;q=0",), False, id="refused"),
-    pytest.param(("gzip ; q=0.000",), False, id="refused-in-full"),
-    pytest.param(("gzip;q=0.001",), True, id="hardly"),
-    pytest.param(("br;q=1.0, gzip;q=0.5",), True, id="second-choice"),
-    pytest.param(("*",), True, id="anything"),
-    pytest.param(("*;q=0",), False, id="nothing-else"),
     pytest.param(("gzip;q=0, *",), False, id="anything-but-gzip"),
     pytest.param(("br", "gzip"), True, id="in-two-headers"),
-    pytest.param((", ;q=1,, =",), False, id="nonsense"),
-    pytest.param(("gzipped, notgzip",), False, id="names-like-it"),
 ]
 
 
@@ -392,25 +369,6 @@ async def test_small_answers_stay_plain(proxy: Proxy, method: str, path: str) ->
 
 
 # -- connections -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("method", "path", "status"), ROUTES)
-@pytest.mark.parametrize(
-    ("lines", "version"),
-    [
-        pytest.param((CLOSE,), "HTTP/1.1", id="close"),
-        pytest.param(("Connection: Close, TE", "TE: trailers"), "HTTP/1.1", id="close-and-more"),
-        pytest.param((), "HTTP/1.0", id="1.0"),
-    ],
-)
-async def test_closes(
-    *, proxy: Proxy, method: str, path: str, status: int, lines: tuple[str, ...], version: str
-) -> None:
-    """The answer is whole, and the connection ends."""
-    data = await raw_exchange(proxy.url, proxy.request(method, path, *lines, version=version))
-    (reply,) = replies(data, [method])
-    assert reply.status == status
-    assert version == "HTTP/1.0" or reply.headers["connection"] == "close"
 
 
 async def test_nothing_behind_close(proxy: Proxy) -> None:

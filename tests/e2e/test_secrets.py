@@ -19,7 +19,8 @@ import aiohttp
 import pytest
 import redis
 from kit.replicas import shared
-from kit.support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, raw_exchange, until
+from kit.support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, bearer, until
+from kit.wire import raw_exchange
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator
 

@@ -181,7 +181,7 @@ async def test_never_stale_after_a_no(
         pytest.param("max-age=0", id="5.2.1.1-too-old-for-the-caller"),
     ],
 )
-async def test_no_stale_answer_for_whoever_refuses_one(
+async def test_no_stale_answer_for_a_caller_that_refuses_one(
     directive: str, simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
     """A caller who wants a validated or a young answer gets the error instead of a stale one."""
@@ -192,7 +192,7 @@ async def test_no_stale_answer_for_whoever_refuses_one(
         assert (await get(client, url, token, **{"Cache-Control": directive}))[0] == 500
 
 
-async def test_somebody_else_was_luckier(
+async def test_the_entry_is_fresh_again_when_the_call_fails(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession
 ) -> None:
     """Where the entry is fresh again by the time a call has failed, it is an ordinary hit, and says so."""

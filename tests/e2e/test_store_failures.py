@@ -14,6 +14,7 @@ from typing import Any, Self
 import aiohttp
 import pytest
 from kit.replicas import shared
+from kit.servers import RawServer, Relay, Talk, says, silent
 from kit.support import (
     AMPLE,
     DEADLINE_S,
@@ -26,6 +27,7 @@ from kit.support import (
     scrape,
     total,
     until,
+    until_metrics,
 )
 from redis.asyncio import Redis
 
@@ -126,20 +128,12 @@ class Load:
 
 async def until_up(admin: str) -> None:
     """Return when the service says that Redis answers."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            if (await scrape(admin))["snapshot_proxy_store_up"] == 1:
-                return
-            await asyncio.sleep(0.01)
+    await until_metrics(admin, lambda seen: seen["snapshot_proxy_store_up"] == 1, "Redis answers")
 
 
 async def until_looked_up(admin: str, times: int) -> None:
     """Return when Redis was asked so often for an entry."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            if total(await scrape(admin), LOOKUPS, operation="lookup") >= times:
-                return
-            await asyncio.sleep(0.005)
+    await until_metrics(admin, lambda seen: total(seen, LOOKUPS, operation="lookup") >= times, "looked up")
 
 
 async def until_stored(client: aiohttp.ClientSession, api: str, token: Token) -> None:
@@ -284,7 +278,7 @@ async def test_filling_up(
         Load(client, at.api, simulator.world, callers=12) as load,
         Redis.from_url(valkey.url) as redis,
     ):
-        await load.more(1000)
+        await load.more(600)
         assert (await redis.info("stats"))["evicted_keys"] > 50
         assert any(status.endswith("; stored") for status in load.seen)
 
@@ -481,58 +475,6 @@ async def test_mutated_stamp_of_everything(
 
 # -- what is not Redis at all --------------------------------------------------------------------
 
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class FakeRedis:
-    """Something that takes connections where Redis should be; `talk` is what it does on each."""
-
-    def __init__(self, talk: Talk) -> None:
-        self._talk = talk
-        self._running: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-        self.connections = 0
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for writer in self._running.values():
-            writer.transport.abort()
-        await asyncio.gather(*self._running)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._running[task] = writer
-        self.connections += 1
-        try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await self._talk(reader, writer)
-        finally:
-            del self._running[task]
-            writer.transport.abort()
-
-
-def says(words: bytes) -> Talk:
-    """Answer whatever comes with these words."""
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(65_536):
-            writer.write(words)
-            await writer.drain()
-
-    return talk
-
-
-async def never_answers(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    """Take everything, say nothing."""
-    while await reader.read(65_536):
-        pass
-
 
 async def hangs_up(_: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
     """Close at once."""
@@ -551,7 +493,7 @@ async def streams(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 @pytest.mark.parametrize(
     "talk",
     [
-        pytest.param(never_answers, id="never-answers"),
+        pytest.param(silent, id="never-answers"),
         pytest.param(hangs_up, id="hangs-up"),
         pytest.param(streams, id="a-gigabyte"),
         pytest.param(says(b"HTTP/1.1 400 Bad Request\r\n\r\n"), id="http"),
@@ -580,8 +522,8 @@ async def test_something_else(
 ) -> None:
     """Answers are right and in time, again and again, and the service stops as it should."""
     async with (
-        FakeRedis(talk) as fake,
-        app(*settings_for(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2") as at,
+        RawServer(talk) as fake,
+        app(*settings_for(simulator, fake.redis_url, tmp_path), "redis.connect_timeout_s=0.2") as at,
     ):
         for _ in range(5):
             began = monotonic()
@@ -591,25 +533,21 @@ async def test_something_else(
     assert simulator.count() == 5
 
 
-class Middleman(FakeRedis):
-    """A real Valkey, seen through something that spoils the conversation: `spoil` is given each reply."""
+class Middleman(Relay):
+    """A relay before a real Valkey: a reply becomes what `on_reply` makes of it; nothing hangs up."""
 
     def __init__(self, valkey: Valkey, on_reply: Callable[[bytes], Awaitable[bytes]]) -> None:
-        super().__init__(self._pass_on)
-        self._port = valkey.port
+        super().__init__(valkey.port)
         self._on_reply = on_reply
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        try:
-            while words := await reader.read(65_536):
-                far_writer.write(words)
-                reply = await self._on_reply(await far_reader.read(65_536))
-                if not reply:
-                    return
-                writer.write(reply)
-        finally:
-            far_writer.transport.abort()
+    async def to_caller(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on what `on_reply` makes of each reply."""
+        while words := await reader.read(65_536):
+            reply = await self._on_reply(words)
+            if not reply:
+                break
+            writer.write(reply)
+        writer.transport.abort()
 
 
 async def test_slow_but_in_time(
@@ -626,7 +564,9 @@ async def test_slow_but_in_time(
     async with (
         Middleman(valkey, on_reply) as fake,
         app(
-            *settings_for(simulator, fake.url, tmp_path), "redis.timeout_s=1", "redis.connect_timeout_s=5"
+            *settings_for(simulator, fake.redis_url, tmp_path),
+            "redis.timeout_s=1",
+            "redis.connect_timeout_s=5",
         ) as at,
     ):
         await until_up(at.admin)
@@ -653,7 +593,7 @@ async def test_hangs_up_after_each_command(
 
     async with (
         Middleman(valkey, on_reply) as fake,
-        app(*settings_for(simulator, fake.url, tmp_path)) as at,
+        app(*settings_for(simulator, fake.redis_url, tmp_path)) as at,
     ):
         for _ in range(50):
             began = monotonic()
@@ -678,8 +618,8 @@ async def test_nonsense_is_forgotten_when_redis_comes(
 ) -> None:
     """Whatever stood there before, a real Redis on the same address is taken up."""
     async with contextlib.AsyncExitStack() as running:
-        async with FakeRedis(says(words)) as fake:
-            settings = (*settings_for(simulator, fake.url, tmp_path), "redis.connect_timeout_s=0.2")
+        async with RawServer(says(words)) as fake:
+            settings = (*settings_for(simulator, fake.redis_url, tmp_path), "redis.connect_timeout_s=0.2")
             at = await running.enter_async_context(app(*settings))
             assert await cache_status(client, at.api, token) == BYPASS
             await until(lambda: fake.connections > 3, "it tries again")

@@ -281,6 +281,28 @@ def total(metrics: Mapping[str, float], name: str, **labels: str) -> float:
     )
 
 
+async def until_metrics(
+    admin: str, condition: Callable[[Mapping[str, float]], object], what: str
+) -> dict[str, float]:
+    """Wait until the metrics meet a condition, and give them."""
+    give_up = monotonic() + DEADLINE_S
+    while not condition(metrics := await scrape(admin)):
+        assert monotonic() < give_up, f"not within {DEADLINE_S} s: {what}"
+        await asyncio.sleep(0.005)
+    return metrics
+
+
+async def until_idle(admin: str) -> None:
+    """Wait until no call to the upstream is in flight."""
+    await until_metrics(admin, lambda metrics: not metrics["snapshot_proxy_flights"], "no call in flight")
+
+
+def memory_bytes(pid: int, name: str) -> int:
+    """Read `VmRSS` (now) or `VmHWM` (the most so far) of a process, where Linux tells."""
+    (kib,) = re.findall(rf"^{name}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(kib) * 1024
+
+
 def resetting() -> aiohttp.TCPConnector:
     """Make connections, one for each request, that a caller who leaves resets.
 
@@ -293,22 +315,6 @@ def resetting() -> aiohttp.TCPConnector:
         return there
 
     return aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=made)
-
-
-async def raw_exchange(url: str, request: bytes, *, eof: bool = False) -> bytes:
-    """Send bytes over a connection of their own, and give all bytes until the other side closes."""
-    host, _, port = url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(request)
-        if eof:
-            writer.write_eof()
-        async with asyncio.timeout(DEADLINE_S):
-            return await reader.read()
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
 
 
 def write_secret(directory: Path) -> Path:

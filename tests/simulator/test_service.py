@@ -163,9 +163,7 @@ async def test_head(client: aiohttp.ClientSession) -> None:
 
 
 @pytest.mark.parametrize("body", [b"{}", b"null", b"x" * 20_000])
-async def test_bodies_nobody_asked_for(
-    simulator: Simulator, client: aiohttp.ClientSession, body: bytes
-) -> None:
+async def test_bodies_of_a_get(simulator: Simulator, client: aiohttp.ClientSession, body: bytes) -> None:
     """Real clients send them with GET and DELETE."""
     async with client.get(TARGET, data=body) as response:
         assert response.status == 200

@@ -3,13 +3,14 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from hiredis import ProtocolError
+from kit.servers import Relay
 from kit.support import Valkey
 from redis.exceptions import ResponseError
 
@@ -73,18 +74,8 @@ async def behind_tls(valkey: Valkey, authority: trustme.CA) -> AsyncIterator[int
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
 
-    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while chunk := await source.read(2**16):
-                sink.write(chunk)
-        sink.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, forth = await asyncio.open_connection("127.0.0.1", valkey.port)
-        await asyncio.gather(pump(reader, forth), pump(back, writer))
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
-        yield server.sockets[0].getsockname()[1]
+    async with Relay(valkey.port, context) as relay:
+        yield relay.port
 
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["authority-known", "authority-unknown"])

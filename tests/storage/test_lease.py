@@ -166,7 +166,7 @@ async def test_what_a_fetch_rests_on_stays(
         pytest.param(EverythingScope(), id="everything"),
     ],
 )
-async def test_no_lookup_after_an_invalidation_waits_for_a_lease_from_before(
+async def test_a_lease_from_before_an_invalidation_is_not_joined(
     scope: Scope, replicas: tuple[Replica, Replica]
 ) -> None:
     """A fetch from before it holds no later lookup up, and its record answers none."""

@@ -4,11 +4,12 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from random import Random
-from typing import Any, Self
+from typing import Any
 
 import pytest
+from kit.servers import Relay
 from kit.support import DEADLINE_S, Valkey, connecting, free_port, until
 
 from proxy.storage import connection as link_module
@@ -40,16 +41,16 @@ async def linked(url: str, *, timeout_s: float = PATIENT_S) -> AsyncIterator[Lin
         await link.close()
 
 
-class Relay:
+class Held(Relay):
     """Stands between a link and its server, and shows what travels in one piece.
 
-    `sent` holds the chunks from the link. While `held`, the server hears nothing. What `instead` gives for a
-    chunk is answered in the place of the server. A chunk with the bytes `dropped` gets no answer, and each
-    reply takes `delay_s`.
+    `sent` holds the chunks from the link. While `held` is not set, the server hears nothing. What `instead`
+    gives for a chunk is answered in the place of the server. A chunk with the bytes `dropped` gets no answer,
+    and each reply takes `delay_s`.
     """
 
     def __init__(self, port: int) -> None:
-        self._server_port = port
+        super().__init__(port)
         self.sent: list[bytes] = []
         self.heard = asyncio.Event()
         self.held = asyncio.Event()
@@ -58,61 +59,40 @@ class Relay:
         self.dropped = b""
         self.delay_s = 0.0
         self._speaker: asyncio.StreamWriter | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
         """Cut the connection over which the last chunk came."""
         assert self._speaker is not None
         self._speaker.transport.abort()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        back, forth = await asyncio.open_connection("127.0.0.1", self._server_port)
-        answers = asyncio.create_task(self._pump(back, writer))
-        self._tasks.add(answers)
-        try:
-            with suppress(OSError):
-                while chunk := await reader.read(2**20):
-                    self.sent.append(chunk)
-                    self._speaker = writer
-                    self.heard.set()
-                    await self.held.wait()
-                    if self.dropped and self.dropped in chunk:
-                        continue
-                    canned = self.instead(chunk)
-                    if canned is None:
-                        forth.write(chunk)
-                    else:
-                        writer.write(canned)
-        finally:
-            answers.cancel()
-            for end in (writer, forth):
-                end.transport.abort()
+    async def to_server(
+        self, reader: asyncio.StreamReader, server: asyncio.StreamWriter, caller: asyncio.StreamWriter
+    ) -> None:
+        """Note each chunk, and pass it on as the attributes say."""
+        while chunk := await reader.read(2**20):
+            self.sent.append(chunk)
+            self._speaker = caller
+            self.heard.set()
+            await self.held.wait()
+            if self.dropped and self.dropped in chunk:
+                continue
+            canned = self.instead(chunk)
+            if canned is None:
+                server.write(chunk)
+            else:
+                caller.write(canned)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while chunk := await reader.read(2**20):
-                await asyncio.sleep(self.delay_s)
-                writer.write(chunk)
+    async def to_caller(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on each reply after `delay_s`."""
+        while chunk := await reader.read(2**20):
+            await asyncio.sleep(self.delay_s)
+            writer.write(chunk)
 
 
 @pytest.fixture
-async def relay(valkey: Valkey) -> AsyncIterator[Relay]:
+async def relay(valkey: Valkey) -> AsyncIterator[Held]:
     """Stand in front of a real server."""
-    async with Relay(valkey.port) as running:
+    async with Held(valkey.port) as running:
         yield running
 
 
@@ -127,18 +107,18 @@ async def outcome(asking: Awaitable[list[Any]]) -> Any:
 # -- batches -----------------------------------------------------------------------------------
 
 
-async def test_what_is_asked_in_one_turn_travels_together(relay: Relay) -> None:
+async def test_what_is_asked_in_one_turn_travels_together(relay: Held) -> None:
     """A hundred askers of one loop turn cost one packet, and each gets the replies to its own commands."""
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         relay.sent.clear()
         replies = await asyncio.gather(*(link.ask(("SET", f"k{n}", n), ("GET", f"k{n}")) for n in range(100)))
         assert [reply[1] for reply in replies] == [str(n).encode() for n in range(100)]
         assert len(relay.sent) == 1
 
 
-async def test_the_next_batch_gathers_meanwhile(relay: Relay) -> None:
+async def test_the_next_batch_gathers_meanwhile(relay: Held) -> None:
     """While both workers wait for the server, what is asked gathers, and travels together afterwards."""
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         relay.sent.clear()
         relay.held.clear()
         first = []
@@ -216,9 +196,9 @@ async def test_silence_fails_who_waits_in_the_queue(valkey: Valkey) -> None:
         valkey.resume()
 
 
-async def test_one_hung_connection_is_no_outage(relay: Relay) -> None:
+async def test_one_hung_connection_is_no_outage(relay: Held) -> None:
     """A worker whose connection hangs fails its own askers and connects anew; the other worker goes on."""
-    async with linked(relay.url, timeout_s=3 * SHORT_S) as link:
+    async with linked(relay.redis_url, timeout_s=3 * SHORT_S) as link:
         relay.dropped = b"hung"
         relay.heard.clear()
         hung = asyncio.create_task(outcome(link.ask(("ECHO", "hung"))))
@@ -231,9 +211,9 @@ async def test_one_hung_connection_is_no_outage(relay: Relay) -> None:
         await until(lambda: link._connected == WORKERS, "the worker is back")
 
 
-async def test_a_hung_connection_beside_an_idle_one(relay: Relay) -> None:
+async def test_a_hung_connection_beside_an_idle_one(relay: Held) -> None:
     """Nothing else was asked: the idle worker is asked to tell a hung connection from a silent Redis."""
-    async with linked(relay.url, timeout_s=SHORT_S) as link:
+    async with linked(relay.redis_url, timeout_s=SHORT_S) as link:
         relay.dropped = b"hung"
         assert await outcome(link.ask(("ECHO", "hung"))) == "slow"
         await until(lambda: link.up, "the idle worker has had a reply")
@@ -260,9 +240,9 @@ async def test_a_blocked_loop_loses_nothing(valkey: Valkey) -> None:
         assert ids[0] == ids[1]
 
 
-async def test_a_queue_is_no_outage(relay: Relay) -> None:
+async def test_a_queue_is_no_outage(relay: Held) -> None:
     """Askers who wait for a worker, longer than Redis may be silent in one round trip, are answered."""
-    async with linked(relay.url, timeout_s=SHORT_S) as link:
+    async with linked(relay.redis_url, timeout_s=SHORT_S) as link:
         relay.delay_s = 0.8 * SHORT_S  # of each round trip
         asking = []
         for number in range(4 * WORKERS):
@@ -275,10 +255,10 @@ async def test_a_queue_is_no_outage(relay: Relay) -> None:
 
 
 @pytest.mark.G9
-async def test_the_queue_has_a_limit(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_queue_has_a_limit(relay: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit asking fails at once; those within it are answered."""
     monkeypatch.setattr(link_module, "MOST_WAITING", 20)
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         asked = [asyncio.create_task(outcome(link.ask(("ECHO", str(n))))) for n in range(30)]
         replies = await asyncio.gather(*asked)
         assert replies == [[str(n).encode()] for n in range(20)] + ["slow"] * 10
@@ -316,9 +296,9 @@ async def test_cancelled_askers_never_mix_replies(valkey: Valkey) -> None:
         assert link._connected == WORKERS
 
 
-async def test_who_leaves_does_not_stop_the_others(relay: Relay) -> None:
+async def test_who_leaves_does_not_stop_the_others(relay: Held) -> None:
     """An asker that is cancelled while its batch is on its way leaves the batch alone."""
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         relay.held.clear()
         relay.heard.clear()
         leaving = asyncio.create_task(link.ask(("SET", "a", "1")))
@@ -331,9 +311,9 @@ async def test_who_leaves_does_not_stop_the_others(relay: Relay) -> None:
             await leaving
 
 
-async def test_who_left_is_not_told(relay: Relay) -> None:
+async def test_who_left_is_not_told(relay: Held) -> None:
     """When a connection breaks, those of its askers who stayed hear of it."""
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         relay.held.clear()
         relay.heard.clear()
         leaving = asyncio.create_task(link.ask(("ECHO", "x")))
@@ -347,9 +327,9 @@ async def test_who_left_is_not_told(relay: Relay) -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting in the queue", "waiting for the server"])
-async def test_close_answers_everybody(relay: Relay, moment: str) -> None:
+async def test_close_answers_all_askers(relay: Held, moment: str) -> None:
     """Whoever still waits when the link hangs up is told that it is gone, wherever it waits."""
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         relay.held.clear()
         relay.heard.clear()
         asking = [asyncio.create_task(outcome(link.ask(("ECHO", "x"))))]
@@ -459,9 +439,9 @@ async def test_a_restarted_server_is_found_again(valkey: Valkey) -> None:
         assert await link.ask(("ECHO", "x")) == [b"x"]
 
 
-async def test_a_cut_connection_fails_its_own_batch_only(relay: Relay) -> None:
+async def test_a_cut_connection_fails_its_own_batch_only(relay: Held) -> None:
     """Who waits on a connection that is cut is told at once; the next asker is answered."""
-    async with linked(relay.url) as link:
+    async with linked(relay.redis_url) as link:
         relay.held.clear()
         relay.heard.clear()
         asking = asyncio.create_task(outcome(link.ask(("ECHO", "x"))))
@@ -487,9 +467,9 @@ async def test_a_cut_connection_fails_its_own_batch_only(relay: Relay) -> None:
         pytest.param(b"$5\r\nab", None, id="truncated"),
     ],
 )
-async def test_a_server_that_is_no_use_is_left(relay: Relay, canned: bytes, expected: str | None) -> None:
+async def test_a_server_that_is_no_use_is_left(relay: Held, canned: bytes, expected: str | None) -> None:
     """Its asker gets an error and no other's reply, the connection is closed, and the link lives on."""
-    async with linked(relay.url, timeout_s=PATIENT_S if expected else SHORT_S) as link:
+    async with linked(relay.redis_url, timeout_s=PATIENT_S if expected else SHORT_S) as link:
         relay.instead = lambda chunk: canned if b"falsified" in chunk else None
         told = await outcome(link.ask(("SET", "falsified", "x")))
         assert ("reply" if isinstance(told, list) else told) == (expected or "slow")
@@ -502,10 +482,10 @@ async def test_a_server_that_is_no_use_is_left(relay: Relay, canned: bytes, expe
 @pytest.mark.parametrize(
     "canned", [b":not a number\r\n", b"-NOAUTH Authentication required.\r\n"], ids=["garbled", "refused"]
 )
-async def test_a_bad_greeting_is_survived(relay: Relay, canned: bytes) -> None:
+async def test_a_bad_greeting_is_survived(relay: Held, canned: bytes) -> None:
     """A server that raves while a worker connects is tried again until it speaks Redis."""
     relay.instead = lambda _: canned
-    link = Link(connecting(relay.url), timeout_s=PATIENT_S, connect_timeout_s=1)
+    link = Link(connecting(relay.redis_url), timeout_s=PATIENT_S, connect_timeout_s=1)
     await link.start()
     try:
         assert not link.up

@@ -291,7 +291,7 @@ async def test_seeds_lengthen_the_life_of_their_stamps(one: Replica, redis: Redi
 
 
 @pytest.mark.G1
-async def test_a_fill_is_everybodys_hit(one: Replica, two: Replica) -> None:
+async def test_a_fill_is_a_hit_on_every_replica(one: Replica, two: Replica) -> None:
     """What one replica stored, another finds; another caller and another snapshot do not."""
     for key, others in ((MINE, (THEIRS, SIBLING)), (MY_LIST, (THEIR_LIST, MY_OTHER_LIST))):
         await one.fill(key)
@@ -495,7 +495,7 @@ LATER_SEEDS = dict.fromkeys(SEEDS, NEVER_OLDER)
 
 
 @pytest.mark.G1
-async def test_seeds_are_everybodys_hits(one: Replica, two: Replica) -> None:
+async def test_seeds_are_hits_on_every_replica(one: Replica, two: Replica) -> None:
     """What a list left at one replica, another finds; another caller does not."""
     await one.store.seed(MINE.partition, SEEDS, await one.basis(MY_LIST))
     assert one.told[-1] == StoreOperation("seed", "ok")

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from azure.core.exceptions import HttpResponseError
 from gradient import Gradient, InternalServerError
+from kit.servers import http_server
 from kit.support import app
 
 TOKEN = "dop_v1_" + "c0ffee11" * 8
@@ -75,12 +76,8 @@ class Api:
 async def api() -> AsyncIterator[Api]:
     """Run it."""
     running = Api()
-    server = web.Server(running, handler_cancellation=True)
-    listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    running.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    yield running
-    listener.close()
-    await server.shutdown(0)
+    async with http_server(running) as running.url:
+        yield running
 
 
 async def slow(_: web.BaseRequest) -> None:
