@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from proxy.core.events import StoreOperation
 from proxy.core.incident import Incident
@@ -21,6 +20,7 @@ from proxy.logs import event
 from proxy.storage.commands import Command
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.conversation import BEAT_S, Conversation
+from proxy.storage.detached import Detached
 from proxy.storage.keys import Keys
 from proxy.storage.readiness import password_of, words
 from proxy.storage.values import refuse_errors
@@ -56,6 +56,7 @@ class Channel:
         self._observe = observe
         self._address = address
         self._monotonic = monotonic
+        self._work = Detached()
         self._deaf = Incident(threshold=2)
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
@@ -69,6 +70,7 @@ class Channel:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self._work.wait(SILENCE_S)
 
     async def invalidate(self, scope: Scope, *commands: Command) -> None:
         """Run the `commands` that invalidate `scope` in Redis, and have all replicas follow.
@@ -95,21 +97,21 @@ class Channel:
             client = self._link.client()
             try:
                 await self._converse(client)
-            except (RedisError, OSError, TimeoutError, Unavailable) as error:
+            except Exception as error:  # noqa: BLE001 # a server that is no Redis makes redis-py raise ValueError and more
                 self._note(words(error, password_of(client)))
             finally:
                 self._conversation.lost()
-                with suppress(RedisError, OSError):
-                    await client.aclose()
+                self._work.hang_up(client)
             await asyncio.sleep(_BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)])
             self._failures += 1
 
     async def _converse(self, client: Redis) -> None:
         """Listen until the connection ends, or is silent for too long; beat meanwhile."""
         speaking: asyncio.Task[None] | None = None
+        listening = client.pubsub()
+        await self._work.within(SILENCE_S, client, listening.subscribe(self._name))
         try:
-            async with ListeningTimeout(SILENCE_S) as silence, client.pubsub() as listening:
-                await listening.subscribe(self._name)
+            async with ListeningTimeout(SILENCE_S) as silence:
                 while True:
                     message = await listening.get_message(timeout=None)
                     silence.restart(SILENCE_S)

@@ -27,18 +27,17 @@ waits for a lane, and then for Redis. The lanes answer every asker:
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, TimeoutError as RedisTimeoutError
 
 from proxy.storage.commands import Command, Script
+from proxy.storage.detached import Detached
 from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal, is_of_no_use, lost, password_of, refusal, refused
 from proxy.tasks.listening import ListeningTimeout
-
-T = TypeVar("T")
 
 LANES = 2
 """While one pipeline is on its way, the next gathers for the other lane."""
@@ -112,7 +111,7 @@ class Link:
         self._round_trips = 0
         self._outage = Outage(address)
         self._lanes: list[asyncio.Task[None]] = []
-        self._tasks: dict[asyncio.Task[Any], Redis] = {}
+        self._work = Detached()
 
     @property
     def up(self) -> bool:
@@ -137,8 +136,7 @@ class Link:
         for lane in self._lanes:
             lane.cancel()
         await asyncio.gather(*self._lanes, return_exceptions=True)
-        if self._tasks:
-            await asyncio.wait([*self._tasks], timeout=self._connect_timeout_s)
+        await self._work.wait(self._connect_timeout_s)
 
     async def ask(self, *commands: Command) -> list[Any]:
         """Run `commands` in one round trip and give their replies, errors of Redis as exception objects.
@@ -174,7 +172,7 @@ class Link:
                 elif is_first:
                     self._note(trouble)
             finally:
-                self._hang_up(client)
+                self._work.hang_up(client)
                 self._first_attempt.set()
             await asyncio.sleep(backoff_s)
             failures += 1
@@ -187,7 +185,7 @@ class Link:
         """
         loop = asyncio.get_running_loop()
         try:
-            await self._within(self._connect_timeout_s, client, client.ping())
+            await self._work.within(self._connect_timeout_s, client, client.ping())
             commands = self._trial()
             if commands:
                 replies = await self._run(client, commands)
@@ -196,7 +194,7 @@ class Link:
             until = loop.time() + probation_s
             while (left_s := until - loop.time()) > 0:
                 await asyncio.sleep(min(left_s, _PING_S))
-                await self._within(self._timeout_s, client, client.ping())
+                await self._work.within(self._timeout_s, client, client.ping())
         except Exception as error:  # noqa: BLE001 # a server that is no Redis makes redis-py raise ValueError and more
             return refused(error, password=password_of(client))
         return None
@@ -299,46 +297,7 @@ class Link:
         pipeline = client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        return await self._within(self._timeout_s, client, pipeline.execute(raise_on_error=False))
-
-    async def _within(self, seconds: float, client: Redis, work: Awaitable[T]) -> T:
-        """Wait for redis-py for `seconds` of listening. Raises TimeoutError.
-
-        What `client` does runs in a task of its own, which is left behind where Redis was silent: redis-py
-        swallows cancellations while it connects.
-        """
-        task = self._spawn(client, work)
-        try:
-            async with ListeningTimeout(seconds):
-                await asyncio.wait({task})
-        finally:
-            task.cancel()  # nothing, where it is done
-        return task.result()
-
-    def _hang_up(self, client: Redis) -> None:
-        """Close `client` once its tasks have ended: the connection that one may still open, too."""
-        late = [task for task, whose in self._tasks.items() if whose is client]
-
-        async def close() -> None:
-            if late:
-                await asyncio.wait(late)
-            await client.aclose()
-
-        self._spawn(client, close())
-
-    def _spawn(self, client: Redis, work: Awaitable[T]) -> asyncio.Task[T]:
-        async def run() -> T:
-            return await work
-
-        task = asyncio.create_task(run(), name="redis-py")
-        self._tasks[task] = client
-        task.add_done_callback(self._forget)
-        return task
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        del self._tasks[task]
-        if not task.cancelled():
-            task.exception()  # who waited for it has seen it; nothing waits for a task that was left behind
+        return await self._work.within(self._timeout_s, client, pipeline.execute(raise_on_error=False))
 
 
 def _fail(asks: Sequence[_Ask], error: Unavailable) -> None:

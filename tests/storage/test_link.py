@@ -360,7 +360,7 @@ async def test_close_answers_everybody(relay: Relay, moment: str) -> None:
         await link.close()
         assert await asyncio.gather(*asking) == ["gone"]
         assert await outcome(link.ask(("ECHO", "x"))) == "gone"
-        assert not link._tasks
+        assert not link._work.tasks
         relay.held.set()
 
 
@@ -440,7 +440,7 @@ async def test_a_connection_that_is_opened_too_late_is_closed(valkey: Valkey) ->
     await link.start()
     try:
         await until(lambda: link._connected == LANES, "all lanes are connected")
-        await until(lambda: not link._tasks, "nothing is late any more")
+        await until(lambda: not link._work.tasks, "nothing is late any more")
         ((connected,),) = [await link.ask(("CLIENT", "LIST"))]
         assert len(connected.splitlines()) == LANES
     finally:
