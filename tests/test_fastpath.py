@@ -8,9 +8,11 @@ import asyncio
 import re
 from collections.abc import Coroutine, Iterable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from kit.edge import KEYRING, Edge, Memory, Wire, turns
 
@@ -21,6 +23,8 @@ from proxy.core.http import etag_of
 from proxy.core.identity import Token
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, list_target
 from proxy.edge import fastpath as module, memo, prepared
+from proxy.edge.handler import Handler, plain_server
+from proxy.edge.listener import Listener
 from proxy.edge.memo import Memo, Question
 from proxy.edge.prepared import Place, Prepared, Shelf
 
@@ -317,10 +321,11 @@ NO_QUESTION = {
 @pytest.mark.parametrize("data", NO_QUESTION.values(), ids=NO_QUESTION)
 async def test_any_doubt_is_the_handlers(data: bytes) -> None:
     """It is no question, whatever is in memory, and leaves the next one unharmed."""
-    edge = Edge(memory(), fast=True)
-    assert edge.fastpath.question(data) is None
-    assert edge.fastpath.answer(data) is None
-    assert edge.fastpath.answer(PLAIN) is not None
+    fast = Edge(memory(), fast=True).fastpath
+    assert fast.question(data) is None
+    assert fast.answer(request("/v2/snapshots/1", "X-Next: parsed")) is not None
+    assert fast.answer(data) is None
+    assert fast.answer(request("/v2/snapshots/1", "X-Next: parsed too")) is not None
 
 
 @pytest.mark.parametrize("number", ["2", "3", "4", "6"], ids=["missing", "stale", "negative", "large"])
@@ -368,11 +373,37 @@ def test_when_the_handler_rests(chunks: list[bytes], fast: int) -> None:
 
 def test_the_handlers_queue_comes_first() -> None:
     """A chunk that comes when the first of two queued requests is answered waits for the second."""
+    queued = PLAIN + request("/v2/snapshots/2")
 
     async def work() -> None:
-        for pause in range(12):
-            chunks = [(PLAIN + request("/v2/snapshots/2"), pause), (request(token=OTHER), 60)]
-            await same_bytes([chunks])
+        for first, pause in product(range(8), range(8)):
+            chunks = [(PLAIN + PLAIN, first), (queued, pause), (request(token=OTHER), 60)]
+            await same_bytes([chunks[1:], chunks])
+
+    run(work())
+
+
+def test_a_body_that_the_handler_does_not_want() -> None:
+    """It is no request, however much it looks like one: aiohttp reads and drops it after the answer."""
+
+    async def respond(request: web.BaseRequest) -> web.StreamResponse:
+        assert isinstance(request.protocol, Handler)
+        request.protocol.connection.reading_ended()
+        return web.Response(text="ok")
+
+    async def work() -> None:
+        edge = Edge(memory(), fast=True)
+        limits = edge.listener.limits
+        wire = Wire(Listener(plain_server(respond), limits, lambda *_: None, edge.fastpath))
+        wire.send(EARLY)
+        await turns()
+        assert wire.received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert not wire.closed
+        wire.send(PLAIN)
+        await turns()
+        assert edge.answered_fast == 0
+        wire.close()
+        await turns(2)
 
     run(work())
 

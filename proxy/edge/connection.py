@@ -151,7 +151,6 @@ class Connection(asyncio.Protocol):
         if self.listener.ticks - self._heard_at > PROMPT_TICKS:
             return False  # who had waited for so long gave up waiting
         self._eof = True
-        self._resting = False
         self.listener.half_closed[self] = None
         if self._body is None:
             self._close_unless_begun(LAST_LOOKS)
@@ -199,7 +198,7 @@ class Connection(asyncio.Protocol):
         `goes_on` tells whether the connection is kept.
         """
         self._enter(_Phase.READING if self._more else _Phase.IDLE)
-        if goes_on and not self._more and (self._body is None or self._body.is_eof()):
+        if goes_on and (self._body is None or self._body.is_eof()):
             self._rest(0 if self._whole else _REST_LOOKS)
         self._more = False
         self._body = None
@@ -208,7 +207,7 @@ class Connection(asyncio.Protocol):
 
     def _rest(self, looks: int) -> None:
         """Let the fast path be asked again; see the law of this file."""
-        if self._phase is not _Phase.IDLE or self._eof:
+        if self._phase is not _Phase.IDLE:
             return
         if looks:
             self._resting_soon = self._loop.call_soon(self._rest, looks - 1)

@@ -58,7 +58,7 @@ _READ_BYTES = 65_536
 
 _NOT_PLAIN = frozenset(
     {
-        # How the request, or the connection, goes on.
+        # How the request goes on; what `Connection` says, the parser tells.
         *(b"content-length", b"transfer-encoding", b"content-encoding", b"trailer", b"te", b"expect"),
         *(b"upgrade", b"proxy-connection", b"keep-alive", b"http2-settings"),
         # Which answer is wanted.
@@ -68,8 +68,8 @@ _NOT_PLAIN = frozenset(
 )
 """Headers of requests that are the handler's."""
 
-_HANDLED = frozenset({b"connection", b"accept-encoding", b"if-none-match"})
-"""Headers on which the answer depends as it does in the handler; of the first one only `keep-alive`."""
+_HANDLED = frozenset({b"accept-encoding", b"if-none-match"})
+"""Headers on which the answer depends as it does in the handler."""
 
 
 class Reads(Protocol):
@@ -197,8 +197,6 @@ class FastPath:
             return None
         place, caller = subject
         if not names.isdisjoint(_HANDLED):
-            if [value.lower() for value in headers.getall("Connection", ("keep-alive",))] != ["keep-alive"]:
-                return None
             conditions = headers.getall("If-None-Match", None)
             place = place._replace(
                 gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
