@@ -65,7 +65,11 @@ def decode(raw: object, channel: bytes, keyring: Keyring) -> Message:
     mac, text = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
     if not hmac.compare_digest(mac, _mac(text, channel, keyring)):
         raise Unintelligible
-    match orjson.loads(text):
+    try:
+        parts = orjson.loads(text)
+    except ValueError:
+        raise Unintelligible from None
+    match parts:
         case ["beat", str(sender), float(sent_at)]:
             return Beat(sender, sent_at)
         case ["invalidated", str(sender), str(number), *scope]:
