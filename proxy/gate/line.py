@@ -1,16 +1,18 @@
 """What waits for the quota: calls of one token on this replica, in order of arrival, reads apart from writes.
 
-Only the first in a line asks the ledgers: again as soon as a call of the token is answered, and otherwise
-after the seconds that the ledger named, at most 1 s; at most 0.05 s while calls are serialized. A call
-further back is refused at once if the window will have no room for it in time. A call leaves the line with a
-permit, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to another
-call of the token meanwhile, and with Abandoned when no caller waits for its flight any more.
+While the ledgers postpone calls, only the first in a line asks them: again as soon as a call of the token is
+answered, and otherwise after the seconds that the ledger named, at most 1 s; at most 0.05 s while calls are
+serialized. After a permit twice as many may ask at once, up to 64: a line is gone in a few round trips. A
+call further back is refused at once if the window will have no room for it in time. A call leaves the line
+with a permit, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to
+another call of the token meanwhile, and with Abandoned when no caller waits for its flight any more.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from typing import NamedTuple
 
 from proxy.core.errors import QuotaSpent, TokenRefused
@@ -21,6 +23,7 @@ from proxy.tasks.flights import end_if_abandoned, while_awaited
 
 _SHORTEST_PAUSE_S = 0.005
 _TURN_PAUSE_S = 0.05
+_MOST_AT_ONCE = 64
 _LONGEST_PAUSE_S = 1.0
 """The first in a line asks again after so long at the latest: another replica may have given a call back."""
 
@@ -42,23 +45,35 @@ class Asker(NamedTuple):
 class Line:
     """One token's calls on this replica: how many (`Flights` bounds them), and those waiting, in order."""
 
-    __slots__ = ("answered", "calls", "postponed", "queue", "refusals")
+    __slots__ = ("answered", "at_once", "calls", "postponed", "queue", "refusals")
 
     def __init__(self) -> None:
         self.calls = 0
-        self.queue: deque[asyncio.Future[None]] = deque()
+        self.queue: deque[asyncio.Event] = deque()
+        """The places in line, each set while its call may ask."""
+        self.at_once = 1
+        """So many calls, the first in the queue, may ask at a time."""
         self.postponed = Postponed(0.0, "turn")
-        """What the ledger told the first of them last."""
+        """What the ledger told one of them last."""
         self.answered = asyncio.Event()
         """Set, and replaced by a new one, when a call of the token is answered."""
         self.refusals = 0
         """The number of the token's calls that were answered 401."""
 
-    def leave(self, place: "asyncio.Future[None]") -> None:
-        """Give up a place in the queue; the call that is first then may ask."""
+    def admitted(self) -> None:
+        """Let more calls ask at once: the ledgers admitted one."""
+        self.at_once = min(2 * self.at_once, _MOST_AT_ONCE)
+
+    def postpone(self, postponed: Postponed) -> None:
+        """Let one call ask at a time: the ledgers postponed one."""
+        self.at_once = 1
+        self.postponed = postponed
+
+    def leave(self, place: asyncio.Event) -> None:
+        """Give up a place in the queue; the calls that are first then may ask."""
         self.queue.remove(place)
-        if self.queue and not self.queue[0].done():
-            self.queue[0].set_result(None)
+        for first in islice(self.queue, self.at_once):
+            first.set()
 
     def wake(self) -> None:
         """Tell the first in the queue that a call was answered."""
@@ -70,8 +85,7 @@ class Line:
         self.refusals += 1
         self.wake()
         for place in self.queue:
-            if not place.done():
-                place.set_result(None)
+            place.set()
 
     def turn_away_if_refused(self, asker: Asker) -> None:
         """Raise TokenRefused if a call of the token was answered 401 after `asker` came."""
@@ -118,34 +132,44 @@ class Turns:
         self, line: Line, asker: Asker, decision: Permit | Postponed, answered: asyncio.Event
     ) -> Permit:
         """Wait in line, and ask until there is a permit, or it is clear that none will come in time."""
-        place = asyncio.get_running_loop().create_future()
+        place = asyncio.Event()
         line.queue.append(place)
+        is_first = line.queue[0] is place
         try:
-            if line.queue[0] is not place:
+            if not is_first:
                 await self._refuse_the_hopeless(asker, len(line.queue))
-                try:
-                    with while_awaited():
-                        async with self._drain.timeout(self._left_s(asker), spare_s=asker.call_s):
-                            await place
-                except TimeoutError:
-                    raise spent(line.postponed) from None
-                answered = line.answered
-                decision = await self._ask_again(line, asker)
             while isinstance(decision, Postponed):
-                line.postponed = decision
-                await self._pause(asker, decision, answered)
+                if is_first:
+                    line.postpone(decision)
+                    await self._pause(asker, decision, answered)
+                else:
+                    await self._stand(line, place, asker)
                 answered = line.answered
                 decision = await self._ask_again(line, asker)
+                place.clear()
+                is_first = line.queue[0] is place
+            line.admitted()
             return decision
         finally:
             line.leave(place)
+
+    async def _stand(self, line: Line, place: asyncio.Event, asker: Asker) -> None:
+        """Wait until the call may ask. Raises QuotaSpent when its time is over."""
+        try:
+            with while_awaited():
+                async with self._drain.timeout(self._left_s(asker), spare_s=asker.call_s):
+                    await place.wait()
+        except TimeoutError:
+            raise spent(line.postponed) from None
 
     async def _ask_again(self, line: Line, asker: Asker) -> Permit | Postponed:
         """Ask, unless the token or the operation was refused since this call came. Raises NotSent."""
         line.turn_away_if_refused(asker)
         decision = await self._admit(asker)
-        if isinstance(decision, Postponed) and decision.window == "operation":
-            raise spent(decision)
+        if isinstance(decision, Postponed):
+            if decision.window == "operation":
+                raise spent(decision)
+            line.postpone(decision)
         try:
             line.turn_away_if_refused(asker)
         except TokenRefused:
