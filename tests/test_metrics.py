@@ -32,7 +32,7 @@ ALIASES = {"other", "team-a"}
 WINDOWS = {"minute", "hour"}
 BY = ("single", "list")
 CAUSES = ("delete", "purge", "unauthorized", "passthrough")
-OPERATIONS = ("lookup", "put", "seed", "lease", "end", "drop", "quota")
+OPERATIONS = ("lookup", "put", "seed", "lease", "end", "drop", "channel", "quota")
 RESULTS = ("ok", "timeout", "error", "corrupt")
 LIMITS = {
     ("team-a", "minute"): 250,
@@ -66,6 +66,8 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "quota_limit": ("gauge", {"caller": ALIASES, "window": WINDOWS}),
     "quota_cooldown_seconds": ("gauge", {"caller": ALIASES}),
     "quota_wait_seconds": ("histogram", {}),
+    "memory_bytes": ("gauge", {}),
+    "memory_entries": ("gauge", {}),
     "store_up": ("gauge", {}),
     "store_shared": ("gauge", {}),
     "secret_mismatch": ("gauge", {}),
@@ -97,6 +99,8 @@ def metrics() -> Metrics:
     declared.watch(
         connections=lambda: 1,
         flights=lambda: 2,
+        memory_bytes=lambda: 1300,
+        memory_entries=lambda: 1,
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 5,
@@ -320,7 +324,7 @@ FROM_THE_START: dict[str, tuple[set[str], int]] = {
     "upstream_avoided": ({"reason"}, 6),
     "entry_age_seconds": (set(), 1),
     "quota_wait_seconds": (set(), 1),
-    "store_operations": ({"operation", "outcome"}, 7 * 4),
+    "store_operations": ({"operation", "outcome"}, 8 * 4),
     "invalidations": ({"cause"}, 4),
     "unknown_values": ({"field"}, 1),
     "refreshes": ({"by"}, 2),
@@ -348,7 +352,7 @@ def test_no_counter_or_histogram_begins_later() -> None:
     """Whatever is declared is in the table above, or is a gauge that shows a state."""
     kinds = {name: kind for name, (kind, _) in DECLARED.items()}
     states = {"store_up", "store_shared", "secret_mismatch", "upstream_breaker_open", "flights"}
-    states |= {"connections", "build_info"}
+    states |= {"connections", "memory_bytes", "memory_entries", "build_info"}
     assert kinds.keys() - FROM_THE_START.keys() == states | UNKNOWN_BEFORE_A_CALL
 
 
@@ -402,6 +406,8 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
     metrics.watch(
         connections=lambda: len(open_connections),
         flights=lambda: 2,
+        memory_bytes=lambda: 1300,
+        memory_entries=lambda: 1,
         store_up=lambda: True,
         store_shared=lambda: False,
         secret_mismatch=lambda: 0,
