@@ -89,7 +89,7 @@ class Memory:
     """The in-process tier in front of Redis."""
 
     max_bytes: int = _key(67_108_864, rules.size(0), "size of the tier; 0: off")
-    max_age_s: float = _key(10.0, rules.DURATION, "longest that it answers without asking Redis")
+    max_age_s: float = _key(10.0, rules.DURATION, "longest that it answers without asking Redis; 0: off")
 
 
 @dataclass(frozen=True, slots=True)
