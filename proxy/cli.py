@@ -162,17 +162,17 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _healthcheck(args: argparse.Namespace) -> int:
-    from proxy import healthcheck
+    from proxy.admin import client
 
     loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
-    return healthcheck.healthcheck(loaded.settings.admin)
+    return client.healthcheck(loaded.settings.admin)
 
 
 def _purge(args: argparse.Namespace) -> int:
-    from proxy import purge
+    from proxy.admin import client
 
     loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
-    return purge.purge(loaded.settings.admin, args.ids)
+    return client.purge(loaded.settings.admin, args.ids)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import pytest
 from kit.support import DEADLINE_S, TROUBLE, Serve, bearer, write_secret
 
 from proxy import __version__, cli, serve
-from proxy.healthcheck import no_answer
+from proxy.admin.client import no_answer
 from proxy.settings.load import load
 from proxy.settings.sections import Admin
 from proxy.simulator import (
@@ -396,11 +396,12 @@ async def test_a_bug_is_one_line_without_its_message(logging: str, line: str) ->
     """An exception's text may hold anything, a token too: its type and places are enough to find it."""
     code = f"""
 import sys
-from proxy import cli, healthcheck, logs
+from proxy import cli, logs
+from proxy.admin import client
 {logging}
 def fail(admin):
     raise ValueError("Authorization: Bearer {TOKEN}")
-healthcheck.healthcheck = fail
+client.healthcheck = fail
 sys.exit(cli.main(["healthcheck"]))
 """
     status, out, err = await end(await start("-c", code))

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from kit.support import app, free_port
 
-from proxy import healthcheck
+from proxy.admin.client import healthcheck, reachable
 from proxy.settings.sections import Admin
 from proxy.system import sockets
 from proxy.system.sockets import listen
@@ -178,7 +178,7 @@ async def test_the_service_on_both_families(client: aiohttp.ClientSession) -> No
                 async with client.get(f"http://{address}:{port}{path}") as response:
                     assert response.status == status
         admin = Admin(host="::", port=int(at.admin.rpartition(":")[2]))
-        assert await asyncio.to_thread(healthcheck.healthcheck, admin) == 0
+        assert await asyncio.to_thread(healthcheck, admin) == 0
 
 
 async def test_the_service_without_ipv6(
@@ -189,7 +189,7 @@ async def test_the_service_without_ipv6(
     async with app("admin.host=::") as at:
         assert at.admin.startswith("http://0.0.0.0:")
         admin = Admin(host="::", port=int(at.admin.rpartition(":")[2]))
-        assert await asyncio.to_thread(healthcheck.healthcheck, admin) == 0
+        assert await asyncio.to_thread(healthcheck, admin) == 0
     (said,) = [record for record in caplog.records if record.message == "address-left-out"]
     assert said.levelname == "WARNING"
     assert client
@@ -208,4 +208,4 @@ async def test_the_service_without_ipv6(
 )
 def test_which_address_is_asked(host: str, asked: str) -> None:
     """By the health check and by purge: one that the listener has, on any machine."""
-    assert healthcheck.reachable(host) == asked
+    assert reachable(host) == asked

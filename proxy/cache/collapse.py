@@ -4,7 +4,7 @@ Within this process requests share a flight if `Collapser.name` gives them the s
 one holds a lease of the key while it fetches: 2 s long, renewed every 0.5 s. The others look for its result
 every 0.025 to 0.2 s: an entry, or the record of an outcome that is not stored. A replica that waits gives up
 with an error of its own after 1 s where its caller has a stale entry, else when its own fetch would have
-timed out, or when the drain is over. Where Redis cannot tell who holds the lease, the replica fetches.
+timed out, or when the drain is over. Where Redis cannot tell which replica holds the lease, each fetches.
 """
 
 import asyncio
@@ -132,7 +132,7 @@ class Collapser:
     async def _fetch_leased(
         self, lease: Leased, call: Call, lookup: Lookup, mode: FetchMode, due: Due
     ) -> Fetched | ProxyError:
-        """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to those who wait."""
+        """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to the others."""
         renewing = asyncio.create_task(self._keep(lease), name="lease")
         record = None
         try:

@@ -33,18 +33,8 @@ from proxy.core.errors import (
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
 from proxy.core.identity import EntryKey, ListQuery
-from proxy.core.invalidation import CallerScope, EntryScope
-from proxy.core.policy import (
-    Absent,
-    Answer,
-    Deleted,
-    Denied,
-    Keep,
-    PassThrough,
-    Policy,
-    TokenRejected,
-    scopes_of_delete,
-)
+from proxy.core.invalidation import CallerScope, EntryScope, scopes_of_delete
+from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
 from proxy.core.ports import Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
@@ -59,7 +49,7 @@ _REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO
 class FetchMode(NamedTuple):
     """How to ask: as which class of call, and whether to wait for the quota. It is part of a flight's name.
 
-    Else the refusal of a refresh would answer a caller for whom the quota has room, or who can wait.
+    Otherwise a refresh that the quota rejected would answer a caller for whom it has room, or who can wait.
     """
 
     call_class: CallClass
@@ -67,7 +57,7 @@ class FetchMode(NamedTuple):
 
 
 class Due(NamedTuple):
-    """When a fetch began, until when it may wait for the quota, and by when its call ends (monotonic)."""
+    """When a fetch began, until when it may wait for the quota, and by when its call is over (monotonic)."""
 
     began: float
     wait: float
@@ -294,9 +284,9 @@ async def _compressed(entry: Entry) -> Entry:
 
 
 def is_failure(result: Fetched | ProxyError) -> bool:
-    """Tell whether a flight brought only the news that the upstream is down or limits the token.
+    """Tell whether the upstream is down or limits the token: later callers share that result for a second.
 
-    A record that another replica left is not such news: it answers for a second already, from Redis.
+    Not the record of another replica: it already answers from Redis for a second.
     """
     return is_replaceable(result.status) and not is_from_elsewhere(result)
 

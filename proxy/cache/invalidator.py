@@ -1,6 +1,6 @@
 """Invalidation: first in this replica's memory, then in the store, for all replicas.
 
-What a scope covers is stated in `core/invalidation.py`; who makes which scope stands with what causes it.
+`core/invalidation.py` states what a scope covers. The code that sees the cause (an answer, a purge) makes it.
 """
 
 from collections.abc import Callable

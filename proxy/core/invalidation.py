@@ -7,6 +7,7 @@ them. A new kind of scope is one more class here, and one more case where mypy t
 from dataclasses import dataclass
 
 from proxy.core.identity import EntryKey, ListKey, Partition
+from proxy.core.request import Call
 
 MOST_COUNTED = 4096
 """`InvalidationCounts` remembers so many names at most."""
@@ -52,6 +53,16 @@ def covers(scope: Scope, key: EntryKey | ListKey) -> bool:
             return isinstance(key, ListKey) or key.snapshot_id in snapshot_ids
         case EverythingScope():
             return True
+
+
+def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
+    """Tell what the DELETE `call` invalidates, if it deleted its snapshot or may have.
+
+    An id in another form than the API documents invalidates all of the caller's entries, too: the upstream
+    may have taken it for another snapshot's, 06372321 for 6372321.
+    """
+    named = SnapshotsScope((call.target.text,))
+    return (named,) if call.target.cacheable else (named, CallerScope(call.key.partition))
 
 
 class InvalidationCounts:

@@ -13,9 +13,8 @@ from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.events import EnumField
 from proxy.core.http import Why, etag_of
 from proxy.core.identity import ListQuery, SnapshotId
-from proxy.core.invalidation import CallerScope, Scope, SnapshotsScope
 from proxy.core.quota import stretched
-from proxy.core.request import Call, Directives
+from proxy.core.request import Directives
 from proxy.core.snapshot import error_envelope, normalize_list, normalize_snapshot
 
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
@@ -278,16 +277,6 @@ class Policy:
     def _of_list(self, draw: float) -> Lifetimes:
         """Give a list its lifetimes: never served while being refreshed, lest a new snapshot is missing."""
         return Lifetimes(_jittered(self.list_fresh_s, self.jitter * draw), 0, self.stale_if_error_s)
-
-
-def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
-    """Tell what the DELETE `call` invalidates, if it deleted its snapshot or may have.
-
-    An id in another form than the API documents invalidates all of the caller's entries, too: the upstream
-    may have taken it for another snapshot's, 06372321 for 6372321.
-    """
-    named = SnapshotsScope((call.target.text,))
-    return (named,) if call.target.cacheable else (named, CallerScope(call.key.partition))
 
 
 def _raise_if_no_error_of_the_api(status: int) -> None:

@@ -25,7 +25,7 @@ from proxy.core.request import Call
 class Store(Protocol):
     """Where all replicas keep entries and leases, and invalidate entries. No method raises.
 
-    A store that fails finds nothing, stores nothing, and cannot tell who holds a lease.
+    A store that fails finds nothing, stores nothing, and cannot tell which replica holds a lease.
     """
 
     async def lookup(self, key: EntryKey | ListKey) -> Lookup:
@@ -54,7 +54,7 @@ class Store(Protocol):
         """Prolong the lease."""
 
     async def release(self, lease: Leased, record: Record | None) -> None:
-        """Give the lease up, and leave an outcome that is not stored as a `record` for those who wait."""
+        """Give the lease up, and leave an outcome that is not stored as a `record` for the others."""
 
     async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
         """Invalidate what `scope` covers, entries whose fetch is in flight included.

@@ -154,12 +154,8 @@ class Passthrough:
 
     async def _invalidate(self, forwarding: Forwarding, body: "_Body | None") -> bool:
         """Invalidate what a write may have changed."""
-        scopes = scopes_of_write(
-            forwarding.method,
-            forwarding.target,
-            forwarding.partition,
-            None if body is None else body.whole,
-        )
+        read = None if body is None else body.whole
+        scopes = scopes_of_write(forwarding.method, forwarding.target, forwarding.partition, read)
         return await self._invalidator.invalidate("passthrough", *scopes)
 
     async def _reject_token(self, forwarding: Forwarding) -> bool:

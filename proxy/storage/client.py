@@ -1,4 +1,4 @@
-"""Clients by URL, for `Link`: one connection each, opened once, no repetition, no patience of their own."""
+"""Clients by URL, for `Link`: one connection each, opened once; no retries and no timeouts of redis-py's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def connector(
     """Make what opens clients to `redis://`, `rediss://` or `unix://` (redis-py's own URL syntax).
 
     `username` and `password` win over the URL's where they are not empty; `ca_file` replaces the system's
-    authorities for `rediss://`. A client whose connection has ended is of no more use: redis-py would open
+    authorities for `rediss://`. A client whose connection was closed raises from then on: redis-py would open
     another one by itself, to a server that was not tried, such as a replica after a failover.
     """
     options: dict[str, Any] = {"username": username, "password": password}

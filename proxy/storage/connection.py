@@ -1,25 +1,25 @@
 """The conversation with Redis: pipelines, and whether it is usable.
 
-The law of this file: a deadline measures Redis, never this process. A *lane* is a task with one connection.
-It opens the connection in its own time, tries on it every command that the program uses, and then sends
-all that was asked for since its last round trip as one pipeline. An asker has no deadline of its own: it
-waits for a lane, and then for Redis. The lanes answer every asker:
+The law of this file: a deadline measures Redis, never this process. A pipeline worker is a task with one
+connection. It connects without a request that waits for it, tries every command that the program uses, and
+then sends all commands that were queued since its last round trip as one pipeline. A call of `ask` has no
+deadline of its own: its commands wait for a worker, and then for Redis. Every call gets replies or an error:
 
     ===============================================  ==============================================
-    what happens                                     what becomes of the askers
+    what happens                                     what becomes of the calls
     ===============================================  ==============================================
     the replies arrive, however late they are read   each gets its own
-    one lane has no reply for `timeout_s`, others    those of that pipeline fail; the lane connects
-    have had replies since it sent                   anew
-    no lane has had a reply for `timeout_s`          those of that pipeline and those in the queue
-                                                     fail, and asking fails at once until a lane has
-                                                     had a reply again
-    a reply says that the server cannot be used      each gets its own; asking fails at once, and every
-                                                     lane connects anew, so that the server is tried
-    the server does not know a script by its digest  all get theirs after one more round trip, in which
-                                                     the call is sent again with the script's text
-    the connection ends                              those of that pipeline fail
-    the last lane has lost its connection            those in the queue fail, asking fails at once
+    one worker has no reply for `timeout_s`, others  those of that pipeline fail; the worker
+    have had replies since it sent                   connects anew
+    no worker has had a reply for `timeout_s`        those of that pipeline and of the queue fail,
+                                                     and new ones fail at once until a worker has
+                                                     a reply again
+    a reply says that the server cannot be used      each gets its own; new ones fail at once, and
+                                                     every worker connects anew and tries the server
+    the server does not know a script by its digest  all get theirs after one more round trip, in
+                                                     which that script is sent again with its text
+    the connection is closed                         those of that pipeline fail
+    the last worker has lost its connection          those of the queue fail, and new ones at once
     ===============================================  ==============================================
 
 `timeout_s` counts only the time in which the event loop was listening.
@@ -39,11 +39,11 @@ from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal, is_of_no_use, lost, password_of, refusal, refused
 from proxy.tasks.listening import ListeningTimeout
 
-LANES = 2
-"""While one pipeline is on its way, the next gathers for the other lane."""
+WORKERS = 2
+"""Two connections: while one worker waits for its replies, the next pipeline gathers for the other."""
 
 MOST_WAITING = 10_000
-"""Askers in the queue, at most; by default there are fewer callers and fetches. Beyond it asking fails."""
+"""Calls in the queue, at most; by default there are fewer callers and fetches. Beyond it a call fails."""
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 _LONGEST_PROBATION_S = 0.5
@@ -69,7 +69,7 @@ class Unavailable(Exception):
 
 
 class _Ask:
-    """One asker's commands, and where the replies go."""
+    """The commands of one call, and where the replies go."""
 
     __slots__ = ("commands", "replies")
 
@@ -79,11 +79,12 @@ class _Ask:
 
 
 class Link:
-    """Runs commands on one Redis server for many askers at a time.
+    """Runs commands on one Redis server for many calls at a time.
 
-    `connect` makes a client with a pool of its own (one a lane), `address` is what logs call the server, and
-    `trial` lists what a connection has to take before it is used (`readiness.trial`). `timeout_s` bounds the
-    silence of Redis in one round trip, `connect_timeout_s` an attempt to connect, which no asker waits for.
+    `connect` makes a client with a pool of its own (one for each worker), `address` is what logs call the
+    server, and `trial` lists the commands that a connection has to take before it is used
+    (`readiness.trial`). `timeout_s` bounds the silence of Redis in one round trip, `connect_timeout_s` an
+    attempt to connect, which no call waits for.
     """
 
     def __init__(
@@ -105,24 +106,24 @@ class Link:
         self._usable = asyncio.Event()
         self._closing = False
         self._connected = 0
-        """Lanes that are connected, and tried since the server last said that it cannot be used."""
+        """Workers that are connected, and tried since the server last said that it cannot be used."""
         self._refusals = 0
         self._silent = False
         self._round_trips = 0
         self._outage = Outage(address)
-        self._lanes: list[asyncio.Task[None]] = []
+        self._workers: list[asyncio.Task[None]] = []
         self._work = Detached()
 
     @property
     def up(self) -> bool:
-        """Tell whether Redis is usable: a lane is connected, and the last pipeline had its replies."""
+        """Tell whether Redis is usable: a worker is connected, and the last pipeline had its replies."""
         return self._connected > 0 and not self._silent
 
     async def start(self) -> None:
         """Begin to connect, and wait a moment for the first attempt: `up` then tells how it went."""
-        self._lanes = [
-            asyncio.create_task(self._lane(is_first=number == 0), name=f"redis-lane-{number}")
-            for number in range(LANES)
+        self._workers = [
+            asyncio.create_task(self._worker(is_first=number == 0), name=f"redis-worker-{number}")
+            for number in range(WORKERS)
         ]
         try:
             async with ListeningTimeout(_PATIENCE_AT_START_S):
@@ -131,11 +132,11 @@ class Link:
             self._note(Refusal("silent", "it has not answered yet"))
 
     async def close(self) -> None:
-        """Hang up. Askers that still wait get Unavailable."""
+        """Disconnect. Calls that still wait get Unavailable."""
         self._closing = True
-        for lane in self._lanes:
-            lane.cancel()
-        await asyncio.gather(*self._lanes, return_exceptions=True)
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
         await self._work.wait(self._connect_timeout_s)
 
     async def ask(self, *commands: Command) -> list[Any]:
@@ -152,10 +153,10 @@ class Link:
         self._asked.set()
         return await ask.replies
 
-    # -- a lane --------------------------------------------------------------------------------
+    # -- a worker ------------------------------------------------------------------------------
 
-    async def _lane(self, *, is_first: bool) -> None:
-        """Connect, converse, connect again. While Redis is not usable only the first lane tries."""
+    async def _worker(self, *, is_first: bool) -> None:
+        """Connect, send pipelines, connect again. While Redis is not usable only the first worker tries."""
         loop = asyncio.get_running_loop()
         failures = 0
         while True:
@@ -180,8 +181,8 @@ class Link:
     async def _open(self, client: Redis, probation_s: float) -> Refusal | None:
         """Connect, and try what the server takes. None: it is usable.
 
-        After a failure it has to answer PINGs for `probation_s`, too: each return to a Redis that is slow, or
-        that cuts connections, costs those who ask then another `timeout_s`.
+        After a failure it also has to answer PINGs for `probation_s`: a Redis that is used again while it is
+        still slow, or still closes connections, costs every call another `timeout_s`.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -200,7 +201,7 @@ class Link:
         return None
 
     async def _converse(self, client: Redis) -> None:
-        """Take pipelines until the connection is of no more use."""
+        """Send pipelines until the connection is not to be used again."""
         self._connected += 1
         self._replied()
         self._first_attempt.set()
@@ -221,21 +222,21 @@ class Link:
         self._silent = False
         if not self._usable.is_set():
             self._usable.set()
-            self._outage.ends(asyncio.get_running_loop().time())
+            self._outage.usable(asyncio.get_running_loop().time())
 
     def _note(self, trouble: Refusal | None) -> None:
-        """Take note that Redis is not usable: those in the queue fail, and one line says why."""
+        """Take note that Redis is not usable: the calls in the queue fail, and one log line says why."""
         self._usable.clear()
         _fail(self._queue, Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
         self._queue.clear()
         if trouble is not None and not self._closing:
-            self._outage.goes_on(trouble, asyncio.get_running_loop().time())
+            self._outage.unusable(trouble, asyncio.get_running_loop().time())
 
     async def _take(self, client: Redis, tried: int) -> Refusal | None:
         """Wait for something to do, and do it. A Refusal: the connection is not to be used again.
 
-        So it is where another lane was refused since this one was `tried`: a replica answers this one's
-        lookups as before.
+        It is not, if the server refused a command of another worker after this connection was tried, when
+        there were `tried` refusals: a primary that became a replica still answers lookups on old connections.
         """
         if tried == self._refusals:
             await self._asked.wait()
@@ -244,7 +245,7 @@ class Link:
         self._asked.clear()
         batch = tuple(self._queue)
         self._queue.clear()
-        # Another lane found Redis silent: whether it is so on this connection, too, only a round trip tells.
+        # Another worker found Redis silent: only a round trip tells whether this connection is, too.
         return await self._exchange(client, batch, tried) if batch or self._silent else None
 
     async def _exchange(self, client: Redis, batch: Sequence[_Ask], tried: int) -> Refusal | None:
@@ -259,7 +260,7 @@ class Link:
             if self._round_trips == before:
                 self._silent = True
                 self._note(trouble)
-                self._asked.set()  # for the lanes that are idle
+                self._asked.set()  # for the workers that are idle
             return trouble
         except Exception as error:  # noqa: BLE001 # the same
             _fail(batch, Unavailable(too_slow=False))
@@ -280,7 +281,7 @@ class Link:
         if unfit and tried == self._refusals:
             self._refusals += 1
             self._connected = 0
-            self._asked.set()  # for the lanes that are idle
+            self._asked.set()  # for the workers that are idle
         return Refusal("refused", "") if unfit else None
 
     async def _run(self, client: Redis, commands: Sequence[Command]) -> list[Any]:

@@ -1,10 +1,10 @@
-"""The embedded Valkey: a private server process that lives exactly as long as ours.
+"""The embedded Valkey: a private server process that runs exactly as long as this one.
 
 It listens on a Unix socket in a directory of its own, keeps nothing on disk, evicts the least recently
 used entries at its memory limit, and is started again on the same path when it dies. What is stored in it
 is not known here.
 
-Our life ties its life by a pipe, the *lifeline*. We hold the only write end; a shell in the server's
+A pipe, the *lifeline*, makes sure of that. We hold the only write end; a shell in the server's
 session waits on the read end:
 
     =================  ====================  ===============================================
@@ -14,12 +14,12 @@ session waits on the read end:
     a line             the server has died   kills its process group, keeps the directory
     =================  ====================  ===============================================
 
-The kernel closes a pipe however a process ends, SIGKILL included, on Linux and macOS alike. And the group
-that is killed is the shell's own, whose number cannot be given away while the shell is in it: there is no
-process id that could be stale.
+The kernel closes a pipe however a process exits, SIGKILL included, on Linux and macOS alike. The group that
+is killed is the shell's own; the kernel gives its number to no other process while the shell runs, so no
+process id can be stale.
 
-The shell is the server's child. When it ends after its parent, it is handed to process 1, or to a subreaper.
-Where that is this process, it has to be waited for, else each death of the server leaves a zombie.
+The shell is the server's child. When it exits after its parent, it is handed to process 1, or to a subreaper.
+If that is this process, it has to be waited for, else each death of the server leaves a zombie.
 """
 
 import asyncio
@@ -142,7 +142,7 @@ class EmbeddedServer:
         raise EmbeddedServerError(f"the embedded Valkey {problem}: {self._last_words()}")
 
     async def _keep_running(self, life: "_Life") -> None:
-        """Start the server again whenever it ends. Whether it then answers is its clients' to find out."""
+        """Start the server again whenever it exits. Whether it then answers, its clients find out."""
         clock = asyncio.get_running_loop().time
         pause_s = RESTART_MIN_S
         while True:
@@ -200,7 +200,7 @@ class _Life:
         await self._reap()
 
     async def release(self) -> None:
-        """End the shell of a server that has ended; the directory stays."""
+        """Stop the shell of a server that has exited; the directory stays."""
         with contextlib.suppress(BrokenPipeError):  # the shell was killed
             self.lifeline.write(b"\n")
         self.lifeline.close()
@@ -248,7 +248,7 @@ async def _ping(socket: Path) -> bool:
     try:
         writer.write(b"PING\r\n")
         return await reader.readline() == b"+PONG\r\n"
-    except OSError:  # it ended meanwhile
+    except OSError:  # it exited meanwhile
         return False
     finally:
         writer.close()

@@ -1,6 +1,6 @@
 """Entries in Redis: look up, put, and seed from a list.
 
-What is read is believed only after it verifies; what does not verify is deleted, counted as `corrupt`, and
+A value counts only after its MAC is verified; one that does not verify is deleted, counted as `corrupt`, and
 a miss. A failure of Redis is a miss, too, and counted with its reason: no method here raises. While an
 invalidation of what a key depends on is pending, this replica neither reads nor stores under that key.
 """
@@ -118,11 +118,11 @@ class Entries:
 
         Names the ids whose entries are now these or newer ones; none where nothing was stored. Never raises.
 
-        What was invalidated since that lookup must not come back. An invalidation for all callers deletes
-        the stamp of all callers' lists first and the snapshot's own after it. So here the snapshots' stamps
-        are read first and the lists' after them, and nothing is stored where the lists' have changed. An
-        invalidation for one caller deletes the stamp of the caller's lists first: the script compares it in
-        the same step in which it stores.
+        What was invalidated since that lookup must not be stored again. An invalidation for all callers
+        deletes the stamp of all callers' lists first and the snapshot's own after it. So here the snapshots'
+        stamps are read first and the lists' after them, and nothing is stored where the lists' have changed.
+        An invalidation for one caller deletes the stamp of the caller's lists first: the script compares it
+        in the same step in which it stores.
         """
         list_keys = self._keys.of(ListKey(partition, ""))
         keys = {name: self._keys.of(EntryKey(partition, name)) for name in seeds}

@@ -1,8 +1,8 @@
 """What this replica asks Redis once a second, whether or not a request comes.
 
 In one round trip it deletes the stamps of pending invalidations, has all replicas empty their memory where
-there were some, says that it is there, and compares its secret with those of the others. A connection that
-was lost without a sign is noticed here, too.
+there were some, says that it is there, and compares its secret with those of the other replicas. A connection
+that was closed unnoticed is found here, too.
 """
 
 import asyncio
@@ -60,7 +60,10 @@ class Heartbeat:
             await self._link.ask(self._members.farewell())
 
     async def pulse(self) -> set[str] | None:
-        """Do it once, and give what `Membership.heard` gives of other replicas. Raises Unavailable."""
+        """Send one heartbeat, and take its replies. Raises Unavailable.
+
+        Gives the other replicas that publish what they invalidate, None where Redis did not tell.
+        """
         now = self._clock()
         names = self._pending.to_delete()
         commands: list[Command] = [("DEL", name) for name in names]
@@ -80,7 +83,7 @@ class Heartbeat:
             try:
                 await self.pulse()
             except Unavailable:
-                self._members.lost()
+                self._members.unreachable()
 
     def _tell_of_secrets(self) -> None:
         now = self._monotonic()

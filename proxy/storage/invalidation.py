@@ -1,9 +1,9 @@
 """Invalidation in Redis: which stamps are deleted, and those that Redis has not deleted yet.
 
-An invalidation deletes stamps: every entry that depends on one of them is a miss from then on, on all
-replicas, and so is every entry whose fetch is in flight. Where Redis fails, the stamps are **pending**:
-this replica neither reads nor stores what depends on them, and each heartbeat (once a second) deletes them
-again, until Redis has done it.
+An invalidation deletes stamps. From then on every entry that depends on one of them is a miss on all
+replicas, and a fetch that began before cannot store one that is not. If Redis does not take the deletion, the
+invalidation is **pending**: this replica neither reads nor stores what depends on its stamps, and sends the
+deletion again with each heartbeat, once a second, until Redis takes it.
 """
 
 import logging
@@ -24,13 +24,13 @@ from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error, refuse_errors
 
 MOST_PENDING = 1024
-"""So many stamps are pending at most; instead of one more, the stamp of everything is."""
+"""Stamps that are pending, at most. Instead of one more, the stamp of everything is pending."""
 
 _LOG = logging.getLogger(__name__)
 
 
 class PendingInvalidations:
-    """The stamps of invalidations that Redis has not taken yet.
+    """The stamps whose deletion Redis has not taken yet.
 
     `address` says in the log where Redis is, `monotonic` gives the seconds for how long they were pending.
     """
@@ -39,19 +39,19 @@ class PendingInvalidations:
         self, keys: Keys, *, address: str = "", monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self.stamps: dict[bytes, bool] = {}
-        """Their keys, and whether a caller or an operator asked for the invalidation. A read's 403 or 404 may
-        have caused it, too: then no caller waits for it."""
+        """Their keys, and whether a write, a 401 or a purge asked for it. False: a read's 403 or 404 did, and
+        no answer promises it."""
 
         self._keys = keys
         self._address = address
         self._monotonic = monotonic
         self._incident = Incident()
         self._added: set[bytes] = set()
-        """Those that were added after the last heartbeat was sent: its replies do not settle them."""
+        """Stamps that were added after the last heartbeat was sent: its replies say nothing about these."""
 
     @property
     def asked(self) -> int:
-        """Give the number of those that a caller or an operator asked for."""
+        """Give the number of stamps that a write, a 401 or a purge asked to delete."""
         return sum(self.stamps.values())
 
     def covers(self, keys: EntryKeys) -> bool:
@@ -59,7 +59,7 @@ class PendingInvalidations:
         return bool(self.stamps) and not self.stamps.keys().isdisjoint(keys.stamps)
 
     def add(self, names: Sequence[bytes], error: Unavailable, *, asked: bool) -> None:
-        """Take note of the stamps that Redis did not delete."""
+        """Add the stamps that Redis did not delete."""
         for name in names:
             has_room = len(self.stamps) < MOST_PENDING or name in self.stamps
             stamp = name if has_room else self._keys.everything
@@ -134,8 +134,8 @@ class Invalidations:
         When Redis has done it, it is published, in the same round trip; this returns when no other replica
         serves any of it from its memory.
 
-        `by_read`: a read was answered 403 or 404, and neither a caller nor an operator asked for more; it
-        is counted as `drop`. A `refusal` comes with a CallerScope.
+        `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `refusal` comes with a
+        CallerScope.
         """
         stamps = self._stamps(scope)
         match scope:

@@ -1,9 +1,8 @@
-"""Leases in Redis: of all replicas one fetches, and the others wait for what comes of it.
+"""Leases in Redis: of all replicas one fetches a key, and the others wait for its result.
 
-A lease lasts LEASE_MS and is renewed while the fetch runs; only its owner renews or releases it. What was
-fetched and not stored, a failure above all, is left in its place as a record for RECORD_MS, and answers
-those who waited. No method here raises: where Redis fails, there is no lease, and each replica fetches for
-itself.
+A lease lasts LEASE_MS and is renewed while the fetch runs; only its owner renews or releases it. A result
+that is not stored, a failure above all, is left in its place as a record for RECORD_MS, and answers the
+replicas that waited. No method here raises: where Redis fails, there is no lease, and each replica fetches.
 """
 
 import time
@@ -33,7 +32,7 @@ from proxy.storage.keys import Keys
 from proxy.storage.values import as_bytes, new_stamp, refuse_error
 
 LEASE_MS = 2000
-"""A lease that is not renewed lasts for so long: its replica is then taken for dead."""
+"""A lease that is not renewed expires after so long: its replica has died, or Redis is slow."""
 
 RECORD_MS = 1000
 """A record answers the other replicas for so long."""
@@ -136,7 +135,7 @@ class Leases:
 
 
 def _as_entry(record: Record, now: float) -> Entry:
-    """Dress a record as an entry, so that it is sealed like one. Its key is a lease's: no lookup reads it."""
+    """Make a record an entry, so that it is sealed like one. Its key is a lease's: no lookup reads it."""
     return Entry(
         status=record.status,
         body=record.body,

@@ -3,11 +3,11 @@
 Each replica writes itself into a sorted set once a second, with its time: `id:fingerprint:previous:c1`, where
 `previous` is the fingerprint of its secret before, while the secret is changed. `c1` says that it publishes
 what it invalidates (`channel.py`). A replica that stops takes itself out; one that died is left out after
-10 s. So what is compared is who is there, not who was. Replicas' clocks may differ by seconds, not by ten.
+10 s. So only replicas that run are compared. Their clocks may differ by seconds, not by ten.
 
 A replica of the version before lacks `c1`. One of an earlier version writes its id alone, and compares its
-secret with the key `secret`, which the first replica sets and those that agree prolong. All of that is kept
-up for it, and the key counts here only while such a replica is there.
+secret with the key `secret`, which the first replica sets and those with the same secret prolong. This
+version does so, too, and reads the key only for such a replica.
 """
 
 import secrets
@@ -53,7 +53,7 @@ class Agreement(Enum):
     """There is no other replica."""
     SAME = auto()
     ROTATING = auto()
-    """Some have the secret before, or the next, as the change of a secret by the book has it."""
+    """Some have the secret before or the next one: the secret is being changed."""
     DIFFERENT = auto()
 
 
@@ -130,12 +130,12 @@ class Membership:
         """Give the command that takes this replica out."""
         return ("ZREM", self._keys.replicas, str(self.me))
 
-    def lost(self) -> None:
-        """Take note that Redis did not answer: who was counted before counts on."""
+    def unreachable(self) -> None:
+        """Take note that Redis did not answer: the replicas that were counted before still count."""
         self._fewer_since = None
 
     def _count(self, seen: int, now: float) -> None:
-        """Count more at once, fewer after a while: in an empty Redis they have yet to show themselves."""
+        """Count more replicas at once, fewer after PRESENT_S: an empty Redis hears of them one by one."""
         if seen < self.replicas and self._fewer_since is None:
             self._fewer_since = now
         elif seen >= self.replicas or now - (self._fewer_since or now) >= PRESENT_S:

@@ -1,6 +1,6 @@
-"""What the log says of a Redis that is not usable: one line when it begins, one when it is over.
+"""What the log says of a Redis that is not usable: one line when that is found, one when it is usable again.
 
-A Redis that comes and goes is logged once in QUIET_S, however often it does.
+A Redis that is found unusable again and again is logged once in QUIET_S.
 """
 
 import logging
@@ -27,7 +27,7 @@ class Outage:
         """Give how often Redis was found unusable since it last was usable."""
         return self._incident.count
 
-    def goes_on(self, trouble: Refusal, now: float) -> None:
+    def unusable(self, trouble: Refusal, now: float) -> None:
         """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
         if self._incident.sign(now):
             self._logged = None
@@ -52,7 +52,7 @@ class Outage:
             consequence="every request goes upstream, within this replica's share of the quota",
         )
 
-    def ends(self, now: float) -> None:
+    def usable(self, now: float) -> None:
         """Take note that Redis is usable.
 
         It is logged at the start, after an outage that was logged, and else once in QUIET_S.

@@ -1,9 +1,9 @@
 """Whether a Redis is usable: it takes every command that this program sends, and gives back what was set.
 
 A server that answers PING may still be of no use: a replica, one that loads its data, one that is full, one
-that refuses writes, one whose user lacks a right. A lookup there would find what an invalidation could not
-reach. So each new connection runs `trial`, on keys of its own, before anything else; `snapshot-proxy check`
-runs it, too.
+that refuses writes, one whose user lacks a right. A lookup there would find entries that an invalidation
+could not delete. So each new connection runs `trial`, on keys of its own, before anything else. The command
+`snapshot-proxy check` runs it, too.
 """
 
 import os
@@ -55,8 +55,8 @@ class Refusal:
     """Why a Redis is not usable.
 
     `cause` is `unreachable` (no connection), `silent` (no reply in time), `refused` (an error reply), `lost`
-    (the connection ended) or `not-redis` (replies that no Redis gives). `command` is what was refused, or
-    empty; `reason` holds the server's or the system's own words.
+    (the connection was closed) or `not-redis` (replies that no Redis gives). `command` is the refused one,
+    or empty; `reason` holds the server's or the system's own words.
     """
 
     cause: str
@@ -122,7 +122,7 @@ def refused(error: Exception, command: str = "", *, password: str = "") -> Refus
 
 
 def lost(error: Exception, password: str = "") -> Refusal:
-    """Explain why a connection that was usable ended."""
+    """Explain why a connection that was usable was closed."""
     found = refused(error, password=password)
     return Refusal("lost", found.reason) if found.cause == "unreachable" else found
 

@@ -1,9 +1,9 @@
 """The store that the rest of the program knows: entries, leases and invalidations on one Redis, put together.
 
-Each has a file of its own; here stands only who shares what. Pending invalidations are shared by three:
-Invalidations adds to them, Entries neither reads nor stores what they cover, the heartbeat makes up for
-them. Where there is a memory (`tier`), the other replicas hear of invalidations on the channel, and this one
-hears of theirs.
+Each has a file of its own; here stands only which parts share what. Three share the pending invalidations:
+Invalidations adds to them, Entries neither reads nor stores what they cover, Heartbeat sends them again.
+Where there is a memory (`tier`), the other replicas hear of invalidations on the channel, and this one of
+theirs.
 """
 
 import time
@@ -103,7 +103,7 @@ class Store:
         return self._link.up
 
     async def start(self) -> None:
-        """Connect, and go on trying where that does not work."""
+        """Connect, and try again and again if that fails."""
         await self._link.start()
         self._heartbeat.start()
         if self._channel is not None:

@@ -1,7 +1,7 @@
-"""The drain's deadline: the moment by which each request has to have its answer, since the process stops.
+"""The drain's deadline: by then each request has its answer, since the process stops.
 
 It is infinite until the drain begins. From then on no wait lasts beyond it: new waits are bounded by it, and
-waits that began earlier are shortened. A wait before other work (`spare_s`) is over so much earlier.
+waits that began earlier are shortened. A wait that work of `spare_s` follows is shortened by as much more.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ class DrainDeadline:
         self.due = due
         soonest = asyncio.get_running_loop().time() + due - self._monotonic()
         for timeout, spare_s in self._waits.items():
-            ends = timeout.when()
-            if not timeout.expired() and (ends is None or ends > soonest - spare_s):
+            when = timeout.when()
+            if not timeout.expired() and (when is None or when > soonest - spare_s):
                 timeout.reschedule(soonest - spare_s)
 
     @asynccontextmanager
     async def timeout(self, within_s: float = math.inf, *, spare_s: float = 0.0) -> AsyncIterator[None]:
-        """End what is inside by TimeoutError: after `within_s`, or `spare_s` before answers are due."""
+        """Raise TimeoutError in the block after `within_s`, or `spare_s` before answers are due."""
         within_s = min(within_s, self.due - spare_s - self._monotonic())
         async with asyncio.timeout(None if within_s == math.inf else within_s) as timeout:
             self._waits[timeout] = spare_s

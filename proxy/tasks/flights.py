@@ -1,12 +1,12 @@
 """Many callers, one fetch.
 
 A *flight* is a fetch in a task of its own. Its callers wait on it shielded, so a caller that leaves cancels
-neither the fetch nor what it is about to store. While a fetch waits idly (`while_awaited`: for the quota, for
+neither the fetch nor the storing after it. While a fetch waits idly (`while_awaited`: for the quota, for
 another replica), it is cancelled when its last caller has left. Callers with the same key share one flight.
 
-A flight that has landed is shared for `LINGER_S` more: with callers whose look-up began while it was in the
-air (its answer was stored between their look-up and their joining), and, where it failed, with all callers,
-so that each of them does not repeat the failure.
+A flight that has landed is shared for `LINGER_S` more. A success is shared with callers whose lookup began
+while it was in flight: its answer was stored after their lookup. A failure is shared with all callers, so
+that each of them does not repeat it.
 
 How many flights there are is bounded here, and nowhere behind it: every call to the upstream, and every wait
 for the quota or for another replica's answer, is made in a flight.
@@ -32,20 +32,20 @@ MOST_OF_ONE = 250
 """Flights of one owner at once, at least: DigitalOcean admits as many calls of a token in a minute."""
 
 LINGER_S = 1.0
-"""Longer than a look-up takes: for so long a landed flight is remembered."""
+"""A landed flight is remembered for so long, which is longer than a lookup takes."""
 
 _LOG = logging.getLogger(__name__)
 
 
 class Owner(NamedTuple):
-    """Whose flights they are: a caller's reads, or its writes, which its reads do not keep from starting."""
+    """The owner of flights: a caller's reads, or its writes. Each has a limit of its own."""
 
     partition: Partition
     writes: bool = False
 
 
 class FlightResult(NamedTuple, Generic[T]):
-    """What a flight brought; `collapsed` for all but the one who started it."""
+    """The result of a flight; `collapsed` for all callers but the one that started it."""
 
     result: T
     collapsed: bool
@@ -56,7 +56,7 @@ class Abandoned(Exception):
 
 
 class _Aboard:
-    """Who waits for a flight, as it knows of them itself: nothing of what it brings hangs on this."""
+    """How many callers wait for a flight, and whether it waits idly. It holds no reference to the result."""
 
     __slots__ = ("abandoned", "callers", "idle")
 
@@ -67,7 +67,7 @@ class _Aboard:
 
     @contextmanager
     def idling(self) -> Iterator[None]:
-        """End the flight here when the last caller leaves, or has left."""
+        """Raise Abandoned here when the last caller leaves, or has left."""
         if not self.callers:
             self.abandoned = True
             raise Abandoned
@@ -95,17 +95,17 @@ class _Flight(Generic[T]):
 
     @property
     def abandoned(self) -> bool:
-        """Tell whether it ended for want of callers."""
+        """Tell whether it was cancelled because its last caller left."""
         return self.aboard.abandoned
 
     def answers(self, since: float) -> bool:
-        """Tell whether it is for a caller who began to look then."""
+        """Tell whether it may answer a caller whose lookup began at `since`."""
         if self.abandoned:
             return False
         return self.landed_at is None or self.landed_at >= since or self.failed
 
     async def landing(self) -> T:
-        """Wait for its end, as one of its callers."""
+        """Wait for its result, as one of its callers."""
         aboard = self.aboard
         aboard.callers += 1
         try:
@@ -134,7 +134,7 @@ def end_if_abandoned() -> None:
 
 
 class Flights(Generic[T]):
-    """The fetches of this process: at most `most` in the air at once, and as many landed ones remembered.
+    """The fetches of this process: at most `most` in flight at once, and as many landed ones remembered.
 
     Of one owner there are at most `most_of_one`. `fetch` returns its failures as values: an exception is a
     bug, and all of its callers get it. `monotonic` gives the seconds that a caller's `since` counts in.
@@ -164,8 +164,8 @@ class Flights(Generic[T]):
     ) -> FlightResult[T]:
         """Wait for the flight of `key`, or start one for `owner`.
 
-        `since` is the monotonic time at which the caller began to look. Raises Overloaded where there is none
-        to join and no room for another.
+        `since` is the monotonic time at which the caller's lookup began. Raises Overloaded where there is no
+        flight to join and no room for another.
         """
         flight = self._by_key.get(key)
         if flight is not None and flight.answers(since):
@@ -173,12 +173,12 @@ class Flights(Generic[T]):
         return FlightResult(await self._take_off(owner, key, fetch).landing(), collapsed=False)
 
     def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
-        """Start the flight of `key` without a caller, unless there is or just was one, or no room."""
+        """Start the flight of `key` without a caller, unless `key` has one (landed counts), or no room."""
         flight = self._by_key.get(key)
         if flight is None or flight.abandoned:
             with suppress(Overloaded):
                 flight = self._take_off(owner, key, fetch)
-                flight.aboard.callers += 1  # one who never leaves
+                flight.aboard.callers += 1  # counts as one that never leaves
                 flight.task.add_done_callback(_tell)
 
     async def unshared(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> U:
@@ -186,7 +186,7 @@ class Flights(Generic[T]):
         return await self._start(owner, fetch).landing()
 
     async def close(self) -> None:
-        """Cancel what is still in the air, and with it the callers that wait."""
+        """Cancel the flights that have not landed, and the callers that wait for them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -222,7 +222,7 @@ class Flights(Generic[T]):
     def _take_off(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> _Flight[T]:
         async def fly() -> T:
             result = await fetch()
-            # Judged here: who looks at a task's exception keeps the loop from reporting it.
+            # Judged here: reading a task's exception from outside would keep the loop from reporting it.
             flight.failed = self._is_failure(result)
             return result
 
@@ -231,7 +231,7 @@ class Flights(Generic[T]):
         return flight
 
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
-        # The loop's time may stand still for a millisecond: who came after is not who came before.
+        # The flights' own clock: the loop's may stand still for a millisecond, and before would equal after.
         flight.landed_at = self._monotonic()
         if flight.abandoned or len(self._by_key) > self._most:  # so many answers are enough to hold
             self._forget(key, flight)
@@ -244,6 +244,6 @@ class Flights(Generic[T]):
 
 
 def _tell(task: asyncio.Task[Any]) -> None:
-    """Log the bug in a fetch that has no caller."""
+    """Log the exception of a fetch that has no caller: it is a bug."""
     if not task.cancelled() and (error := task.exception()) is not None:
         event(_LOG, logging.ERROR, "bug", exc=error)

@@ -1,7 +1,7 @@
 """A timeout that measures another party, and not this process.
 
 While the event loop is busy, this process does not listen: an answer may have arrived long ago and not be
-read yet. `asyncio.timeout` counts that time, too, and then blames Redis or the upstream for the load here.
+read yet. `asyncio.timeout` counts that time, too, and takes the load of this process for a silent Redis.
 `ListeningTimeout` counts in `STEPS` steps, each set when the one before has run. A step counts once, however
 late it runs; a step that ran late shortens the next one, by half of it at most. After the last one the loop
 turns `LAST_LOOKS` times more, without waiting, and reads whatever has arrived by then. Where the loop is

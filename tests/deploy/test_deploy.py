@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from proxy import healthcheck
+from proxy.admin import client
 
 ROOT = Path(__file__).resolve().parents[2]
 PROXIES = ("proxy-1", "proxy-2")
@@ -176,7 +176,7 @@ def test_health_check_is_patient(services: dict[str, Any]) -> None:
     (seconds,) = re.findall(
         r"^HEALTHCHECK .*--timeout=(\d+)s", (ROOT / "Dockerfile").read_text(), re.MULTILINE
     )
-    assert healthcheck._TIMEOUT_S == 10
+    assert client._TIMEOUT_S == 10
     assert int(seconds) == 12
     assert all("healthcheck" not in services[name] for name in PROXIES)
 

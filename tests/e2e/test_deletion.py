@@ -90,7 +90,7 @@ class Seen(NamedTuple):
 
     @property
     def is_pending(self) -> bool:
-        """Whether the invalidation is owed."""
+        """Whether the invalidation is pending."""
         return self.cache.endswith("; detail=invalidation-pending")
 
 
@@ -701,7 +701,7 @@ async def replicas(upstream: Simulator, tmp_path: Path) -> AsyncIterator[Replica
 async def test_redis_is_away(
     upstream: Simulator, session: aiohttp.ClientSession, replicas: Replicas, how: str
 ) -> None:
-    """Answered all the same, and pending; nobody on this replica is served it, and it is paid afterwards."""
+    """Answered all the same, and pending: this replica serves none of it, and Redis takes it afterwards."""
     caller, other = upstream.world.token(), upstream.world.token()
     for api in (replicas.first, replicas.second):
         await all_reads(session, api, caller, other)
@@ -719,12 +719,12 @@ async def test_redis_is_away(
     else:
         await replicas.valkey.start()
 
-    async def paid() -> bool:
+    async def taken() -> bool:
         seen = await ask(session, replicas.first + DROPLET_PATH, other)
-        assert seen.status == 404, "served before it was paid"
+        assert seen.status == 404, "served before Redis took it"
         return "store-unavailable" not in seen.cache
 
-    await eventually(paid)
+    await eventually(taken)
     for api in (replicas.first, replicas.second):
         for reader in (caller, other):
             single, listed = await all_reads(session, api, reader)
@@ -753,13 +753,13 @@ async def test_nobody_joins_a_fetch_from_before(
         assert DROPLET_SNAPSHOT_ID.encode() not in (await after).body
 
 
-async def test_more_is_owed_than_can_be_noted(
+async def test_more_is_pending_than_fits(
     upstream: Simulator,
     session: aiohttp.ClientSession,
     replicas: Replicas,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No debt is forgotten: from then on everything is owed, in one stamp."""
+    """None is forgotten: from then on everything is pending, in one stamp."""
     monkeypatch.setattr("proxy.storage.invalidation.MOST_PENDING", 3)
     token = upstream.world.token()
     documented = upstream.world.find(DROPLET_SNAPSHOT_ID, team="default")
@@ -774,12 +774,12 @@ async def test_more_is_owed_than_can_be_noted(
         assert (await ask(session, replicas.first + path, token, "DELETE")).is_pending
     replicas.valkey.resume()
 
-    async def paid() -> bool:
+    async def taken() -> bool:
         seen = [await ask(session, replicas.first + path, token) for path in paths]
         assert [one.status for one in seen] == [404] * 6
         return not any("store-unavailable" in one.cache for one in seen)
 
-    await eventually(paid)
+    await eventually(taken)
     assert [(await ask(session, replicas.second + path, token)).status for path in paths] == [404] * 6
 
 
@@ -844,8 +844,8 @@ class HeldLink(Link):
         return replies
 
 
-async def test_a_debt_that_is_owed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes to be owed while the same stamp is being paid is paid once more."""
+async def test_an_invalidation_that_is_pending_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stamp that is added again while it is being deleted is deleted once more."""
     monkeypatch.setattr("proxy.storage.heartbeat.HEARTBEAT_S", 0.01)
     async with Valkey() as valkey:
         link = HeldLink(valkey.url)
@@ -858,13 +858,13 @@ async def test_a_debt_that_is_owed_again(monkeypatch: pytest.MonkeyPatch) -> Non
             assert not await store.invalidate(SnapshotsScope(("1",)))
             link.replies.clear()
             link.away = False
-            await until(lambda: link.deleted, "the heartbeat has paid, and does not know it yet")
+            await until(lambda: link.deleted, "the heartbeat has deleted it, and does not know it yet")
             link.away = True
             assert not await store.invalidate(SnapshotsScope(("2",)))
             link.away, link.deleted = False, []
             assert await store.lookup(ListKey(Partition("0" * 32), "page=1")) == UNAVAILABLE
             link.replies.set()
-            await until(lambda: link.deleted, "the next heartbeat pays the rest")
+            await until(lambda: link.deleted, "the next heartbeat deletes the rest")
             assert link.deleted == [b"test:1:lists", b"test:1:ver:2"]
         finally:
             await store.close()

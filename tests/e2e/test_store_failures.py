@@ -225,7 +225,9 @@ async def test_absent_and_others_end_theirs(
                 async with client.get(f"{at.api}/v2/snapshots/{number}", headers=bearer(other.value)) as no:
                     assert no.status == 404
                 crowd.append(asyncio.create_task(cache_status(client, at.api, token)))
-                await until_looked_up(at.admin, 2 + number)  # the first 404 too; then it is known to be owed
+                await until_looked_up(
+                    at.admin, 2 + number
+                )  # the first 404 too; then it is known to be pending
         await asyncio.gather(*crowd)
     assert simulator.count(path=DROPLET_PATH) == 1
 

@@ -18,7 +18,7 @@ from proxy.storage.client import connector
 
 @asynccontextmanager
 async def connected(url: str, **options: Any) -> AsyncIterator[Redis]:
-    """Open one client as a lane does."""
+    """Open one client as a worker does."""
     client = connector(url, connect_timeout_s=1, **options)()
     try:
         yield client

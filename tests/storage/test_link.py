@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from proxy.storage import connection as link_module
 from proxy.storage.client import connector
-from proxy.storage.connection import LANES, Link, Unavailable
+from proxy.storage.connection import WORKERS, Link, Unavailable
 from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal
 
@@ -32,11 +32,11 @@ SHORT_S = 0.1
 
 @asynccontextmanager
 async def linked(url: str, *, timeout_s: float = PATIENT_S) -> AsyncIterator[Link]:
-    """Run a link, and wait until all of its lanes are connected."""
+    """Run a link, and wait until all of its workers are connected."""
     link = Link(connector(url, connect_timeout_s=1), timeout_s=timeout_s, connect_timeout_s=1)
     await link.start()
     try:
-        await until(lambda: link._connected == LANES, "all lanes are connected")
+        await until(lambda: link._connected == WORKERS, "all workers are connected")
         yield link
     finally:
         await link.close()
@@ -139,24 +139,24 @@ async def test_what_is_asked_in_one_turn_travels_together(relay: Relay) -> None:
 
 
 async def test_the_next_batch_gathers_meanwhile(relay: Relay) -> None:
-    """While both lanes wait for the server, what is asked gathers, and travels together afterwards."""
+    """While both workers wait for the server, what is asked gathers, and travels together afterwards."""
     async with linked(relay.url) as link:
         relay.sent.clear()
         relay.held.clear()
         first = []
         for count in (1, 2):
-            first.append(asyncio.create_task(link.ask(("ECHO", f"lane {count}"))))
-            await until(lambda count=count: len(relay.sent) == count, f"{count} lanes wait")
+            first.append(asyncio.create_task(link.ask(("ECHO", f"worker {count}"))))
+            await until(lambda count=count: len(relay.sent) == count, f"{count} workers wait")
         gathered = [asyncio.create_task(link.ask(("ECHO", str(n)))) for n in range(50)]
         await until(lambda: len(link._queue) == 50, "fifty wait")
         relay.held.set()
         assert await asyncio.gather(*gathered) == [[str(n).encode()] for n in range(50)]
-        assert await asyncio.gather(*first) == [[b"lane 1"], [b"lane 2"]]
+        assert await asyncio.gather(*first) == [[b"worker 1"], [b"worker 2"]]
         assert len(relay.sent) == 3
 
 
 async def test_no_asker_is_forgotten(valkey: Valkey) -> None:
-    """Askers who come at any moment of the lanes' lives are all answered: no wake-up is lost."""
+    """Askers who come at any moment of the workers' lives are all answered: no wake-up is lost."""
     async with linked(valkey.url) as link:
 
         async def chain(number: int) -> None:
@@ -177,7 +177,7 @@ async def test_errors_are_replies_of_their_own_command(valkey: Valkey) -> None:
         assert good == [b"good"]
         assert str(bad[0]).startswith("WRONGTYPE")
         assert bad[1] == b"y"
-        assert link._connected == LANES
+        assert link._connected == WORKERS
 
 
 # -- deadlines ---------------------------------------------------------------------------------
@@ -202,14 +202,15 @@ async def test_a_silent_server_is_too_slow_and_then_away(valkey: Valkey) -> None
 
 
 async def test_silence_fails_who_waits_in_the_queue(valkey: Valkey) -> None:
-    """When no lane has had a reply, those who wait for a lane are told as well: nothing waits twice."""
+    """When no worker has had a reply, those who wait for a worker are told as well: nothing waits twice."""
     async with linked(valkey.url, timeout_s=SHORT_S) as link:
         valkey.pause()
         asking = []
-        for lane in range(LANES + 1):
-            asking += [asyncio.create_task(outcome(link.ask(("ECHO", f"{lane} {n}")))) for n in range(5)]
+        for worker in range(WORKERS + 1):
+            asking += [asyncio.create_task(outcome(link.ask(("ECHO", f"{worker} {n}")))) for n in range(5)]
             await until(
-                lambda lane=lane: not link._queue or lane == LANES, "taken by a lane, or in the queue"
+                lambda worker=worker: not link._queue or worker == WORKERS,
+                "taken by a worker, or in the queue",
             )
         began = asyncio.get_running_loop().time()
         assert await asyncio.gather(*asking) == ["slow"] * len(asking)
@@ -218,7 +219,7 @@ async def test_silence_fails_who_waits_in_the_queue(valkey: Valkey) -> None:
 
 
 async def test_one_hung_connection_is_no_outage(relay: Relay) -> None:
-    """A lane whose connection hangs fails its own askers and connects anew; the other lane goes on."""
+    """A worker whose connection hangs fails its own askers and connects anew; the other worker goes on."""
     async with linked(relay.url, timeout_s=3 * SHORT_S) as link:
         relay.dropped = b"hung"
         relay.heard.clear()
@@ -229,15 +230,15 @@ async def test_one_hung_connection_is_no_outage(relay: Relay) -> None:
             assert link.up
         assert await hung == "slow"
         assert await link.ask(("ECHO", "fine")) == [b"fine"]
-        await until(lambda: link._connected == LANES, "the lane is back")
+        await until(lambda: link._connected == WORKERS, "the worker is back")
 
 
 async def test_a_hung_connection_beside_an_idle_one(relay: Relay) -> None:
-    """Nothing else was asked: the idle lane is asked to tell a hung connection from a silent Redis."""
+    """Nothing else was asked: the idle worker is asked to tell a hung connection from a silent Redis."""
     async with linked(relay.url, timeout_s=SHORT_S) as link:
         relay.dropped = b"hung"
         assert await outcome(link.ask(("ECHO", "hung"))) == "slow"
-        await until(lambda: link.up, "the idle lane has had a reply")
+        await until(lambda: link.up, "the idle worker has had a reply")
         assert await link.ask(("ECHO", "fine")) == [b"fine"]
 
 
@@ -262,15 +263,17 @@ async def test_a_blocked_loop_loses_nothing(valkey: Valkey) -> None:
 
 
 async def test_a_queue_is_no_outage(relay: Relay) -> None:
-    """Askers who wait for a lane, longer than Redis may be silent in one round trip, are answered."""
+    """Askers who wait for a worker, longer than Redis may be silent in one round trip, are answered."""
     async with linked(relay.url, timeout_s=SHORT_S) as link:
         relay.delay_s = 0.8 * SHORT_S  # of each round trip
         asking = []
-        for number in range(4 * LANES):
+        for number in range(4 * WORKERS):
             asking.append(asyncio.create_task(link.ask(("ECHO", str(number)))))
-            await until(lambda: not link._queue or len(asking) > LANES, "taken by a lane, or in the queue")
-        assert await asyncio.gather(*asking) == [[str(n).encode()] for n in range(4 * LANES)]
-        assert link._connected == LANES
+            await until(
+                lambda: not link._queue or len(asking) > WORKERS, "taken by a worker, or in the queue"
+            )
+        assert await asyncio.gather(*asking) == [[str(n).encode()] for n in range(4 * WORKERS)]
+        assert link._connected == WORKERS
 
 
 @pytest.mark.G9
@@ -312,7 +315,7 @@ async def test_cancelled_askers_never_mix_replies(valkey: Valkey) -> None:
                 cancelled += result is not True
         assert finished > 500
         assert cancelled > 500
-        assert link._connected == LANES
+        assert link._connected == WORKERS
 
 
 async def test_who_leaves_does_not_stop_the_others(relay: Relay) -> None:
@@ -413,7 +416,7 @@ async def test_every_attempt_to_connect_ends(valkey: Valkey) -> None:
     link = Link(connect, timeout_s=SHORT_S, connect_timeout_s=SHORT_S)
     await link.start()
     try:
-        await until(lambda: clients > 2 * LANES, "tried again")
+        await until(lambda: clients > 2 * WORKERS, "tried again")
         assert not link.up
         valkey.resume()
         await until(lambda: link.up, "connected")
@@ -432,17 +435,17 @@ async def test_a_connection_that_is_opened_too_late_is_closed(valkey: Valkey) ->
             return await super().ping()
 
     def connect() -> Redis:
-        make = Deaf if len(clients) < LANES else Redis
+        make = Deaf if len(clients) < WORKERS else Redis
         clients.append(make.from_url(valkey.url, max_connections=1))
         return clients[-1]
 
     link = Link(connect, timeout_s=PATIENT_S, connect_timeout_s=SHORT_S)
     await link.start()
     try:
-        await until(lambda: link._connected == LANES, "all lanes are connected")
+        await until(lambda: link._connected == WORKERS, "all workers are connected")
         await until(lambda: not link._work.tasks, "nothing is late any more")
         ((connected,),) = [await link.ask(("CLIENT", "LIST"))]
-        assert len(connected.splitlines()) == LANES
+        assert len(connected.splitlines()) == WORKERS
     finally:
         await link.close()
 
@@ -468,7 +471,7 @@ async def test_a_cut_connection_fails_its_own_batch_only(relay: Relay) -> None:
         relay.cut()
         assert await asking == "gone"
         relay.held.set()
-        await until(lambda: link._connected == LANES, "both lanes are back")
+        await until(lambda: link._connected == WORKERS, "both workers are back")
         assert await link.ask(("ECHO", "y")) == [b"y"]
 
 
@@ -493,8 +496,8 @@ async def test_a_server_that_is_no_use_is_left(relay: Relay, canned: bytes, expe
         told = await outcome(link.ask(("SET", "falsified", "x")))
         assert ("reply" if isinstance(told, list) else told) == (expected or "slow")
         relay.instead = lambda _: None
-        for number in range(2 * LANES):
-            await until(lambda: link._connected == LANES, "both lanes are there")
+        for number in range(2 * WORKERS):
+            await until(lambda: link._connected == WORKERS, "both workers are there")
             assert await link.ask(("ECHO", str(number))) == [str(number).encode()]
 
 
@@ -502,14 +505,14 @@ async def test_a_server_that_is_no_use_is_left(relay: Relay, canned: bytes, expe
     "canned", [b":not a number\r\n", b"-NOAUTH Authentication required.\r\n"], ids=["garbled", "refused"]
 )
 async def test_a_bad_greeting_is_survived(relay: Relay, canned: bytes) -> None:
-    """A server that raves while a lane connects is tried again until it speaks Redis."""
+    """A server that raves while a worker connects is tried again until it speaks Redis."""
     relay.instead = lambda _: canned
     link = Link(connector(relay.url, connect_timeout_s=1), timeout_s=PATIENT_S, connect_timeout_s=1)
     await link.start()
     try:
         assert not link.up
         relay.instead = lambda _: None
-        await until(lambda: link._connected == LANES, "all lanes are connected")
+        await until(lambda: link._connected == WORKERS, "all workers are connected")
         assert await link.ask(("ECHO", "x")) == [b"x"]
     finally:
         await link.close()
@@ -572,9 +575,9 @@ def test_an_outage_is_told_once(
     outage = Outage("there:6379")
     for now, trouble in history:
         if trouble is None:
-            outage.ends(now)
+            outage.usable(now)
         else:
-            outage.goes_on(trouble, now)
+            outage.unusable(trouble, now)
     told = [(record.getMessage().removeprefix("redis-"), record.fields) for record in caplog.records]
     assert all(fields["address"] == "there:6379" for _, fields in told)
     assert [

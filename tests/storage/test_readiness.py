@@ -243,18 +243,18 @@ async def test_no_connection_to_a_demoted_primary_is_used_on(valkey: Valkey, sai
     """It refuses on one connection what the other one does not ask for: lookups there fail, too, at once."""
     async with Valkey() as other, linked(valkey.url) as link:
         async with Redis.from_url(valkey.url) as admin:
-            await until(lambda: link._connected == link_module.LANES, "all lanes are connected")
+            await until(lambda: link._connected == link_module.WORKERS, "all workers are connected")
             await admin.execute_command("REPLICAOF", "127.0.0.1", other.port)
             await link.ask(("SET", "x", "1"))
             assert not link.up
-            for _ in range(4 * link_module.LANES):
+            for _ in range(4 * link_module.WORKERS):
                 with pytest.raises(Unavailable):
                     await link.ask(("GET", "x"))
                 await asyncio.sleep(0)
             await until(lambda: said("redis-unusable"), "said")
             assert len(said("redis-usable")) == 1
             await admin.execute_command("REPLICAOF", "NO", "ONE")
-        await until(lambda: link._connected == link_module.LANES, "usable again, on all lanes")
+        await until(lambda: link._connected == link_module.WORKERS, "usable again, on all workers")
         (reply,) = await link.ask(("SET", "x", "1"))
         assert reply is True
 
@@ -262,11 +262,11 @@ async def test_no_connection_to_a_demoted_primary_is_used_on(valkey: Valkey, sai
 async def test_a_replica_that_comes_back_in_the_place_of_a_primary(said: Said) -> None:
     """The connections ended meanwhile; the new ones are tried before anything is looked up on them."""
     async with Valkey() as other, Valkey() as valkey, linked(valkey.url) as link:
-        await until(lambda: link._connected == link_module.LANES, "all lanes are connected")
+        await until(lambda: link._connected == link_module.WORKERS, "all workers are connected")
         await valkey.kill()
         valkey._options = ("--replicaof", "127.0.0.1", str(other.port))
         await valkey.start()
-        for _ in range(2 * link_module.LANES):
+        for _ in range(2 * link_module.WORKERS):
             with pytest.raises(Unavailable):
                 await link.ask(("GET", "x"))
         await until(lambda: len(said("redis-unusable")) == 1, "said")

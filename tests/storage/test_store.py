@@ -27,7 +27,7 @@ from proxy.core.invalidation import (
 )
 from proxy.storage import heartbeat, invalidation
 from proxy.storage.client import connector
-from proxy.storage.connection import LANES, Command, Link, Unavailable
+from proxy.storage.connection import WORKERS, Command, Link, Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
 
@@ -98,8 +98,8 @@ class Replica:
         return basis
 
     async def connected(self) -> None:
-        """Wait until all lanes are connected."""
-        await until(lambda: self.link._connected == LANES, "connected")
+        """Wait until all workers are connected."""
+        await until(lambda: self.link._connected == WORKERS, "connected")
 
 
 @asynccontextmanager
