@@ -219,6 +219,7 @@ def test_the_names_of_keys() -> None:
     assert (keys.caller(partition), keys.snapshot("42"), keys.everything) == names.stamps
     assert (keys.caller(partition), keys.lists_of(partition), keys.lists, keys.everything) == lists.stamps
     assert keys.secret == b"a:prefix:1:secret"
+    assert {keys.channel, Keys("a:prefix", 7).channel} == {b"a:prefix:1:channel:0", b"a:prefix:1:channel:7"}
 
 
 async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
