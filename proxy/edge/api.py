@@ -122,7 +122,7 @@ class Api:
         if isinstance(request, ForeignRequest):
             raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
         check_head(request)
-        target = parse_target(request.raw_path)
+        target = parse_target(request.method, request.raw_path)
         if isinstance(target, ApiPath):
             return await self._pass_through(request, target, log)
         call = await self._call(request, target, log)

@@ -206,7 +206,7 @@ class FastPath:
 
     def _subject_of(self, authorization: str, path: str, method: str) -> tuple[Place, str] | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
-        target = parse_target(path)
+        target = parse_target(method, path)
         partition, caller = self._caller(authorization)
         if not isinstance(target, Target) or not target.cacheable:
             return None
