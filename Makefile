@@ -36,9 +36,11 @@ else
 	|| { echo "proxy/core has to be covered to 100 %: see above for what is missing"; exit 1; }
 endif
 
-# The random runs of `make test` again, with many more histories: they compute more than they wait.
+# The random runs of `make test` again, with many more histories: they compute more than they wait. Then the tests of
+# whole services again, without the memory in front of Redis: what callers see is the same.
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m long
+	TEST_MEMORY=off $(BIN)/python -m pytest $(PARALLEL) -m "not long" tests/e2e
 
 check: $(VENV)/.dev lengths
 	$(BIN)/ruff format --check .

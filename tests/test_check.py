@@ -409,6 +409,8 @@ async def test_wrong_password(given: str, secret: Path, look: Look) -> None:
             "resetkeys ~other:*", 1, Level.PROBLEM, "refuses SET: NOPERM No permissions", id="no-keys"
         ),
         pytest.param("-ping", 1, Level.PROBLEM, "'ping' command -> give the user this right", id="no-ping"),
+        pytest.param("-subscribe", 0, Level.WARNING, "refuses SUBSCRIBE: NOPERM", id="no-channel"),
+        pytest.param("resetchannels", 1, Level.PROBLEM, "refuses PUBLISH: NOPERM", id="no-channels"),
         pytest.param("-zrangebyscore", 0, Level.OK, "no other replica", id="what-serve-does-not-ask-for"),
     ],
 )

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from proxy.cache.memory import Memory
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import StoreOperation
-from proxy.core.identity import EntryKey, Keyring, ListKey, Partition
+from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, covers
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.conversation import DOUBT_S, LEASE_S, LONGEST_LEASE_S, Announcement, Conversation
 from proxy.storage.keys import Keys
 from proxy.storage.membership import Membership
@@ -35,12 +36,16 @@ KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
 ANOTHER = Keyring(b"another secret of thirty-two byte")
 KEYS = Keys("snapshot-proxy")
 MINE, THEIRS = Partition("a" * 32), Partition("b" * 32)
-KEY = EntryKey(MINE, "42")
-Key = EntryKey | ListKey
-KEPT: tuple[Key, ...] = (KEY, EntryKey(MINE, "43"), EntryKey(THEIRS, "42"), ListKey(MINE, "page=1"))
+KEY = Key(SNAPSHOT, MINE, "42")
+KEPT: tuple[Key, ...] = (
+    KEY,
+    Key(SNAPSHOT, MINE, "43"),
+    Key(SNAPSHOT, THEIRS, "42"),
+    Key(SNAPSHOT_LIST, MINE, "page=1"),
+)
 SCOPES: tuple[Scope, ...] = (
     EntryScope(KEY),
-    EntryScope(ListKey(MINE, "page=1")),
+    EntryScope(Key(SNAPSHOT_LIST, MINE, "page=1")),
     CallerScope(MINE),
     SnapshotsScope(("42", "7")),
     EverythingScope(),
@@ -99,7 +104,7 @@ class World:
         self.stored: dict[Key, tuple[Entry, int]] = {}
         self.inboxes: dict[int, deque[object]] = {}
         """Of those that Redis takes for subscribed; they get everything in order."""
-        self.registered: set[int] = set()
+        self.registered: set[str] = set()
         self.calls = 0
 
     def publish(self, raw: object) -> None:
@@ -170,8 +175,9 @@ class Replica:
                 continue
             self.conversation.subscribed()
             self.is_subscribed = True
-            self.world.registered.add(self.number)
-            self.conversation.registered(len(self.world.registered - {self.number}))
+            me = self.members.me.replica
+            self.world.registered.add(me)
+            self.conversation.registered(self.world.registered - {me})
 
     def speak(self) -> None:
         """Beat, and acknowledge."""
@@ -382,6 +388,18 @@ def test_a_replica_that_begins_to_listen_waits_for_those_that_it_cannot_know() -
     assert not two.serves()
 
 
+def test_a_replica_that_begins_to_listen_knows_those_whose_beats_have_come() -> None:
+    """Where these are all that are registered, nothing more is waited for."""
+    world, (one, two) = replicas()
+    three = Replica(world, 2)
+    three.connect()
+    three.turn()
+    done = three.begin(EverythingScope())
+    for each in (one, two, three):
+        each.turn()
+    assert not three.left_s(done)
+
+
 def test_a_message_that_does_not_verify() -> None:
     """It is counted; memory is empty, for some time; what invalidates waits as for another replica."""
     world, (one, two) = replicas()
@@ -449,7 +467,8 @@ def test_who_publishes_what_it_invalidates(members: list[bytes], *, older: bool)
     """The membership says it; and who is there."""
     mine = Membership(KEYS, KEYRING)
     replies = [None, b"", 1, 0, [str(mine.me).encode(), *members], 1]
-    assert mine.heard(replies, 1000.0)[0] == len(members)
+    speaking = {name.partition(b":")[0].decode() for name in members if name.endswith(b":c1")}
+    assert mine.heard(replies, 1000.0)[0] == speaking
     assert mine.older is older
     assert str(mine.me).split(":")[:2] == [mine.me.replica, KEYRING.fingerprint], (
         "as the version before reads it"

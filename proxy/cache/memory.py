@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from proxy.core.entry import Entry
-from proxy.core.invalidation import EverythingScope, InvalidationCounts, Scope
+from proxy.core.invalidation import InvalidationCounts, Scope
 from proxy.core.resources import Key
 
 FIXED_BYTES = 1000
@@ -27,10 +27,14 @@ FIXED_BYTES = 1000
 
 
 class Mark(NamedTuple):
-    """How things stood when a lookup or a fetch was sent: the time (monotonic), and the key's counts."""
+    """How things stood when a lookup or a fetch was sent: the time (monotonic), and the key's counts.
+
+    `emptied` tells how often memory had been emptied.
+    """
 
     began: float
     counts: tuple[int, ...]
+    emptied: int
 
 
 class _Kept:
@@ -68,6 +72,7 @@ class Memory:
         self._counts = InvalidationCounts()
         self._kept: OrderedDict[Key, _Kept] = OrderedDict()
         self._hears_until = -math.inf
+        self._emptied = 0
         self.size = 0
         """Bytes that the entries take, all counted."""
 
@@ -96,7 +101,7 @@ class Memory:
 
     def mark(self, key: Key) -> Mark:
         """Note how things stand, before a lookup or a fetch of `key` is sent."""
-        return Mark(self._monotonic(), self._counts.of(key))
+        return Mark(self._monotonic(), self._counts.of(key), self._emptied)
 
     def counts(self, key: Key) -> tuple[int, ...]:
         """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
@@ -119,6 +124,7 @@ class Memory:
             size > self._max_bytes
             or now >= until
             or mark.counts != self._counts.of(key)
+            or mark.emptied != self._emptied
             or not self._may_answer(mark.began, now)
         ):
             return
@@ -144,7 +150,7 @@ class Memory:
         """Evict everything, and keep nothing that was sent for before."""
         self._kept.clear()
         self.size = 0
-        self._counts.count(EverythingScope())
+        self._emptied += 1
 
     def hears(self, until: float) -> None:
         """Take note that this replica has heard every invalidation that others may rely on before `until`.
@@ -160,8 +166,10 @@ class Memory:
 
     def deaf(self) -> None:
         """Take note that something may have been missed."""
-        self.empty()
-        self._hears_until = min(self._hears_until, self._monotonic())
+        now = self._monotonic()
+        if now < self._hears_until:
+            self._hears_until = now
+            self.empty()
 
     def _may_answer(self, began: float, now: float) -> bool:
         return now < self._hears_until or (began >= self._hears_until and not self._reachable())

@@ -84,6 +84,8 @@ async def _redis(
     others = [Member.parse(member) for member in members]
     yield _secret(others, await client.get(keys.secret), secret, previous)
     yield _quickness(await _latency(client), settings.redis.timeout_s)
+    if settings.memory.max_bytes:
+        yield await _channel(client, keys.channel, settings.redis.connect_timeout_s, password)
 
 
 def _no_answer(error: Exception, url: str, password: str) -> Finding:
@@ -115,6 +117,23 @@ async def _commands(client: Redis, prefix: str, password: str) -> Finding:
     if found is None:
         return ok(f"Redis: takes all {len(commands)} commands that the proxy uses")
     return problem(f"Redis: refuses {found.command}: {found.reason}", found.mend)
+
+
+async def _channel(client: Redis, name: bytes, timeout_s: float, password: str) -> Finding:
+    """Listen on the channel, on the client's own connection: nothing else can be asked on it after that."""
+    listening = client.pubsub()
+    try:
+        await listening.subscribe(name)
+        if await listening.get_message(timeout=timeout_s) is not None:
+            return ok("Redis: lets this replica hear what others invalidate")
+        reason = "no reply"
+    except ResponseError as error:
+        reason = words(error, password)
+    return warning(
+        f"Redis: refuses SUBSCRIBE: {reason}",
+        "give the user this right: docs/operating.md has the line for ACL SETUSER; until then nothing is"
+        " served from memory",
+    )
 
 
 def _limits(info: dict[str, Any]) -> Iterator[Finding]:

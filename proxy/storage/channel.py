@@ -35,8 +35,8 @@ _LOG = logging.getLogger(__name__)
 class Channel:
     """The channel of the Redis behind `link`, from which everything is also published.
 
-    `register` writes this replica into the membership and gives the number of others there, None where that
-    is unknown; it may raise Unavailable. `address` says in the log where Redis is.
+    `register` writes this replica into the membership and gives the others there that publish; None where
+    that is unknown. It may raise Unavailable. `address` says in the log where Redis is.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Channel:
         keys: Keys,
         conversation: Conversation,
         *,
-        register: Callable[[], Awaitable[int | None]],
+        register: Callable[[], Awaitable[set[str] | None]],
         observe: Callable[[StoreOperation], None],
         address: str = "",
         monotonic: Callable[[], float] = time.monotonic,

@@ -10,9 +10,10 @@ this follow the laws of this file:
   invalidates hears the beats of all that may serve, or finds them registered.
 - An invalidation is first made in Redis, then published. It is complete when each replica that was heard
   within LONGEST_LEASE_S has acknowledged it, or when no lease from before it can last any more.
-- A replica that begins to listen has missed beats. Until LONGEST_LEASE_S has passed it knows of all others
-  only if none but itself is registered. The same holds after a message that it cannot verify: a replica may
-  have sent it that has another secret or a later version. Nothing is served from memory for DOUBT_S after it.
+- A replica that begins to listen has missed beats. It knows of all others when a beat of each registered one
+  has come, or LONGEST_LEASE_S have passed; until then it waits for those it does not know. The same holds
+  after a message that it cannot verify: a replica may have sent it that has another secret or a later
+  version. Nothing is served from memory for DOUBT_S after it.
 - Beside a replica of an earlier version, which publishes nothing, nothing is served from memory either.
 
 Nothing here waits, sends or reads: `channel.py` has the connection.
@@ -91,8 +92,11 @@ class Conversation:
         self._me = members.me.replica
         self._heard_at: dict[str, float] = {}
         """When a beat of each other replica last came."""
-        self._unsure_until = monotonic() + LONGEST_LEASE_S
-        """Until then a replica may hold a lease whose beats this one did not hear, or not understand."""
+        self._listens_since = monotonic()
+        self._not_heard: set[str] | None = None
+        """The registered replicas of which no beat has come since then; None: these are unknown."""
+        self._strangers_until = 0.0
+        """Until then a replica may hold a lease whose beats this one does not understand."""
         self._doubts_until = 0.0
         self._announced: dict[str, Announcement] = {}
         self._to_say: list[Message] = []
@@ -111,7 +115,7 @@ class Conversation:
         """Tell for how long to wait, at most, where Redis had taken it at `published`. 0: it is complete."""
         due = published + LONGEST_LEASE_S
         if not announcement.missing:
-            due = min(due, self._unsure_until)
+            due = min(due, self._knows_all_from())
         return max(due - self._monotonic(), 0.0)
 
     def over(self, announcement: Announcement) -> None:
@@ -127,12 +131,13 @@ class Conversation:
     def subscribed(self) -> None:
         """Take note that from now on everything comes; what was published before did not."""
         self._tier.deaf()
-        self._unsure_until = self._monotonic() + LONGEST_LEASE_S
+        self._listens_since = self._monotonic()
+        self._not_heard = None
+        self._heard_at.clear()
 
-    def registered(self, others: int | None) -> None:
-        """Take note that this replica is registered, and of how many `others`, after it was `subscribed`."""
-        if others == 0:
-            self._unsure_until = self._monotonic()
+    def registered(self, others: set[str] | None) -> None:
+        """Take note that this replica is registered, and of the `others`, as of after it was `subscribed`."""
+        self._not_heard = None if others is None else others - self._heard_at.keys()
 
     def hear(self, raw: object) -> None:
         """Follow one message. What has to be said in reply waits in `to_say`."""
@@ -147,6 +152,8 @@ class Conversation:
                 self._came_back(sent_at, now)
             case Beat(sender):
                 self._heard_at[sender] = now
+                if self._not_heard:
+                    self._not_heard.discard(sender)
             case Invalidated(sender, number, scope):
                 self._tier.invalidate(scope)  # its own, too: a lookup may have been under way
                 if sender != self._me:
@@ -175,6 +182,12 @@ class Conversation:
         self._tier.deaf()
         self.say_nothing()
 
+    def _knows_all_from(self) -> float:
+        """Give the time from which on no replica can hold a lease that this one has not heard of."""
+        if self._not_heard == set():
+            return self._strangers_until
+        return max(self._strangers_until, self._listens_since + LONGEST_LEASE_S)
+
     def _came_back(self, sent_at: float, now: float) -> None:
         """Follow a beat of its own: all that was published before it has come."""
         self._forget_the_silent(now)
@@ -188,7 +201,7 @@ class Conversation:
         self._observe(StoreOperation("channel", "corrupt"))
         self._tier.deaf()
         self._doubts_until = now + DOUBT_S
-        self._unsure_until = max(self._unsure_until, now + LONGEST_LEASE_S)
+        self._strangers_until = now + LONGEST_LEASE_S
 
     def _forget_the_silent(self, now: float) -> None:
         """Forget the replicas whose lease is over by now, if they had one."""

@@ -59,11 +59,8 @@ class Heartbeat:
         with suppress(Unavailable):
             await self._link.ask(self._members.farewell())
 
-    async def pulse(self) -> int | None:
-        """Send one heartbeat. Give the number of other replicas, None if Redis did not tell.
-
-        Raises Unavailable.
-        """
+    async def pulse(self) -> set[str] | None:
+        """Send one heartbeat. Give what `Membership.heard` gives of other replicas. Raises Unavailable."""
         now = self._clock()
         names = self._pending.to_delete()
         commands: list[Command] = [("DEL", name) for name in names]

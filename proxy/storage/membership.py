@@ -107,24 +107,24 @@ class Membership:
             ("EXPIRE", replicas, MARK_TTL_S),
         )
 
-    def heard(self, replies: Sequence[Any], now: float) -> tuple[int | None, Sequence[_Command]]:
+    def heard(self, replies: Sequence[Any], now: float) -> tuple[set[str] | None, Sequence[_Command]]:
         """Take the replies to a heartbeat.
 
-        Give the number of other replicas, None where it cannot be told, and what is to be asked for after
-        it, nothing as a rule.
+        Give the other replicas that publish what they invalidate, None where that cannot be told, and what
+        is to be asked for after it, nothing as a rule.
         """
         _, mark, _, _, members, _ = replies
-        others: list[Member] | None = None
+        speaking: set[str] | None = None
         if isinstance(members, list):  # a Redis that refuses tells nothing
             seen = [Member.parse(member) for member in members]
             others = [member for member in seen if member.replica != self.me.replica]
-            self.older = any(member.speaks != SPEAKS for member in others)
+            speaking = {member.replica for member in others if member.speaks == SPEAKS}
+            self.older = len(speaking) < len(others)
             self._count(len(seen), now)
             self.secrets_differ = agreement(self.me, seen, mark) is Agreement.DIFFERENT
-        number = None if others is None else len(others)
         if mark == self.me.fingerprint.encode():
-            return number, (("EXPIRE", self._keys.secret, MARK_TTL_S),)
-        return number, ()
+            return speaking, (("EXPIRE", self._keys.secret, MARK_TTL_S),)
+        return speaking, ()
 
     def farewell(self) -> _Command:
         """Give the command that takes this replica out."""

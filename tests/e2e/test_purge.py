@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from kit.replicas import orders, shared, together
-from kit.support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total
+from kit.support import DEADLINE_S, DROPLET_PATH, FROM_REDIS, Serve, Valkey, app, bearer, scrape, total
 from redis.asyncio import Redis
 
 from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Limits, Simulator, Snapshot, Token
@@ -323,6 +323,7 @@ async def test_redis_is_away(cluster: Cluster, tmp_path: Path, what: dict[str, A
         settings = (
             *shared(cluster.simulator.url, valkey.url, tmp_path),
             "redis.timeout_s=0.3",
+            FROM_REDIS,
         )
         async with app(*settings) as first, app(*settings) as second:
             for at in (first, second, first, second):

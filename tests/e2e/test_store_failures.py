@@ -19,6 +19,7 @@ from kit.support import (
     AMPLE,
     DEADLINE_S,
     DROPLET_PATH,
+    FROM_REDIS,
     Serve,
     Valkey,
     app,
@@ -61,9 +62,13 @@ def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> tuple[str,
     return settings_for(simulator, valkey.url, tmp_path)
 
 
+IN_MEMORY = "memory.max_bytes=67108864"
+
+
 def settings_for(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:
-    """Point a service to the simulator and to the store at `url`."""
+    """Point a service to the simulator and to the store at `url`, which it asks for every request."""
     return (
+        FROM_REDIS,
         *shared(simulator.url, url, directory),
         "redis.timeout_s=0.1",  # the default: here it matters
         *AMPLE,
@@ -159,7 +164,7 @@ async def test_paused_under_load(
     simulator: Simulator, valkey: Valkey, client: aiohttp.ClientSession, settings: tuple[str, ...]
 ) -> None:
     """SIGSTOP: connections stay and nothing answers. Requests go upstream, and to Redis again afterwards."""
-    async with app(*settings) as at, Load(client, at.api, simulator.world) as load:
+    async with app(*settings, IN_MEMORY) as at, Load(client, at.api, simulator.world) as load:
         valkey.pause()
         await until(lambda: BYPASS in load.seen, "requests go around Redis")
         await load.more()
@@ -174,7 +179,7 @@ async def test_killed_and_started_again_under_load(
     simulator: Simulator, valkey: Valkey, client: aiohttp.ClientSession, settings: tuple[str, ...]
 ) -> None:
     """SIGKILL, several times: nobody notices but the upstream."""
-    async with app(*settings) as at, Load(client, at.api, simulator.world) as load:
+    async with app(*settings, IN_MEMORY) as at, Load(client, at.api, simulator.world) as load:
         for _ in range(3):
             await valkey.kill()
             await until(lambda: BYPASS in load.seen, "requests go around Redis")

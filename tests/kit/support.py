@@ -39,12 +39,18 @@ TROUBLE = (
 
 _SCALED_SERVICE = Path(__file__).with_name("scaled_service.py")
 
+MEMORY = ("memory.max_bytes=0",) if os.environ.get("TEST_MEMORY") == "off" else ()
+"""`TEST_MEMORY=off` runs every service without its memory: a hit is then one of Redis."""
+
 # What takes a feature out of the way of tests that are about another.
 NO_STALE = ("cache.stale_while_revalidate_s=0", "cache.stale_if_error_s=0")
 """What is not fresh is asked for, and a failure is told."""
 
 AMPLE = ("quota.per_minute=1000000", "quota.per_hour=1000000", "quota.unknown_per_minute=1000000")
 """As much as anybody may call, where the simulator says the same: what it has less was called by others."""
+
+FROM_REDIS = "memory.max_bytes=0"
+"""Every request looks into Redis: for what is changed there, or whose lookups are counted."""
 
 UNSTRETCHED = "quota.per_minute=1000000"
 """Lifetimes stay what they are, however many calls a test makes."""
@@ -71,7 +77,7 @@ async def app(*overrides: str, clock_scale: float = 1.0) -> AsyncIterator[Addres
     """Run the service in this process, on free ports, and well; `overrides` as after `--set`."""
     settings = load(
         config_file=None,
-        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *PATIENT, *overrides],
+        overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *MEMORY, *PATIENT, *overrides],
         environ={},
     ).settings
     service = App(settings, clock_scale=clock_scale)
@@ -124,7 +130,7 @@ class Serve:
 
     async def start(self) -> None:
         """Start it, and return when it says that it is ready."""
-        settings = ["server.port=0", "admin.port=0", *PATIENT, *self.overrides]
+        settings = ["server.port=0", "admin.port=0", *MEMORY, *PATIENT, *self.overrides]
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             *self.command,
