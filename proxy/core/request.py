@@ -40,7 +40,7 @@ NO_DIRECTIVES = Directives()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of one caller: all that the rooms below the edge ever see of it.
+    """One request of one caller: all that the packages below the edge see of it.
 
     Its `key` is of the caller's own partition: it is derived from target and caller.
     """

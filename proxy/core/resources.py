@@ -54,14 +54,14 @@ class Resource:
     """Makes the target from the match of `path` and the raw query. Raises BadRequest."""
 
     prefix: str
-    """With a target's name behind it, it is what goes upstream: path and query."""
+    """Path and query of the request upstream, without the target's name, which is appended."""
 
     normalize: Callable[[bytes, str | None, str], Normalized]
     """Normalizes the body of a 200. The name is None where the document may have any; the last argument is
     `server.public_url`. Raises UpstreamInvalid."""
 
     depends_on: tuple[Dependency, ...]
-    """In the order in which entries are sealed with the stamps."""
+    """Entries are sealed with the stamps of these, in this order."""
 
     ttl: str
     """The key of the section `cache` that says how long it is fresh."""
