@@ -330,8 +330,6 @@ FROM_THE_START: dict[str, tuple[set[str], int]] = {
     "refreshed_snapshots": ({"by"}, 2),
     "quota_cooldown_seconds": ({"caller"}, 1),
     "pending_invalidations": (set(), 1),
-    "memory_bytes": (set(), 1),
-    "memory_entries": (set(), 1),
 }
 """Labels, and how many series there are without an alias."""
 

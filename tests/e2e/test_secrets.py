@@ -362,7 +362,7 @@ async def test_no_trace(
         assert await caller.get("spaced") == 200
         async with simulator.hold() as gate:
             leaving = asyncio.create_task(caller.get("full"))
-            staying = asyncio.create_task(caller.get("spaced"))
+            staying = asyncio.create_task(caller.get("spaced", LIST_PATH))
             await gate.arrived(2)
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)

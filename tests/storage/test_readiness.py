@@ -191,6 +191,7 @@ def test_every_command_is_tried() -> None:
         "NOSCRIPT",
         "PING",
         "SELECT",
+        "SUBSCRIBE",
         "WRONGTYPE",
     }
 
@@ -342,6 +343,7 @@ async def test_the_documented_user(valkey: Valkey) -> None:
         for command in (("SET", "elsewhere", "x"), ("PUBLISH", "elsewhere", "x")):
             (reply,) = await link.ask(command)
             assert str(reply).startswith("NOPERM")
+            await until(lambda: link.up, "connected again, after a refusal")
         listening = link.connect()
         await listening.open()
         async with asyncio.timeout(DEADLINE_S):
