@@ -61,7 +61,7 @@ class Collapser:
     def name(self, call: Call, basis: FillPrecondition | None, mode: FetchMode) -> Hashable:
         """Name the flight that `call` may share: not one that began before something was invalidated.
 
-        The stamps that its lookup saw tell that; without the store, this replica's own count.
+        The name holds the stamps that its lookup saw; without the store, this replica's own counts.
         """
         return call.key, mode, self._memory.counts(call.key) if basis is None else basis
 
@@ -112,7 +112,7 @@ class Collapser:
     async def _tired_of_waiting(
         self, call: Call, mode: FetchMode, due: Due, asked_at: float
     ) -> ProxyError | None:
-        """Say why this replica waits no longer for the lease, for which it last asked at `asked_at`.
+        """Say why this replica gives up waiting for the lease, for which it last asked at `asked_at`.
 
         At the moment at which its own wait for the quota would be over it asks the gate, once: the other
         replica may be waiting for the same quota.

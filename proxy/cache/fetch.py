@@ -1,4 +1,4 @@
-"""One fetch: ask the gate, store what the answer allows, and invalidate what it tells is no longer true.
+"""One fetch: ask the gate, store what the answer allows, and invalidate what the answer shows to be wrong.
 
 A read is sent again, once and over a new connection, if its connection was closed before the answer began. A
 DELETE is never sent again; if its outcome is unknown, the snapshot is invalidated all the same. Failures come
@@ -92,7 +92,7 @@ class Fetched:
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
     outcome_unknown: bool = False
-    """It answers a write, and does not tell whether the write was carried out."""
+    """It answers a write, and does not say whether the write was carried out."""
 
 
 FetchFlights = Flights[Fetched | ProxyError]
@@ -148,7 +148,7 @@ class Fetcher:
     async def fetch(
         self, call: Call, lookup: Lookup, mode: FetchMode, due: Due | None = None
     ) -> Fetched | ProxyError:
-        """Ask the upstream; store, invalidate or leave alone what its answer tells to. Runs in a flight.
+        """Ask the upstream, and store or invalidate as its answer requires. Runs in a flight.
 
         `lookup` is what the store had: its entry is revalidated, if it has an entity tag. Without `due` the
         deadlines are those of a fetch that begins now.
@@ -181,8 +181,8 @@ class Fetcher:
     async def _fill(self, call: Call, lookup: Lookup, mark: Mark, answer: Answer, keep: Keep) -> Fetched:
         """Store what `keep` holds, unless the request says `no-store`; compress a list.
 
-        Redis takes it where the `lookup` could ask it; this replica's memory takes what Redis took, and what
-        it was away for.
+        Redis gets it if Redis answered the `lookup`. Memory keeps entries that Redis accepted, and entries
+        fetched while Redis was unavailable.
         """
         for name in keep.unknown:
             self._observe(UnknownValue(name))

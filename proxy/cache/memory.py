@@ -6,9 +6,9 @@ The laws of this file:
 - An entry is kept with the invalidation counts of before its lookup, or its fetch, was sent. It answers only
   while they are the same: one that was invalidated meanwhile, here or on another replica, is never served.
 - It answers for `max_age_s` from that moment; then Redis is asked again.
-- All answer only while this replica **hears** what others invalidate: until a moment that the channel
-  (`storage/channel.py`) moves on, and that passes by itself. What a replica that is deaf has kept from before
-  is never served again. While it cannot reach Redis either, it serves what it fetched itself since then.
+- Entries answer only while this replica **hears** what others invalidate: until a time that the channel
+  (`storage/channel.py`) prolongs with each beat that comes back. After that time the replica is **deaf**, and
+  never again serves what it kept before. If it cannot reach Redis either, it serves what it fetched since.
 - Never more than `max_bytes` are kept, all counted. The entry that was kept first is evicted first: it is
   also the first that Redis would have to be asked for again, so that a hit changes nothing here.
 """
@@ -27,9 +27,9 @@ FIXED_BYTES = 1000
 
 
 class Mark(NamedTuple):
-    """How things stood when a lookup or a fetch was sent: the time (monotonic), and the key's counts.
+    """When a lookup or a fetch was sent (monotonic), and the invalidation counts of its key at that time.
 
-    `emptied` tells how often memory had been emptied.
+    `emptied` is how often memory had been emptied by then.
     """
 
     began: float
@@ -82,7 +82,7 @@ class Memory:
     # -- for requests --------------------------------------------------------------------------
 
     def get(self, key: Key) -> Entry | None:
-        """Give the entry of `key` if it needs no look into Redis now; whether it is fresh is not asked here.
+        """Give the entry of `key` if it may answer without asking Redis; the caller checks its freshness.
 
         The clock is read here, after the request has come: a process that was stopped knows that it is late.
         """
@@ -100,7 +100,7 @@ class Memory:
         return kept.entry
 
     def mark(self, key: Key) -> Mark:
-        """Note how things stand, before a lookup or a fetch of `key` is sent."""
+        """Make the mark that `keep` needs, before a lookup or a fetch of `key` is sent."""
         return Mark(self._monotonic(), self._counts.of(key), self._emptied)
 
     def counts(self, key: Key) -> tuple[int, ...]:
@@ -110,8 +110,8 @@ class Memory:
     def keep(self, key: Key, entry: Entry, mark: Mark) -> None:
         """Keep what a verified lookup, or this replica's own fetch, brought; `mark` is from before it.
 
-        Nothing is kept where `key` was invalidated since, or where it could not answer now. One of a later
-        call stays.
+        It is not kept if `key` was invalidated since, if it could not answer now, or if memory has an entry
+        of a later call.
         """
         now = self._monotonic()
         until = mark.began + self._max_age_s
@@ -143,7 +143,7 @@ class Memory:
     # -- for invalidations and the channel -----------------------------------------------------
 
     def invalidate(self, scope: Scope) -> None:
-        """Let nothing answer any more that `scope` covers, nor keep what was sent for before."""
+        """Serve nothing any more that `scope` covers, and keep nothing of it that was sent for before."""
         self._counts.count(scope)
 
     def empty(self) -> None:
@@ -153,9 +153,9 @@ class Memory:
         self._emptied += 1
 
     def hears(self, until: float) -> None:
-        """Take note that this replica has heard every invalidation that others may rely on before `until`.
+        """Allow serving until `until` (monotonic): each invalidation answered before then was heard here.
 
-        Where it was deaf, it begins anew.
+        A replica that was deaf begins with an empty memory.
         """
         now = self._monotonic()
         if until <= now:
@@ -165,7 +165,7 @@ class Memory:
         self._hears_until = max(self._hears_until, until)
 
     def deaf(self) -> None:
-        """Take note that something may have been missed."""
+        """Serve nothing until `hears` is called again: an invalidation may have been missed."""
         now = self._monotonic()
         if now < self._hears_until:
             self._hears_until = now

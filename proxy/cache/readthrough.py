@@ -143,9 +143,9 @@ class ReadThrough:
                 return Failed(error, Forwarded(Fwd.REQUEST, begun=False))
 
     def peek(self, key: Key, now: float, directives: Directives = NO_DIRECTIVES) -> Served | None:
-        """Answer one read from this replica's memory, if that has a fresh entry for it. Waits for nothing.
+        """Answer one read from this replica's memory, if that has a fresh entry for it. Does no I/O.
 
-        None says nothing about the answer: Redis may have another entry, and a stale one is refreshed.
+        None is no miss: Redis may have a fresh or a stale entry.
         """
         match on_lookup(self.held(key), directives, now):
             case Hit(entry):
@@ -155,9 +155,10 @@ class ReadThrough:
                 return None
 
     async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
-        """Look into the store, and keep in memory what it has, if that is fresh. Say how things stood before.
+        """Look the entry up in the store, keep a fresh one in memory, and give the mark from before that.
 
-        The refusal of a token has no basis: it answers for all keys of its caller, and is not kept.
+        A cached 401 has no `basis`, since nothing may be filled under it: it applies to all keys of the
+        token, and is not kept in memory.
         """
         mark = self._memory.mark(call.key)
         if not call.target.cacheable:
@@ -187,7 +188,7 @@ class ReadThrough:
     async def _forward(
         self, call: Call, fwd: Fwd, lookup: Lookup, since: float, mode: FetchMode
     ) -> Served | Failed:
-        """Answer from the upstream. A flight that landed before `since` (the lookup) is too old."""
+        """Answer from the upstream. Joins no flight that landed before `since`, when the lookup began."""
         owner = Owner(call.key.partition)
         try:
             if self._collapser.may_share(call):
@@ -211,8 +212,8 @@ class ReadThrough:
     ) -> Served | Failed:
         """Give a stale entry instead of a failure (RFC 5861 §4), unless it was invalidated meanwhile.
 
-        It is looked up again for that. While Redis does not answer, `fallback` counts, which was found before
-        the fetch, if this replica has invalidated nothing of it since `counts` was read.
+        It is looked up again for that. If Redis does not answer now, `fallback` is served, which was found
+        before the fetch, unless this replica has invalidated it since `counts` was read.
         """
         if not is_replaceable(answer.status):
             return answer

@@ -179,7 +179,7 @@ class QuotaSpent(NotSent):
             "minute": "this token's calls of a minute are spent",
             "hour": "this token's calls of an hour are spent",
             "operation": "the API limits this operation (this method and path) and asked to wait with it",
-            "turn": "another call has to tell first how many calls this token has left",
+            "turn": "another call must first report how many calls this token has left",
         }.get(window, "the API asked this token to wait")
         if replicas and window in ("minute", "hour"):
             mine = f"may make 1/{replicas} of" if replicas > 1 else "alone counts"

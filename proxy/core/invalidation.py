@@ -69,9 +69,9 @@ def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
 class InvalidationCounts:
     """How often this replica made or followed an invalidation of what a key is kept under. Counts only grow.
 
-    They are to this process what stamps are to Redis: what was found, or begun, with other counts than those
-    of now was invalidated since. After more than `most` names everything counts as invalidated once, and the
-    names are forgotten.
+    They are to this process what stamps are to Redis: if the counts for a key have changed since an entry was
+    found, or a fetch began, it was invalidated since. After more than `most` names everything counts as
+    invalidated once, and the names are forgotten.
     """
 
     def __init__(self, most: int = MOST_COUNTED) -> None:

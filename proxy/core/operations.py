@@ -11,10 +11,10 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 MOST_OPERATIONS = 64
-"""Cool-downs of one token that are remembered; of more, the one that ends first is forgotten."""
+"""Cool-downs of one token that are remembered. One more evicts the one that is over first."""
 
 MOST_SAID_BYTES = 4096
-"""Of an answer so much is searched for what it limits: 2 MiB would stop the event loop for 100 ms."""
+"""Only so much of an answer is searched for its text: 2 MiB would stop the event loop for 100 ms."""
 
 _DIGEST_HEX = 32
 _OF_OPERATION = re.compile(rb"\boperation\b[^\"{}]{0,40}\brate[- ]?limit", re.IGNORECASE)

@@ -17,10 +17,10 @@ from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsSco
 from proxy.core.resources import SNAPSHOT, Key, cached_id
 
 MOST_READ_BYTES = 65_536
-"""Of a body that may name snapshots, so much is read on its way; a longer one counts as naming all."""
+"""Only so much of a body that may name snapshots is read on its way; a longer one counts as naming all."""
 
 MOST_NAMED = 100
-"""So many ids of a body are invalidated one by one; a body with more invalidates all of the caller's."""
+"""Up to so many ids of a body are invalidated one by one; more invalidate all of the caller's entries."""
 
 _NO_SNAPSHOTS = frozenset({"droplet", "volume", "database", "kubernetes"})
 """What can be tagged and is no snapshot. A kind beyond these may be one: kinds grow, too."""
@@ -157,7 +157,7 @@ def scopes_of_write(method: str, target: str, partition: Partition, body: bytes 
 
 
 def _scopes_of_body(partition: Partition, body: bytes | None) -> tuple[Scope, ...]:
-    """Read the body of a write to a tag's resources. What it names without doubt is all that is covered."""
+    """Read the body of a write to a tag's resources; if it is unclear, all of the caller's entries count."""
     try:
         named: Any = orjson.loads(body or b"")
     except orjson.JSONDecodeError:

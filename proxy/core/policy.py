@@ -149,7 +149,7 @@ class PassThrough:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """The snapshot is gone, or may be: it is invalidated for all callers, and so are all lists.
+    """The snapshot is deleted, or may be: it is invalidated for all callers, and so are all lists.
 
     `body` is empty if the upstream answered 204, else its error; None if that is unreadable.
     """
@@ -256,7 +256,7 @@ class Policy:
         return replace(entry, validator="")  # else a 304 would give it the lifetime of a snapshot
 
     def _keep(self, answer: Answer, target: Target, draw: float) -> Keep:
-        """Keep a document, and each snapshot in it, if it is a list, as a single read would have left it."""
+        """Keep a document; if it is a list, also each snapshot in it, with the lifetimes of a single read."""
         resource, name = target.resource, target.name if target.cacheable else None
         normalized = resource.normalize(answer.body, name, self.public_url)
         entry = _entry(answer, normalized.body, self._lifetimes(resource, answer, draw))

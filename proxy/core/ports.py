@@ -68,16 +68,16 @@ class Store(Protocol):
 
 
 class Hearing(Protocol):
-    """What follows the invalidations of other replicas: this replica's memory."""
+    """This replica's memory, as the channel sees it: it follows the invalidations of other replicas."""
 
     def invalidate(self, scope: Scope) -> None:
-        """Let nothing answer any more that `scope` covers."""
+        """Serve nothing any more that `scope` covers."""
 
     def hears(self, until: float) -> None:
-        """Take note that every invalidation that others rely on before `until` (monotonic) has been heard."""
+        """Allow serving until `until` (monotonic): each invalidation answered before then was heard here."""
 
     def deaf(self) -> None:
-        """Take note that invalidations may have been missed, or may be."""
+        """Serve nothing until `hears` is called again: invalidations may have been missed."""
 
 
 class Gate(Protocol):
@@ -102,7 +102,7 @@ class Gate(Protocol):
         """
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
-        """Say why a call would not be made now. None: it would, or one in flight has to tell first."""
+        """Say why the quota would refuse a call now; None if it would not, or only until one is answered."""
 
 
 # -- what the gate needs ---------------------------------------------------------------------------

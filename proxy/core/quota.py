@@ -13,9 +13,10 @@ response reports `ratelimit-remaining`. So are the calls of a token about which 
 the first one tells of calls by others, all of these may have been made just before: for a minute, calls that
 might not fit beside them are serialized, so that one 429 is enough to stop them.
 
-What the upstream tells may be wrong. So the calls that it told of are counted apart from our own. If they
-alone leave no room, one call in 5 s to 5 min is admitted all the same; if its answer tells of more room, they
-are taken back, our own calls never. The hour's limit is what `ratelimit-limit` told last.
+What the upstream reports may be wrong. So calls by others that it reported are counted apart from our own. If
+they alone leave no room, one verification call is admitted all the same, every 5 s to 5 min; if its answer
+reports more room, that many calls by others are taken back, our own calls never. The hour's limit is what
+`ratelimit-limit` reported last.
 
 `proxy/storage/ledger.py` keeps the same ledger in Redis for all replicas, as a script; a test holds the two
 equal. This one serves where Redis is away, and the simulated day.
@@ -37,13 +38,13 @@ __all__ = [
 ]
 
 PAUSES = 12
-"""A token cools down for this part of a minute, 5 s, if a 429 does not say for how long. After as long, one
-call checks a number of calls left that is hard to believe; later ones check it less often, at last after this
-part of an hour, 5 min."""
+"""A token cools down for this part of a minute, 5 s, if a 429 does not say for how long. After 5 s, too, one
+call verifies a reported number of calls left that is hard to believe; later ones verify it less often, at
+last every twelfth of an hour, 5 min."""
 
 TURN_S = 2.0
-"""A call that goes alone postpones the others for so long at most: its replica may have died, or its answer
-never reached the ledger."""
+"""A serialized call postpones the others for so long at most: its replica may have died, or its answer never
+reached the ledger."""
 
 PROBE_S = 20.0
 """A probe of a cool-down postpones the others for so long at most: a write may take longer, and its replica
@@ -53,7 +54,7 @@ may have died."""
 class Ledger:
     """One token's calls. Times are seconds of one clock; nothing here reads it.
 
-    `call_s` is the longest that a call may take. 0: nothing is known of answers, and no call goes alone.
+    `call_s` is the longest that a call may take. 0: no answers are settled here, and no call is serialized.
     """
 
     def __init__(self, limits: QuotaLimits, *, call_s: float = 0.0) -> None:
@@ -61,22 +62,22 @@ class Ledger:
         self._call_s = call_s
         self._counts = tuple(Count(window) for window in limits.windows)
         self._others = Count(limits.windows[1])
-        """The calls in the hour that others made, as far as the upstream told."""
+        """The calls in the hour that others made, as far as the upstream reported them."""
         self._suspect_since = -math.inf
-        """Then the upstream told of more calls of others than fit into a minute, or that none is left."""
+        """When the upstream reported more calls by others than fit into a minute, or that no call is left."""
         self._full_at = -math.inf
-        """Then the upstream told that no call is left."""
+        """When the upstream last reported that no call is left."""
         self._filled = 0
-        """So many calls the minute counts because of that."""
+        """The calls that were added to the minute then, to fill it."""
         self._check_at = 0.0
-        """Then one call is admitted that only what was told leaves no room for."""
+        """From then on one verification call may exceed the limit, if only calls by others fill it."""
         self._told_at: float | None = None
         self._doubted = False
         self._unknown = 0
         self._unknown_until = 0.0
-        """Until then so many more calls may lie within the minute."""
+        """Until then, `_unknown` further calls by others may fall into the minute."""
         self._silent = False
-        """The upstream accepted the token without `ratelimit-remaining`: it does not help to ask alone."""
+        """The upstream accepted the token without `ratelimit-remaining`: serializing calls does not help."""
         self._others_at: float | None = None
         self._alone_until = 0.0
         self._cool_until: float | None = None
@@ -84,7 +85,7 @@ class Ledger:
 
     @property
     def per_hour(self) -> int:
-        """The hour's limit: what the upstream told last, before that the configured one."""
+        """The hour's limit: the one that the upstream reported last, before that the configured one."""
         return self._counts[1].window.limit
 
     # -- may a call be made? ---------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Ledger:
     ) -> Postponed | None:
         """Say when `need` calls would be admitted; None: now.
 
-        With `may_check` they are one call, which may be the one that checks what was told.
+        With `may_check` they are one call, which may be the verification call.
         """
         self._forget(now)
         if self._cool_until is not None:
@@ -132,26 +133,26 @@ class Ledger:
         return count.window.ceiling(call_class, self.limits.reserve)
 
     def _excess(self, count: Count, call_class: CallClass, need: int) -> int:
-        """Give how many calls a window would hold too many with `need` more."""
+        """Give by how many calls a window would exceed its ceiling with `need` more."""
         return count.total + need - self._ceiling(count, call_class)
 
     def _only_told(self, count: Count) -> int:
-        """Give how many calls a window holds that the upstream told of and that can be taken back."""
+        """Give how many calls a window holds that the upstream reported and that can be taken back."""
         minute = self._counts[0]
         return minute.held(self._full_at, self._filled) if count is minute else self._others.total
 
     def _pause_s(self, now: float) -> float:
-        """Give the time between two calls that check what was told: as long again as it was told for."""
+        """Give the time until the next verification call: as long as the reported value has stood by now."""
         minute, hour = self._counts
         at_least_s = minute.window.length_s / PAUSES
         return min(max(now - self._suspect_since, at_least_s), hour.window.length_s / PAUSES)
 
     def _goes_alone(self, now: float, call_class: CallClass, need: int) -> bool:
-        """Tell whether the upstream has to tell first where the token stands.
+        """Tell whether a call has to be serialized: until its answer reports `ratelimit-remaining`.
 
-        It has to if it never did; if others used the token within the hour, and it last told longer ago than
-        a bucket (but not for a refresh, which leaves a margin); and if `need` more calls may not fit into the
-        minute beside the calls of others that may lie in it.
+        It has to if the upstream never reported it; if others used the token within the hour, and the last
+        report is older than a bucket (but not for a refresh, which leaves a margin); or if `need` more calls
+        may not fit into the minute beside the calls by others that may fall into it.
         """
         if not self._call_s:
             return False
@@ -166,7 +167,7 @@ class Ledger:
         return now - self._told_at > minute.window.bucket_s and call_class is not CallClass.REFRESH
 
     def _turn_ends(self, admitted: Admitted) -> float:
-        """Say until when an admitted call goes alone, if it does and is not answered."""
+        """Say until when a serialized call holds the others back, if it is not answered."""
         return admitted.at - max(self._call_s - TURN_S, 0.0)
 
     def _probe_ends(self, admitted: Admitted) -> float:
@@ -209,7 +210,7 @@ class Ledger:
         self._forget(now)
         for count in self._counts:
             count.add(now, count.take(admitted.at, admitted.calls))
-        if admitted.probe and self._probe_until == self._probe_ends(admitted):  # else there was another 429
+        if admitted.probe and self._probe_until == self._probe_ends(admitted):  # else another 429 came since
             self._probe_until = 0.0 if answered else now + self._counts[0].window.length_s / PAUSES
             self._cool_until = None if answered else self._cool_until
         if self._alone_until == self._turn_ends(admitted):
@@ -227,7 +228,7 @@ class Ledger:
     def cool(self, now: float, retry_after_s: float | None) -> None:
         """Stop all calls after a 429: as long as it says, or until a call can have left the minute.
 
-        One that says how long means the minute: it was full, and its oldest call leaves then.
+        A 429 with a time means the minute: it was full, and its oldest call leaves it at that time.
         """
         self._forget(now)
         minute = self._counts[0]
@@ -246,7 +247,7 @@ class Ledger:
         self._cool_until = max(self._cool_until or 0.0, now + min(wait_s, LONGEST_RETRY_AFTER_S))
 
     def follow(self, now: float, remaining: tuple[int, int], per_hour: int | None = None) -> None:
-        """Catch up with another ledger of the same token: what it has less is counted as called by others."""
+        """Catch up with another ledger of the same token: calls that only it has count as made by others."""
         self._forget(now)
         if per_hour is not None:
             self._limit_hour(per_hour)
@@ -263,7 +264,7 @@ class Ledger:
         self._heard(now, of_hour)
 
     def doubt(self) -> None:
-        """Let the next call go alone, and tell: others may have called in the last minute."""
+        """Serialize calls until the next report: others may have called in the last minute."""
         self._doubted = True
 
     # -- how it stands ---------------------------------------------------------------------------
@@ -287,14 +288,14 @@ class Ledger:
         hour.window = hour.window._replace(limit=limit)
 
     def _is_credible(self, limit: int) -> bool:
-        """Tell whether the hour's limit may be that: not a lower one that our own calls alone have spent."""
+        """Tell whether `limit` can be the hour's: a lower one that our own calls have spent cannot."""
         hour = self._counts[1]
         own = hour.total - self._others.total
         ceiling = hour.window._replace(limit=limit).ceiling(CallClass.MISS, self.limits.reserve)
         return limit >= self.per_hour or ceiling > own
 
     def _fill(self, now: float) -> None:
-        """Take the minute as full: no call is left, in either window, and this one has room again sooner."""
+        """Fill the minute: no call is left in either window, and the minute has room again sooner."""
         minute = self._counts[0]
         if not minute.take(self._full_at, self._filled):
             self._suspect_since = now
@@ -303,13 +304,14 @@ class Ledger:
         self._check_at = now + self._pause_s(now)
 
     def _reconcile(self, now: float, used_told: int, asked_at: float) -> None:
-        """Count as called by others what the upstream misses in the hour, and take back what it does not.
+        """Compare `used_told`, the calls that the upstream counts in the hour, with ours.
 
-        Calls in flight count as known to it: what they hide shows when they are answered. The calls of others
-        are taken as made evenly since it last told. The part of them within the minute counts there as of
-        now, unless that is more than the upstream admits. If it never told before, the rest may lie there,
-        too. Only a call that was made after it last told can tell of more room: the answers of a burst come
-        in any order.
+        If it counts more, others made the difference; if fewer, that many calls by others are taken back.
+        Assume that it already counted our calls in flight; an error is corrected when they finish. Calls by
+        others are spread evenly over the time since the last report. Their part within the last minute counts
+        in the minute as of now, unless that is more than the upstream admits. After the first report the rest
+        may fall into the minute, too (`_unknown`). Only the answer to a call that was made after the last
+        report can take calls back: the answers of a burst come in any order.
         """
         minute, hour = self._counts
         length_s = minute.window.length_s
@@ -335,7 +337,7 @@ class Ledger:
         self._heard(now, missing)
 
     def _heard(self, now: float, missing: int) -> None:
-        """Record that the upstream told just now where the token stands."""
+        """Record a report of the upstream at `now`."""
         if missing > self._counts[0].window.limit:
             self._suspect_since = now
         self._told_at = now

@@ -32,13 +32,13 @@ REST_S = 300.0
 """After a list that saved no call, or failed, no list refreshes for that caller for so long."""
 
 _ENOUGH = 3
-"""With so many snapshots due, a list is worth its call even if some of them are not on the page."""
+"""If at least so many snapshots are due, a list is worth its call even if some are not on the page."""
 
 _NEAR = 0.5
 """A snapshot is near its expiry if less than this part of its freshness is left.
 
-Of any two with the same lifetime one comes so near while the other expires, whatever their phases: from the
-first list on they expire together.
+Of two entries with equal TTL, one always has under half of its TTL left when the other expires. So the first
+list refreshes both, and from then on they expire together.
 """
 
 
@@ -132,7 +132,7 @@ class _Snapshot:
         self.fresh_s = 0
         self.fresh_until = 0.0
         self.hot_until = 0.0
-        """Who reads it again as soon as last time finds it in need of a refresh until then."""
+        """The snapshot counts as hot, that is, as read often enough to be refreshed, until this time."""
         self.place = Place.UNKNOWN
 
 
@@ -144,11 +144,11 @@ class _Caller:
         self.rests_until = 0.0
 
     def hot(self, now: float) -> Iterator[str]:
-        """Name what is read as often as it takes to be refreshed; what was read last first."""
+        """Name the hot snapshots, the most recently read one first."""
         return (name for name, snapshot in reversed(self.snapshots.items()) if now < snapshot.hot_until)
 
     def due(self, now: float) -> Iterator[str]:
-        """Name what of it may be on the page, and is near its expiry or past it."""
+        """Name the hot snapshots that may be on the page and are near their expiry, or expired."""
         for name in self.hot(now):
             snapshot = self.snapshots[name]
             near = snapshot.fresh_until - now <= snapshot.fresh_s * _NEAR

@@ -40,7 +40,7 @@ NO_DIRECTIVES = Directives()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of one caller: all that the rooms below the edge ever see of it.
+    """One request of one caller: all that the packages below the edge see of it.
 
     Its `key` is of the caller's own partition: it is derived from target and caller.
     """
@@ -64,14 +64,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class ApiPath:
-    """A path of the API that is not cached, raw: only the passthrough may forward it."""
+    """A raw path of the API that no row answers with this method: only the passthrough may forward it."""
 
     path: str
     query: str
 
 
-def parse_target(target: str) -> Target | ApiPath:
-    """Tell which document of the API the raw `target` of a request line names.
+def parse_target(method: str, target: str) -> Target | ApiPath:
+    """Tell what the `method` and the raw `target` of a request line ask for.
 
     The authority of an absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was
     meant). Raises BadRequest for what is malformed, and NotProxied for what no correct base URL leads to.
@@ -82,7 +82,7 @@ def parse_target(target: str) -> Target | ApiPath:
             raise BadRequest("the request target is neither a path nor an absolute URL")
         target = target[authority.end() :]
     path, _, query = target.partition("?")
-    if found := find_target(path, query):
+    if found := find_target(method, path, query):
         return found
     if path.startswith("/v2/") and _API_PATH.match(path):
         return ApiPath(path, query)

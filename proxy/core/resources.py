@@ -2,7 +2,9 @@
 
 All matching is done on the raw path. To cache another GET, add a row to `RESOURCES`, its normalizer, its
 `Route` (a label of the metrics) and, for a TTL of its own, a key of the section `cache`: everything else
-reads the row. Kinds and dependencies are parts of keys in Redis, which replicas of adjacent versions share.
+reads the row. Writes to its path are forwarded as before; those that change it must be in the table of
+`passthrough.py`, and invalidate something that the row depends on. Kinds and dependencies are parts of keys
+in Redis, which replicas of adjacent versions share.
 """
 
 import re
@@ -43,21 +45,23 @@ class Resource:
 
     route: Route
     path: re.Pattern[str]
-    """The whole raw path of a request for it."""
+    """The whole raw path of a request for it. Only a `closed` row may match more than it can `read`."""
 
     methods: tuple[str, ...]
+    """Those that this row answers: GET and HEAD from the cache; DELETE is forwarded and invalidates."""
+
     read: Callable[[re.Match[str], str], "Target"]
     """Makes the target from the match of `path` and the raw query. Raises BadRequest."""
 
     prefix: str
-    """With a target's name behind it, it is what goes upstream: path and query."""
+    """Path and query of the request upstream, without the target's name, which is appended."""
 
     normalize: Callable[[bytes, str | None, str], Normalized]
     """Normalizes the body of a 200. The name is None where the document may have any; the last argument is
     `server.public_url`. Raises UpstreamInvalid."""
 
     depends_on: tuple[Dependency, ...]
-    """In the order in which entries are sealed with the stamps."""
+    """Entries are sealed with the stamps of these, in this order."""
 
     ttl: str
     """The key of the section `cache` that says how long it is fresh."""
@@ -73,6 +77,8 @@ class Resource:
     """A list brings entries of this kind, and so refreshes them."""
 
     gzips: bool = False
+    closed: bool = False
+    """Any other method on its path is 405. If not closed, it is left to the passthrough, like any path."""
 
     def __repr__(self) -> str:
         return f"<{self.kind}>"
@@ -154,6 +160,7 @@ SNAPSHOT = Resource(
     stale_while_revalidate=True,
     keeps_absence=True,
     comes_with_lists=True,
+    closed=True,  # the passthrough never forwards a path that could be one of snapshots
 )
 SNAPSHOT_LIST = Resource(
     kind="list",
@@ -166,14 +173,21 @@ SNAPSHOT_LIST = Resource(
     depends_on=("caller", "caller-lists", "lists", "everything"),
     ttl="list_fresh_s",  # neither stretched nor served stale meanwhile: a new snapshot would be missing
     gzips=True,
+    closed=True,
 )
 RESOURCES = (SNAPSHOT, SNAPSHOT_LIST)
 """Their paths do not overlap."""
 
 
-def find_target(path: str, query: str) -> Target | None:
-    """Tell which document a raw path and query name. None: it is of no cached kind. Raises BadRequest."""
+def find_target(method: str, path: str, query: str) -> Target | None:
+    """Tell which document a request's method, raw path and query name. Raises BadRequest.
+
+    None: no row answers it, and the passthrough may forward it. The target of a closed row may come with a
+    method that the row does not list: the caller of this function has to refuse that.
+    """
     for resource in RESOURCES:
         if match := resource.path.fullmatch(path):
-            return resource.read(match, query)
+            if resource.closed or method in resource.methods:
+                return resource.read(match, query)
+            return None
     return None

@@ -88,7 +88,7 @@ class Count:
                 self._put(first + step, share)
 
     def take(self, at: float, calls: int) -> int:
-        """Take calls out of the bucket of `at`, and give how many there were: none where it has left."""
+        """Take calls out of the bucket of `at`, and give how many there were: 0 if it has left the window."""
         taken = self.held(at, calls)
         if taken:
             self.buckets[self._bucket(at)] -= taken
@@ -109,7 +109,7 @@ class Count:
                 calls -= back
 
     def forget(self, now: float) -> None:
-        """Drop what has left the window: a bucket leaves when its last moment has."""
+        """Drop the buckets that have left the window: those whose last moment is older than its length."""
         if now < self._next_leaves_at:
             return
         for bucket in [bucket for bucket in self.buckets if self._leaves_at(bucket) <= now]:
@@ -128,7 +128,7 @@ class Count:
         return self.window.length_s
 
     def after(self, now: float) -> int:
-        """Count the calls whose bucket has not begun yet: those on their way."""
+        """Count the calls whose bucket has not begun yet: those in flight."""
         return sum(calls for bucket, calls in self.buckets.items() if bucket > self._bucket(now))
 
     def _put(self, bucket: int, calls: int) -> None:

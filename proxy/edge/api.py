@@ -1,7 +1,7 @@
 """The API listener: a raw request is checked and becomes a `Call`, its answer becomes headers and bytes.
 
-Nothing below this file sees a raw request. Whatever happens to a request, it is counted once, here or, where
-there was no request at all, in `malformed`.
+Nothing below this file sees a raw request. Each request is counted once, here; bytes that never became a
+request are counted in `malformed`.
 """
 
 import logging
@@ -53,7 +53,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Log:
+class _Record:
     """What is known of a request so far; becomes its one `RequestDone`."""
 
     request_id: str
@@ -69,7 +69,7 @@ class _Log:
 class Api:
     """Answers requests; without a `passthrough` only those about snapshots.
 
-    `alias_of` gives a token's alias; `observe` is told of every request once.
+    `alias_of` gives a token's alias; `observe` is called once for every request.
     """
 
     def __init__(
@@ -92,71 +92,71 @@ class Api:
     async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever it is."""
         started = time.perf_counter()
-        log = _Log(parse_request_id(request.headers.get("X-Request-Id")) or new_request_id())
+        record = _Record(parse_request_id(request.headers.get("X-Request-Id")) or new_request_id())
         try:
-            response = await self._answer(request, log)
-            log.status = response.status
+            response = await self._answer(request, record)
+            record.status = response.status
         except CancelledError:
             raise
         except ProxyError as error:
-            log.error = error
-            response = error_response(error, log.request_id)
-            log.status = response.status
+            record.error = error
+            response = error_response(error, record.request_id)
+            record.status = response.status
         except Exception as error:  # noqa: BLE001 # the last line of defence: a bug is an answer too, and no header is shown
-            event(_LOG, logging.ERROR, "bug", exc=error, request_id=log.request_id)
-            log.error = ProxyError("an error inside the proxy; its log tells more")
-            log.error.should_retry = is_read(request.method)
-            response = error_response(log.error, log.request_id)
-            log.status = response.status
+            event(_LOG, logging.ERROR, "bug", exc=error, request_id=record.request_id)
+            record.error = ProxyError("an error inside the proxy; its log tells more")
+            record.error.should_retry = is_read(request.method)
+            response = error_response(record.error, record.request_id)
+            record.status = response.status
         finally:
-            self._done(log, started)
+            self._done(record, started)
         if request.can_read_body or response.status == PayloadTooLarge.status:
-            response.force_close()  # what was not read would be taken for the next request
+            response.force_close()  # the rest of its body would be read as the next request
         return response
 
     def malformed(self, error: ProxyError, request_id: str) -> None:
-        """Count what never became a request."""
-        self._done(_Log(request_id, status=error.status, error=error), time.perf_counter())
+        """Count bytes that never became a request."""
+        self._done(_Record(request_id, status=error.status, error=error), time.perf_counter())
 
-    async def _answer(self, request: web.BaseRequest, log: _Log) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest, record: _Record) -> web.StreamResponse:
         if isinstance(request, ForeignRequest):
             raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
         check_head(request)
-        target = parse_target(request.raw_path)
+        target = parse_target(request.method, request.raw_path)
         if isinstance(target, ApiPath):
-            return await self._pass_through(request, target, log)
-        call = await self._call(request, target, log)
+            return await self._pass_through(request, target, record)
+        call = await self._call(request, target, record)
         if call.method == "DELETE":
             answer = await self._readthrough.delete(call)
         else:
             answer = await self._readthrough.get(call)
-        log.outcome, log.avoided = answer.cache_status.outcome, answer.cache_status.avoided
+        record.outcome, record.avoided = answer.cache_status.outcome, answer.cache_status.avoided
         match answer:
             case Served():
                 now = self._clock()
-                if log.outcome in FROM_CACHE and answer.entry is not None:
-                    log.entry_age_s = answer.entry.age_s(now)
+                if record.outcome in FROM_CACHE and answer.entry is not None:
+                    record.entry_age_s = answer.entry.age_s(now)
                 conditions = request.headers.getall("If-None-Match", None)
                 return served_response(
                     answer,
                     now=now,
-                    request_id=log.request_id,
+                    request_id=record.request_id,
                     if_none_match=None if conditions is None else ",".join(conditions),
                     gzip=accepts_gzip(request.headers.getall("Accept-Encoding", ())),
                 )
             case Failed():
-                log.error = answer.error
-                return failed_response(answer, log.request_id)
+                record.error = answer.error
+                return failed_response(answer, record.request_id)
 
-    async def _call(self, request: web.BaseRequest, target: Target, log: _Log) -> Call:
+    async def _call(self, request: web.BaseRequest, target: Target, record: _Record) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
-        log.route = target.resource.route
+        record.route = target.resource.route
         if request.method not in target.resource.methods:
             raise MethodNotAllowed(", ".join(target.resource.methods))
         method: Literal["GET", "DELETE"] = "GET"
         if request.method == "DELETE":
-            method, log.route = "DELETE", Route.DELETE
-        caller = self._caller(request, log)
+            method, record.route = "DELETE", Route.DELETE
+        caller = self._caller(request, record)
         if request.body_exists:
             await _skip_body(request)
         _reading_ended(request)
@@ -166,18 +166,20 @@ class Api:
             target=target,
             caller=caller,
             directives=parse_directives(headers.getall("Cache-Control", ()), headers.getall("Pragma", ())),
-            request_id=log.request_id,
+            request_id=record.request_id,
         )
 
-    async def _pass_through(self, request: web.BaseRequest, target: ApiPath, log: _Log) -> web.StreamResponse:
+    async def _pass_through(
+        self, request: web.BaseRequest, target: ApiPath, record: _Record
+    ) -> web.StreamResponse:
         if self._passthrough is None:
             raise NotProxied(
                 "this proxy serves /v2/snapshots only, since passthrough.enabled is off;"
                 " send this request to the API itself"
             )
-        log.route, log.outcome = Route.PASSTHROUGH, Outcome.BYPASS
+        record.route, record.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)
-        caller = self._caller(request, log)
+        caller = self._caller(request, record)
         _reading_ended(request)  # a body has deadlines of its own: it may be long
         return await self._passthrough.forward(
             request,
@@ -186,28 +188,28 @@ class Api:
                 target=checked,
                 headers=tuple(forwarded_headers(request.headers.items())),
                 caller=caller,
-                request_id=log.request_id,
+                request_id=record.request_id,
             ),
         )
 
-    def _caller(self, request: web.BaseRequest, log: _Log) -> Caller:
+    def _caller(self, request: web.BaseRequest, record: _Record) -> Caller:
         token = parse_authorization(request.headers.getall("Authorization", ()))
-        log.caller = self._alias_of(token)
-        return self._keyring.caller(token, log.caller)
+        record.caller = self._alias_of(token)
+        return self._keyring.caller(token, record.caller)
 
-    def _done(self, log: _Log, started: float) -> None:
+    def _done(self, record: _Record, started: float) -> None:
         self._observe(
             RequestDone(
-                route=log.route,
-                outcome=log.outcome,
-                status=log.status,
-                caller=log.caller,
+                route=record.route,
+                outcome=record.outcome,
+                status=record.status,
+                caller=record.caller,
                 seconds=time.perf_counter() - started,
-                request_id=log.request_id,
-                entry_age_s=log.entry_age_s,
-                avoided=log.avoided,
-                error_id=None if log.error is None else log.error.id,
-                fact=_fact(log.error),
+                request_id=record.request_id,
+                entry_age_s=record.entry_age_s,
+                avoided=record.avoided,
+                error_id=None if record.error is None else record.error.id,
+                fact=_fact(record.error),
             )
         )
 
@@ -223,7 +225,7 @@ def _fact(error: ProxyError | None) -> str | None:
 
 
 class Head(Protocol):
-    """What is looked at of a request's head; aiohttp's request has it, and so has what its parser gives."""
+    """The part of a request's head that is checked: of aiohttp's request, or of its parser's message."""
 
     @property
     def version(self) -> HttpVersion: ...  # noqa: D102 # aiohttp's names

@@ -14,14 +14,14 @@ and wait to be read. So a connection whose time is over is closed only after the
 times more without anything new.
 
 A caller that closes its sending side (TCP FIN) with its request, or within a second of it, is answered as
-far as its requests have come whole; then the connection is closed. The same FIN comes from a caller that has
-left: the two cannot be told apart until something is written, and a later one is taken for that. The second
-is counted in ticks of the event loop, so that a busy one does not count. Over TLS asyncio closes at
-every end.
+far as its requests have come whole; then the connection is closed. A half-closed and an abandoned connection
+look alike until something is written: a FIN later than that second counts as abandoned. The second is counted
+in ticks of the event loop, so that time in which it was busy does not count. Over TLS asyncio closes the
+connection at every FIN.
 
 The fast path is asked only while aiohttp's handler rests: all bytes that it was given are whole requests,
-and it has answered each of them to its end. It rests from the start. The bytes that it is given then end its
-rest, until they are answered, the connection is kept, and
+and it has written each answer to its end. It rests from the start until it is given bytes. It rests again
+when these are answered, the connection is kept, and
 
 - what it was given was one whole request and nothing else: the fast path's parser said so; or
 - it ended as a request's head ends, so that there is no part of a request in the parser; the body of the last
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from proxy.edge.listener import Listener
 
 PROMPT_TICKS = 4
-"""A FIN that comes later after the last bytes is that of a caller who gave up waiting, and has left."""
+"""A FIN that comes later than this after the last bytes counts as abandoned: the caller gave up waiting."""
 
 _REST_LOOKS = 4
-"""From an answer's end to the next request of aiohttp's queue the loop turns once or twice."""
+"""Turns of the event loop: aiohttp takes the next request of its queue one or two after an answer."""
 
 _NEVER = float("inf")
 
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
         self._after_eof: asyncio.Handle | None = None
         self._transport: asyncio.Transport
 
-    # -- what asyncio tells --------------------------------------------------------------------
+    # -- what asyncio calls --------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, or refuse where there are too many."""
@@ -142,14 +142,14 @@ class Connection(asyncio.Protocol):
         self._handler.data_received(data)
 
     def eof_received(self) -> bool:
-        """Take note that the caller sends no more. True: keep the connection, an answer may be owed."""
+        """Handle the caller's FIN. True: keep the connection, to answer what has come."""
         if self._handler is None or self._transport.get_extra_info("sslcontext") is not None:
             return False
         self._handler.eof_received()
         if self._body is not None and not self._body.is_eof():
             return False  # the rest of the request will not come
         if self.listener.ticks - self._heard_at > PROMPT_TICKS:
-            return False  # who had waited for so long gave up waiting
+            return False  # abandoned: see PROMPT_TICKS
         self._eof = True
         self.listener.half_closed[self] = None
         if self._body is None:
@@ -157,7 +157,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Stop the timer, and free the connection's place."""
         for handle in (self._timer, self._after_eof, self._resting_soon):
             if handle is not None:
                 handle.cancel()
@@ -178,24 +178,24 @@ class Connection(asyncio.Protocol):
         if self._handler is not None:
             self._handler.resume_writing()
 
-    # -- what the request's handling tells -----------------------------------------------------
+    # -- what the request's handling calls ----------------------------------------------------
 
     def begun(self, body: StreamReader) -> None:
-        """Take note that the next request is handled from now on; what has come of its body is in `body`."""
+        """Record that the next request is handled from now on; what has come of its body is in `body`."""
         self._body = body
         for handle in (self._after_eof, self._resting_soon):
             if handle is not None:
                 handle.cancel()
 
     def reading_ended(self) -> None:
-        """All of the request is here: from now on we owe an answer, and what comes is the next request's."""
+        """Record that all of the request is here: the answer is due, and later bytes are the next one's."""
         self._more = False
         self._enter(_Phase.BUSY)
 
     def answered(self, *, goes_on: bool) -> None:
-        """Take note that the answer is written; bytes that came meanwhile are the next request's.
+        """Record that the answer is written; bytes that came meanwhile are the next request's.
 
-        `goes_on` tells whether the connection is kept.
+        `goes_on`: the connection is kept.
         """
         self._enter(_Phase.READING if self._more else _Phase.IDLE)
         if goes_on and (self._body is None or self._body.is_eof()):
@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
             self._close_unless_begun(LAST_LOOKS)
 
     def _rest(self, looks: int) -> None:
-        """Let the fast path be asked again; see the law of this file."""
+        """Let the handler rest, so that the fast path is asked again: see the top of this file."""
         if self._phase is not _Phase.IDLE:
             return
         if looks:

@@ -1,6 +1,6 @@
 """The fast path: a plain GET or HEAD whose answer is in memory is answered in the callback that brought it.
 
-It decides nothing and parses nothing. Why its answer is the one that the rest of the program would give:
+It decides nothing and has no parser of its own. Why its answer is the one that the handler would give:
 
 **The same question.** A chunk is looked at only while aiohttp's handler has nothing of this connection: no
 byte of a request, no request in its queue, no answer unfinished (`connection.py` says how that is known). So
@@ -79,7 +79,7 @@ class Reads(Protocol):
         """Give the entry that memory may answer with at this moment, fresh or not."""
 
     def peek(self, key: Key, now: float) -> Served | None:
-        """Answer a read without directives at `now` (Unix seconds) from memory, and take note of it.
+        """Answer a read without directives at `now` (Unix seconds) from memory, and record it.
 
         None where memory has no fresh entry.
         """
@@ -206,7 +206,7 @@ class FastPath:
 
     def _subject_of(self, authorization: str, path: str, method: str) -> tuple[Place, str] | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
-        target = parse_target(path)
+        target = parse_target(method, path)
         partition, caller = self._caller(authorization)
         if not isinstance(target, Target) or not target.cacheable:
             return None

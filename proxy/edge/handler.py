@@ -99,7 +99,7 @@ class Handler(web.RequestHandler):
         return response
 
     def log_exception(self, *_args: Any, **_kw: Any) -> None:
-        """Say that it happened: aiohttp's arguments show headers."""
+        """Log that it happened, without aiohttp's arguments: they show headers."""
         event(_LOG, logging.ERROR, "connection-failed")
 
     async def finish_response(
@@ -127,7 +127,7 @@ class NoAccessLog(AbstractAccessLogger):
 
 
 def _malformed(exc: BaseException | None, message: str | None) -> ProxyError:
-    """Tell what was wrong with what the parser refused; its own words stay unsaid."""
+    """Name what the parser refused. Its own words are not shown: they may hold headers."""
     match exc:
         case LineTooLong(args=(_, limit, *_)) if limit == MAX_LINE_BYTES:
             return UriTooLong(f"the request target is longer than {MAX_LINE_BYTES} bytes")

@@ -19,8 +19,8 @@ from proxy.edge.handler import PARSER_OPTIONS, Handler, NoAccessLog
 from proxy.logs import event
 
 MOST_REFUSED = 100
-"""Connections over the limit that are held until they have asked and are told 503. One more takes the place
-of the oldest, which is dropped: it has not asked yet."""
+"""Connections over the limit that are held until they have asked and are told 503. For one more, the oldest
+is dropped, which has not asked yet."""
 
 TICK_S = 0.25
 
@@ -42,8 +42,8 @@ class ConnectionLimits:
 class Listener:
     """All connections of one listener, and what they share.
 
-    `fastpath` answers what it can, and `server` all else; `on_malformed` is told of each answer, and its
-    request id, given to what is no request.
+    `fastpath` answers what it can, and `server` all else. `on_malformed` is called with each answer to bytes
+    that are no request, and its request id.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Listener:
         return self._make_request(message, payload, protocol, *rest)
 
     def admit(self, connection: Connection) -> bool:
-        """Take a new connection, if need be in the place of one that is half-closed. False: refuse it."""
+        """Admit a new connection, at the limit by dropping the first half-closed one. False: refuse it."""
         if len(self.connections) >= self.limits.max_connections:
             if not self.half_closed:
                 return False
@@ -104,7 +104,7 @@ class Listener:
         return True
 
     def refuse(self, connection: Connection) -> None:
-        """Hold a connection until it has asked, if need be in the place of the oldest of these."""
+        """Hold a connection until it has asked; at MOST_REFUSED the oldest of these is dropped for it."""
         self.refused[connection] = None
         if len(self.refused) > self.limits.max_refused:
             self._drop(next(iter(self.refused)))
@@ -114,7 +114,7 @@ class Listener:
         connection.abort()
 
     def closed(self, connection: Connection) -> None:
-        """Take note that a connection is gone."""
+        """Remove a closed connection."""
         self.connections.discard(connection)
         self.half_closed.pop(connection, None)
         self.refused.pop(connection, None)
@@ -122,7 +122,7 @@ class Listener:
             self._quiet.set()
 
     async def drain(self, within_s: float) -> None:
-        """Let the running requests end, at most `within_s`; then close whatever is left."""
+        """Let running requests finish, within `within_s`; then close the connections that are still open."""
         self.draining = True
         for connection in list(self.connections):
             connection.close_if_idle()

@@ -23,7 +23,7 @@ class Question(NamedTuple):
 class Memo:
     """Questions by the bytes that ask them, in two halves: what is asked again moves to the younger one.
 
-    Where that is full it becomes the older one, and what was older is forgotten.
+    When the younger half is full it becomes the older one, and the older one is dropped.
     """
 
     __slots__ = ("_bytes", "_old", "young")

@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
 
 
 class Shelf:
-    """The prepared answers. All of them go after a second, or where there are too many."""
+    """The prepared answers. All of them are dropped after a second, or if there are too many."""
 
     __slots__ = ("_bytes", "_since", "by_place")
 

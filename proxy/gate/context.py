@@ -1,6 +1,6 @@
 """One call that the gate admitted: how long it may take, and what its answer means for the quota.
 
-A 429 stops the token's calls, or only one operation's where its text or `ratelimit-remaining` says so. How
+A 429 stops the token's calls, or one operation's only, if its text or `ratelimit-remaining` says so. How
 many calls are left is read from any answer but a 401 and a 429; whether the upstream accepts the token, from
 any but a 429 and a 5xx.
 """
@@ -22,7 +22,7 @@ class CallContext:
     """One admitted call, which may last until `deadline` (monotonic); `answered` says how it went.
 
     It is a `probe` if the circuit breaker is open and lets this one through.
-    `by_remaining`: a 429 beside calls that are left is meant for the `operation`, and not for the token.
+    `by_remaining`: a 429 that reports calls left is meant for the `operation`, and not for the token.
     """
 
     __slots__ = (
@@ -89,19 +89,19 @@ class CallContext:
         told = dict(ratelimit)
         remaining = parse_remaining(told.get("ratelimit-remaining", ""))
         self.of_operation = is_of_operation(status, remaining, body, by_remaining=self._by_remaining)
-        # On a 429 it can mean either window, so it tells nothing about the hour. On a 401 it is of no token.
+        # On a 429 it can mean either window, so it says nothing about the hour; on a 401 it is no token's.
         if status not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.UNAUTHORIZED):
             self.remaining_told = remaining
             self.limit_told = parse_limit(told.get("ratelimit-limit", ""), remaining)
 
     async def tell(self) -> None:
-        """Tell the ledgers what was answered, once: before a long body, else when the call is over."""
+        """Settle the call with the ledgers, once: before a long body, else when the call is over."""
         if not self._told:
             self._told = True
             await self.settle()
 
     def settlement(self) -> Settlement:
-        """Say what the answer means for the quota. A gateway's 5xx tells nothing about the token."""
+        """Say what the answer means for the quota. A gateway's 5xx says nothing about the token."""
         status = self.status
         refused = status == HTTPStatus.TOO_MANY_REQUESTS
         return Settlement(

@@ -1,7 +1,7 @@
 """The gate: the only way to the upstream, for reads, refreshes, deletes and passthrough alike.
 
 A call takes these steps. While the circuit breaker of its route is open, it is refused. It waits in line for
-a permit (`line.py`). A token that the upstream never accepted needs a second one, of an account that all such
+a permit (`line.py`). An unverified token needs a second permit, of an account that all unverified
 tokens share. The call waits for a connection (`connections.py`), and is made. Its outcome is settled with the
 ledgers (`settling.py`). A call stops waiting if its flight has no caller left, or if it could not be over
 before the drain is; a call in flight at the end of the drain is given up.
@@ -34,7 +34,8 @@ from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import while_awaited
 
 _UNVERIFIED = Account(Partition("strangers"), "")
-"""The account that all tokens share which the upstream never accepted: tokens can be made up."""
+"""The account that all unverified tokens share: those that the upstream did not accept within a week. Tokens
+can be made up. Its partition is part of a key in Redis."""
 
 _LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.DELETE})
 """Routes with operations that have a limit of their own: a 429 with calls left is meant for one of these."""
@@ -44,7 +45,7 @@ class UpstreamGate:
     """Makes calls that the quota has room for.
 
     A call waits here for `max_wait_s` at most; from when it is sent a read may last `total_timeout_s`, a
-    write `write_timeout_s`. `unverified` holds the account of tokens that the upstream never accepted.
+    write `write_timeout_s`. `unverified` holds the account of the unverified tokens.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class UpstreamGate:
             yield answer
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
-        """Say why a call would not be made now. None: it would, or one in flight has to tell first."""
+        """Say why the quota would refuse a call now; None if it would not, or only until one is answered."""
         postponed = await self._accounts.foresee(self._account(call.caller), call_class, 1)
         return None if postponed is None or postponed.window == "turn" else spent(postponed)
 
@@ -210,8 +211,8 @@ class UpstreamGate:
             permit = await self._turns.take(line, asker, patient=patient)
             self._observe(QuotaWait(self._monotonic() - asked_at))
             if not permit.known:
-                await self._let_a_stranger_in(account, permit)
-            # A call that is passed through may last: those of unknown tokens share one token's connections.
+                await self._admit_unverified(account, permit)
+            # A call that is passed through may last: unverified tokens share the connections of one token.
             own = permit.known or route is not Route.PASSTHROUGH
             owner = caller.partition if own else _UNVERIFIED.partition
             async with AsyncExitStack() as held:
@@ -254,8 +255,8 @@ class UpstreamGate:
         previous = self._previous_partition and self._previous_partition(caller.token)
         return Account(caller.partition, caller.alias, previous)
 
-    async def _let_a_stranger_in(self, account: Account, permit: Permit) -> None:
-        """Count a call of a token that was never accepted in the account of such. Raises Overloaded."""
+    async def _admit_unverified(self, account: Account, permit: Permit) -> None:
+        """Count a call of an unverified token in the account that all of them share. Raises Overloaded."""
         admitted = False
         try:
             admitted = isinstance(await self._unverified.admit(_UNVERIFIED, CallClass.WRITE), Permit)

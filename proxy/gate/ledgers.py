@@ -1,11 +1,11 @@
 """The calls that each token has left: in the common ledger of all replicas, or in this replica's own.
 
 This replica keeps a ledger of its own for each token (4096 at most). It follows the common one, each of whose
-replies tells how many calls are left. While Redis does not answer, the own ledger decides, and counts each
+replies says how many calls are left. While Redis does not answer, the own ledger decides, and counts each
 call as many times as there are replicas, since each of them may be making as many. If the last reply is older
 than 1 s, calls are serialized until one response of the API reports `ratelimit-remaining`. After Redis did
-not answer, or lost the common ledger, that one may lack calls: until they have left the minute, both ledgers
-have to admit a call.
+not answer, or lost the common ledger, that ledger may lack calls: until these have left the minute, both
+ledgers have to admit a call.
 """
 
 import math
@@ -54,7 +54,7 @@ class Permit(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """What became of a call."""
+    """The outcome of a call, as the ledgers count it."""
 
     remaining_told: int | None = None
     """The upstream's `ratelimit-remaining`, where it can mean the hour."""
@@ -66,7 +66,7 @@ class Settlement(NamedTuple):
     """There was an answer other than 429."""
 
     known: bool | None = None
-    """Whether the upstream accepted the token; None: its answer does not tell."""
+    """Whether the upstream accepted the token; None: its answer does not say."""
 
     refused: bool = False
     """The answer was 429, and was meant for the token."""
@@ -206,7 +206,7 @@ class Accounts:
         return another
 
     def standings(self) -> Iterator[tuple[str, Standing]]:
-        """Give the name of each token's caller, and where the token stands by this replica's own ledger."""
+        """Give each token's caller, and its calls left by this replica's own ledger."""
         now = self._monotonic()
         for own in self._owns.values():
             yield own.caller, Standing(*own.ledger.standing(now))
@@ -228,7 +228,7 @@ class Accounts:
     def _doubt(self, own: "_Own") -> None:
         """Let both ledgers decide while a call that is made now may count: the common one may lack it.
 
-        If the own one last followed more than 1 s ago, it lacks calls, too: then calls are serialized.
+        If the own one last followed more than 1 s ago, it may lack calls, too: then calls are serialized.
         """
         now = self._monotonic()
         if now >= max(own.doubtful_until, own.followed_at + _FOLLOWS_S):

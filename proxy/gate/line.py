@@ -2,7 +2,7 @@
 
 While the ledgers postpone calls, only the first in a line asks them: again as soon as a call of the token is
 answered, and otherwise after the seconds that the ledger named, at most 1 s; at most 0.05 s while calls are
-serialized. After a permit twice as many may ask at once, up to 64: a line is gone in a few round trips. A
+serialized. After a permit twice as many may ask at once, up to 64: a line is served in a few round trips. A
 call further back is refused at once if the window will have no room for it in time. A call leaves the line
 with a permit, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to
 another call of the token meanwhile, and with Abandoned when no caller waits for its flight any more.
@@ -54,7 +54,7 @@ class Line:
         self.at_once = 1
         """So many calls, the first in the queue, may ask at a time."""
         self.postponed = Postponed(0.0, "turn")
-        """What the ledger told one of them last."""
+        """The ledger's latest reply to one of them."""
         self.answered = asyncio.Event()
         """Set, and replaced by a new one, when a call of the token is answered."""
         self.refusals = 0
@@ -81,7 +81,7 @@ class Line:
         self.answered = asyncio.Event()
 
     def refuse(self) -> None:
-        """Tell all in the queue that the upstream answered 401: it would answer each of them the same."""
+        """Wake all in the queue: the upstream answered 401, and would answer each of them the same."""
         self.refusals += 1
         self.wake()
         for place in self.queue:

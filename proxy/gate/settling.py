@@ -27,7 +27,7 @@ from proxy.gate.ledgers import Account, Accounts, Permit
 from proxy.gate.line import Line
 
 _TOLD_FIRST = frozenset({None, HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS})
-"""No answer, and the answers that keep other replicas from asking: the ledgers are told before the caller."""
+"""No answer, 401 and 429: settled before the caller gets them, so that other replicas stop asking first."""
 
 
 class Settler:
@@ -48,7 +48,7 @@ class Settler:
         self._telling: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Wait for the ledgers that are still being told."""
+        """Wait for the settlements that are still under way."""
         await asyncio.gather(*self._telling, return_exceptions=True)
 
     @asynccontextmanager
@@ -112,7 +112,7 @@ class Settler:
             self._observe(settled())
 
     def _tell_later(self, telling: Coroutine[None, None, None]) -> None:
-        """Tell the ledgers while the caller has its answer already."""
+        """Settle with the ledgers after the caller got its answer."""
         task = asyncio.create_task(telling, name="settle")
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)

@@ -120,7 +120,7 @@ class Quota:
     per_hour: int = _key(5000, rules.COUNT, "calls of one token in an hour")
     reserve: float = _key(0.05, rules.SHARE, "part of both that is kept for writes")
     max_wait_s: float = _key(10.0, rules.DURATION, "longest that a miss waits for the quota")
-    unknown_per_minute: int = _key(120, rules.COUNT, "calls for all never accepted tokens together")
+    unknown_per_minute: int = _key(120, rules.COUNT, "calls for all unverified tokens together")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
--- The quota ledger of one token, as the server runs it: the same rule as `core.quota.Ledger`, in one atomic step.
+-- The quota ledger of one token, as the server runs it, in one atomic step. The same rules as `core.quota.Ledger` and, for
+-- operations with a limit of their own, `core.operations.Operations`. While Redis answers, this script decides; the Python
+-- ones decide for a replica that cannot reach Redis. `tests/storage/test_ledger.py` holds them equal.
 --
 -- KEYS  1  the ledger (a hash)
---       2  the mark of a token that the upstream took lately
+--       2  the mark of a token that the upstream accepted lately; without it the token is unverified
 --       3  the calls in the hour that others made with the token (a hash: bucket of the hour → calls)
 --       4  the cool-down of one operation
 --       5  the path of the operation that was stopped last
@@ -17,20 +19,20 @@
 --
 -- In the ledger, the calls of each bucket stand in `m<number>` (minute) and `h<number>` (hour). Each other field is one
 -- capital letter, a time in Unix seconds where nothing else is said:
---   A  until then a probe in flight keeps other calls back
+--   A  until then a serialized call holds the others back
 --   B  when the ledger began
 --   C  until then the token cools down
---   D  from then on one call may check what the upstream told
---   E  when the upstream last told that no call is left
---   L  the limit of the hour, in calls, as the upstream told it
---   N  so many calls the minute counts because of E
+--   D  from then on one verification call may exceed the limit, if only calls by others fill it
+--   E  when the upstream last reported that no call is left
+--   L  the limit of the hour, in calls, as the upstream reported it
+--   N  the calls that were added to the minute at E, to fill it
 --   O  when calls of others were last seen
 --   P  until then the probe of the cool-down may take
 --   S  1: the upstream sends no `ratelimit-remaining`
---   T  when the upstream told `ratelimit-remaining` last
---   U  so many calls of others the minute may hold
+--   T  when the upstream reported `ratelimit-remaining` last
+--   U  how many further calls by others may fall into the minute
 --   V  until then U counts
---   X  when the upstream last told more calls of others than a minute allows, or that no call is left
+--   X  when the upstream last reported more calls by others than a minute allows, or that no call is left
 -- Replicas of another version may write letters that are not among these, in the form `%.6f`, and may not know all
 -- of these.
 

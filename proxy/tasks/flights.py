@@ -118,7 +118,8 @@ class _Flight(Generic[T]):
 
 
 _CURRENT: ContextVar[_Aboard | None] = ContextVar("aboard", default=None)
-"""Of the flight that runs here. Not the flight: each task, timer and connection made in it keeps this."""
+"""The waiter state of the flight that runs here. Tasks, timers and connections that it makes inherit context
+variables and may outlive it: so the flight itself, with its result, must not be stored here."""
 
 
 def while_awaited() -> AbstractContextManager[None]:
@@ -222,7 +223,7 @@ class Flights(Generic[T]):
     def _take_off(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> _Flight[T]:
         async def fly() -> T:
             result = await fetch()
-            # Judged here: reading a task's exception from outside would keep the loop from reporting it.
+            # Here, and not by reading the task's exception: that would keep the loop from reporting it.
             flight.failed = self._is_failure(result)
             return result
 
@@ -231,7 +232,7 @@ class Flights(Generic[T]):
         return flight
 
     def _land(self, key: Hashable, flight: _Flight[T]) -> None:
-        # The flights' own clock: the loop's may stand still for a millisecond, and before would equal after.
+        # Not the loop's clock, which may show one time for a millisecond: before and after would be equal.
         flight.landed_at = self._monotonic()
         if flight.abandoned or len(self._by_key) > self._most:  # so many answers are enough to hold
             self._forget(key, flight)

@@ -41,7 +41,7 @@ from proxy.upstream.stream import BUFFER_BYTES, Upload, chunks_of, read_all
 USER_AGENT = f"snapshot-proxy/{__version__}"
 
 _TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
-"""These tell of the token, and invalidate entries or stop calls: the status counts, even without its body."""
+"""These are about the token, and invalidate entries or stop calls: it counts even without its body."""
 
 _WORDS_S = 1.0
 """Longest wait for the body of such a status: other calls of the token are made until it counts."""
@@ -314,4 +314,4 @@ async def _say_once(
 
 
 class _Disconnected(aiohttp.ClientConnectionError):
-    """The connection ended before an answer began."""
+    """The connection was closed before an answer began."""

@@ -1,4 +1,4 @@
-"""The connections to the upstream: opened in time, and not used where they may have ended unseen.
+"""The connections to the upstream: opened in time, and not used again if they may have been closed unnoticed.
 
 An edge may close a kept connection at any time, and what is sent over it then is lost, or was carried out and
 its answer lost. So writes never go over a kept connection. A read may, and is repeated; after such a failure,
@@ -86,7 +86,7 @@ class Pool(aiohttp.TCPConnector):
         self._stale_until = 0.0
 
     def distrust(self) -> None:
-        """Use no connection again that was last used before now: one of them ended unseen."""
+        """Use no connection again that was last used before now: one of them had been closed unnoticed."""
         self._stale_until = time.monotonic()
 
     async def connect(
@@ -163,4 +163,4 @@ _REASONS: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
         "connection_refused",
     ),
 )
-"""Why there is no connection. The most special cases stand first."""
+"""Why there is no connection. The most special cases come first."""

@@ -28,7 +28,7 @@ _GZIP = 16 + zlib.MAX_WBITS
 class Upload:
     """A caller's body on its way up: it came to its end (`ended`), or failed where it came from (`failure`).
 
-    `due` is the upstream's deadline. It stands still while the caller is waited for, and then starts again
+    `due` is the upstream's deadline. It pauses while the caller is waited for, and then starts again
     with `within_s`. It is None when the answer has begun, or will not come any more.
     """
 

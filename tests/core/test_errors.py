@@ -174,11 +174,11 @@ def test_what_the_upstream_did_not_explain(
             "turn",
             0.2,
             0,
-            "another call has to tell first how many calls this token has left;",
+            "another call must first report how many calls this token has left;",
             1,
             id="turn",
         ),
-        pytest.param("turn", 0.0, 0, "another call has to tell first", 1, id="at-least-a-second"),
+        pytest.param("turn", 0.0, 0, "another call must first report", 1, id="at-least-a-second"),
     ],
 )
 def test_a_spent_quota(window: str, wait_s: float, replicas: int, said: str, retry_after_s: int) -> None:

@@ -25,7 +25,7 @@ UUID = "fbe805e8-866b-11e6-96bf-000f53315a41"
 
 def forwarded(target: str) -> str:
     """Send a raw target through both checks, as the edge does."""
-    parsed = parse_target(target)
+    parsed = parse_target("GET", target)
     assert isinstance(parsed, ApiPath)
     return passthrough_target(parsed.path, parsed.query)
 

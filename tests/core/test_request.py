@@ -49,7 +49,7 @@ SECOND_PAGE = Target(SNAPSHOT_LIST, "page=2&per_page=20")
 )
 def test_a_snapshot_is_named(target: str, expected: Target) -> None:
     """The id comes from the path alone."""
-    assert parse_target(target) == expected
+    assert parse_target("GET", target) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_snapshot_is_named(target: str, expected: Target) -> None:
 )
 def test_a_list_is_named(target: str, expected: Target) -> None:
     """The query tells which page; `test_lists.py` has the grammar."""
-    assert parse_target(target) == expected
+    assert parse_target("GET", target) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_list_is_named(target: str, expected: Target) -> None:
 )
 def test_the_rest_of_the_api_is_told_apart(target: str, expected: ApiPath) -> None:
     """To Terraform a 404 means that a resource is gone: nothing below `/v2/` is one. It comes out raw."""
-    assert parse_target(target) == expected
+    assert parse_target("GET", target) == expected
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_the_rest_of_the_api_is_told_apart(target: str, expected: ApiPath) -> No
 def test_a_target_is_refused(target: str, error: type[ProxyError]) -> None:
     """What names nothing is malformed; what no base URL should lead to is told where it should. Never 404."""
     with pytest.raises(error) as raised:
-        parse_target(target)
+        parse_target("GET", target)
     assert type(raised.value) is error
     assert raised.value.status != 404
     assert ("/v2/snapshots/{id}" in str(raised.value)) is (error is NotProxied)
@@ -173,7 +173,7 @@ def test_a_target_is_refused(target: str, error: type[ProxyError]) -> None:
 
 def _refusal(target: str) -> str:
     with pytest.raises(ProxyError) as raised:
-        parse_target(target)
+        parse_target("GET", target)
     return str(raised.value)
 
 
@@ -192,7 +192,7 @@ REFUSALS = {_refusal(target) for target in ("", "/", "/v2/snapshots?#", "/v2/sna
 def test_no_target_is_a_surprise(target: str) -> None:
     """Any text is an id, a list, another path of the API, or one of four refusals that do not repeat it."""
     try:
-        parsed = parse_target(target)
+        parsed = parse_target("GET", target)
     except (BadRequest, NotProxied) as error:
         refusal = str(error)
         assert refusal in REFUSALS

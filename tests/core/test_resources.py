@@ -1,5 +1,7 @@
 """The table of what is cached: its rows, and the grammar of ids. `test_lists.py` has that of lists."""
 
+import re
+from dataclasses import replace
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import example, given, strategies as st
 from proxy.core.errors import BadRequest
 from proxy.core.events import Route
 from proxy.core.identity import Partition
+from proxy.core.request import ApiPath, parse_target
 from proxy.core.resources import (
     RESOURCES,
     SNAPSHOT,
@@ -21,6 +24,7 @@ from proxy.core.resources import (
 from proxy.settings.sections import Settings
 
 UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
+FIRST_PAGE = "page=1&per_page=20"
 
 # -- the rows ----------------------------------------------------------------------------------
 
@@ -35,7 +39,8 @@ UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
 def test_what_goes_upstream_names_the_same(target: Target, path: str) -> None:
     """A target's path leads back to its row: what is stored under a key is what the key says."""
     assert target.path == path
-    found = find_target(*path.split("?")) if "?" in path else find_target(path, "")
+    name, _, query = path.partition("?")
+    found = find_target("GET", name, query)
     assert found is not None
     assert found.resource is target.resource
 
@@ -56,6 +61,44 @@ def test_a_row_is_complete(resource: Resource) -> None:
 def test_no_path_is_of_two_kinds(path: str) -> None:
     """The order of the rows makes no difference."""
     assert sum(resource.path.fullmatch(path) is not None for resource in RESOURCES) <= 1
+
+
+IMAGE = replace(
+    SNAPSHOT,
+    kind="image",
+    path=re.compile(r"/v2/images/([^/]+)/?"),
+    methods=("GET", "HEAD"),
+    read=lambda path, _query: Target(IMAGE, path[1]),
+    closed=False,
+)
+"""A row as another cached GET would have it."""
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "found"),
+    [
+        pytest.param("GET", "/v2/images/7", Target(IMAGE, "7"), id="get"),
+        pytest.param("HEAD", "/v2/images/7/", Target(IMAGE, "7"), id="head"),
+        pytest.param("PUT", "/v2/images/7", ApiPath("/v2/images/7", ""), id="put"),
+        pytest.param("DELETE", "/v2/images/7/?a=1", ApiPath("/v2/images/7/", "a=1"), id="delete"),
+        pytest.param("GET", "/v2/images/7/actions", ApiPath("/v2/images/7/actions", ""), id="get-below"),
+        pytest.param("POST", "/v2/images/7/actions", ApiPath("/v2/images/7/actions", ""), id="post-below"),
+        pytest.param("PUT", "/v2/snapshots/7", Target(SNAPSHOT, "7"), id="closed-row"),
+        pytest.param("DELETE", "/v2/snapshots", Target(SNAPSHOT_LIST, FIRST_PAGE), id="closed-list"),
+    ],
+)
+def test_a_row_takes_no_method_that_it_does_not_list(
+    monkeypatch: pytest.MonkeyPatch, method: str, target: str, found: Target | ApiPath
+) -> None:
+    """Writes to the path of a new row go through as before it; of a closed row, they come back to be 405."""
+    monkeypatch.setattr("proxy.core.resources.RESOURCES", (*RESOURCES, IMAGE))
+    assert parse_target(method, target) == found
+
+
+@pytest.mark.parametrize("resource", RESOURCES, ids=repr)
+def test_only_paths_of_snapshots_are_closed(resource: Resource) -> None:
+    """The passthrough refuses these as malformed: another method on them has to be 405 before that."""
+    assert resource.closed == resource.prefix.startswith("/v2/snapshots")
 
 
 # -- ids ---------------------------------------------------------------------------------------

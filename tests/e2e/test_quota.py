@@ -567,7 +567,7 @@ async def test_a_rotation_of_the_secret_forgets_no_call(
 
 _WAITING = (
     "the API asked this token to wait; the API was not asked for this",
-    "another call has to tell first how many calls this token has left; the API was not asked for this",
+    "another call must first report how many calls this token has left; the API was not asked for this",
     "this token's calls of a minute are spent; the API was not asked for this",  # a 429 says so
 )
 
