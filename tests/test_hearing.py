@@ -75,7 +75,12 @@ def test_a_message_is_read_as_it_was_written(message: Message) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"{}", b"[]", b'["bye","me"]', b'["beat","me","x"]', b'["invalidated","me","n","some"]', b"{"]
+    "text",
+    [
+        *(b"{}", b"[]", b'["bye","me"]', b'["beat","me","x"]', b'["invalidated","me","n","some"]', b"{"),
+        b'["invalidated","me","n","entry",["snap"],"p","42"]',
+        b'["invalidated","me","n","snapshots",["42","43"]]',
+    ],
 )
 def test_what_a_later_version_says_is_not_understood(text: bytes) -> None:
     """It verifies, and means nothing here."""

@@ -104,12 +104,12 @@ def _written(scope: Scope) -> list[Any]:
 
 def _read(parts: list[Any]) -> Scope:
     match parts:
-        case ["entry", kind, str(partition), str(name)] if kind in _BY_KIND:
+        case ["entry", str(kind), str(partition), str(name)] if kind in _BY_KIND:
             return EntryScope(Key(_BY_KIND[kind], Partition(partition), name))
         case ["caller", str(partition)]:
             return CallerScope(Partition(partition))
-        case ["snapshots", *snapshot_ids]:
-            return SnapshotsScope(tuple(map(str, snapshot_ids)))
+        case ["snapshots", *snapshot_ids] if all(isinstance(each, str) for each in snapshot_ids):
+            return SnapshotsScope(tuple(snapshot_ids))
         case ["everything"]:
             return EverythingScope()
         case _:

@@ -36,7 +36,7 @@ class Endpoint:
     def greeting(self) -> list[Command]:
         """Give the commands that a new connection begins with."""
         credentials = (self.username, self.password) if self.username else (self.password,)
-        greeting: list[Command] = [("AUTH", *credentials)] if self.password else []
+        greeting: list[Command] = [("AUTH", *credentials)] if any(credentials) else []
         if self.database:
             greeting.append(("SELECT", self.database))
         return [*greeting, ("PING",)]

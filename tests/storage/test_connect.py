@@ -37,9 +37,10 @@ async def ask(wire: Wire, *command: str) -> Any:
 
 @pytest.fixture
 async def guarded(valkey: Valkey) -> Valkey:
-    """Run a server with a user `app` (password `p@ss/w:rd`) and a password for the default user."""
+    """Run a server with users `app` (password `p@ss/w:rd`), `open` (none) and `default` (`default's`)."""
     async with connected(valkey.url) as admin:
         await ask(admin, "ACL", "SETUSER", "app", "on", ">p@ss/w:rd", "~*", "+@all")
+        await ask(admin, "ACL", "SETUSER", "open", "on", "nopass", "~*", "+@all")
         await ask(admin, "CONFIG", "SET", "requirepass", "default's")
     return valkey
 
@@ -52,6 +53,8 @@ async def guarded(valkey: Valkey) -> Valkey:
         pytest.param("app:p%40ss%2Fw%3Ard@", "", "", b"app", id="url"),
         pytest.param("nobody:wrong@", "app", "p@ss/w:rd", b"app", id="settings-win-over-the-url"),
         pytest.param("app:wrong@", "", "p@ss/w:rd", b"app", id="user-of-the-url-password-of-the-settings"),
+        pytest.param("", "open", "", b"open", id="user-without-a-password"),
+        pytest.param("open@", "", "", b"open", id="user-without-a-password-in-the-url"),
     ],
 )
 async def test_credentials(guarded: Valkey, userinfo: str, username: str, password: str, who: bytes) -> None:
