@@ -37,7 +37,6 @@ from proxy.logs import announce, configure, event
 from proxy.settings.sections import KEYS, Settings
 from proxy.storage.connection import Link
 from proxy.storage.embedded import EmbeddedServer
-from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.readiness import trial
 from proxy.storage.store import Store
@@ -88,7 +87,7 @@ class App:
         self._drain = DrainDeadline(time.monotonic)
         self._metrics = Metrics(__version__)
         self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
-        self._keys = Keys(settings.redis.key_prefix)
+        self._keys = options.keys(settings)
         self._observers = Observers(self._metrics, self._incidents, settings.log.access)
         self._fastpath: FastPath | None = None
         self._aliases: Aliases

@@ -24,8 +24,9 @@ from proxy.edge.listener import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings
-from proxy.storage.client import connector, endpoint
+from proxy.storage.client import connector, database, endpoint
 from proxy.storage.connection import Link
+from proxy.storage.keys import Keys
 from proxy.storage.wire import Endpoint
 from proxy.upstream.client import UpstreamOptions
 
@@ -132,6 +133,12 @@ def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
         password=password,
         ca_file=settings.redis.ca_file,
     )
+
+
+def keys(settings: Settings) -> Keys:
+    """Give the layout of what is kept in Redis, and of what is published there."""
+    redis = settings.redis
+    return Keys(redis.key_prefix, 0 if redis.url == "embedded" else database(redis.url))
 
 
 def redis_endpoint(settings: Settings, url: str) -> Endpoint:

@@ -11,10 +11,9 @@ from redis.exceptions import RedisError, ResponseError
 from proxy.check.finding import Finding, ok, problem, warning
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
-from proxy.options import redis_connector
+from proxy.options import keys as layout, redis_connector
 from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
-from proxy.storage.keys import Keys
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
 from proxy.storage.readiness import refusal, refused, trial, words
 from proxy.system.openssl import mended_by, openssl_words
@@ -77,7 +76,7 @@ async def _redis(
             f"Redis: refuses INFO: {words(error, password)}",
             "see to version, maxmemory and eviction by other means",
         )
-    keys = Keys(settings.redis.key_prefix)
+    keys = layout(settings)
     since: Any = time() - PRESENT_S
     until: Any = "+inf"  # scores, though redis-py declares positions
     members: list[Any] = await client.zrange(keys.replicas, since, until, byscore=True)

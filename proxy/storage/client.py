@@ -58,6 +58,11 @@ def connector(
     return connect
 
 
+def database(url: str) -> int:
+    """Tell which database of the server a `redis://`, `rediss://` or `unix://` URL names; 0 by default."""
+    return int(parse_url(url).get("db") or 0)
+
+
 def endpoint(url: str, *, username: str = "", password: str = "", ca_file: str = "") -> Endpoint:
     """Read a `redis://`, `rediss://` or `unix://` URL.
 
@@ -69,7 +74,7 @@ def endpoint(url: str, *, username: str = "", password: str = "", ca_file: str =
         host=found.get("host") or "localhost",
         port=int(found.get("port") or 6379),
         path=found.get("path") or "",
-        database=int(found.get("db") or 0),
+        database=database(url),
         username=username or found.get("username") or "",
         password=password or found.get("password") or "",
         tls=ssl.create_default_context(cafile=ca_file or None) if url.startswith("rediss://") else None,

@@ -29,7 +29,7 @@ from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Link, Unavailable
 from proxy.storage.invalidation import PendingInvalidations
-from proxy.storage.keys import Keys
+from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.values import TOMBSTONE, as_bytes, as_stamp, new_stamp, refuse_error
 
 _CALLED_AT = {"CALLED_AT_FIRST": CALLED_AT_BYTES[0], "CALLED_AT_LAST": CALLED_AT_BYTES[1]}
@@ -66,9 +66,7 @@ class Entries:
             return UNAVAILABLE
         corrupt: list[bytes] = []
         try:
-            value, *stamps = await self._link.ask(
-                ("GET", keys.entry), *(("GET", name) for name in keys.stamps)
-            )
+            value, stamps = await self._read(key, keys)
             seen = b""
             try:
                 if value is not None:
@@ -171,6 +169,26 @@ class Entries:
         return frozenset(keys) if reply else nothing
 
     # -- helpers -------------------------------------------------------------------------------
+
+    async def _read(self, key: Key, keys: EntryKeys) -> tuple[Any, list[Any]]:
+        """Read an entry and its stamps, and make the snapshot's own stamp if that is missing.
+
+        It mostly is where the entry is: then a fill needs no second round trip. Raises Unavailable.
+        """
+        own = self._keys.snapshot(key.name) if "snapshot" in key.resource.depends_on else None
+        proposal = b"" if own is None else new_stamp(own)
+        value, *stamps = await self._link.ask(
+            ("GET", keys.entry),
+            *(
+                ("SET", name, proposal, "NX", "GET", "EX", self._stamp_ttl_s)
+                if name == own
+                else ("GET", name)
+                for name in keys.stamps
+            ),
+        )
+        if own is not None and stamps[at := keys.stamps.index(own)] is None:
+            stamps[at] = proposal
+        return value, stamps
 
     async def _stamps(self, names: Sequence[bytes], replies: Sequence[Any], corrupt: list[bytes]) -> Stamps:
         """Take the stamps that were read. Delete what is `corrupt`, and make those that are missing.

@@ -21,9 +21,10 @@ class EntryKeys(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The layout under one `redis.key_prefix`."""
+    """The layout under one `redis.key_prefix`, in one `database`."""
 
     prefix: str
+    database: int = 0
 
     def of(self, key: Key) -> EntryKeys:
         """Name what a lookup of `key` reads."""
@@ -99,8 +100,11 @@ class Keys:
 
     @property
     def channel(self) -> bytes:
-        """Name the channel on which replicas tell each other what they invalidated."""
-        return f"{self.prefix}:1:channel".encode()
+        """Name the channel on which replicas tell each other what they invalidated.
+
+        Keys are apart in each database; channels are not, so this name tells the database.
+        """
+        return f"{self.prefix}:1:channel:{self.database}".encode()
 
     @property
     def secret(self) -> bytes:

@@ -70,8 +70,13 @@ class RedisLedger:
         self._link = link
         self._keys = keys
         self._limits = limits
-        self._call_s = call_s
         self._observe = observe
+        self._rule = (
+            repr(call_s),
+            *(str(part) for window in limits.windows for part in window[1:]),
+        )
+        """The arguments of every question: the longest time of a call, and both windows."""
+        self._shares = {each: shares(each, limits.reserve) for each in CallClass}
 
     async def admit(
         self,
@@ -131,14 +136,14 @@ class RedisLedger:
             int(answered),
             "" if known is None else int(known),
             "" if limit_told is None else limit_told,
-            repr(shares(CallClass.MISS, self._limits.reserve)[0]),
+            repr(self._shares[CallClass.MISS][0]),
         )
 
     async def cool(
         self, partition: Partition, retry_after_s: float | None, *, now: float | None = None
     ) -> float | None:
         """Stop the token's calls on all replicas. Gives for how many seconds."""
-        match await self._ask("cool", partition, now, "" if retry_after_s is None else retry_after_s):
+        match await self._ask("cool", partition, now, "" if retry_after_s is None else str(retry_after_s)):
             case [bytes(seconds)]:
                 return float(seconds)
             case _:
@@ -169,7 +174,7 @@ class RedisLedger:
         now: float | None,
         operation: str = "",
     ) -> Any:
-        kept, share = shares(call_class, self._limits.reserve)
+        kept, share = self._shares[call_class]
         is_refresh = int(call_class is CallClass.REFRESH)
         return await self._ask(
             question, partition, now, repr(kept), repr(share), need, is_refresh, operation=operation
@@ -180,7 +185,7 @@ class RedisLedger:
         question: str,
         partition: Partition,
         now: float | None,
-        *arguments: object,
+        *arguments: str | int,
         operation: str = "",
     ) -> Any:
         replies = await self._run(
@@ -194,9 +199,8 @@ class RedisLedger:
                 ],
                 question,
                 "" if now is None else repr(now),
-                repr(self._call_s),
-                *(str(part) for window in self._limits.windows for part in window[1:]),
-                *(str(argument) for argument in arguments),
+                *self._rule,
+                *arguments,
             )
         )
         return None if replies is None else replies[0]

@@ -70,7 +70,7 @@ def trial(prefix: str) -> list[Command]:
     key = f"{prefix}:1:{{{secrets.token_hex(8)}}}:trial"
     text, table, ranked = key, f"{key}:hash", f"{key}:zset"
     return [
-        ("SET", text, "x", "NX", "EX", _TRIAL_TTL_S),
+        ("SET", text, "x", "NX", "GET", "EX", _TRIAL_TTL_S),
         ("GET", text),  # where `refusal` expects the value
         ("GETRANGE", text, 0, 0),
         ("EXPIRE", text, _TRIAL_TTL_S + 1, "GT"),

@@ -6,8 +6,8 @@ waits that began earlier are shortened. A wait that work of `spare_s` follows is
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 
 class DrainDeadline:
@@ -27,13 +27,31 @@ class DrainDeadline:
             if not timeout.expired() and (when is None or when > soonest - spare_s):
                 timeout.reschedule(soonest - spare_s)
 
-    @asynccontextmanager
-    async def timeout(self, within_s: float = math.inf, *, spare_s: float = 0.0) -> AsyncIterator[None]:
+    def timeout(self, within_s: float = math.inf, *, spare_s: float = 0.0) -> "_Wait":
         """Raise TimeoutError in the block after `within_s`, or `spare_s` before answers are due."""
-        within_s = min(within_s, self.due - spare_s - self._monotonic())
-        async with asyncio.timeout(None if within_s == math.inf else within_s) as timeout:
-            self._waits[timeout] = spare_s
-            try:
-                yield
-            finally:
-                del self._waits[timeout]
+        return _Wait(self._waits, min(within_s, self.due - spare_s - self._monotonic()), spare_s)
+
+
+class _Wait:
+    """One wait. A class and not a generator: each call to the upstream waits twice."""
+
+    __slots__ = ("_spare_s", "_timeout", "_waits")
+
+    def __init__(self, waits: dict[asyncio.Timeout, float], within_s: float, spare_s: float) -> None:
+        self._waits = waits
+        self._spare_s = spare_s
+        when = None if within_s == math.inf else asyncio.get_running_loop().time() + within_s
+        self._timeout = asyncio.timeout_at(when)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._waits[self._timeout] = self._spare_s
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        del self._waits[self._timeout]
+        await self._timeout.__aexit__(kind, error, traceback)

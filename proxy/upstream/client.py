@@ -148,8 +148,11 @@ class Upstream:
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         """Read an answer's body."""
-        async with ListeningTimeout(_WORDS_S if response.status in _TELLING else None):
-            return await read_all(response, self._options.max_body_bytes, self._options.read_timeout_s)
+        reading = read_all(response, self._options.max_body_bytes, self._options.read_timeout_s)
+        if response.status not in _TELLING:
+            return await reading
+        async with ListeningTimeout(_WORDS_S):
+            return await reading
 
     @asynccontextmanager
     async def stream(

@@ -64,11 +64,15 @@ async def chunks_of(
 
     The upstream has `whole_s`, of which `setting` is the name, to send all of them.
     """
+    content = response.content
     while True:
-        due = ListeningTimeout(min(read_timeout_s, whole_s))
         try:
-            async with due:
-                chunk = await response.content.readany()
+            if content.is_eof():  # all of it has come: nothing is waited for
+                chunk = await content.readany()
+            else:
+                async with ListeningTimeout(min(read_timeout_s, whole_s)) as due:
+                    chunk = await content.readany()
+                whole_s -= due.listened_s
         except TimeoutError:
             response.close()
             raise UpstreamTimeout(
@@ -79,10 +83,11 @@ async def chunks_of(
             ) from None
         except (aiohttp.ClientError, OSError):
             raise _incomplete() from None
-        whole_s -= due.listened_s
         if not chunk:
             return
         yield chunk
+        if content.at_eof():
+            return
         await asyncio.sleep(0)  # more may be there already, and then nothing else waits
 
 

@@ -73,6 +73,12 @@ class Ready:
         """Give more."""
         return b"a"
 
+    def is_eof(self) -> bool:
+        """Tell that more will come."""
+        return False
+
+    at_eof = is_eof
+
 
 @pytest.mark.parametrize("way", ["down", "up"])
 async def test_turns_between_pieces(way: str) -> None:

@@ -331,7 +331,7 @@ async def test_a_foreign_publisher(settings: tuple[str, ...], caller: Caller, va
     async with app(*settings) as at, Redis.from_url(valkey.url) as redis:
         await caller.until_in_memory(at.api, at.admin)
         for message in ("", "nonsense", b"\x00" * 100, "x" * 100_000):
-            assert await redis.publish("snapshot-proxy:1:channel", message) == 1
+            assert await redis.publish("snapshot-proxy:1:channel:0", message) == 1
         await eventually(lambda: caller.is_in_memory(at.api, at.admin), holds=False)
         metrics = await scrape(at.admin)
         corrupt = total(
@@ -339,6 +339,23 @@ async def test_a_foreign_publisher(settings: tuple[str, ...], caller: Caller, va
         )
         assert corrupt == 4
         await caller.until_in_memory(at.api, at.admin)
+
+
+async def test_another_database_of_the_same_redis(
+    settings: tuple[str, ...], caller: Caller, valkey: Valkey, tmp_path: Path
+) -> None:
+    """Keys are apart there, channels are not: one with another secret says nothing on this one's channel."""
+    other_secret = tmp_path / "other"
+    other_secret.write_bytes(b"another secret of more than thirty-two bytes")
+    elsewhere = (f"redis.url={valkey.url[:-1]}1", f"security.secret_file={other_secret}")
+    async with app(*settings, *elsewhere) as other, app(*settings) as at:
+        for each in (at, other):
+            await caller.until_in_memory(each.api, each.admin)
+        for each in (at, other):
+            metrics = await scrape(each.admin)
+            assert not total(
+                metrics, "snapshot_proxy_store_operations_total", operation="channel", outcome="corrupt"
+            )
 
 
 async def test_a_user_who_may_not_listen(

@@ -219,6 +219,7 @@ def test_the_names_of_keys() -> None:
     assert (keys.caller(partition), keys.snapshot("42"), keys.everything) == names.stamps
     assert (keys.caller(partition), keys.lists_of(partition), keys.lists, keys.everything) == lists.stamps
     assert keys.secret == b"a:prefix:1:secret"
+    assert {keys.channel, Keys("a:prefix", 7).channel} == {b"a:prefix:1:channel:0", b"a:prefix:1:channel:7"}
 
 
 async def test_what_is_in_redis(one: Replica, redis: Redis) -> None:
@@ -973,11 +974,10 @@ Refusal = Callable[[Redis], Awaitable[None]]
 async def test_a_redis_that_does_not_write_is_a_miss_with_a_reason(
     one: Replica, redis: Redis, refuse: Refusal
 ) -> None:
-    """What it holds is served; what it cannot keep is not claimed to be stored; no secret is doubted."""
+    """What it cannot keep is not claimed to be stored; no secret is doubted."""
     await one.fill(MINE)
     basis, list_basis = await one.basis(MINE), await one.basis(MY_LIST)
     await refuse(redis)
-    assert await one.entry(MINE) == ENTRY
     one.told.clear()
     assert not await one.store.put(MINE, NEWER, basis)
     await one.connected()
