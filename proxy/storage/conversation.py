@@ -9,7 +9,8 @@ this follow the laws of this file:
 - It beats only while it is subscribed, and after it has registered itself (`membership.py`): a replica that
   invalidates hears the beats of all that may serve, or finds them registered.
 - An invalidation is first made in Redis, then published. It is complete when each replica that was heard
-  within LONGEST_LEASE_S has acknowledged it, or when no lease from before it can last any more.
+  within LONGEST_LEASE_S, or is registered and was not heard yet, has acknowledged it, or when no lease from
+  before it can last any more.
 - A replica that begins to listen has missed beats. It knows all others when a beat of each registered one
   has come, or when LONGEST_LEASE_S has passed; until then each of its invalidations waits for that. The same
   holds after a message that it cannot verify, which a replica with another secret or a later version may have
@@ -52,7 +53,7 @@ class Announcement:
         self.changed = asyncio.Event()
 
     def came_back(self, others: set[str]) -> None:
-        """Record that the `others`, which were heard until it was published, have to acknowledge it."""
+        """Record that the `others`, which may hold a lease from before it, have to acknowledge it."""
         self._awaits = others
         self.changed.set()
 
@@ -102,7 +103,7 @@ class Conversation:
         self._to_say: list[Message] = []
         self.has_to_say = asyncio.Event()
 
-    # -- this replica invalidates -----------------------------------------------------------------------
+    # -- this replica invalidates ---------------------------------------------------------------
 
     def announce(self, scope: Scope) -> Announcement:
         """Make the message to publish, in the same round trip as the invalidation and after it."""
@@ -126,7 +127,7 @@ class Conversation:
         """Give the command that empties the memory of every replica, without acknowledgement."""
         return self._say(Invalidated(self._me, secrets.token_hex(8), EverythingScope()))
 
-    # -- this replica listens ---------------------------------------------------------------------------
+    # -- this replica listens -------------------------------------------------------------------
 
     def subscribed(self) -> None:
         """Begin to listen: what was published before this moment was missed."""
@@ -159,9 +160,8 @@ class Conversation:
                 if sender != self._me:
                     self._to_say.append(Heard(self._me, number))
                     self.has_to_say.set()
-                elif number in self._announced:
-                    self._forget_the_silent(now)
-                    self._announced[number].came_back({*self._heard_at})
+                elif number in self._announced and (others := self._may_serve(now)) is not None:
+                    self._announced[number].came_back(others)
             case Heard(sender, number):
                 if number in self._announced:
                     self._announced[number].was_heard_by(sender)
@@ -181,6 +181,17 @@ class Conversation:
         """Handle the loss of the connection: memory is empty from now on, and serves nothing."""
         self._tier.deaf()
         self.say_nothing()
+
+    def _may_serve(self, now: float) -> set[str] | None:
+        """Name the replicas that may hold a lease; None while it is unknown which ones are registered.
+
+        A registered replica of which no beat has come may hold one, too: its next beat does not say that it
+        has followed what was published before.
+        """
+        self._forget_the_silent(now)
+        if now >= self._listens_since + LONGEST_LEASE_S:
+            return {*self._heard_at}
+        return None if self._not_heard is None else self._not_heard | self._heard_at.keys()
 
     def _knows_all_from(self) -> float:
         """Give the time from which on no replica can hold a lease that this one has not heard of."""
