@@ -52,10 +52,10 @@ from proxy.telemetry.observers import Observers
 from proxy.upstream.client import Upstream
 
 _FETCHES_PER_CONNECTION = 2
-"""A caller may leave while its fetch goes on, and another take its place."""
+"""A caller may leave while its fetch goes on, and another caller begin a second one."""
 
 _LAST_WORDS_S = 2.0
-"""Of the drain, kept for all but waiting: answers are written, and Redis is told of what was deleted."""
+"""The last part of the drain, in which no request waits: answers are written, invalidations sent to Redis."""
 
 _IN_FLIGHT = ("log.level", "log.format", "log.access")
 """The settings that `App.reload` follows; the others wait for the next start."""
@@ -176,7 +176,7 @@ class App:
             files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
             monotonic=time.monotonic,
-            most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more would wait in vain
+            most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more could not be sent in time
         )
         self._cleanup.push_async_callback(flights.close)
         invalidator = Invalidator(store, memory, self._metrics.observe)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
     except KeyboardInterrupt:
         return FINE if command in UNTIL_INTERRUPTED else FAILED
-    except BrokenPipeError:  # who read what it prints has left: `snapshot-proxy config | head -1`
+    except BrokenPipeError:  # the reader has closed the pipe: `snapshot-proxy config | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
         return FAILED
     except Exception as error:  # noqa: BLE001 # the last line of defence: Python's own traceback shows messages

@@ -31,8 +31,9 @@ class OpenFiles:
     """What the limit of open files, now `limit`, is used for; `wanted` would be enough for all settings.
 
     `connections` is how many callers there may be at once, `refused` how many more are held until they are
-    told 503, `backlog` how many more the system may hand over before any of them can be refused. `upstream`
-    is how many calls there may be at once: each takes a connection, and another may be kept beside it.
+    answered 503, `backlog` how many more the system may hand over before any of them can be refused.
+    `upstream` is how many calls there may be at once: each takes a connection, and another may be kept
+    beside it.
     """
 
     limit: int

@@ -3,7 +3,7 @@
 Its law is that no line can hold a token. Our own loggers, below `proxy.`, say what they mean to say;
 of an exception only its type and places are printed, never its message. What other loggers say may
 hold anything (aiohttp prints header lines, asyncio the arguments of callbacks, redis-py server
-replies), so of them only what stands in the source is printed: the place, and a message that is a
+replies), so of them only what is in the source code is printed: the place, and a message that is a
 literal there, without its arguments.
 """
 
@@ -69,7 +69,7 @@ def on_loop_error(_loop: AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 class Formatter(logging.Formatter):
-    """Make a line of a record, by `write`. Never raises: a line that cannot be made tells its place."""
+    """Make a line of a record, by `write`. Never raises: else the line says where it was logged."""
 
     def __init__(self, write: Callable[[Line], str]) -> None:
         super().__init__()

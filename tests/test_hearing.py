@@ -405,6 +405,33 @@ def test_a_replica_that_begins_to_listen_knows_those_whose_beats_have_come() -> 
     assert not three.left_s(done)
 
 
+@pytest.mark.parametrize(
+    "registers_late", [pytest.param(False, id="registered"), pytest.param(True, id="registered-late")]
+)
+def test_a_first_beat_acknowledges_nothing(*, registers_late: bool) -> None:
+    """A replica that begins to listen waits for the acknowledgement of one that has not beaten before it."""
+    world, (one, two) = replicas()
+    one.connect()
+    one.read(1)
+    others = world.registered - {one.members.me.replica}
+    if registers_late:
+        one.conversation.registered(None)
+    done = one.begin(SnapshotsScope(("42",)))
+    one.read()
+    one.conversation.registered(others)
+    two.speak()  # it has not read the invalidation
+    one.read()
+    assert two.serves()
+    assert one.left_s(done)
+    two.turn()
+    one.turn()
+    assert bool(one.left_s(done)) is registers_late, "whom to wait for was not known when it came back"
+    pass_time(world, [one, two], LONGEST_LEASE_S)
+    assert not one.left_s(done)
+    one.finish()
+    assert not two.serves()
+
+
 def test_a_message_that_does_not_verify() -> None:
     """It is counted; memory is empty, for some time; what invalidates waits as for another replica."""
     world, (one, two) = replicas()

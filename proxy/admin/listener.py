@@ -37,8 +37,8 @@ async def serve_admin(
 ) -> AsyncIterator[str]:
     """Serve it where `admin` says, give its URL, and close it in the end.
 
-    `scrape` and `ready` are those of `admin_application`; `purge` invalidates, and tells whether all
-    replicas know of it now. Raises SettingsError for the token's file, and OSError for the address.
+    `scrape` and `ready` are those of `admin_application`; `purge` invalidates, and gives whether all
+    replicas follow it by now. Raises SettingsError for the token's file, and OSError for the address.
     """
     token = read_admin_token(admin.token_file)
     handler = Purge(purge, token=token, on_loopback=is_loopback(admin.host))

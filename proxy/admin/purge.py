@@ -42,9 +42,9 @@ class InvalidationPending(ProxyError):
 
 @dataclass(frozen=True, slots=True)
 class Purge:
-    """The handler. `invalidate` tells whether all replicas know of it now; if not, it is pending.
+    """The handler. `invalidate` gives whether it is done on all replicas; if not, it is pending.
 
-    `token` is the admin token, or empty; `on_loopback` tells that the listener is bound to this machine.
+    `token` is the admin token, or empty; `on_loopback`: the listener is bound to loopback.
     """
 
     invalidate: Callable[[Scope], Awaitable[bool]]

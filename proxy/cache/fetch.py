@@ -110,7 +110,7 @@ class Fetcher:
     """Fetches, each in a flight.
 
     `max_wait_s` bounds a fetch's wait for the quota, `total_timeout_s` its call, once sent. `monotonic` gives
-    the seconds that deadlines count in, `draw` a number in [0, 1). `observe` is told of each value that the
+    the seconds that deadlines count in, `draw` a number in [0, 1). `observe` gets each value that the
     API does not document.
     """
 

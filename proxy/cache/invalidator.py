@@ -14,7 +14,7 @@ from proxy.core.ports import Store
 
 
 class Invalidator:
-    """Invalidates scopes. `observe` is told the cause, unless it is a read that was answered 403 or 404."""
+    """Invalidates scopes. `observe` gets the cause, unless it is a read that was answered 403 or 404."""
 
     def __init__(self, store: Store, memory: Memory, observe: Callable[[Invalidation], None]) -> None:
         self._store = store
@@ -24,7 +24,7 @@ class Invalidator:
     async def invalidate(
         self, cause: Cause | Literal["read"], *scopes: Scope, refusal: Entry | None = None
     ) -> bool:
-        """Invalidate what `scopes` cover, if there are any. Tell whether all replicas know of it now.
+        """Invalidate what `scopes` cover, if there are any. Tell whether it is done on all replicas.
 
         False: Redis did not answer. The store sends the invalidation once a second until Redis takes it, and
         until then this replica serves no entry that it covers. A `refusal` is the entry of a 401: it answers

@@ -52,7 +52,7 @@ class _Kept:
 
 
 class Memory:
-    """Entries of all callers. `reachable` tells whether Redis can be asked; `monotonic` gives seconds.
+    """Entries of all callers. `reachable` gives whether Redis can be asked, `monotonic` seconds.
 
     With `max_bytes` 0 it keeps nothing, and still counts invalidations.
     """

@@ -5,7 +5,7 @@ the store's key and everything in it: a flipped bit, a value under another key, 
 another version does not verify, and is a miss.
 
 **Stamps** make invalidation exact. A stamp is a random nonce in the store; an envelope carries those that its
-fill read *before* it called the upstream, and counts only while each still stands there unchanged. So
+fill read *before* it called the upstream, and counts only while each of them is there unchanged. So
 replacing a stamp invalidates every entry that depends on it, those in flight included, without scanning,
 clocks or order. An evicted stamp is a miss. A stamp needs no secret: a writer who could forge one could also
 restore an older one. So replicas with different secrets, as during a rotation, share the stamps of snapshots

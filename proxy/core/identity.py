@@ -63,7 +63,7 @@ class Keyring:
         return Partition(token.keyed_hash(self._secret).hex()[:_PARTITION_HEX])
 
     def caller(self, token: Token, alias: str) -> "Caller":
-        """Make the caller who sent `token`. `alias` is the caller's name in metrics and logs."""
+        """Make the caller that sent `token`. `alias` is the caller's name in metrics and logs."""
         return Caller(token, alias, self)
 
     def mac(self, message: bytes) -> bytes:

@@ -9,8 +9,8 @@ died counts like any other.
 Three classes of calls share a window. Writes may use all of it; misses leave the operator's reserve;
 background refreshes leave a tenth more. Other clients of the same token show in `ratelimit-remaining`: what
 is missing there counts as called by them. After another client used the token, calls are serialized until one
-response reports `ratelimit-remaining`. So are the calls of a token about which no response has told yet. When
-the first one tells of calls by others, all of these may have been made just before: for a minute, calls that
+response reports `ratelimit-remaining`. So are the calls of a token until its first response does. When that
+reports calls by others, all of these may have been made just before: for a minute, calls that
 might not fit beside them are serialized, so that one 429 is enough to stop them.
 
 What the upstream reports may be wrong. So calls by others that it reported are counted apart from our own. If
@@ -267,7 +267,7 @@ class Ledger:
         """Serialize calls until the next report: others may have called in the last minute."""
         self._doubted = True
 
-    # -- how it stands ---------------------------------------------------------------------------
+    # -- what is left ---------------------------------------------------------------------------
 
     def remaining(self) -> tuple[int, int]:
         """Give the calls left in the minute and in the hour, as of the latest question."""

@@ -1,6 +1,6 @@
 """aiohttp's protocol object, with our words for what is no request, and the server that it works for.
 
-It parses and answers; the connection around it is told when a request has come whole and when it is answered.
+It parses and answers, and calls the connection around it when a request is complete and when it is answered.
 """
 
 import asyncio

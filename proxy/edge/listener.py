@@ -19,8 +19,8 @@ from proxy.edge.handler import PARSER_OPTIONS, Handler, NoAccessLog
 from proxy.logs import event
 
 MOST_REFUSED = 100
-"""Connections over the limit that are held until they have asked and are told 503. For one more, the oldest
-is dropped, which has not asked yet."""
+"""Connections over the limit that are held until they have asked and are answered 503. For one more, the
+oldest is dropped, which has not asked yet."""
 
 TICK_S = 0.25
 

@@ -194,7 +194,7 @@ class UpstreamGate:
         wait_until: float = math.inf,
         answer_by: float = math.inf,
     ) -> AsyncIterator[CallContext]:
-        """Admit one call of an `operation`. The block makes it, and tells its context what was answered.
+        """Admit one call of an `operation`. The block makes it, and records the answer in its context.
 
         The other arguments are those of `ask`, and so is what it raises.
         """

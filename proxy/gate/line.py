@@ -204,5 +204,5 @@ class Turns:
 
 
 def spent(postponed: Postponed) -> QuotaSpent:
-    """Make the error that tells a caller what is spent, and when to ask again."""
+    """Make the error that says to a caller what is spent, and when to ask again."""
     return QuotaSpent(postponed.window, postponed.wait_s, postponed.replicas)

@@ -1,9 +1,9 @@
 """What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
 
-The ledgers are told once: when the call is over, or before a long body, if the gate calls `tell`. The caller
-waits for that only after a 401, a 429 or no answer; else it gets its answer meanwhile, and the call counts as
-one in flight. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are failures. A
-kept connection that the upstream closed is none: an edge may do that at any time.
+A call is settled with the ledgers once: when it is over, or before a long body, if the gate calls `tell`. The
+caller waits for that only after a 401, a 429 or no answer; else it gets its answer meanwhile, and the call
+counts as one in flight. For the breaker the statuses of `UPSTREAM_DOWN`, timeouts and lost connections are
+failures. A kept connection that the upstream closed is none: an edge may do that at any time.
 """
 
 import asyncio

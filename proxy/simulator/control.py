@@ -14,8 +14,8 @@
 - POST reset: forgets faults, gates, log, counters, spent quota, changed limits and latency: 204.
 
 What is wrong with a request is said in `{"error": …}`: 400, 404 for no such thing, 405 for no such method.
-Nothing here is logged, counted, limited or delayed. Tokens are named by label, and shown only to who makes
-them.
+Nothing here is logged, counted, limited or delayed. Tokens are named by label; a value is shown
+only in the answer that creates it.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The channel: the connection on which this replica hears what others invalidate, and its own beats.
 
-`conversation.py` has the rules; here stands what reads, sends and waits. A connection on which nothing came
-for SILENCE_S is dead: this replica's own beats would have come. After each loss the memory is empty, and
+`conversation.py` has the rules; this file reads, sends and waits. A connection on which nothing came for
+SILENCE_S is dead: this replica's own beats would have come. After each loss the memory is empty, and
 answers nothing until a beat has come back on the new connection.
 """
 
@@ -72,9 +72,10 @@ class Channel:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def invalidate(self, scope: Scope, *commands: Command) -> None:
-        """Run the `commands` that invalidate `scope` in Redis, and have all replicas follow.
+        """Run the `commands` that invalidate `scope` in Redis, and announce it to the other replicas.
 
-        Returns when none of them serves what was invalidated. Raises Unavailable.
+        Returns when none of them serves from memory what was invalidated: all have acknowledged it, or their
+        leases have expired. Raises Unavailable.
         """
         announcement = self._conversation.announce(scope)
         try:
@@ -132,7 +133,7 @@ class Channel:
         raise ConnectionError("the server closed the connection")
 
     async def _speak(self) -> None:
-        """Register, then beat, and acknowledge what is heard. Where Redis is away, go on trying."""
+        """Register, then beat, and acknowledge what is heard. While Redis is not usable, go on trying."""
         is_registered = False
         while True:
             try:
@@ -141,7 +142,7 @@ class Channel:
                     is_registered = True
                 await self._link.ask(*self._conversation.to_say())
             except Unavailable:
-                self._conversation.say_nothing()  # who waited for it waits no longer than a lease
+                self._conversation.say_nothing()  # the replica that waits for it waits no longer than a lease
                 await asyncio.sleep(BEAT_S)
                 continue
             self._hears_again()
@@ -162,7 +163,7 @@ class Channel:
             )
 
     def _note(self, reason: str) -> None:
-        """Take note that this replica is deaf. Where Redis is not usable, the log says so already."""
+        """Log that this replica is deaf, unless the log says already that Redis is not usable."""
         if self._link.up and self._deaf.sign(self._monotonic()):
             event(
                 _LOG,

@@ -2,12 +2,12 @@
 
 Each script is one `.lua` file beside this one, read once, when the module that uses it is imported. A call
 names the script by the SHA-1 of its text (EVALSHA), so that the text is not sent each time. A server that
-does not know the digest (it is new, has restarted, or was told SCRIPT FLUSH) replies NOSCRIPT and has run
+does not know the digest (it is new, has restarted, or got SCRIPT FLUSH) replies NOSCRIPT and has run
 nothing; `Link` then sends the same call once more with the text (EVAL), and from then on the server knows
 it.
 
-A constant that a script shares with Python stands in Python. `Script.load` writes it before the text, into
-the file's first line, as `local NAME = value`: so the server's errors name the lines of the file.
+A constant that a script shares with Python is defined in Python. `Script.load` writes it before the text,
+into the file's first line, as `local NAME = value`: so the server's errors name the lines of the file.
 """
 
 from collections.abc import Sequence

@@ -51,11 +51,11 @@ _STABLE_S = 1.0
 """After a connection that was usable for so long the back-off begins anew."""
 
 _PATIENCE_AT_START_S = 2.0
-"""A start waits so long for a Redis that is silent. One that is there, or that is not, says so at once."""
+"""A start waits so long for a Redis that is silent. One that answers, or refuses, does so at once."""
 
 
 class Unavailable(Exception):
-    """Redis gave no usable reply: `too_slow` tells whether it was silent, or gone or refusing."""
+    """Redis gave no usable reply: it was silent for too long (`too_slow`), not connected, or refused."""
 
     def __init__(self, *, too_slow: bool) -> None:
         super().__init__("too slow" if too_slow else "gone")
@@ -118,7 +118,7 @@ class Link:
         return self._connected > 0 and not self._silent
 
     async def start(self) -> None:
-        """Begin to connect, and wait a moment for the first attempt: `up` then tells how it went."""
+        """Begin to connect, and wait up to _PATIENCE_AT_START_S for the first attempt; `up` is its result."""
         self._workers = [
             asyncio.create_task(self._worker(is_first=number == 0), name=f"redis-worker-{number}")
             for number in range(WORKERS)
@@ -214,7 +214,7 @@ class Link:
                 self._note(trouble)
 
     def _replied(self) -> None:
-        """Take note that Redis answers."""
+        """Record that Redis answers."""
         self._round_trips += 1
         self._silent = False
         if not self._usable.is_set():
@@ -222,7 +222,7 @@ class Link:
             self._outage.usable(asyncio.get_running_loop().time())
 
     def _note(self, trouble: Refusal | None) -> None:
-        """Take note that Redis is not usable: the calls in the queue fail, and one log line says why."""
+        """Record that Redis is not usable: the calls in the queue fail, and one log line says why."""
         self._usable.clear()
         _fail(self._queue, Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
         self._queue.clear()
@@ -230,10 +230,11 @@ class Link:
             self._outage.unusable(trouble, asyncio.get_running_loop().time())
 
     async def _take(self, wire: Wire, tried: int) -> Refusal | None:
-        """Wait for something to do, and do it. A Refusal: the connection is not to be used again.
+        """Wait for calls in the queue, and run them. A Refusal: the connection is not to be used again.
 
-        It is not, if the server refused a command of another worker after this connection was tried, when
-        there were `tried` refusals: a primary that became a replica still answers lookups on old connections.
+        That is so, too, if the server refused a command of another worker after this connection was tried,
+        when there were `tried` refusals: a primary that became a replica still answers lookups on old
+        connections.
         """
         if tried == self._refusals:
             await self._asked.wait()

@@ -9,11 +9,12 @@ this follow the laws of this file:
 - It beats only while it is subscribed, and after it has registered itself (`membership.py`): a replica that
   invalidates hears the beats of all that may serve, or finds them registered.
 - An invalidation is first made in Redis, then published. It is complete when each replica that was heard
-  within LONGEST_LEASE_S has acknowledged it, or when no lease from before it can last any more.
-- A replica that begins to listen has missed beats. It knows of all others when a beat of each registered one
-  has come, or LONGEST_LEASE_S have passed; until then it waits for those it does not know. The same holds
-  after a message that it cannot verify: a replica may have sent it that has another secret or a later
-  version. Nothing is served from memory for DOUBT_S after it.
+  within LONGEST_LEASE_S, or is registered and was not heard yet, has acknowledged it, or when no lease from
+  before it can last any more.
+- A replica that begins to listen has missed beats. It knows all others when a beat of each registered one
+  has come, or when LONGEST_LEASE_S has passed; until then each of its invalidations waits for that. The same
+  holds after a message that it cannot verify, which a replica with another secret or a later version may have
+  sent. Nothing is served from memory for DOUBT_S after such a message.
 - Beside a replica of an earlier version, which publishes nothing, nothing is served from memory either.
 
 Nothing here waits, sends or reads: `channel.py` has the connection.
@@ -35,7 +36,7 @@ from proxy.storage.messages import Beat, Heard, Invalidated, Message, Unintellig
 BEAT_S = 0.25
 LEASE_S = 1.0
 LONGEST_LEASE_S = LEASE_S * 1.1
-"""By the clock of another machine, which may be slower by a tenth."""
+"""The same lease by this machine's clock: the clock of another one may be slower by a tenth."""
 
 DOUBT_S = 2.0
 
@@ -52,12 +53,12 @@ class Announcement:
         self.changed = asyncio.Event()
 
     def came_back(self, others: set[str]) -> None:
-        """Take note of the replicas that were heard until it was published."""
+        """Record that the `others`, which may hold a lease from before it, have to acknowledge it."""
         self._awaits = others
         self.changed.set()
 
     def was_heard_by(self, replica: str) -> None:
-        """Take note that a replica has acknowledged it."""
+        """Record that a replica has acknowledged it."""
         self._heard_by.add(replica)
         self.changed.set()
 
@@ -95,24 +96,24 @@ class Conversation:
         self._listens_since = monotonic()
         self._not_heard: set[str] | None = None
         """The registered replicas of which no beat has come since then; None: these are unknown."""
-        self._strangers_until = 0.0
-        """Until then a replica may hold a lease whose beats this one does not understand."""
+        self._unverifiable_until = 0.0
+        """Until then a replica may hold a lease whose beats this one cannot verify."""
         self._doubts_until = 0.0
         self._announced: dict[str, Announcement] = {}
         self._to_say: list[Message] = []
         self.has_to_say = asyncio.Event()
 
-    # -- who invalidates -----------------------------------------------------------------------
+    # -- this replica invalidates ---------------------------------------------------------------
 
     def announce(self, scope: Scope) -> Announcement:
-        """Make what has to be published, in the same round trip as the invalidation and behind it."""
+        """Make the message to publish, in the same round trip as the invalidation and after it."""
         number = secrets.token_hex(8)
         command = self._say(Invalidated(self._me, number, scope))
         self._announced[number] = Announcement(number, command)
         return self._announced[number]
 
     def left_s(self, announcement: Announcement, published: float) -> float:
-        """Tell for how long to wait, at most, where Redis had taken it at `published`. 0: it is complete."""
+        """Give the longest time still to wait, if Redis took it at `published`. 0: it is complete."""
         due = published + LONGEST_LEASE_S
         if not announcement.missing:
             due = min(due, self._knows_all_from())
@@ -123,24 +124,24 @@ class Conversation:
         del self._announced[announcement.number]
 
     def everything(self) -> Command:
-        """Give the command that empties all memories; nothing waits for them to follow."""
+        """Give the command that empties the memory of every replica, without acknowledgement."""
         return self._say(Invalidated(self._me, secrets.token_hex(8), EverythingScope()))
 
-    # -- who listens ---------------------------------------------------------------------------
+    # -- this replica listens -------------------------------------------------------------------
 
     def subscribed(self) -> None:
-        """Take note that from now on everything comes; what was published before did not."""
+        """Begin to listen: what was published before this moment was missed."""
         self._tier.deaf()
         self._listens_since = self._monotonic()
         self._not_heard = None
         self._heard_at.clear()
 
     def registered(self, others: set[str] | None) -> None:
-        """Take note that this replica is registered, and of the `others`, as of after it was `subscribed`."""
+        """Record that this replica is registered, and which `others` were, after it had `subscribed`."""
         self._not_heard = None if others is None else others - self._heard_at.keys()
 
     def hear(self, raw: object) -> None:
-        """Follow one message. What has to be said in reply waits in `to_say`."""
+        """Handle one message. Replies to it are queued for `to_say`."""
         now = self._monotonic()
         try:
             message = decode(raw, self._name, self._keyring)
@@ -159,37 +160,47 @@ class Conversation:
                 if sender != self._me:
                     self._to_say.append(Heard(self._me, number))
                     self.has_to_say.set()
-                elif number in self._announced:
-                    self._forget_the_silent(now)
-                    self._announced[number].came_back({*self._heard_at})
+                elif number in self._announced and (others := self._may_serve(now)) is not None:
+                    self._announced[number].came_back(others)
             case Heard(sender, number):
                 if number in self._announced:
                     self._announced[number].was_heard_by(sender)
 
     def to_say(self) -> list[Command]:
-        """Give what is to be published now: a beat, and acknowledgements."""
+        """Give the commands to publish now: a beat, and the queued acknowledgements."""
         messages, self._to_say = [Beat(self._me, self._monotonic()), *self._to_say], []
         self.has_to_say.clear()
         return [self._say(message) for message in messages]
 
     def say_nothing(self) -> None:
-        """Forget what was to be said: it comes too late."""
+        """Drop the queued acknowledgements: they would come too late."""
         self._to_say.clear()
         self.has_to_say.clear()
 
     def lost(self) -> None:
-        """Take note that the connection has ended."""
+        """Handle the loss of the connection: memory is empty from now on, and serves nothing."""
         self._tier.deaf()
         self.say_nothing()
+
+    def _may_serve(self, now: float) -> set[str] | None:
+        """Name the replicas that may hold a lease; None while it is unknown which ones are registered.
+
+        A registered replica of which no beat has come may hold one, too: its next beat does not say that it
+        has followed what was published before.
+        """
+        self._forget_the_silent(now)
+        if now >= self._listens_since + LONGEST_LEASE_S:
+            return {*self._heard_at}
+        return None if self._not_heard is None else self._not_heard | self._heard_at.keys()
 
     def _knows_all_from(self) -> float:
         """Give the time from which on no replica can hold a lease that this one has not heard of."""
         if self._not_heard == set():
-            return self._strangers_until
-        return max(self._strangers_until, self._listens_since + LONGEST_LEASE_S)
+            return self._unverifiable_until
+        return max(self._unverifiable_until, self._listens_since + LONGEST_LEASE_S)
 
     def _came_back(self, sent_at: float, now: float) -> None:
-        """Follow a beat of its own: all that was published before it has come."""
+        """Handle a beat of this replica's own: all that was published before it has come."""
         self._forget_the_silent(now)
         if self._members.older:
             self._tier.deaf()
@@ -197,14 +208,14 @@ class Conversation:
             self._tier.hears(sent_at + LEASE_S)
 
     def _doubt(self, now: float) -> None:
-        """Follow a message that cannot be verified: it may have been an invalidation, or another's beat."""
+        """Handle a message that cannot be verified: it may have been an invalidation, or another's beat."""
         self._observe(StoreOperation("channel", "corrupt"))
         self._tier.deaf()
         self._doubts_until = now + DOUBT_S
-        self._strangers_until = now + LONGEST_LEASE_S
+        self._unverifiable_until = now + LONGEST_LEASE_S
 
     def _forget_the_silent(self, now: float) -> None:
-        """Forget the replicas whose lease is over by now, if they had one."""
+        """Drop the replicas whose lease has expired by now, if they had one."""
         self._heard_at = {who: at for who, at in self._heard_at.items() if now - at < LONGEST_LEASE_S}
 
     def _say(self, message: Message) -> Command:

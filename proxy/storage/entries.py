@@ -81,7 +81,7 @@ class Entries:
             if refusal is not None:
                 self._observe(StoreOperation("lookup", "ok"))
                 return Lookup(refusal, None)
-            # What stands in the entry's place was invalidated. A fill rests on the stamps as they are now.
+            # The entry was invalidated. A fill is sealed with the stamps as they are now.
             current = await self._stamps(keys.stamps, stamps, corrupt)
         except Unavailable as error:
             self._observe(StoreOperation("lookup", error.outcome))
@@ -216,7 +216,7 @@ class Entries:
         return tuple(stamps[name] for name in names)
 
     def _refusal(self, value: Any, name: bytes) -> Entry | None:
-        """Read the refusal of the token that stands in the place of the caller's stamp, if one does."""
+        """Read the cached 401 that replaces the caller's stamp, if there is one."""
         if not isinstance(value, bytes) or is_stamp(value, name):
             return None
         with suppress(CorruptValue):

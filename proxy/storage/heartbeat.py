@@ -1,7 +1,7 @@
 """What this replica asks Redis once a second, whether or not a request comes.
 
 In one round trip it deletes the stamps of pending invalidations, has all replicas empty their memory where
-there were some, says that it is there, and compares its secret with those of the others. A connection that
+there were some, registers itself, and compares its secret with those of the others. A connection that
 was closed unnoticed is found here, too.
 """
 

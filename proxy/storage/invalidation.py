@@ -103,7 +103,7 @@ class PendingInvalidations:
 
 
 class Invalidations:
-    """Invalidates scopes in Redis, and has the other replicas follow, where there is a `channel`.
+    """Invalidates scopes in Redis; with a `channel`, the other replicas invalidate their memories, too.
 
     `guard_s` is longer than any fetch takes.
     """
@@ -132,8 +132,8 @@ class Invalidations:
     async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
         """Invalidate what `scope` covers, and tell whether Redis did it; else it is pending. Never raises.
 
-        When Redis has done it, it is published, in the same round trip; this returns when no other replica
-        serves any of it from its memory.
+        It is published in the same round trip. This returns when no other replica serves any of it from its
+        memory: at most 1.1 s after Redis did it.
 
         `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `refusal` comes with a
         CallerScope.
@@ -175,10 +175,10 @@ class Invalidations:
                 return (self._keys.everything,)
 
     def _replace(self, key: Key) -> list[Command]:
-        """Delete the stamp of the caller's lists, and put a tombstone in the entry's place, for `guard_s`.
+        """Delete the stamp of the caller's lists, and replace the entry by a tombstone, for `guard_s`.
 
-        The tombstone rests on stamps that never stood in Redis, so that it answers no lookup, and no fetch
-        in flight has seen it: none is stored over it.
+        The tombstone is sealed with stamps that were never in Redis, so it answers no lookup. No fetch in
+        flight saw it in its lookup, so none is stored over it.
         """
         name, stamps = self._keys.of(key)
         nothing = Entry(TOMBSTONE, b"", "", self._clock(), Lifetimes(0))
@@ -190,7 +190,7 @@ class Invalidations:
         ]
 
     def _refuse(self, partition: Partition, refusal: Entry) -> Command:
-        """Put the `refusal` in the place of the caller's stamp, until it has expired.
+        """Replace the caller's stamp by the `refusal`, a cached 401, until that has expired.
 
         Every lookup of this caller finds it, and nothing else.
         """

@@ -63,7 +63,7 @@ class Keys:
         return f"{self._mine(partition)}:quota".encode()
 
     def others(self, partition: Partition) -> bytes:
-        """Name what a ledger counts for others who use the same token."""
+        """Name the count of calls that others made with the same token."""
         return f"{self._mine(partition)}:quota:others".encode()
 
     def operation(self, partition: Partition, operation: str) -> bytes:
@@ -76,7 +76,7 @@ class Keys:
         return f"{self._mine(partition)}:quota:path".encode()
 
     def known(self, partition: Partition) -> bytes:
-        """Name the mark of a caller whose token the upstream took."""
+        """Name the mark of a caller whose token the upstream accepted: without it the token is unverified."""
         return f"{self._mine(partition)}:known".encode()
 
     def snapshot(self, snapshot_id: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Leases in Redis: of all replicas one fetches a key, and the others wait for its result.
+"""Leases in Redis: one replica fetches a key, and the others wait for its result.
 
 A lease lasts LEASE_MS and is renewed while the fetch runs; only its owner renews or releases it. A result
 that is not stored, a failure above all, is left in its place as a record for RECORD_MS, and answers the
@@ -112,7 +112,7 @@ class Leases:
             await self._if_owner(lease, "SET", value, "PX", RECORD_MS)
 
     async def _held(self, value: Any, ttl_ms: Any, name: bytes) -> HeldElsewhere | Record | None:
-        """Read what stands in a lease's place: its owner, or a record. Anything else is deleted: None.
+        """Read the value under a lease's key: its owner, or a record. Anything else is deleted: None.
 
         A value that expires later than any lease is not ours either: each reader would wait for it. Raises
         Unavailable.
@@ -124,7 +124,7 @@ class Leases:
                     return HeldElsewhere()
                 entry, _ = unseal(held, name, self._keyring)
                 return _as_record(entry)
-        if isinstance(value, bytes):  # unless another replica has deleted it, and holds its own lease there
+        if isinstance(value, bytes):  # unless another replica deleted it and holds a lease now
             await self._link.ask(_IF_OWNER.call([name], value, "DEL"))
         else:
             await self._link.ask(("DEL", name))

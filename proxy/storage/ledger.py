@@ -19,14 +19,14 @@ from proxy.storage.connection import Link, Unavailable
 from proxy.storage.keys import Keys
 
 MARGIN_S = 60
-"""A ledger is kept for so much longer than it counts: an hour, or a minute where the upstream did not take
-the token lately, since tokens can be made up."""
+"""A ledger is kept for so much longer than it counts: an hour; for an unverified token only a minute, since
+tokens can be made up."""
 
 KNOWN_S = 7 * 24 * 3600
-"""That the upstream took a token is kept longer than its calls: it may be used once a day."""
+"""A token is unverified so long after the upstream last accepted it: a token may be used once a day."""
 
 CORRUPT = "CORRUPT"
-"""How the error begins with which the script replies to what is no ledger."""
+"""The beginning of the script's error for a value that is no ledger."""
 
 _LEDGER = Script.load(
     "ledger",
@@ -43,7 +43,7 @@ _LEDGER = Script.load(
 class Admission(NamedTuple):
     """A call that the ledger admits.
 
-    `known` tells whether the upstream took the token lately; `born` tells this ledger from one that was lost.
+    `known`: the upstream accepted the token within KNOWN_S. A ledger that was lost had another `born`.
     """
 
     admitted: Admitted
@@ -121,10 +121,10 @@ class RedisLedger:
         known: bool | None,
         now: float | None = None,
     ) -> None:
-        """Take note of what became of a call, and of `ratelimit-remaining` and `ratelimit-limit`.
+        """Settle a call, and follow its answer's `ratelimit-remaining` and `ratelimit-limit`.
 
-        `answered` tells whether there was an answer other than 429, `known` whether it took the token; None:
-        it did not say.
+        `answered`: there was an answer other than 429. `known`: whether it accepted the token; None: it does
+        not say.
         """
         await self._ask(
             "settle",

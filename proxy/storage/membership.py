@@ -19,12 +19,12 @@ from proxy.core.identity import Keyring
 from proxy.storage.keys import Keys
 
 PRESENT_S = 10.0
-"""A replica that did not show itself for so long is gone."""
+"""A replica without a heartbeat for so long counts as stopped."""
 
 MARK_TTL_S = 60
 
 SPEAKS = "c1"
-"""What a replica writes behind itself that publishes what it invalidates: on the channel, in its version."""
+"""The suffix of a replica that publishes what it invalidates, with the version of the channel."""
 
 _Command = tuple[str | bytes | int, ...]
 
@@ -47,7 +47,7 @@ class Member(NamedTuple):
 
 
 class Agreement(Enum):
-    """How the secret of one replica stands to those of the others."""
+    """How the secret of one replica compares with those of the others."""
 
     ALONE = auto()
     """There is no other replica."""
@@ -58,7 +58,7 @@ class Agreement(Enum):
 
 
 def agreement(mine: Member, others: Iterable[Member], mark: object) -> Agreement:
-    """Compare secrets; `mark` is what stands in the key `secret`, for `others` that do not tell theirs."""
+    """Compare secrets. `mark` is the value of the key `secret`, for `others` that do not publish theirs."""
     found = {_compare(mine, other, mark) for other in others if other.replica != mine.replica}
     for each in (Agreement.DIFFERENT, Agreement.ROTATING, Agreement.SAME):
         if each in found:
@@ -110,12 +110,12 @@ class Membership:
     def heard(self, replies: Sequence[Any], now: float) -> tuple[set[str] | None, Sequence[_Command]]:
         """Take the replies to a heartbeat.
 
-        Give the other replicas that publish what they invalidate, None where that cannot be told, and what
-        is to be asked for after it, nothing as a rule.
+        Give the other replicas that publish what they invalidate, None if the replies do not say, and the
+        commands to send next: none, as a rule.
         """
         _, mark, _, _, members, _ = replies
         speaking: set[str] | None = None
-        if isinstance(members, list):  # a Redis that refuses tells nothing
+        if isinstance(members, list):  # else Redis refused the command
             seen = [Member.parse(member) for member in members]
             others = [member for member in seen if member.replica != self.me.replica]
             speaking = {member.replica for member in others if member.speaks == SPEAKS}
@@ -131,7 +131,7 @@ class Membership:
         return ("ZREM", self._keys.replicas, str(self.me))
 
     def unreachable(self) -> None:
-        """Take note that Redis did not answer: the replicas that were counted before still count."""
+        """Record that Redis did not answer: the replicas that were counted before still count."""
         self._fewer_since = None
 
     def _count(self, seen: int, now: float) -> None:

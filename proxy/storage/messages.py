@@ -1,11 +1,11 @@
-"""What replicas tell each other on the channel, and the proof that a replica with our secret said it.
+"""The messages on the channel, and the proof that a replica with our secret sent them.
 
 A message is a MAC, 16 bytes over the channel's name and the rest, and JSON. Another secret, another channel,
 a flipped bit or another version of this table does not verify, or does not decode: `Unintelligible`.
 
-    beat         who, and when it was sent, on the sender's own clock
-    invalidated  who, a random number, the scope
-    heard        who, and the number of the invalidation that it has followed
+    beat         the sender, and when it was sent, on the sender's own clock
+    invalidated  the sender, a random number, the scope
+    heard        the sender, and the number of the invalidation that it has followed
 """
 
 import hmac

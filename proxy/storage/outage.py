@@ -1,4 +1,4 @@
-"""What the log says of a Redis that is not usable: one line when that is found, one when it is usable again.
+"""The log lines of a Redis that is not usable: one when that is found, one when it is usable again.
 
 A Redis that is found unusable again and again is logged once in QUIET_S.
 """
@@ -28,7 +28,7 @@ class Outage:
         return self._incident.count
 
     def unusable(self, trouble: Refusal, now: float) -> None:
-        """Take note that Redis is not usable, or still not. Another cause than the last is logged, too."""
+        """Record that Redis is not usable, or still not. A new cause is logged, too."""
         if self._incident.sign(now):
             self._logged = None
         if not trouble.reason or trouble.cause == "lost":
@@ -53,7 +53,7 @@ class Outage:
         )
 
     def usable(self, now: float) -> None:
-        """Take note that Redis is usable.
+        """Record that Redis is usable.
 
         It is logged at the start, after an outage that was logged, and else once in QUIET_S.
         """

@@ -1,6 +1,6 @@
 """The store that the rest of the program knows: entries, leases and invalidations on one Redis, put together.
 
-Each has a file of its own; here stands only which parts share what. Three share the pending invalidations:
+Each has a file of its own; this file only connects them. Three share the pending invalidations:
 Invalidations adds to them, Entries neither reads nor stores what they cover, Heartbeat sends them again.
 Where there is a memory (`tier`), the other replicas hear of invalidations on the channel, and this one hears
 of theirs.

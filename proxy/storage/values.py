@@ -1,4 +1,4 @@
-"""What stands in Redis, checked before it is believed: replies, strings, stamps.
+"""Values from Redis, checked before they are used: replies, strings, stamps.
 
 A value of another type, or one that `core.entry` did not make for this key, raises CorruptValue; any other
 refusal of a command raises Unavailable.
@@ -14,7 +14,7 @@ from proxy.core.entry import NONCE_BYTES, CorruptValue, is_stamp, make_stamp
 from proxy.storage.connection import Unavailable
 
 TOMBSTONE = 0
-"""The status of what an invalidation puts in an entry's place: no fetch from before it is stored there."""
+"""The status of the tombstone that replaces an invalidated entry: no earlier fetch is stored over it."""
 
 
 def new_stamp(name: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 Where one of the descriptors is closed (`serve <&-`), the next thing that is opened gets its number: a socket
 becomes standard error, and the event loops (libuv, asyncio's child processes) abort the process over it.
-And the system ends a process at most of the signals that it does not handle, with all that is under way.
+And most signals that a process does not handle kill it, with all requests in flight.
 """
 
 import os
@@ -16,8 +16,8 @@ IGNORED = tuple(
     for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR")
     if name in signal.Signals.__members__  # not all systems have all of them
 )
-"""What would end the process and asks for nothing that it does. SIGPIPE is ignored by Python; SIGQUIT stays:
-it ends a process that hangs, with a core file."""
+"""Signals that would kill the process and mean nothing to it. Python ignores SIGPIPE already. SIGQUIT is not
+ignored: it kills a process that hangs, with a core file."""
 
 
 def open_missing() -> None:

@@ -68,7 +68,7 @@ def _load(context: ssl.SSLContext, server: Server) -> None:
 
 
 def _changed_at(server: Server) -> tuple[int, ...] | None:
-    """Give what tells one state of the two files from another; None while one of them is missing."""
+    """Give the state of the two files, to compare; None while one of them is missing."""
     try:
         return tuple(Path(name).stat().st_mtime_ns for name in (server.tls_cert_file, server.tls_key_file))
     except OSError:

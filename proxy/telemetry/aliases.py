@@ -85,7 +85,7 @@ class Aliases:
             event(_LOG, logging.INFO, "aliases-read", aliases=len(self._aliases))
 
     def _is_away(self, error: Exception) -> bool:
-        """Tell whether the file was away at the last look, too: that is told once."""
+        """Tell whether the file was missing at the last look, too: that is logged once."""
         was_away, self._away = self._away, isinstance(error, OSError)
         if self._away:
             self._changed_at = None  # whatever comes back is read

@@ -16,7 +16,7 @@ from proxy.core.incident import Incident
 from proxy.logs import event
 
 QUIET_S = 60.0
-"""A trouble that no answer can end is over when it has not recurred for so long."""
+"""A trouble that no answer disproves is over when it has not recurred for so long."""
 
 _SWEEP_S = 1.0
 _LOG = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Incidents:
         """By the limit that was reached; an Overloaded names one of a few."""
 
     def settled(self, call: CallSettled) -> None:
-        """Record how a call to the upstream ended; the gate calls this once for each."""
+        """Record the result of a call to the upstream; the gate calls this once for each."""
         now = self._monotonic()
         self._breaker(call, now)
         self._failures(call, now)

@@ -42,12 +42,12 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _WATCHED = {
     "connections": "Open connections of callers.",
-    "flights": "Fetches on their way.",
-    "memory_bytes": "What the entries in this process take, all counted.",
+    "flights": "Fetches in flight.",
+    "memory_bytes": "Bytes that the entries in this process take, all counted.",
     "memory_entries": "Entries in this process, in front of Redis.",
     "store_up": "1 while Redis answers.",
     "store_shared": "1 where the store is shared by replicas, 0 where it is embedded.",
-    "secret_mismatch": "1 where a replica is there that uses another secret, and no rotation explains it.",
+    "secret_mismatch": "1 while another replica uses another secret, and no rotation explains it.",
     "pending_invalidations": "Invalidations that were asked for and that Redis has not taken yet.",
     "upstream_breaker_open": "1 while the upstream fails for some kind of call and is only probed with it.",
 }
@@ -95,7 +95,7 @@ class Metrics:
             "store_operations", "Operations on the store.", "operation", "outcome"
         )
         self._invalidations = self._counter(
-            "invalidations", "Times that entries ended before their time, by what ended them.", "cause"
+            "invalidations", "Acts that invalidated entries before they had expired, by cause.", "cause"
         )
         self._refreshes = self._counter(
             "refreshes", "Calls that refreshed snapshots before a caller had to wait for them.", "by"
@@ -105,7 +105,7 @@ class Metrics:
             "unknown_values", "Values beyond an enum that the API documents, passed on as they are.", "field"
         )
         self._quota_wait = self._histogram(
-            "quota_wait_seconds", "For how long calls waited for their turn.", _SECONDS
+            "quota_wait_seconds", "For how long calls waited for the quota.", _SECONDS
         ).labels()
         self._watched = {
             name: Gauge(_PREFIX + name, help_text, registry=self._live)
@@ -268,7 +268,7 @@ class _Families(Collector):
 
 
 class _Quotas(Collector):
-    """What callers have left, read at each scrape: windows roll and cool-downs end without any event."""
+    """The calls that callers have left, read at each scrape: windows roll without any event."""
 
     def __init__(self) -> None:
         self._standings: Callable[[], Mapping[str, Standing]] = dict

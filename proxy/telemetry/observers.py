@@ -1,4 +1,4 @@
-"""Who is told of a request and of a call: the metrics, the log of troubles, the access log."""
+"""Where records of requests and of calls go: to the metrics, the log of troubles, the access log."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -11,7 +11,7 @@ from proxy.telemetry.metrics import Metrics
 
 
 class Observers:
-    """Tells them. `log` chooses which requests are logged."""
+    """Passes records on to them. `log` chooses which requests are logged."""
 
     def __init__(
         self, metrics: Metrics, incidents: Incidents, which: Literal["all", "misses", "off"]
@@ -26,13 +26,13 @@ class Observers:
         self._access = access_log(which)
 
     def request(self, done: RequestDone) -> None:
-        """Tell all of one request."""
+        """Pass on the record of a request."""
         self._metrics.observe(done)
         self._incidents.request(done)
         self._access(done)
 
     def call(self, told: QuotaWait | CallSettled) -> None:
-        """Tell of one call to the upstream."""
+        """Pass on a record of a call to the upstream."""
         match told:
             case QuotaWait():
                 self._metrics.observe(told)
@@ -42,7 +42,7 @@ class Observers:
     def hits(
         self, route: Route, outcome: CachedOutcome, status: int, caller: str
     ) -> Callable[[float, float, str], None]:
-        """Give what is told of each hit with these labels: its seconds, its entry's age, its request id.
+        """Give the function to call for each hit with these labels: seconds, entry's age, request id.
 
         It does what `request` does, and makes a record only for the log.
         """
