@@ -11,9 +11,6 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from hiredis import ProtocolError
-from redis.exceptions import ResponseError
-
 from proxy.core.events import StoreOperation
 from proxy.core.incident import Incident
 from proxy.core.invalidation import Scope
@@ -97,7 +94,7 @@ class Channel:
             wire = self._link.connect()
             try:
                 await self._converse(wire)
-            except (ResponseError, ProtocolError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 # whatever it is: without the channel memory would stay off
                 self._note(words(error, wire.password))
             finally:
                 self._conversation.lost()
