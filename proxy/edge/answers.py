@@ -95,7 +95,7 @@ def error_response(error: ProxyError, request_id: str | None = None) -> web.Resp
     )
 
 
-def refusal(error: ProxyError, request_id: str) -> bytes:
+def response_bytes(error: ProxyError, request_id: str) -> bytes:
     """Write the bytes of a response to a request that was not read: an error of ours, and the end."""
     body = error_body(error, request_id)
     headers = _error_headers(error, request_id)

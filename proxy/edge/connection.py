@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import StreamReader
 
 from proxy.core.errors import Overloaded
-from proxy.edge.answers import new_request_id, refusal
+from proxy.edge.answers import new_request_id, response_bytes
 from proxy.edge.handler import Handler
 from proxy.tasks.listening import LAST_LOOKS
 
@@ -273,5 +273,5 @@ class Connection(asyncio.Protocol):
         error = Overloaded("too many connections; this request was not read")
         request_id = new_request_id()
         self.listener.on_malformed(error, request_id)
-        self._transport.write(refusal(error, request_id))
+        self._transport.write(response_bytes(error, request_id))
         self._transport.close()

@@ -46,8 +46,8 @@ from proxy.core.passthrough import (
 from proxy.core.snapshot import error_envelope
 from proxy.edge.answers import NO_RETRY
 from proxy.edge.handler import Handler
+from proxy.gate.beginning import read_beginning
 from proxy.gate.gate import UpstreamGate
-from proxy.gate.peek import peek
 from proxy.tasks.flights import Abandoned, Flights, Owner
 
 
@@ -133,7 +133,7 @@ class Passthrough:
                 invalidated = await self._invalidate_after(answer.status, forwarded, body)
                 told = True
                 if answer.status in EDGE_FAILED:
-                    answer, said = await peek(answer)
+                    answer, said = await read_beginning(answer)
                     if error_envelope(said, forwarded.request_id) is None:  # a page: clients expect JSON
                         return WriteUnknown(UpstreamUnexplained(answer.status))
                 return await _stream_back(request, forwarded, answer, pending=not invalidated)

@@ -24,11 +24,11 @@ from proxy.core.policy import Answer
 from proxy.core.ports import Upstream
 from proxy.core.quota import CallClass, QuotaLimits
 from proxy.core.request import Call
+from proxy.gate.beginning import read_beginning
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.context import CallContext
 from proxy.gate.ledgers import Account, Accounts, Permit
 from proxy.gate.line import Asker, Line, Turns, spent
-from proxy.gate.peek import peek
 from proxy.gate.settling import Settler
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import while_awaited
@@ -171,7 +171,7 @@ class UpstreamGate:
             answer = await context.wait_for(streaming.enter_async_context(streamed))
             said = b""
             if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
-                answer, said = await peek(answer)
+                answer, said = await read_beginning(answer)
             context.answered(answer.status, answer.ratelimit, answer.retry_after_s, said)
             if answer.status == HTTPStatus.TOO_MANY_REQUESTS:
                 await context.tell()

@@ -13,11 +13,11 @@ from dataclasses import replace
 from proxy.core.operations import MOST_SAID_BYTES
 from proxy.core.passthrough import Streamed
 
-_PEEK_S = 1.0
+_LONGEST_WAIT_S = 1.0
 """Longest wait for the beginning of a body; an upstream that sends it slowly delays the answer by so much."""
 
 
-async def peek(answer: Streamed) -> tuple[Streamed, bytes]:
+async def read_beginning(answer: Streamed) -> tuple[Streamed, bytes]:
     """Read the beginning of the body. Give the whole answer, and the bytes, inflated if they are gzip.
 
     Does not raise what the upstream's connection raises: the `chunks` of the answer given do.
@@ -30,10 +30,10 @@ async def peek(answer: Streamed) -> tuple[Streamed, bytes]:
             if sum(map(len, seen)) >= MOST_SAID_BYTES:
                 return
 
-    reading = asyncio.create_task(read(), name="peek")
+    reading = asyncio.create_task(read(), name="beginning")
     reading.add_done_callback(lambda task: task.cancelled() or task.exception())  # `chunks` raises it
     try:
-        await asyncio.wait({reading}, timeout=_PEEK_S)
+        await asyncio.wait({reading}, timeout=_LONGEST_WAIT_S)
     except BaseException:
         reading.cancel()
         raise
