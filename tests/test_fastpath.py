@@ -562,7 +562,7 @@ def test_any_stream(callers: list[list[tuple[bytes | None, int]]], *, drain: boo
 
 def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In questions and in bytes; what is asked again and again stays."""
-    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None), "other", None)
+    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None), "other")
     for most, most_bytes in ((10, 1_000_000), (1_000_000, 100)):
         monkeypatch.setattr(memo, "MOST_QUESTIONS", most)
         monkeypatch.setattr(memo, "MOST_BYTES", most_bytes)

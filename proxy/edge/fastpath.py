@@ -24,7 +24,7 @@ import time
 from asyncio import get_running_loop
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from aiohttp import HttpVersion11
 from aiohttp.base_protocol import BaseProtocol
@@ -48,9 +48,11 @@ LONGEST_BYTES = 2048
 """A longer request is the handler's."""
 
 MOST_CALLERS = 4096
-MOST_SUBJECTS = 16_384
+MOST_SUBJECTS = 32_768
+MOST_HEADS = 256
 MOST_COUNTERS = 1024
-"""What is remembered of parts of questions (who asks; who asks for what), and what counts their answers."""
+"""What is remembered of parts of questions (who asks; who asks for what; which headers a request has), and
+what counts their answers."""
 
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"
@@ -59,17 +61,28 @@ _READ_BYTES = 65_536
 _NOT_PLAIN = frozenset(
     {
         # How the request goes on; what `Connection` says, the parser tells.
-        *(b"content-length", b"transfer-encoding", b"content-encoding", b"trailer", b"te", b"expect"),
-        *(b"upgrade", b"proxy-connection", b"keep-alive", b"http2-settings"),
+        *("content-length", "transfer-encoding", "content-encoding", "trailer", "te", "expect"),
+        *("upgrade", "proxy-connection", "keep-alive", "http2-settings"),
         # Which answer is wanted.
-        *(b"cache-control", b"pragma", b"range", b"if-range", b"if-match"),
-        *(b"if-modified-since", b"if-unmodified-since"),
+        *("cache-control", "pragma", "range", "if-range", "if-match"),
+        *("if-modified-since", "if-unmodified-since"),
     }
 )
 """Headers of requests that are the handler's."""
 
-_HANDLED = frozenset({b"accept-encoding", b"if-none-match"})
+_HANDLED = frozenset({"accept-encoding", "if-none-match"})
 """Headers on which the answer depends as it does in the handler."""
+
+
+class _Plain(NamedTuple):
+    """What the names of a plain request's headers say, in their order."""
+
+    authorization: int
+    """Where it stands among them."""
+
+    request_id: int | None
+    conditional: bool
+    """One of `_HANDLED` is among them."""
 
 
 class Reads(Protocol):
@@ -108,6 +121,7 @@ class FastPath:
         self._parser: HttpRequestParser | None = None
         self._memo = Memo()
         self._shelf = Shelf()
+        self._plain: dict[tuple[str, ...], _Plain] = {}
         self._counter = lru_cache(MOST_COUNTERS)(counter)
         self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
         self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
@@ -121,9 +135,12 @@ class FastPath:
     def answer(self, data: bytes) -> bytes | None:
         """Give the whole answer to `data`, which begins a request, and count it. None: there is none here."""
         started = time.perf_counter()
-        question = self._memo.young.get(data) or self.question(data)
+        question, request_id = self._memo.young.get(data), None
         if question is None:
-            return None
+            asked = self._ask(data)
+            if asked is None:
+                return None
+            question, request_id = asked
         place = question.place
         entry = self._held(place.key)
         if entry is None:
@@ -134,7 +151,8 @@ class FastPath:
             ready = self._prepare(question, now)
             if ready is None:
                 return None
-        request_id = question.request_id or new_request_id()
+        if request_id is None:
+            request_id = new_request_id()
         answer = b"".join((ready.opening, request_id.encode(), ready.rest))
         age_s = now - entry.called_at
         ready.tell(time.perf_counter() - started, age_s if age_s > 0 else 0.0, request_id)
@@ -142,14 +160,21 @@ class FastPath:
 
     def question(self, data: bytes) -> Question | None:
         """Tell what `data`, which begins a request, asks; None where it is not one whole plain request."""
+        asked = self._ask(data)
+        return None if asked is None else asked[0]
+
+    def _ask(self, data: bytes) -> tuple[Question, str | None] | None:
+        """Give the question, and the request's id where the caller gave one that is fit for logs."""
         if len(data) > LONGEST_BYTES or not data.endswith(_END) or not data.startswith(_BEGIN):
             return None
         question = self._memo.get(data)
-        if question is None and (message := self._parsed(data)) is not None:
-            question = self._asked(message)
-            if question is not None and question.request_id is None:  # else the next one has another id
-                self._memo.put(data, question)
-        return question
+        if question is not None:
+            return question, None
+        message = self._parsed(data)
+        asked = None if message is None else self._asked(message)
+        if asked is not None and asked[1] is None:  # else the next one has another id
+            self._memo.put(data, asked[0])
+        return asked
 
     def _prepare(self, question: Question, now: float) -> Prepared | None:
         """Ask for the answer, and keep it for those who ask the same in this second."""
@@ -181,37 +206,58 @@ class FastPath:
         self._parser = parser  # it is between two requests: any other one is not used again
         return message
 
-    def _asked(self, message: RawRequestMessage) -> Question | None:
+    def _asked(self, message: RawRequestMessage) -> tuple[Question, str | None] | None:
         """Check a request as `api.py` does; None where it is not plain, or is refused."""
         headers = message.headers
-        names = {name.lower() for name, _ in message.raw_headers}
-        authorizations = headers.getall("Authorization", ())
-        if message.version != HttpVersion11 or not names.isdisjoint(_NOT_PLAIN) or len(authorizations) != 1:
+        if message.version != HttpVersion11 or not headers:
             return None
+        names, values = zip(*headers.items(), strict=True)  # `keys` would give what comes twice once
         try:
-            check_head(message)
-            subject = self._subject(authorizations[0], message.path, message.method)
+            plain = self._plain.get(names) or self._check_names(names, message)
+            if plain is None:
+                return None
+            question = self._subject(values[plain.authorization], message.path, message.method)
         except ProxyError:
             return None
-        if subject is None:
+        if question is None:
             return None
-        place, caller = subject
-        if not names.isdisjoint(_HANDLED):
+        if plain.conditional:
             conditions = headers.getall("If-None-Match", None)
-            place = place._replace(
+            place = question.place._replace(
                 gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
                 if_none_match=None if conditions is None else ",".join(conditions),
             )
-        return Question(place, caller, parse_request_id(headers.get("X-Request-Id")))
+            question = question._replace(place=place)
+        return question, None if plain.request_id is None else parse_request_id(values[plain.request_id])
 
-    def _subject_of(self, authorization: str, path: str, method: str) -> tuple[Place, str] | None:
+    def _check_names(self, names: tuple[str, ...], message: RawRequestMessage) -> _Plain | None:
+        """Tell what the names say, and remember it; None where the request is not plain.
+
+        May raise ProxyError. In a request this short nothing else counts for `check_head`: no line is too
+        long.
+        """
+        lowered = [name.lower() for name in names]
+        if not _NOT_PLAIN.isdisjoint(lowered) or lowered.count("authorization") != 1:
+            return None
+        check_head(message)
+        plain = _Plain(
+            lowered.index("authorization"),
+            lowered.index("x-request-id") if "x-request-id" in lowered else None,
+            conditional=not _HANDLED.isdisjoint(lowered),
+        )
+        if len(self._plain) >= MOST_HEADS:
+            self._plain.clear()
+        self._plain[names] = plain
+        return plain
+
+    def _subject_of(self, authorization: str, path: str, method: str) -> Question | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
         target = parse_target(path)
         partition, caller = self._caller(authorization)
         if not isinstance(target, Target) or not target.cacheable:
             return None
         key = Key(target.resource, partition, target.name)
-        return Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller
+        return Question(Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller)
 
     def _caller_of(self, authorization: str) -> tuple[Partition, str]:
         token = parse_authorization((authorization,))

@@ -13,11 +13,10 @@ MOST_BYTES = 16_777_216
 
 
 class Question(NamedTuple):
-    """What a request asks. `request_id` is None where the caller gave none that is fit for logs."""
+    """What a request asks; `caller` is the name for metrics and logs."""
 
     place: Place
     caller: str
-    request_id: str | None
 
 
 class Memo:
