@@ -155,21 +155,13 @@ class ReadThrough:
                 return None
 
     async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
-        """Look into the store, and keep in memory what it has, if that is fresh. Say how things stood before.
-
-        The refusal of a token has no basis: it answers for all keys of its caller, and is not kept.
-        """
+        """Look into the store, and keep in memory what it has, if that is fresh. Say how things stood before."""
         mark = self._memory.mark(call.key)
         if not call.target.cacheable:
             return UNAVAILABLE, mark
         lookup = await self._store.lookup(call.key)
-        entry = lookup.entry
-        if (
-            entry is not None
-            and lookup.basis is not None
-            and not call.directives.no_store
-            and entry.is_fresh(self._clock())
-        ):
+        entry = lookup.to_keep(self._clock())
+        if entry is not None and not call.directives.no_store:
             self._memory.keep(call.key, entry, mark)
         return lookup, mark
 

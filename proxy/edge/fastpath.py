@@ -24,11 +24,13 @@ import time
 from asyncio import get_running_loop
 from collections.abc import Callable
 from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from aiohttp import HttpVersion11
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser, RawRequestMessage
+from multidict import CIMultiDictProxy
 
 from proxy.cache.readthrough import Served
 from proxy.core.cache_status import CachedOutcome, FromCache
@@ -57,20 +59,21 @@ what counts their answers."""
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"
 _READ_BYTES = 65_536
+_NAME = itemgetter(0)
 
 _NOT_PLAIN = frozenset(
     {
         # How the request goes on; what `Connection` says, the parser tells.
-        *("content-length", "transfer-encoding", "content-encoding", "trailer", "te", "expect"),
-        *("upgrade", "proxy-connection", "keep-alive", "http2-settings"),
+        *(b"content-length", b"transfer-encoding", b"content-encoding", b"trailer", b"te", b"expect"),
+        *(b"upgrade", b"proxy-connection", b"keep-alive", b"http2-settings"),
         # Which answer is wanted.
-        *("cache-control", "pragma", "range", "if-range", "if-match"),
-        *("if-modified-since", "if-unmodified-since"),
+        *(b"cache-control", b"pragma", b"range", b"if-range", b"if-match"),
+        *(b"if-modified-since", b"if-unmodified-since"),
     }
 )
 """Headers of requests that are the handler's."""
 
-_HANDLED = frozenset({"accept-encoding", "if-none-match"})
+_HANDLED = frozenset({b"accept-encoding", b"if-none-match"})
 """Headers on which the answer depends as it does in the handler."""
 
 
@@ -121,7 +124,7 @@ class FastPath:
         self._parser: HttpRequestParser | None = None
         self._memo = Memo()
         self._shelf = Shelf()
-        self._plain: dict[tuple[str, ...], _Plain] = {}
+        self._plain: dict[tuple[bytes, ...], _Plain] = {}
         self._counter = lru_cache(MOST_COUNTERS)(counter)
         self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
         self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
@@ -171,10 +174,27 @@ class FastPath:
         if question is not None:
             return question, None
         message = self._parsed(data)
-        asked = None if message is None else self._asked(message)
-        if asked is not None and asked[1] is None:  # else the next one has another id
-            self._memo.put(data, asked[0])
-        return asked
+        if message is None or message.version != HttpVersion11:
+            return None
+        headers = message.raw_headers
+        names = tuple(map(_NAME, headers))
+        try:
+            plain = self._plain.get(names) or self._check_names(names, message)
+            if plain is None:
+                return None
+            question = self._subject(headers[plain.authorization][1], message.path, message.method)
+        except ProxyError:
+            return None
+        if question is None:
+            return None
+        if plain.conditional:
+            question = _with_conditions(question, message.headers)
+        if plain.request_id is not None:
+            request_id = parse_request_id(_text(headers[plain.request_id][1]))
+            if request_id is not None:  # the next one has another id
+                return question, request_id
+        self._memo.put(data, question)
+        return question, None
 
     def _prepare(self, question: Question, now: float) -> Prepared | None:
         """Ask for the answer, and keep it for those who ask the same in this second."""
@@ -206,43 +226,18 @@ class FastPath:
         self._parser = parser  # it is between two requests: any other one is not used again
         return message
 
-    def _asked(self, message: RawRequestMessage) -> tuple[Question, str | None] | None:
-        """Check a request as `api.py` does; None where it is not plain, or is refused."""
-        headers = message.headers
-        if message.version != HttpVersion11 or not headers:
-            return None
-        names, values = zip(*headers.items(), strict=True)  # `keys` would give what comes twice once
-        try:
-            plain = self._plain.get(names) or self._check_names(names, message)
-            if plain is None:
-                return None
-            question = self._subject(values[plain.authorization], message.path, message.method)
-        except ProxyError:
-            return None
-        if question is None:
-            return None
-        if plain.conditional:
-            conditions = headers.getall("If-None-Match", None)
-            place = question.place._replace(
-                gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
-                if_none_match=None if conditions is None else ",".join(conditions),
-            )
-            question = question._replace(place=place)
-        return question, None if plain.request_id is None else parse_request_id(values[plain.request_id])
+    def _check_names(self, names: tuple[bytes, ...], message: RawRequestMessage) -> _Plain | None:
+        """Check a request by its headers' names, as `api.py` does, and remember what they say. None: not plain.
 
-    def _check_names(self, names: tuple[str, ...], message: RawRequestMessage) -> _Plain | None:
-        """Tell what the names say, and remember it; None where the request is not plain.
-
-        May raise ProxyError. In a request this short nothing else counts for `check_head`: no line is too
-        long.
+        May raise ProxyError. `check_head` looks at nothing else in a request this short: no line is too long.
         """
         lowered = [name.lower() for name in names]
-        if not _NOT_PLAIN.isdisjoint(lowered) or lowered.count("authorization") != 1:
+        if not _NOT_PLAIN.isdisjoint(lowered) or lowered.count(b"authorization") != 1:
             return None
         check_head(message)
         plain = _Plain(
-            lowered.index("authorization"),
-            lowered.index("x-request-id") if "x-request-id" in lowered else None,
+            lowered.index(b"authorization"),
+            lowered.index(b"x-request-id") if b"x-request-id" in lowered else None,
             conditional=not _HANDLED.isdisjoint(lowered),
         )
         if len(self._plain) >= MOST_HEADS:
@@ -250,10 +245,10 @@ class FastPath:
         self._plain[names] = plain
         return plain
 
-    def _subject_of(self, authorization: str, path: str, method: str) -> Question | None:
+    def _subject_of(self, authorization: bytes, path: str, method: str) -> Question | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
         target = parse_target(path)
-        partition, caller = self._caller(authorization)
+        partition, caller = self._caller(_text(authorization))
         if not isinstance(target, Target) or not target.cacheable:
             return None
         key = Key(target.resource, partition, target.name)
@@ -262,6 +257,20 @@ class FastPath:
     def _caller_of(self, authorization: str) -> tuple[Partition, str]:
         token = parse_authorization((authorization,))
         return self._partition(token), self._alias_of(token)
+
+
+def _with_conditions(question: Question, headers: CIMultiDictProxy[str]) -> Question:
+    conditions = headers.getall("If-None-Match", None)
+    place = question.place._replace(
+        gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
+        if_none_match=None if conditions is None else ",".join(conditions),
+    )
+    return question._replace(place=place)
+
+
+def _text(raw: bytes) -> str:
+    """Read a header's value as aiohttp does for the handler."""
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _new_parser() -> HttpRequestParser:
