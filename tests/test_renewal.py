@@ -17,6 +17,7 @@ NOW = 1000.0
 ENTRY = Entry(200, b"body", '"etag"', NOW, Lifetimes(60, 60, 300))
 NEWER = replace(ENTRY, called_at=NOW + 1, body=b"newer")
 BASIS = FillPrecondition((b"stamp",), b"seen")
+FOUND = Lookup(NEWER, BASIS)
 MAX_AGE_S, AHEAD_S = 10.0, 2.0
 
 
@@ -28,7 +29,7 @@ def key(number: int = 1) -> Key:
 class Redis:
     """A store that finds the same for every key, while a lookup invalidates what it is told to."""
 
-    def __init__(self, found: Lookup = Lookup(NEWER, BASIS)) -> None:
+    def __init__(self, found: Lookup = FOUND) -> None:
         self.now = 0.0
         self.memory = Memory(1 << 30, MAX_AGE_S, reachable=lambda: True, monotonic=lambda: self.now)
         self.memory.hears(math.inf)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from random import random
+from typing import NamedTuple
 
 from proxy.cache.collapse import Collapser
 from proxy.cache.fetch import (
@@ -36,8 +37,7 @@ from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights, Owner
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(NamedTuple):
     """An answer: the upstream's, or an entry's. With an `entry` the caller may cache it, too."""
 
     status: int
@@ -155,7 +155,7 @@ class ReadThrough:
                 return None
 
     async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
-        """Look into the store, and keep in memory what it has, if that is fresh. Say how things stood before."""
+        """Look into the store, and keep in memory what it has. Say how things stood before."""
         mark = self._memory.mark(call.key)
         if not call.target.cacheable:
             return UNAVAILABLE, mark

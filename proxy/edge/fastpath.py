@@ -14,8 +14,8 @@ is among them. So the memo cannot be wrong for another caller. It outlives no in
 put to memory. Only the callers' aliases in it can change; then `forget` drops all of it.
 
 **The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer counts
-while memory holds the very same entry, and until its age or the clock shows another second: the policy would
-say the same again.
+while memory holds the very same entry, and until its age shows another second: the policy would say the same
+again.
 
 Anything else (a stale entry, a large one, an error, a caller who does not read) is the handler's.
 """
@@ -44,7 +44,7 @@ from proxy.edge.answers import new_request_id
 from proxy.edge.api import check_head
 from proxy.edge.handler import PARSER_OPTIONS
 from proxy.edge.memo import Memo, Question
-from proxy.edge.prepared import Place, Prepared, Shelf, write
+from proxy.edge.prepared import Place, Prepared, Shelf, date, write
 
 LONGEST_BYTES = 2048
 """A longer request is the handler's."""
@@ -149,9 +149,9 @@ class FastPath:
         if entry is None:
             return None
         now = self._clock()
-        ready = self._shelf.by_place.get(place)
+        ready = self._shelf.young.get(place)
         if ready is None or ready.entry is not entry or not ready.since <= now < ready.until:
-            ready = self._prepare(question, now)
+            ready = self._ready(question, entry, now)
             if ready is None:
                 return None
         if request_id is None:
@@ -196,19 +196,23 @@ class FastPath:
         self._memo.put(data, question)
         return question, None
 
-    def _prepare(self, question: Question, now: float) -> Prepared | None:
-        """Ask for the answer, and keep it for those who ask the same in this second."""
-        place = question.place
-        served = self._peek(place.key, now)
-        if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
-            return None
-        written = write(served, served.entry, place, now)
-        if written is None:
-            return None
-        outcome = served.cache_status.outcome
-        tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
-        ready = Prepared(served.entry, now, written.until, written.opening, written.rest, tell)
-        self._shelf.put(place, ready)
+    def _ready(self, question: Question, entry: Entry, now: float) -> Prepared | None:
+        """Prepare the answer, and keep it for those who ask the same in this second."""
+        place, shelf = question.place, self._shelf
+        last = shelf.young.get(place) or shelf.older(place)
+        if last is not None and last.entry is entry and last.since <= now < last.written.until:
+            ready = date(last.written, entry, last.tell, now)  # all else is as it was
+        else:
+            served = self._peek(place.key, now)
+            if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
+                return None
+            written = write(served, served.entry, place, now)
+            if written is None:
+                return None
+            outcome = served.cache_status.outcome
+            tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
+            ready = date(written, served.entry, tell, now)
+        shelf.put(place, ready, now)
         return ready
 
     def _parsed(self, data: bytes) -> RawRequestMessage | None:
@@ -227,7 +231,7 @@ class FastPath:
         return message
 
     def _check_names(self, names: tuple[bytes, ...], message: RawRequestMessage) -> _Plain | None:
-        """Check a request by its headers' names, as `api.py` does, and remember what they say. None: not plain.
+        """Check headers' names as `api.py` does, and remember what they say. None: it is not plain.
 
         May raise ProxyError. `check_head` looks at nothing else in a request this short: no line is too long.
         """
