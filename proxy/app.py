@@ -20,6 +20,7 @@ from proxy.cache.fetch import FetchFlights, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory
 from proxy.cache.readthrough import ReadThrough
+from proxy.cache.renewal import renew
 from proxy.core.address import address_of
 from proxy.core.identity import Keyring
 from proxy.core.quota import QuotaLimits
@@ -201,6 +202,7 @@ class App:
             readthrough, passthrough, keyring, alias_of=self._aliases.of, observe=self._observers.request
         )
         if settings.memory.max_bytes:
+            self._go_on(renew(store, memory, settings.memory.max_age_s))
             self._fastpath = FastPath(
                 readthrough,
                 partition=keyring.partition,

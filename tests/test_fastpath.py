@@ -26,7 +26,7 @@ from proxy.edge import fastpath as module, memo, prepared
 from proxy.edge.handler import Handler, plain_server
 from proxy.edge.listener import Listener
 from proxy.edge.memo import Memo, Question
-from proxy.edge.prepared import Place, Prepared, Shelf
+from proxy.edge.prepared import Place, Prepared, Shelf, Written
 
 NOW = 1_800_000_000.25
 ONE, OTHER = "dop_v1_one", "dop_v1_other"
@@ -165,11 +165,13 @@ def test_the_answer_is_the_handlers(data: bytes) -> None:
 
 def test_the_date_is_todays() -> None:
     """The one header that the comparison leaves out."""
-    shown = prepared.write(
+    written = prepared.write(
         memory_answer(), entry(b"x"), Place(Key(SNAPSHOT, "", "1"), False, False, None), NOW
     )
-    assert shown is not None
-    assert b"\r\nDate: Fri, 15 Jan 2027 08:00:00 GMT\r\n" in shown.rest
+    assert written is not None
+    ready = prepared.date(written, entry(b"x"), lambda *_: None, NOW)
+    assert b"\r\nDate: Fri, 15 Jan 2027 08:00:00 GMT\r\n" in ready.rest
+    assert (ready.since, ready.until) == (NOW, NOW + 0.5)  # then its age is 19 s
 
 
 def memory_answer() -> Any:
@@ -562,7 +564,7 @@ def test_any_stream(callers: list[list[tuple[bytes | None, int]]], *, drain: boo
 
 def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In questions and in bytes; what is asked again and again stays."""
-    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None), "other", None)
+    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None), "other")
     for most, most_bytes in ((10, 1_000_000), (1_000_000, 100)):
         monkeypatch.setattr(memo, "MOST_QUESTIONS", most)
         monkeypatch.setattr(memo, "MOST_BYTES", most_bytes)
@@ -575,6 +577,12 @@ def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert remembered.get(b"%10d" % 1) is None
 
 
+def shelved(at: float, rest: bytes = b"") -> Prepared:
+    """Make what is prepared for a second."""
+    written = Written(200, b"", b"", b"", at + 1)
+    return Prepared(entry(b""), at, at + 1, b"", rest, written, lambda *_: None)
+
+
 @pytest.mark.parametrize(("changed", "value"), [("MOST_PREPARED", 10), ("MOST_PREPARED_BYTES", 100)])
 def test_what_is_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch, changed: str, value: int) -> None:
     """In answers and in bytes."""
@@ -582,19 +590,50 @@ def test_what_is_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch, changed: s
     shelf = Shelf()
     for number in range(100):
         place = Place(Key(SNAPSHOT, "", str(number)), False, False, None)
-        shelf.put(place, Prepared(entry(b""), NOW, NOW + 1, b"", b"x" * 10, lambda *_: None))
-        assert place in shelf.by_place
-        assert len(shelf.by_place) <= 10
+        ready = shelved(NOW, b"x" * 10)
+        shelf.put(place, ready, NOW)
+        assert shelf.young[place] is ready
+        assert len(shelf) <= 10
 
 
-@pytest.mark.parametrize("later_s", [1.0, 100.0, -0.1], ids=["a-second", "later", "the-clock-stepped-back"])
-def test_what_is_prepared_goes_after_a_second(later_s: float) -> None:
-    """No body is held by it for longer than the next answer is prepared."""
+@pytest.mark.parametrize(
+    ("later_s", "left"),
+    [
+        pytest.param((0.9,), "12", id="within-a-second"),
+        pytest.param((1.0,), "12", id="the-older-half"),
+        pytest.param((1.0, 1.9), "123", id="still-the-older-half"),
+        pytest.param((1.0, 2.0), "23", id="after-two-seconds"),
+        pytest.param((100.0,), "2", id="later"),
+        pytest.param((-0.1,), "2", id="the-clock-stepped-back"),
+    ],
+)
+def test_what_is_prepared_goes_after_two_seconds(later_s: tuple[float, ...], left: str) -> None:
+    """No body is held by it for longer, once the next answer is prepared."""
     shelf = Shelf()
-    for number, at in ((1, NOW), (2, NOW + later_s)):
-        place = Place(Key(SNAPSHOT, "", str(number)), False, False, None)
-        shelf.put(place, Prepared(entry(b""), at, at + 1, b"", b"", lambda *_: None))
-    assert [place.key.name for place in shelf.by_place] == ["2"]
+    places = [Place(Key(SNAPSHOT, "", number), False, False, None) for number in "123"]
+    for place, at in zip(places, (NOW, *(NOW + each for each in later_s)), strict=False):
+        shelf.put(place, shelved(at), at)
+    kept = [place.key.name for place in places if place in shelf.young or shelf.older(place)]
+    assert "".join(kept) == left
+
+
+async def test_an_answer_is_prepared_once_for_each_second_of_its_age(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever half it is in, and whatever second `Date` shows: here a quarter of one is over."""
+    edge = Edge(memory(), fast=True)
+    fast, prepared_at = edge.fastpath, []
+    now = NOW
+    monkeypatch.setattr(fast, "_clock", lambda: now)
+    peek = fast._peek
+    monkeypatch.setattr(fast, "_peek", lambda key, at: (prepared_at.append(at - NOW), peek(key, at))[1])
+    for at in (0.0, 0.4, 0.6, 1.0, 1.4, 1.6):  # its age is 18.5 s at first, and a whole number at 0.5
+        now = NOW + at
+        answer = fast.answer(PLAIN)
+        assert answer is not None
+        assert f"Age: {int(18.5 + at)}\r\n".encode() in answer
+        assert f"Date: Fri, 15 Jan 2027 08:00:{int(0.25 + at):02d} GMT\r\n".encode() in answer
+    assert prepared_at == pytest.approx([0.0, 0.6, 1.6])
 
 
 async def test_a_request_with_an_id_is_not_remembered() -> None:

@@ -10,7 +10,8 @@ The laws of this file:
   (`storage/channel.py`) prolongs with each beat that comes back. After that time the replica is **deaf**, and
   never again serves what it kept before. If it cannot reach Redis either, it serves what it fetched since.
 - Never more than `max_bytes` are kept, all counted. The entry that was kept first is evicted first: it is
-  also the first that Redis would have to be asked for again, so that a hit changes nothing here.
+  also the first that Redis would have to be asked for again. A hit changes nothing here but the note that the
+  entry was read: `renewal.py` asks Redis for those before they are too old.
 """
 
 import math
@@ -40,11 +41,13 @@ class Mark(NamedTuple):
 class _Kept:
     """An entry in memory, and until when it answers."""
 
-    __slots__ = ("entry", "mark", "seen", "size", "until")
+    __slots__ = ("entry", "mark", "read", "seen", "size", "until")
 
     def __init__(self, entry: Entry, mark: Mark, seen: int, size: int, until: float) -> None:
         self.entry = entry
         self.mark = mark
+        self.read = False
+        """It has answered since it was kept, or since it was last due."""
         self.seen = seen
         """How many invalidations there had been when the counts were last found to be the same."""
         self.size = size
@@ -97,6 +100,7 @@ class Memory:
                 self.forget(key)
                 return None
             kept.seen = self._counts.total
+        kept.read = True
         return kept.entry
 
     def mark(self, key: Key) -> Mark:
@@ -130,15 +134,35 @@ class Memory:
             return
         self._kept[key] = _Kept(entry, mark, self._counts.total, size, until)
         self.size += size
-        while self.size > self._max_bytes or next(iter(self._kept.values())).until <= now:
-            _, first = self._kept.popitem(last=False)
-            self.size -= first.size
+        self._make_room(now)
 
     def forget(self, key: Key) -> None:
         """Evict one entry: Redis has a newer one."""
         kept = self._kept.pop(key, None)
         if kept is not None:
             self.size -= kept.size
+
+    def due(self, ahead_s: float, most: int) -> list[Key]:
+        """Name what has answered and is too old in less than `ahead_s`: the oldest first, at most `most`.
+
+        It is not named again before it has answered again.
+        """
+        now = self._monotonic()
+        self._make_room(now)
+        due: list[Key] = []
+        for key, kept in self._kept.items():
+            if kept.until - now >= ahead_s or len(due) == most:
+                break
+            if kept.read:
+                kept.read = False
+                due.append(key)
+        return due
+
+    def _make_room(self, now: float) -> None:
+        kept = self._kept
+        while kept and (self.size > self._max_bytes or next(iter(kept.values())).until <= now):
+            _, first = kept.popitem(last=False)
+            self.size -= first.size
 
     # -- for invalidations and the channel -----------------------------------------------------
 

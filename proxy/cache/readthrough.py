@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from random import random
+from typing import NamedTuple
 
 from proxy.cache.collapse import Collapser
 from proxy.cache.fetch import (
@@ -36,8 +37,7 @@ from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import Flights, Owner
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(NamedTuple):
     """An answer: the upstream's, or an entry's. With an `entry` the caller may cache it, too."""
 
     status: int
@@ -164,13 +164,8 @@ class ReadThrough:
         if not call.target.cacheable:
             return UNAVAILABLE, mark
         lookup = await self._store.lookup(call.key)
-        entry = lookup.entry
-        if (
-            entry is not None
-            and lookup.basis is not None
-            and not call.directives.no_store
-            and entry.is_fresh(self._clock())
-        ):
+        entry = lookup.to_keep(self._clock())
+        if entry is not None and not call.directives.no_store:
             self._memory.keep(call.key, entry, mark)
         return lookup, mark
 

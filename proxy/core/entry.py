@@ -151,6 +151,14 @@ class Lookup(NamedTuple):
         """Tell whether the store did not answer."""
         return self.entry is None and self.basis is None
 
+    def to_keep(self, now: float) -> Entry | None:
+        """Give the entry that memory may keep: a fresh one, and not the refusal of a token.
+
+        That answers for all keys of its caller.
+        """
+        entry = self.entry
+        return entry if entry is not None and self.basis is not None and entry.is_fresh(now) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Leased:

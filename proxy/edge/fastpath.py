@@ -14,8 +14,8 @@ is among them. So the memo cannot be wrong for another caller. It outlives no in
 put to memory. Only the callers' aliases in it can change; then `forget` drops all of it.
 
 **The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer counts
-while memory holds the very same entry, and until its age or the clock shows another second: the policy would
-say the same again.
+while memory holds the very same entry, and until its age shows another second: the policy would say the same
+again.
 
 Anything else (a stale entry, a large one, an error, a caller who does not read) is the handler's.
 """
@@ -24,11 +24,13 @@ import time
 from asyncio import get_running_loop
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
+from operator import itemgetter
+from typing import NamedTuple, Protocol
 
 from aiohttp import HttpVersion11
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser, RawRequestMessage
+from multidict import CIMultiDictProxy
 
 from proxy.cache.readthrough import Served
 from proxy.core.cache_status import CachedOutcome, FromCache
@@ -42,19 +44,22 @@ from proxy.edge.answers import new_request_id
 from proxy.edge.api import check_head
 from proxy.edge.handler import PARSER_OPTIONS
 from proxy.edge.memo import Memo, Question
-from proxy.edge.prepared import Place, Prepared, Shelf, write
+from proxy.edge.prepared import Place, Prepared, Shelf, date, write
 
 LONGEST_BYTES = 2048
 """A longer request is the handler's."""
 
 MOST_CALLERS = 4096
-MOST_SUBJECTS = 16_384
+MOST_SUBJECTS = 32_768
+MOST_HEADS = 256
 MOST_COUNTERS = 1024
-"""What is remembered of parts of questions (who asks; who asks for what), and what counts their answers."""
+"""What is remembered of parts of questions (who asks; who asks for what; which headers a request has), and
+what counts their answers."""
 
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"
 _READ_BYTES = 65_536
+_NAME = itemgetter(0)
 
 _NOT_PLAIN = frozenset(
     {
@@ -70,6 +75,17 @@ _NOT_PLAIN = frozenset(
 
 _HANDLED = frozenset({b"accept-encoding", b"if-none-match"})
 """Headers on which the answer depends as it does in the handler."""
+
+
+class _Plain(NamedTuple):
+    """What the names of a plain request's headers say, in their order."""
+
+    authorization: int
+    """Where it stands among them."""
+
+    request_id: int | None
+    conditional: bool
+    """One of `_HANDLED` is among them."""
 
 
 class Reads(Protocol):
@@ -108,6 +124,7 @@ class FastPath:
         self._parser: HttpRequestParser | None = None
         self._memo = Memo()
         self._shelf = Shelf()
+        self._plain: dict[tuple[bytes, ...], _Plain] = {}
         self._counter = lru_cache(MOST_COUNTERS)(counter)
         self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
         self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
@@ -121,20 +138,24 @@ class FastPath:
     def answer(self, data: bytes) -> bytes | None:
         """Give the whole answer to `data`, which begins a request, and count it. None: there is none here."""
         started = time.perf_counter()
-        question = self._memo.young.get(data) or self.question(data)
+        question, request_id = self._memo.young.get(data), None
         if question is None:
-            return None
+            asked = self._ask(data)
+            if asked is None:
+                return None
+            question, request_id = asked
         place = question.place
         entry = self._held(place.key)
         if entry is None:
             return None
         now = self._clock()
-        ready = self._shelf.by_place.get(place)
+        ready = self._shelf.young.get(place)
         if ready is None or ready.entry is not entry or not ready.since <= now < ready.until:
-            ready = self._prepare(question, now)
+            ready = self._ready(question, entry, now)
             if ready is None:
                 return None
-        request_id = question.request_id or new_request_id()
+        if request_id is None:
+            request_id = new_request_id()
         answer = b"".join((ready.opening, request_id.encode(), ready.rest))
         age_s = now - entry.called_at
         ready.tell(time.perf_counter() - started, age_s if age_s > 0 else 0.0, request_id)
@@ -142,28 +163,56 @@ class FastPath:
 
     def question(self, data: bytes) -> Question | None:
         """Tell what `data`, which begins a request, asks; None where it is not one whole plain request."""
+        asked = self._ask(data)
+        return None if asked is None else asked[0]
+
+    def _ask(self, data: bytes) -> tuple[Question, str | None] | None:
+        """Give the question, and the request's id where the caller gave one that is fit for logs."""
         if len(data) > LONGEST_BYTES or not data.endswith(_END) or not data.startswith(_BEGIN):
             return None
         question = self._memo.get(data)
-        if question is None and (message := self._parsed(data)) is not None:
-            question = self._asked(message)
-            if question is not None and question.request_id is None:  # else the next one has another id
-                self._memo.put(data, question)
-        return question
+        if question is not None:
+            return question, None
+        message = self._parsed(data)
+        if message is None or message.version != HttpVersion11:
+            return None
+        headers = message.raw_headers
+        names = tuple(map(_NAME, headers))
+        try:
+            plain = self._plain.get(names) or self._check_names(names, message)
+            if plain is None:
+                return None
+            question = self._subject(headers[plain.authorization][1], message.path, message.method)
+        except ProxyError:
+            return None
+        if question is None:
+            return None
+        if plain.conditional:
+            question = _with_conditions(question, message.headers)
+        if plain.request_id is not None:
+            request_id = parse_request_id(_text(headers[plain.request_id][1]))
+            if request_id is not None:  # the next one has another id
+                return question, request_id
+        self._memo.put(data, question)
+        return question, None
 
-    def _prepare(self, question: Question, now: float) -> Prepared | None:
-        """Ask for the answer, and keep it for those who ask the same in this second."""
-        place = question.place
-        served = self._peek(place.key, now)
-        if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
-            return None
-        written = write(served, served.entry, place, now)
-        if written is None:
-            return None
-        outcome = served.cache_status.outcome
-        tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
-        ready = Prepared(served.entry, now, written.until, written.opening, written.rest, tell)
-        self._shelf.put(place, ready)
+    def _ready(self, question: Question, entry: Entry, now: float) -> Prepared | None:
+        """Prepare the answer, and keep it for those who ask the same in this second."""
+        place, shelf = question.place, self._shelf
+        last = shelf.young.get(place) or shelf.older(place)
+        if last is not None and last.entry is entry and last.since <= now < last.written.until:
+            ready = date(last.written, entry, last.tell, now)  # all else is as it was
+        else:
+            served = self._peek(place.key, now)
+            if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
+                return None
+            written = write(served, served.entry, place, now)
+            if written is None:
+                return None
+            outcome = served.cache_status.outcome
+            tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
+            ready = date(written, served.entry, tell, now)
+        shelf.put(place, ready, now)
         return ready
 
     def _parsed(self, data: bytes) -> RawRequestMessage | None:
@@ -181,41 +230,51 @@ class FastPath:
         self._parser = parser  # it is between two requests: any other one is not used again
         return message
 
-    def _asked(self, message: RawRequestMessage) -> Question | None:
-        """Check a request as `api.py` does; None where it is not plain, or is refused."""
-        headers = message.headers
-        names = {name.lower() for name, _ in message.raw_headers}
-        authorizations = headers.getall("Authorization", ())
-        if message.version != HttpVersion11 or not names.isdisjoint(_NOT_PLAIN) or len(authorizations) != 1:
-            return None
-        try:
-            check_head(message)
-            subject = self._subject(authorizations[0], message.path, message.method)
-        except ProxyError:
-            return None
-        if subject is None:
-            return None
-        place, caller = subject
-        if not names.isdisjoint(_HANDLED):
-            conditions = headers.getall("If-None-Match", None)
-            place = place._replace(
-                gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
-                if_none_match=None if conditions is None else ",".join(conditions),
-            )
-        return Question(place, caller, parse_request_id(headers.get("X-Request-Id")))
+    def _check_names(self, names: tuple[bytes, ...], message: RawRequestMessage) -> _Plain | None:
+        """Check headers' names as `api.py` does, and remember what they say. None: it is not plain.
 
-    def _subject_of(self, authorization: str, path: str, method: str) -> tuple[Place, str] | None:
+        May raise ProxyError. `check_head` looks at nothing else in a request this short: no line is too long.
+        """
+        lowered = [name.lower() for name in names]
+        if not _NOT_PLAIN.isdisjoint(lowered) or lowered.count(b"authorization") != 1:
+            return None
+        check_head(message)
+        plain = _Plain(
+            lowered.index(b"authorization"),
+            lowered.index(b"x-request-id") if b"x-request-id" in lowered else None,
+            conditional=not _HANDLED.isdisjoint(lowered),
+        )
+        if len(self._plain) >= MOST_HEADS:
+            self._plain.clear()
+        self._plain[names] = plain
+        return plain
+
+    def _subject_of(self, authorization: bytes, path: str, method: str) -> Question | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
         target = parse_target(method, path)
-        partition, caller = self._caller(authorization)
+        partition, caller = self._caller(_text(authorization))
         if not isinstance(target, Target) or not target.cacheable:
             return None
         key = Key(target.resource, partition, target.name)
-        return Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller
+        return Question(Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller)
 
     def _caller_of(self, authorization: str) -> tuple[Partition, str]:
         token = parse_authorization((authorization,))
         return self._partition(token), self._alias_of(token)
+
+
+def _with_conditions(question: Question, headers: CIMultiDictProxy[str]) -> Question:
+    conditions = headers.getall("If-None-Match", None)
+    place = question.place._replace(
+        gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
+        if_none_match=None if conditions is None else ",".join(conditions),
+    )
+    return question._replace(place=place)
+
+
+def _text(raw: bytes) -> str:
+    """Read a header's value as aiohttp does for the handler."""
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _new_parser() -> HttpRequestParser:

@@ -7,17 +7,16 @@ from typing import NamedTuple
 
 from proxy.edge.prepared import Place
 
-MOST_QUESTIONS = 32_768
+MOST_QUESTIONS = 65_536
 MOST_BYTES = 16_777_216
 """Questions that are remembered, and the bytes of the requests that ask them."""
 
 
 class Question(NamedTuple):
-    """What a request asks. `request_id` is None where the caller gave none that is fit for logs."""
+    """What a request asks; `caller` is the name for metrics and logs."""
 
     place: Place
     caller: str
-    request_id: str | None
 
 
 class Memo:
@@ -36,7 +35,7 @@ class Memo:
     def get(self, data: bytes) -> Question | None:
         """Give what these very bytes ask, if it is remembered."""
         question = self.young.get(data)
-        if question is None and (question := self._old.pop(data, None)) is not None:
+        if question is None and self._old and (question := self._old.pop(data, None)) is not None:
             self.put(data, question)
         return question
 

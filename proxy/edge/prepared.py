@@ -1,4 +1,4 @@
-"""Hits as the bytes of their answers, ready but for the request's id; good until a number in them changes.
+"""Hits as the bytes of their answers, but for the request's id and the date; good for one second of `Age`.
 
 The bytes are those that `api.py` and aiohttp write for the same `Served`; `answers.py` says which headers and
 why. Where they differ, `tests/test_fastpath.py` fails.
@@ -19,8 +19,8 @@ from proxy.edge.answers import JSON
 MOST_BODY_BYTES = 65_536
 """A larger body is written by aiohttp, which waits for a caller who does not read."""
 
-MOST_PREPARED = 16_384
-MOST_PREPARED_BYTES = 16_777_216
+MOST_PREPARED = 32_768
+MOST_PREPARED_BYTES = 33_554_432
 """Answers that are ready at once, and their bytes."""
 
 _OK, _NOT_MODIFIED = 200, 304  # an enum's members would be half of the cost of `write`
@@ -40,54 +40,69 @@ class Place(NamedTuple):
 
 
 class Written(NamedTuple):
-    """`opening`, a request id and `rest` are a whole answer, until before `until`."""
+    """`opening`, a request id, `head`, a date, an empty line and `body` are an answer, before `until`."""
 
     status: int
     opening: bytes
-    rest: bytes
+    head: bytes
+    body: bytes
     until: float
 
 
 class Prepared(NamedTuple):
-    """The answer while `entry` is what memory holds, from `since` until before `until`."""
+    """`opening`, a request id and `rest` are the answer, from `since` until before `until`.
+
+    While `entry` is what memory holds; `written` goes on for as long as it says.
+    """
 
     entry: Entry
     since: float
     until: float
     opening: bytes
     rest: bytes
+    written: Written
     tell: Callable[[float, float, str], None]
     """Counts one such answer: seconds, the entry's age, and the request id."""
 
 
 class Shelf:
-    """The prepared answers. All of them are dropped after a second, or if there are too many."""
+    """The prepared answers, in two halves: what was prepared first goes first, after two seconds at most."""
 
-    __slots__ = ("_bytes", "_since", "by_place")
+    __slots__ = ("_bytes", "_old", "_since", "young")
 
     def __init__(self) -> None:
-        self.by_place: dict[Place, Prepared] = {}
+        self.young: dict[Place, Prepared] = {}
+        self._old: dict[Place, Prepared] = {}
         self._bytes = 0
         self._since = 0.0
 
-    def put(self, place: Place, answer: Prepared) -> None:
-        """Keep an answer that was prepared just now."""
+    def older(self, place: Place) -> Prepared | None:
+        """Give what is not in the younger half."""
+        return self._old.get(place)
+
+    def put(self, place: Place, answer: Prepared, now: float) -> None:
+        """Keep an answer at `now`."""
         size = len(answer.rest)
+        age_s = now - self._since
         if (
-            not 0 <= answer.since - self._since < 1
-            or self._bytes + size > MOST_PREPARED_BYTES
-            or len(self.by_place) >= MOST_PREPARED
+            not 0 <= age_s < 1
+            or self._bytes + size > MOST_PREPARED_BYTES // 2
+            or len(self.young) >= MOST_PREPARED // 2
         ):
-            self.by_place.clear()
-            self._bytes, self._since = 0, answer.since
-        self.by_place[place] = answer
+            self._old = self.young if 0 <= age_s < 2 else {}  # noqa: PLR2004 # then it has gone unused for one
+            self.young = {}
+            self._bytes, self._since = 0, now
+        self.young[place] = answer
         self._bytes += size
+
+    def __len__(self) -> int:
+        return len(self.young) + len(self._old)
 
 
 def write(served: Served, entry: Entry, place: Place, now: float) -> Written | None:
     """Write what memory answers at `now`; None where that is no success, or is large.
 
-    It is the same until the second of `Date`, or that of `Age`, is over; no entry expires before that.
+    It is the same until the second of `Age` is over; no entry expires before that.
     """
     if served.status != _OK or len(entry.body) > MOST_BODY_BYTES:
         return None
@@ -99,19 +114,25 @@ def write(served: Served, entry: Entry, place: Place, now: float) -> Written | N
     status, content = _OK, f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n"
     if place.if_none_match is not None and is_not_modified(place.if_none_match, etag):
         status, content, encoding = _NOT_MODIFIED, "", ""
+    if status != _OK or place.head:
+        body = b""
     age = int(entry.age_s(now))
     ratelimit = "".join([f"{name}: {value}\r\n" for name, value in served.ratelimit])
-    cache_status = served.cache_status.header
-    rest = (
-        f"\r\nCache-Status: {cache_status}\r\n{ratelimit}Vary: {vary}\r\n{encoding}ETag: {etag}\r\n"
-        f"Age: {age}\r\nCache-Control: private, max-age={entry.lifetimes.fresh_s}\r\n"
-        f"{content}Date: {_date(int(now))}\r\n\r\n"
-    ).encode()
-    if status == _OK and not place.head:
-        rest += body
-    return Written(status, _OPENINGS[status], rest, min(int(now) + 1, entry.called_at + age + 1))
+    head = (
+        f"\r\nCache-Status: {served.cache_status.header}\r\n{ratelimit}Vary: {vary}\r\n{encoding}"
+        f"ETag: {etag}\r\nAge: {age}\r\nCache-Control: private, max-age={entry.lifetimes.fresh_s}\r\n"
+        f"{content}Date: "
+    )
+    return Written(status, _OPENINGS[status], head.encode(), body, entry.called_at + age + 1)
+
+
+def date(written: Written, entry: Entry, tell: Callable[[float, float, str], None], now: float) -> Prepared:
+    """Put the date of `now` in: that is good for one second of the clock."""
+    second = int(now)
+    rest = b"".join((written.head, _date(second), written.body))
+    return Prepared(entry, now, min(second + 1, written.until), written.opening, rest, written, tell)
 
 
 @lru_cache(maxsize=2)
-def _date(second: int) -> str:
-    return format_datetime(datetime.fromtimestamp(second, UTC), usegmt=True)
+def _date(second: int) -> bytes:
+    return format_datetime(datetime.fromtimestamp(second, UTC), usegmt=True).encode() + b"\r\n\r\n"

@@ -1,0 +1,50 @@
+"""Renews what memory is about to let go: what was read is looked up once more before it is too old to answer.
+
+The law of this file: it makes the lookup that the next request would make, only earlier, so that no request
+waits for it. The same mark is taken before, the same proof of what came, the same count of invalidations:
+nothing is kept longer than `max_age_s` after Redis, or the upstream, gave it. What was not read since is not
+looked up, and what Redis does not give stays as it is until it is too old.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from proxy.cache.memory import Memory
+from proxy.core.ports import Store
+from proxy.core.resources import Key
+
+AHEAD = 0.2
+"""The last part of `max_age_s`, in which entries are renewed."""
+
+MOST_AT_ONCE = 32
+MOST = 1024
+"""Lookups that are on their way at the same time, and those of one look at memory."""
+
+_LOOKS = 8
+_SHORTEST_PAUSE_S = 0.1
+
+
+async def renew(
+    store: Store, memory: Memory, max_age_s: float, clock: Callable[[], float] = time.time
+) -> None:
+    """Renew for ever. `clock` gives Unix seconds."""
+    ahead_s = max_age_s * AHEAD
+    while True:
+        await asyncio.sleep(max(ahead_s / _LOOKS, _SHORTEST_PAUSE_S))
+        await renew_due(store, memory, ahead_s, clock)
+
+
+async def renew_due(store: Store, memory: Memory, ahead_s: float, clock: Callable[[], float]) -> None:
+    """Renew what was read, and answers for less than `ahead_s` more."""
+
+    async def look(key: Key) -> None:
+        mark = memory.mark(key)
+        lookup = await store.lookup(key)
+        entry = lookup.to_keep(clock())
+        if entry is not None:
+            memory.keep(key, entry, mark)
+
+    due = memory.due(ahead_s, MOST)
+    for start in range(0, len(due), MOST_AT_ONCE):
+        await asyncio.gather(*map(look, due[start : start + MOST_AT_ONCE]))
