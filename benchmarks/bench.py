@@ -108,10 +108,10 @@ class Bench:
                 await fill(subject.port, lists, FILLING)
             await fill(subject.port, requests, FILLING)
 
-    async def warm_up(self, subject: Subject, traffic: Traffic, connections: int) -> None:
+    async def warm_up(self, subject: Subject, traffic: Traffic, connections: int, seconds: int = 1) -> None:
         """Put load on one server, and forget what it did."""
         with _named(subject):
-            await load(subject.port, traffic, connections, 1)
+            await load(subject.port, traffic, connections, seconds)
 
     async def measure(
         self, subject: Subject, traffic: Traffic, connections: int, *, misses: bool = False

@@ -12,6 +12,9 @@ from benchmarks.traffic import Cycled, Traffic, another_request_id, identical, l
 
 CONNECTIONS = 32
 CALLERS, SNAPSHOTS = 100, 1_000
+WARM_S = 4
+"""Load before each round of many snapshots: after 10 s without any, the proxy's memory is empty."""
+
 DRAWN = 100_000
 """Requests that are drawn by Zipf's law, in advance."""
 
@@ -31,6 +34,9 @@ class Rate:
     lists: Callable[[], Iterator[bytes]] = _nothing
     singles: Callable[[], Iterator[bytes]] = _nothing
     misses: bool = False
+    warm_s: int = 0
+    """So many seconds of the load go before each round, and are not counted."""
+
     settings: Sequence[str] = ()
     yardsticks: Sequence[str] = (NGINX, VARNISH, AFTERNOON)
     charted: bool = True
@@ -50,6 +56,8 @@ class Rate:
                     await bench.warm_up(subject, self.traffic(-1), self.connections)
             for number in range(bench.rounds):
                 for subject in bench.order(number, measured):
+                    if self.warm_s:
+                        await bench.warm_up(subject, self.traffic(number), self.connections, self.warm_s)
                     rounds[subject.name].append(
                         await bench.measure(
                             subject, self.traffic(number), self.connections, misses=self.misses
@@ -109,6 +117,7 @@ RATES = {
         connections=128,
         lists=lambda: lists(CALLERS, SNAPSHOTS),
         singles=lambda: iter(set(_drawn())),
+        warm_s=WARM_S,
     ),
     "unique": Rate(
         "Every request with another X-Request-Id",

@@ -39,9 +39,7 @@ from proxy.settings.sections import KEYS, Settings
 from proxy.storage.connection import Link
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.ledger import RedisLedger
-from proxy.storage.readiness import trial
 from proxy.storage.store import Store
-from proxy.storage.wire import Wire
 from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
@@ -245,13 +243,7 @@ class App:
                 "embedded-store",
                 consequence="for one replica only; set redis.url to share entries between replicas",
             )
-        return Link(
-            partial(Wire, options.redis_endpoint(self._settings, url)),
-            timeout_s=redis.timeout_s,
-            connect_timeout_s=redis.connect_timeout_s,
-            address=address_of(url),
-            trial=partial(trial, redis.key_prefix),
-        )
+        return options.link(self._settings, url)
 
     async def _store(self, link: Link, memory: Memory, keyring: Keyring, previous: Keyring | None) -> Store:
         fetch_s = options.longest_fetch_s(self._settings)

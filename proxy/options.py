@@ -10,11 +10,13 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from redis.asyncio import Redis
 
 from proxy.cache.memory import Memory
+from proxy.core.address import address_of
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
@@ -27,7 +29,8 @@ from proxy.settings.sections import Settings
 from proxy.storage.client import connector, database, endpoint
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
-from proxy.storage.wire import Endpoint
+from proxy.storage.readiness import trial
+from proxy.storage.wire import Wire
 from proxy.upstream.client import UpstreamOptions
 
 _MINUTE_S: Final = 60.0
@@ -123,7 +126,7 @@ def longest_call_s(settings: Settings) -> float:
 def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
     """Make the function that opens clients to the store at `url`, as the section `redis` says.
 
-    Raises SettingsError as `redis_endpoint` does.
+    Raises SettingsError as `link` does.
     """
     password = _redis_password(settings)
     return connector(
@@ -141,13 +144,20 @@ def keys(settings: Settings) -> Keys:
     return Keys(redis.key_prefix, 0 if redis.url == "embedded" else database(redis.url))
 
 
-def redis_endpoint(settings: Settings, url: str) -> Endpoint:
-    """Read where the store at `url` is, and as whom it is opened, as the section `redis` says.
+def link(settings: Settings, url: str) -> Link:
+    """Make the link to the store at `url`, as the section `redis` says.
 
     Reads the password's file. Raises SettingsError for it, and for a file of authorities that is none.
     """
     redis = settings.redis
-    return endpoint(url, username=redis.username, password=_redis_password(settings), ca_file=redis.ca_file)
+    to = endpoint(url, username=redis.username, password=_redis_password(settings), ca_file=redis.ca_file)
+    return Link(
+        partial(Wire, to),
+        timeout_s=redis.timeout_s,
+        connect_timeout_s=redis.connect_timeout_s,
+        address=address_of(url),
+        trial=partial(trial, redis.key_prefix),
+    )
 
 
 def _redis_password(settings: Settings) -> str:
