@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings as hypothesis_settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from kit.scopes import covers
 
 from proxy.cache.memory import Memory
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, covers
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.conversation import DOUBT_S, LEASE_S, LONGEST_LEASE_S, Announcement, Conversation
 from proxy.storage.keys import Keys

@@ -5,11 +5,12 @@ import tracemalloc
 from dataclasses import replace
 
 import pytest
+from kit.scopes import covers
 
 from proxy.cache.memory import Memory, size_of
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.identity import Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, covers
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
 pytestmark = [pytest.mark.G1, pytest.mark.G6, pytest.mark.G9]

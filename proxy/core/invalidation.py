@@ -5,6 +5,7 @@ them. A new kind of scope is one more class here, and one more case where mypy t
 """
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from proxy.core.identity import Partition
 from proxy.core.request import Call
@@ -41,19 +42,6 @@ class EverythingScope:
 
 
 Scope = EntryScope | CallerScope | SnapshotsScope | EverythingScope
-
-
-def covers(scope: Scope, key: Key) -> bool:
-    """Tell whether an entry that is kept under `key` is invalidated with `scope`."""
-    match scope:
-        case EntryScope(own):
-            return key == own or (_is_list(key) and key.partition == own.partition)
-        case CallerScope(partition):
-            return key.partition == partition
-        case SnapshotsScope(snapshot_ids):
-            return _is_list(key) or ("snapshot" in key.resource.depends_on and key.name in snapshot_ids)
-        case EverythingScope():
-            return True
 
 
 def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
@@ -99,6 +87,8 @@ class InvalidationCounts:
                 self._add(_LISTS, *((snapshot_id,) for snapshot_id in snapshot_ids))
             case EverythingScope():
                 self._for_all += 1
+            case _:
+                assert_never(scope)
 
     def _add(self, *names: "_Name") -> None:
         for name in names:

@@ -1,6 +1,7 @@
 """What each scope of an invalidation covers, and which keys' counts it changes."""
 
 import pytest
+from kit.scopes import covers
 
 from proxy.core.identity import Partition
 from proxy.core.invalidation import (
@@ -10,7 +11,6 @@ from proxy.core.invalidation import (
     InvalidationCounts,
     Scope,
     SnapshotsScope,
-    covers,
 )
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 

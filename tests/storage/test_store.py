@@ -11,6 +11,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
+from kit.scopes import covers
 from kit.support import Valkey, connecting, until
 from redis.asyncio import Redis
 
@@ -23,7 +24,6 @@ from proxy.core.invalidation import (
     EverythingScope,
     Scope,
     SnapshotsScope,
-    covers,
 )
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage import heartbeat, invalidation
