@@ -5,7 +5,7 @@ import logging
 
 import aiohttp
 import pytest
-from kit.support import DROPLET_PATH, app, bearer, scrape, total
+from kit.support import DROPLET_PATH, IN_MEMORY, app, bearer, scrape, total
 
 from proxy.app import Addresses
 from proxy.edge.fastpath import FastPath
@@ -56,7 +56,7 @@ async def test_hits(
     caplog.set_level(logging.INFO)
     upstream = f"upstream.base_url={simulator.url}"
     async with (
-        app(upstream, f"log.access={access}") as at,
+        app(upstream, IN_MEMORY, f"log.access={access}") as at,
         app(upstream, "memory.max_bytes=0") as handled,
         aiohttp.ClientSession(headers=bearer(token.value)) as client,
     ):
@@ -92,7 +92,7 @@ async def test_hits(
 async def test_a_delete_ends_it(simulator: Simulator, token: Token, answered: list[bytes | None]) -> None:
     """The next request on the same connection, with the same bytes, is a miss."""
     async with (
-        app(f"upstream.base_url={simulator.url}") as at,
+        app(f"upstream.base_url={simulator.url}", IN_MEMORY) as at,
         aiohttp.ClientSession(headers=bearer(token.value)) as client,
     ):
         async with client.get(at.api + DROPLET_PATH) as missed:

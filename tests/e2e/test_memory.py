@@ -16,14 +16,11 @@ from typing import Self
 import aiohttp
 import pytest
 from kit.replicas import shared, together
-from kit.support import DEADLINE_S, DROPLET_PATH, Serve, Valkey, app, bearer, scrape, total
+from kit.support import DEADLINE_S, DROPLET_PATH, IN_MEMORY, Serve, Valkey, app, bearer, scrape, total
 from redis.asyncio import Redis
 
 from proxy.simulator import Simulator, Token
 from proxy.storage.conversation import LEASE_S
-
-IN_MEMORY = "memory.max_bytes=67108864"
-"""On, whatever the run says."""
 
 VOLUME_PATH = "/v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41"
 HIT = "hit; ttl="

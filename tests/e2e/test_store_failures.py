@@ -20,6 +20,7 @@ from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
     FROM_REDIS,
+    IN_MEMORY,
     Serve,
     Valkey,
     app,
@@ -60,9 +61,6 @@ async def simulator() -> AsyncIterator[Simulator]:
 def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> tuple[str, ...]:
     """Point the service to the simulator and to a real Valkey."""
     return settings_for(simulator, valkey.url, tmp_path)
-
-
-IN_MEMORY = "memory.max_bytes=67108864"
 
 
 def settings_for(simulator: Simulator, url: str, directory: Path) -> tuple[str, ...]:

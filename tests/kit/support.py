@@ -49,6 +49,9 @@ NO_STALE = ("cache.stale_while_revalidate_s=0", "cache.stale_if_error_s=0")
 AMPLE = ("quota.per_minute=1000000", "quota.per_hour=1000000", "quota.unknown_per_minute=1000000")
 """As much as anybody may call, where the simulator says the same: what it has less was called by others."""
 
+IN_MEMORY = "memory.max_bytes=67108864"
+"""For tests of the memory itself, whatever `TEST_MEMORY` says."""
+
 FROM_REDIS = "memory.max_bytes=0"
 """Every request looks into Redis: for what is changed there, or whose lookups are counted."""
 
