@@ -44,6 +44,9 @@ WORKERS = 2
 MOST_WAITING = 10_000
 """Calls in the queue, at most; by default there are fewer callers and fetches. Beyond it a call fails."""
 
+_OF_REDIS = 0.9
+"""A reply has to come in this part of `timeout_s`: the rest is for the request's way through this process."""
+
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 _LONGEST_PROBATION_S = 0.5
 _PING_S = 0.05
@@ -284,11 +287,13 @@ class Link:
 
     async def _run(self, wire: Wire, commands: Sequence[Command]) -> list[Any]:
         """Run one pipeline; send once more, with their text, the scripts that the server does not know."""
-        replies = await self._within(self._timeout_s, wire.run(commands))
+        replies = await self._within(_OF_REDIS * self._timeout_s, wire.run(commands))
         unknown = [at for at, reply in enumerate(replies) if Script.is_unknown(reply)]
         if unknown:
             calls = [Script.with_text(commands[at]) for at in unknown]
-            for at, reply in zip(unknown, await self._within(self._timeout_s, wire.run(calls)), strict=True):
+            for at, reply in zip(
+                unknown, await self._within(_OF_REDIS * self._timeout_s, wire.run(calls)), strict=True
+            ):
                 replies[at] = reply
         return replies
 

@@ -162,13 +162,13 @@ async def test_errors_are_replies_of_their_own_command(valkey: Valkey) -> None:
 
 
 async def test_a_silent_server_is_too_slow_and_then_away(valkey: Valkey) -> None:
-    """The first pipeline waits for the timeout, then asking fails at once; a server that wakes up is used."""
+    """The first pipeline waits for nine tenths of the timeout, then asking fails; a server that wakes is used."""
     async with linked(valkey.url, timeout_s=SHORT_S) as link:
         valkey.pause()
         loop = asyncio.get_running_loop()
         began = loop.time()
         assert await outcome(link.ask(("ECHO", "x"))) == "slow"
-        assert loop.time() - began >= SHORT_S * 0.99
+        assert loop.time() - began >= SHORT_S * 0.89
         assert not link.up
         asking = asyncio.create_task(link.ask(("ECHO", "x")))
         await asyncio.sleep(0)
