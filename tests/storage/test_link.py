@@ -162,7 +162,7 @@ async def test_errors_are_replies_of_their_own_command(valkey: Valkey) -> None:
 
 
 async def test_a_silent_server_is_too_slow_and_then_away(valkey: Valkey) -> None:
-    """The first pipeline waits for nine tenths of the timeout, then asking fails; a server that wakes is used."""
+    """The first pipeline waits for most of the timeout, then asking fails; a server that wakes up is used."""
     async with linked(valkey.url, timeout_s=SHORT_S) as link:
         valkey.pause()
         loop = asyncio.get_running_loop()
