@@ -122,7 +122,7 @@ async def _stale(stage: Stage) -> None:
     )
     async with set_up("cache.fresh_s=1", "cache.stale_while_revalidate_s=0") as other:
         await other.ask(other.owner, _DROPLET, _MISS)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(1.0)  # the TTL: what is shown is an entry after it
         await other.simulator.stop()
         stale = Expected(HTTPStatus.OK, "fwd=stale; detail=stale-if-error", 0)
         await other.ask(other.owner, _DROPLET, stale)

@@ -101,7 +101,9 @@ class Redis:
     password_file: str = _key("", rules.FILE, "password of the store")
     ca_file: str = _key("", rules.FILE, "authorities to trust for rediss://, PEM")
     timeout_s: float = _key(
-        0.1, rules.TIMEOUT, "longest silence of the store in a round trip; then it is away"
+        0.1,
+        rules.TIMEOUT,
+        "longest wait for a round trip to the store; its reply has nine tenths of that, then it is away",
     )
     connect_timeout_s: float = _key(2.0, rules.TIMEOUT, "for a connection, opened in the background")
     key_prefix: str = _key(

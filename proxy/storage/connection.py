@@ -257,7 +257,7 @@ class Link:
             replies = await self._run(wire, commands or [("PING",)])
         except TimeoutError:
             _fail(batch, Unavailable(too_slow=True))
-            trouble = Refusal("silent", f"no reply within {self._timeout_s:g} s")
+            trouble = Refusal("silent", f"no reply within {_OF_REDIS * self._timeout_s:g} s")
             if self._round_trips == before:
                 self._silent = True
                 self._note(trouble)
