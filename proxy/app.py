@@ -36,9 +36,9 @@ from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
 from proxy.logs import announce, configure, event
 from proxy.settings.sections import KEYS, Settings
-from proxy.storage.connection import Link
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.ledger import RedisLedger
+from proxy.storage.servers import Servers
 from proxy.storage.store import Store
 from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
@@ -228,7 +228,7 @@ class App:
         announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
         return addresses
 
-    async def _link(self) -> Link:
+    async def _link(self) -> Servers:
         """Make the link to Redis; start the embedded server first where `redis.url` names it."""
         redis = self._settings.redis
         url = redis.url
@@ -245,7 +245,9 @@ class App:
             )
         return options.link(self._settings, url)
 
-    async def _store(self, link: Link, memory: Memory, keyring: Keyring, previous: Keyring | None) -> Store:
+    async def _store(
+        self, link: Servers, memory: Memory, keyring: Keyring, previous: Keyring | None
+    ) -> Store:
         fetch_s = options.longest_fetch_s(self._settings)
         store = Store(
             link,
@@ -266,7 +268,7 @@ class App:
         self,
         upstream: Upstream,
         connections: ConnectionSlots,
-        link: Link,
+        link: Servers,
         store: Store,
         previous: Keyring | None,
     ) -> UpstreamGate:

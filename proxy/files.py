@@ -17,6 +17,7 @@ from proxy.system.start import StartError
 
 _BACKLOG = 1024
 _REDIS = 16
+_REDIS_CLUSTER = 256  # two connections to each of 100 primaries, one to listen on, one to ask for the map
 _SPARE = 32  # standard streams, the event loop's own, listeners, name lookups, the embedded server, files
 _LEAST_CALLERS = 8
 _LOG = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def share_out(limit: int, settings: Settings) -> OpenFiles:
     """Share out `limit` descriptors. Raises TooFewFiles below the least that it works with."""
     wished = settings.server.max_connections
     each = 2 if settings.server.tls_cert_file else 1  # TLS: as many handshakes may be under way
-    others = _REDIS + ADMIN_LIMITS.max_connections + ADMIN_LIMITS.max_refused + _SPARE
+    redis = _REDIS_CLUSTER if "+cluster://" in settings.redis.url else _REDIS
+    others = redis + ADMIN_LIMITS.max_connections + ADMIN_LIMITS.max_refused + _SPARE
     upstream = settings.upstream.max_connections
     wanted = 2 * upstream + others + wished * each + MOST_REFUSED + _BACKLOG
     if limit < wanted:

@@ -26,10 +26,15 @@ from proxy.edge.listener import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings
-from proxy.storage.client import connector, database, endpoint
+from proxy.storage.client import Location, connector, database, location
+from proxy.storage.cluster import Cluster
+from proxy.storage.commands import SHARDED
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.readiness import trial
+from proxy.storage.sentinel import Primary, Sentinels
+from proxy.storage.servers import Servers
+from proxy.storage.slots import tag_in
 from proxy.storage.wire import Wire
 from proxy.upstream.client import UpstreamOptions
 
@@ -69,12 +74,12 @@ def listener_limits(settings: Settings, files: OpenFiles) -> ConnectionLimits:
     )
 
 
-def memory(settings: Settings, link: Link) -> Memory:
+def memory(settings: Settings, link: Servers) -> Memory:
     """Give the tier in this process; it is on its own while the store cannot be reached."""
     return Memory(
         settings.memory.max_bytes,
         settings.memory.max_age_s,
-        reachable=lambda: link.up,
+        reachable=lambda: link.channel_up,
         monotonic=time.monotonic,
     )
 
@@ -144,20 +149,59 @@ def keys(settings: Settings) -> Keys:
     return Keys(redis.key_prefix, 0 if redis.url == "embedded" else database(redis.url))
 
 
-def link(settings: Settings, url: str) -> Link:
-    """Make the link to the store at `url`, as the section `redis` says.
+def where_redis_is(settings: Settings, url: str) -> Location:
+    """Read the `url` of the store, as the section `redis` says.
 
-    Reads the password's file. Raises SettingsError for it, and for a file of authorities that is none.
+    Reads the files of passwords. Raises SettingsError for them, and for a file of authorities that is none.
     """
     redis = settings.redis
-    to = endpoint(url, username=redis.username, password=_redis_password(settings), ca_file=redis.ca_file)
-    return Link(
-        partial(Wire, to),
-        timeout_s=redis.timeout_s,
-        connect_timeout_s=redis.connect_timeout_s,
-        address=address_of(url),
-        trial=partial(trial, redis.key_prefix),
+    sentinel = ""
+    if redis.sentinel_password_file:
+        read = read_password(redis.sentinel_password_file, setting="redis.sentinel_password_file")
+        sentinel = read.decode(errors="replace")
+    return location(
+        url,
+        username=redis.username,
+        password=_redis_password(settings),
+        ca_file=redis.ca_file,
+        sentinel=(redis.sentinel_username, sentinel),
     )
+
+
+def link(settings: Settings, url: str) -> Servers:
+    """Make what commands go to: the server, the primary or the Cluster at `url`.
+
+    Raises SettingsError as `where_redis_is` does.
+    """
+    redis, where = settings.redis, where_redis_is(settings, url)
+    prefix, address = redis.key_prefix, address_of(url)
+    match where.kind:
+        case "server":
+            return Link(
+                partial(Wire, where.server),
+                timeout_s=redis.timeout_s,
+                connect_timeout_s=redis.connect_timeout_s,
+                address=address,
+                trial=partial(trial, prefix),
+            )
+        case "sentinel":
+            return Primary(
+                Sentinels(where.endpoints, where.service),
+                where.server,
+                timeout_s=redis.timeout_s,
+                connect_timeout_s=redis.connect_timeout_s,
+                address=address,
+                trial=partial(trial, prefix),
+            )
+        case "cluster":
+            return Cluster(
+                where.endpoints,
+                channel=keys(settings).channel,
+                timeout_s=redis.timeout_s,
+                connect_timeout_s=redis.connect_timeout_s,
+                address=address,
+                trial=lambda slots: trial(prefix, tag=tag_in(slots), pubsub=SHARDED),
+            )
 
 
 def _redis_password(settings: Settings) -> str:

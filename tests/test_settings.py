@@ -126,6 +126,10 @@ def test_accepted(override: str, expected: object) -> None:
         "redis://[::1]:6379/",
         "rediss://user:pass%40word@valkey.lan:6380/15",
         "unix:///run/valkey/valkey.sock",
+        "redis+sentinel://u:p@a:26379,[::1]:26379,c/my-service.1?db=2",
+        "rediss+sentinel://a/main",
+        "redis+cluster://:p%40@a:7000,b/",
+        "rediss+cluster://a",
         "unix://user:pass@/run/valkey.sock?db=3",
     ],
 )
@@ -138,8 +142,9 @@ def test_redis_url_accepted(url: str) -> None:
 
 API = "must be https://HOST[:PORT], or http:// towards loopback, without user, path or query"
 STORE = (
-    "must be embedded, redis://[USER:PASSWORD@]HOST[:PORT][/DB], the same with rediss,"
-    " or unix:///SOCKET[?db=DB]"
+    "must be embedded, redis://[USER:PASSWORD@]HOST[:PORT][/DB], unix:///SOCKET[?db=DB],"
+    " redis+sentinel://[USER:PASSWORD@]HOST[:PORT],.../SERVICE[?db=DB], redis+cluster://[USER:PASSWORD@]HOST[:PORT],...,"
+    " or with rediss for redis"
 )
 EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or empty"
 
@@ -261,14 +266,25 @@ EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or em
             id="mask",
         ),
         pytest.param(
-            "redis.url=redis+sentinel://u:p@a:1,b:2/main",
-            f'"redis+sentinel://***" (--set): this version does not speak to Redis Sentinel yet; {STORE}',
-            id="sentinel",
+            "redis.url=redis+sentinel://u:p@a:1,b:70000/main",
+            f'"redis+sentinel://***@a:1,b:70000/main" (--set): {STORE}',
+            id="sentinel-port",
         ),
         pytest.param(
-            "redis.url=redis+cluster://a:1",
-            f'"redis+cluster://a:1" (--set): this version does not speak to Redis Cluster yet; {STORE}',
-            id="cluster",
+            "redis.url=rediss+sentinel://a:1,b:2",
+            '"rediss+sentinel://a:1,b:2" (--set): the service that the Sentinels watch has to stand behind'
+            f" their addresses; {STORE}",
+            id="sentinel-without-service",
+        ),
+        pytest.param(
+            "redis.url=redis+cluster://a:1/2",
+            f'"redis+cluster://a:1/2" (--set): a Cluster has no numbered databases; {STORE}',
+            id="cluster-with-database",
+        ),
+        pytest.param(
+            "redis.url=redis+cluster://a:1,,b:2",
+            f'"redis+cluster://***" (--set): {STORE}',
+            id="cluster-no-host",
         ),
     ],
 )
@@ -574,7 +590,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "cache.fresh_s": st.integers(0, 31_536_000),
     "cache.jitter": st.floats(0, 1, exclude_max=True),
     "memory.max_bytes": st.integers(0, 1 << 40),
-    "redis.url": st.sampled_from(["redis://h:1/2", "rediss://[::1]", "unix:///run/x.sock?db=1"]),
+    "redis.url": st.sampled_from(
+        ["redis://h:1/2", "rediss://[::1]", "unix:///run/x.sock?db=1", "redis+sentinel://a,b:1/x"]
+    ),
     "redis.username": PRINTABLE,
     "security.secret_file": PRINTABLE.filter(bool),
     "upstream.http_proxy": st.sampled_from(["", "https://egress.lan:3128"]),

@@ -2,7 +2,15 @@
 
 from urllib.parse import unquote, urlsplit
 
-_PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379}
+_PORTS = {
+    "http": 80,
+    "https": 443,
+    "redis": 6379,
+    "rediss": 6379,
+    "redis+cluster": 6379,
+    "rediss+cluster": 6379,
+}
+_PORTS |= {"redis+sentinel": 26379, "rediss+sentinel": 26379}
 
 
 def address_of(url: str) -> str:

@@ -17,6 +17,7 @@ _DAY_S: Final = 86_400
 _YEAR_S: Final = 365 * _DAY_S
 _TEBIBYTE: Final = 1 << 40
 _MOST: Final = 1_000_000
+_MOST_PORT: Final = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,12 @@ SOCKET: Final = r"/[\w./:+-]+(?:\?db=\d{1,5})?"
 """The path of a Unix socket in `redis.url`, as a regular expression."""
 
 
+_SERVER: Final = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+
+SERVERS: Final = rf"{_SERVER}(?:,{_SERVER})*"
+"""Hosts and ports in `redis.url`, as a regular expression."""
+
+
 def _redis_url(text: str) -> str:
     match text.partition("://")[0]:
         case "embedded" if text == "embedded":
@@ -190,13 +197,24 @@ def _redis_url(text: str) -> str:
             pass
         case "unix" if re.fullmatch(rf"unix://([^@/]*@)?{SOCKET}", text):
             pass
-        case "redis+sentinel":
-            raise ValueError("this version does not speak to Redis Sentinel yet")
-        case "redis+cluster":
-            raise ValueError("this version does not speak to Redis Cluster yet")
+        case "redis+sentinel" | "rediss+sentinel" if _names(text, r"/[A-Za-z0-9._-]+(?:\?db=\d{1,5})?"):
+            pass
+        case "redis+sentinel" | "rediss+sentinel" if _names(text, r"/?"):
+            raise ValueError("the service that the Sentinels watch has to stand behind their addresses")
+        case "redis+cluster" | "rediss+cluster" if _names(text, r"/?"):
+            pass
+        case "redis+cluster" | "rediss+cluster" if _names(text, r"/\d+"):
+            raise ValueError("a Cluster has no numbered databases")
         case _:
             raise ValueError
     return text
+
+
+def _names(text: str, rest: str) -> bool:
+    """Tell whether servers stand behind the scheme, each with a port that exists, and then `rest`."""
+    found = re.fullmatch(rf"[a-z+]+://(?:[^@/]*@)?(?P<servers>{SERVERS}){rest}", text)
+    ports = re.findall(r":([0-9]+)(?:,|$)", found["servers"]) if found else []
+    return found is not None and all(0 < int(port) <= _MOST_PORT for port in ports)
 
 
 def _key_prefix(text: str) -> str:
@@ -206,7 +224,7 @@ def _key_prefix(text: str) -> str:
 
 
 HOST: Final = _text("a host name or an IP address, without port or brackets", _host)
-PORT: Final = whole(0, 65_535)
+PORT: Final = whole(0, _MOST_PORT)
 FILE: Final = _text("the path of a readable file, or empty", is_file=True)
 FLAG: Final = _flag()
 PRINTABLE: Final = _text("printable text")
@@ -224,7 +242,9 @@ PROXY_URL: Final = _text(
     "http://[USER:PASSWORD@]HOST[:PORT], the same with https, or empty", _proxy_url, secret=True
 )
 REDIS_URL: Final = _text(
-    "embedded, redis://[USER:PASSWORD@]HOST[:PORT][/DB], the same with rediss, or unix:///SOCKET[?db=DB]",
+    "embedded, redis://[USER:PASSWORD@]HOST[:PORT][/DB], unix:///SOCKET[?db=DB],"
+    " redis+sentinel://[USER:PASSWORD@]HOST[:PORT],.../SERVICE[?db=DB], redis+cluster://[USER:PASSWORD@]HOST[:PORT],...,"
+    " or with rediss for redis",
     _redis_url,
     secret=True,
 )

@@ -99,7 +99,9 @@ class Redis:
     url: str = _key("embedded", rules.REDIS_URL, "the store; embedded: a private one, for one replica")
     username: str = _key("", rules.PRINTABLE, "user of the store")
     password_file: str = _key("", rules.FILE, "password of the store")
-    ca_file: str = _key("", rules.FILE, "authorities to trust for rediss://, PEM")
+    ca_file: str = _key("", rules.FILE, "authorities to trust for rediss, PEM")
+    sentinel_username: str = _key("", rules.PRINTABLE, "user of the Sentinels themselves")
+    sentinel_password_file: str = _key("", rules.FILE, "password of the Sentinels themselves")
     timeout_s: float = _key(
         0.1,
         rules.TIMEOUT,

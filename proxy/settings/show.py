@@ -12,8 +12,9 @@ from proxy.settings.sections import KEYS, SECTIONS, Key, Loaded, Settings
 
 _SHOWN_CHARS: Final = 120
 _INT_BITS: Final = 64
-_HARMLESS: Final = rf"(?:(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{{0,5}})?)?(?:/|{SOCKET})?"
-"""What may stand behind user and password and is shown: host, port, path of a socket."""
+_SERVER: Final = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{0,5})?"
+_HARMLESS: Final = rf"(?:{_SERVER}(?:,{_SERVER})*)?(?:/|{SOCKET})?"
+"""What may stand behind user and password and is shown: hosts, ports, the path of a socket, a service."""
 
 
 def to_toml(loaded: Loaded) -> str:

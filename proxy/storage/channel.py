@@ -8,7 +8,7 @@ answers nothing until a beat has come back on the new connection.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from proxy.core.events import StoreOperation
@@ -16,10 +16,11 @@ from proxy.core.incident import Incident
 from proxy.core.invalidation import Scope
 from proxy.logs import event
 from proxy.storage.commands import Command
-from proxy.storage.connection import Link, Unavailable
+from proxy.storage.connection import Unavailable
 from proxy.storage.conversation import BEAT_S, Conversation
 from proxy.storage.keys import Keys
 from proxy.storage.readiness import words
+from proxy.storage.servers import Servers
 from proxy.storage.values import refuse_errors
 from proxy.storage.wire import Wire
 from proxy.tasks.listening import ListeningTimeout
@@ -38,7 +39,7 @@ class Channel:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         keys: Keys,
         conversation: Conversation,
         *,
@@ -68,15 +69,15 @@ class Channel:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def invalidate(self, scope: Scope, *commands: Command) -> None:
-        """Run the `commands` that invalidate `scope` in Redis, and announce it to the other replicas.
+    async def invalidate(self, scope: Scope, *groups: Sequence[Command]) -> None:
+        """Run what invalidates `scope` in Redis, group by group, and announce it to the other replicas then.
 
         Returns when none of them serves from memory what was invalidated: all have acknowledged it, or their
         leases have expired. Raises Unavailable.
         """
         announcement = self._conversation.announce(scope)
         try:
-            refuse_errors(await self._link.ask(*commands, announcement.command))
+            refuse_errors(await self._link.ask_in_turn(*groups, [announcement.command]))
             published = self._monotonic()
             while (left_s := self._conversation.left_s(announcement, published)) > 0:
                 announcement.changed.clear()
@@ -91,32 +92,37 @@ class Channel:
 
     async def _listen(self) -> None:
         while True:
-            wire = self._link.connect()
+            wire: Wire | None = None
             try:
+                wire = self._link.listener()
                 await self._converse(wire)
             except Exception as error:  # noqa: BLE001 # whatever it is: without the channel memory would stay off
-                self._note(words(error, wire.password))
+                self._note(words(error, "" if wire is None else wire.password))
             finally:
                 self._conversation.lost()
-                wire.close()
+                if wire is not None:
+                    wire.close()
             await asyncio.sleep(_BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)])
             self._failures += 1
 
     async def _converse(self, wire: Wire) -> None:
         """Listen until the connection ends, or is silent for too long; beat meanwhile. Raises OSError."""
+        pubsub = self._link.pubsub
         async with ListeningTimeout(SILENCE_S) as silence:
 
             def hear(message: object) -> None:
                 silence.restart(SILENCE_S)
                 match message:
-                    case [b"message", _, data]:
+                    case [kind, _, data] if kind == pubsub.message:
                         self._conversation.hear(data)
+                    case [b"sunsubscribe", *_]:  # the slot of the channel has moved to another node
+                        wire.close()
                     case _:
                         pass
 
             wire.on_message = hear
             await wire.open()
-            (reply,) = await wire.run([("SUBSCRIBE", self._name)])
+            (reply,) = await wire.run([(pubsub.subscribe, self._name)])
             if isinstance(reply, Exception):
                 raise reply
             self._conversation.subscribed()
@@ -161,7 +167,7 @@ class Channel:
 
     def _note(self, reason: str) -> None:
         """Log that this replica is deaf, unless the log says already that Redis is not usable."""
-        if self._link.up and self._deaf.sign(self._monotonic()):
+        if self._link.channel_up and self._deaf.sign(self._monotonic()):
             event(
                 _LOG,
                 logging.WARNING,

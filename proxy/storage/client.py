@@ -1,8 +1,14 @@
-"""Clients by URL, for `Link`: one connection each, opened once; no retries and no timeouts of redis-py's."""
+"""What `redis.url` says: where the servers are, and of which kind; and clients of redis-py's by URL.
 
+A client has one connection, opened once; no retries and no timeouts of redis-py's.
+"""
+
+import re
 import ssl
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Connection, Redis
 from redis.asyncio.connection import parse_url
@@ -59,7 +65,9 @@ def connector(
 
 
 def database(url: str) -> int:
-    """Tell which database of the server a `redis://`, `rediss://` or `unix://` URL names; 0 by default."""
+    """Tell which database of the server a URL names; 0 by default, and in a Cluster."""
+    if found := _SEVERAL.fullmatch(url):
+        return int(found["db"] or 0)
     return int(parse_url(url).get("db") or 0)
 
 
@@ -79,3 +87,70 @@ def endpoint(url: str, *, username: str = "", password: str = "", ca_file: str =
         password=password or found.get("password") or "",
         tls=ssl.create_default_context(cafile=ca_file or None) if url.startswith("rediss://") else None,
     )
+
+
+Kind = Literal["server", "sentinel", "cluster"]
+
+_SEVERAL: Final = re.compile(
+    r"(?P<scheme>rediss?)\+(?P<kind>sentinel|cluster)://(?:(?P<userinfo>[^/]*)@)?(?P<hosts>[^/@?]+)"
+    r"(?:/(?P<service>[^/?]*))?(?:\?db=(?P<db>\d+))?"
+)
+_PORTS: Final = {"sentinel": 26379, "cluster": 6379}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where `redis.url` leads.
+
+    `endpoints` are the server, the Sentinels, or the nodes of a Cluster that are asked first. `server` says
+    as which user, with which database and TLS the servers are opened that the Sentinels name.
+    """
+
+    kind: Kind
+    endpoints: tuple[Endpoint, ...]
+    service: str = ""
+    server: Endpoint = field(default_factory=Endpoint)
+
+
+def location(
+    url: str,
+    *,
+    username: str = "",
+    password: str = "",
+    ca_file: str = "",
+    sentinel: tuple[str, str] = ("", ""),
+) -> Location:
+    """Read any URL that `redis.url` may have, but `embedded`.
+
+    `username`, `password` and `ca_file` are as in `endpoint`; `sentinel` are the user and the password of
+    the Sentinels themselves. The schemes `rediss+sentinel` and `rediss+cluster` mean TLS to every server,
+    Sentinels included.
+    """
+    found = _SEVERAL.fullmatch(url)
+    if found is None:
+        only = endpoint(url, username=username, password=password, ca_file=ca_file)
+        return Location("server", (only,), server=only)
+    user, _, secret = (found["userinfo"] or "").partition(":")
+    is_sentinel = found["kind"] == "sentinel"
+    server = Endpoint(
+        database=int(found["db"] or 0),
+        username=username or unquote(user),
+        password=password or unquote(secret),
+        tls=ssl.create_default_context(cafile=ca_file or None) if found["scheme"] == "rediss" else None,
+    )
+    asked = replace(server, database=0, username=sentinel[0], password=sentinel[1]) if is_sentinel else server
+    return Location(
+        "sentinel" if is_sentinel else "cluster",
+        tuple(
+            replace(asked, host=host, port=port)
+            for host, port in _hosts(found["hosts"], _PORTS[found["kind"]])
+        ),
+        unquote(found["service"] or ""),
+        server,
+    )
+
+
+def _hosts(text: str, default_port: int) -> Iterator[tuple[str, int]]:
+    for each in text.split(","):
+        parts = urlsplit(f"//{each}")
+        yield parts.hostname or "localhost", parts.port or default_port

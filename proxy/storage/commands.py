@@ -13,10 +13,24 @@ into the file's first line, as `local NAME = value`: so the server's errors name
 from collections.abc import Sequence
 from hashlib import sha1
 from importlib.resources import files
-from typing import ClassVar
+from typing import ClassVar, Final, NamedTuple
 
 Command = tuple[str | bytes | int, ...]
 """The name of a command, and its arguments."""
+
+
+class PubSub(NamedTuple):
+    """The commands of a channel, and how a message on it begins."""
+
+    subscribe: str
+    publish: str
+    message: bytes
+
+
+PUBLISHED: Final = PubSub("SUBSCRIBE", "PUBLISH", b"message")
+SHARDED: Final = PubSub("SSUBSCRIBE", "SPUBLISH", b"smessage")
+"""In a Cluster the channel belongs to the node that owns the slot of its name, as a key does: that node
+delivers in order what it was sent."""
 
 
 class Script:

@@ -28,9 +28,10 @@ deadline of its own: its commands wait for a worker, and then for Redis. Every c
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
-from proxy.storage.commands import Command, Script
+from proxy.storage.commands import PUBLISHED, Command, Script
 from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal, is_of_no_use, lost, refusal, refused
 from proxy.storage.wire import Wire
@@ -53,7 +54,7 @@ _PING_S = 0.05
 _STABLE_S = 1.0
 """After a connection that was usable for so long the back-off begins anew."""
 
-_PATIENCE_AT_START_S = 2.0
+PATIENCE_AT_START_S = 2.0
 """A start waits so long for a Redis that is silent. One that answers, or refuses, does so at once."""
 
 
@@ -86,8 +87,11 @@ class Link:
     `connect` makes a connection (one for each worker), `address` is what logs call the
     server, and `trial` lists the commands that a connection has to take before it is used
     (`readiness.trial`). `timeout_s` bounds the silence of Redis in one round trip, `connect_timeout_s` an
-    attempt to connect, which no call waits for.
+    attempt to connect, which no call waits for. `is_of_no_use` tells from a reply that the server cannot be
+    used.
     """
+
+    pubsub = PUBLISHED
 
     def __init__(
         self,
@@ -97,8 +101,11 @@ class Link:
         connect_timeout_s: float,
         address: str = "",
         trial: Callable[[], Sequence[Command]] = tuple,
+        is_of_no_use: Callable[[Any], bool] = is_of_no_use,
     ) -> None:
         self.connect = connect
+        self.address = address
+        self._is_of_no_use = is_of_no_use
         self._trial = trial
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
@@ -120,14 +127,28 @@ class Link:
         """Tell whether Redis is usable: a worker is connected, and the last pipeline had its replies."""
         return self._connected > 0 and not self._silent
 
-    async def start(self) -> None:
-        """Begin to connect, and wait up to _PATIENCE_AT_START_S for the first attempt; `up` is its result."""
+    @property
+    def primaries(self) -> tuple[str, ...]:
+        """Name the servers that may change: there is but one, and it stays."""
+        return ()
+
+    @property
+    def channel_up(self) -> bool:
+        """Tell whether the server that carries the channel is usable: here there is but one."""
+        return self.up
+
+    def begin(self) -> None:
+        """Begin to connect."""
         self._workers = [
             asyncio.create_task(self._worker(is_first=number == 0), name=f"redis-worker-{number}")
             for number in range(WORKERS)
         ]
+
+    async def start(self) -> None:
+        """Begin to connect, and wait up to PATIENCE_AT_START_S for the first attempt; `up` is its result."""
+        self.begin()
         try:
-            async with ListeningTimeout(_PATIENCE_AT_START_S):
+            async with ListeningTimeout(PATIENCE_AT_START_S):
                 await self._first_attempt.wait()
         except TimeoutError:
             self._note(Refusal("silent", "it has not answered yet"))
@@ -146,12 +167,30 @@ class Link:
         each, or its own twice: scripts that the server does not know by their digest are sent once more,
         with their text.
         """
+        return await self.send(commands)
+
+    def send(self, commands: Sequence[Command]) -> "asyncio.Future[list[Any]]":
+        """Do what `ask` does, and give its result as a future. Raises Unavailable at once where it can."""
         if not self.up or len(self._queue) >= MOST_WAITING:
             raise Unavailable(too_slow=self._connected > 0)
         ask = _Ask(commands, asyncio.get_running_loop().create_future())
         self._queue.append(ask)
         self._asked.set()
-        return await ask.replies
+        return ask.replies
+
+    async def ask_in_turn(self, *groups: Sequence[Command]) -> list[Any]:
+        """Run groups of commands, each after the one before: one server runs a pipeline in its order."""
+        return await self.ask(*chain.from_iterable(groups))
+
+    def listener(self) -> Wire:
+        """Make a connection to the server that carries the channel."""
+        return self.connect()
+
+    def leave(self) -> None:
+        """Have every worker connect anew: another server is to be used from now on."""
+        self._refusals += 1
+        self._connected = 0
+        self._asked.set()  # for the workers that are idle
 
     # -- a worker ------------------------------------------------------------------------------
 
@@ -207,6 +246,7 @@ class Link:
         self._first_attempt.set()
         tried = self._refusals
         trouble: Refusal | None = None
+        wire.on_lost = self._asked.set  # so that an idle worker notices
         try:
             while trouble is None:
                 trouble = await self._take(wire, tried)
@@ -243,6 +283,8 @@ class Link:
             await self._asked.wait()
         if tried != self._refusals:
             return Refusal("refused", "")
+        if wire.has_ended:
+            return Refusal("lost", "")
         self._asked.clear()
         batch = tuple(self._queue)
         self._queue.clear()
@@ -278,11 +320,9 @@ class Link:
                 ask.replies.set_result(replies[start:end])
             start = end
         # A server that was demoted, is full or loads its data: what the next connection is refused says more.
-        unfit = any(isinstance(reply, Exception) and is_of_no_use(reply) for reply in replies)
+        unfit = any(isinstance(reply, Exception) and self._is_of_no_use(reply) for reply in replies)
         if unfit and tried == self._refusals:
-            self._refusals += 1
-            self._connected = 0
-            self._asked.set()  # for the workers that are idle
+            self.leave()
         return Refusal("refused", "") if unfit else None
 
     async def _run(self, wire: Wire, commands: Sequence[Command]) -> list[Any]:

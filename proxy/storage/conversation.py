@@ -28,7 +28,7 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring
 from proxy.core.invalidation import EverythingScope, Scope
 from proxy.core.ports import Hearing
-from proxy.storage.commands import Command
+from proxy.storage.commands import PUBLISHED, Command, PubSub
 from proxy.storage.keys import Keys
 from proxy.storage.membership import Membership
 from proxy.storage.messages import Beat, Heard, Invalidated, Message, Unintelligible, decode, encode
@@ -83,8 +83,10 @@ class Conversation:
         *,
         observe: Callable[[StoreOperation], None],
         monotonic: Callable[[], float],
+        pubsub: PubSub = PUBLISHED,
     ) -> None:
         self._name = keys.channel
+        self._publish = pubsub.publish
         self._keyring = keyring
         self._members = members
         self._tier = tier
@@ -219,4 +221,4 @@ class Conversation:
         self._heard_at = {who: at for who, at in self._heard_at.items() if now - at < LONGEST_LEASE_S}
 
     def _say(self, message: Message) -> Command:
-        return ("PUBLISH", self._name, encode(message, self._name, self._keyring))
+        return (self._publish, self._name, encode(message, self._name, self._keyring))

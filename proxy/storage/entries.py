@@ -27,9 +27,10 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.commands import Command, Script
-from proxy.storage.connection import Link, Unavailable
+from proxy.storage.connection import Unavailable
 from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.keys import EntryKeys, Keys
+from proxy.storage.servers import Servers
 from proxy.storage.values import TOMBSTONE, as_bytes, as_stamp, new_stamp, refuse_error
 
 _CALLED_AT = {"CALLED_AT_FIRST": CALLED_AT_BYTES[0], "CALLED_AT_LAST": CALLED_AT_BYTES[1]}
@@ -42,7 +43,7 @@ class Entries:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         keys: Keys,
         keyring: Keyring,
         pending: PendingInvalidations,
@@ -136,11 +137,11 @@ class Entries:
         caller, lists, *_ = basis.stamps
         try:
             ids = [self._keys.snapshot(name) for name in keys]
-            again = await self._link.ask(
-                *(("SET", name, new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in ids),
-                *(("GET", name) for name in ids),
-                *(("GET", name) for name in list_keys.stamps),
-            )
+            make: list[Command] = [
+                ("SET", name, new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in ids
+            ]
+            read: list[Command] = [("GET", name) for name in ids]
+            again = await self._link.ask_in_turn([*make, *read], [("GET", name) for name in list_keys.stamps])
             made, stamps, now = again[: len(ids)], again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
             if self._pending.covers(list_keys) or now != [*basis.stamps]:
                 return nothing

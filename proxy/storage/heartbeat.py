@@ -13,11 +13,11 @@ from contextlib import suppress
 
 from proxy.core.incident import Incident
 from proxy.logs import event
-from proxy.storage.commands import Command
-from proxy.storage.connection import Link, Unavailable
+from proxy.storage.connection import Unavailable
 from proxy.storage.conversation import Conversation
-from proxy.storage.invalidation import PendingInvalidations
+from proxy.storage.invalidation import PendingInvalidations, in_order
 from proxy.storage.membership import Membership
+from proxy.storage.servers import Servers
 
 HEARTBEAT_S = 1.0
 _LOG = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         pending: PendingInvalidations,
         members: Membership,
         *,
@@ -63,12 +63,13 @@ class Heartbeat:
         """Send one heartbeat. Give what `Membership.heard` gives of other replicas. Raises Unavailable."""
         now = self._clock()
         names = self._pending.to_delete()
-        commands: list[Command] = [("DEL", name) for name in names]
+        groups = in_order(names)
         if names and self.conversation is not None:
-            commands.append(self.conversation.everything())
-        replies = await self._link.ask(*commands, *self._members.heartbeat(now))
+            groups.append([self.conversation.everything()])
+        beat = self._members.heartbeat(now)
+        replies = await self._link.ask_in_turn(*groups, beat)
         self._pending.settle(names, replies[: len(names)])
-        others, more = self._members.heard(replies[len(commands) :], now)
+        others, more = self._members.heard(replies[-len(beat) :], now)
         self._tell_of_secrets()
         if more:
             await self._link.ask(*more)

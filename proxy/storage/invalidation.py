@@ -20,8 +20,9 @@ from proxy.core.resources import Key
 from proxy.logs import event
 from proxy.storage.channel import Channel
 from proxy.storage.commands import Command
-from proxy.storage.connection import Link, Unavailable
+from proxy.storage.connection import Unavailable
 from proxy.storage.keys import EntryKeys, Keys
+from proxy.storage.servers import Servers
 from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error, refuse_errors
 
 MOST_PENDING = 1024
@@ -102,6 +103,12 @@ class PendingInvalidations:
             )
 
 
+def in_order(stamps: Sequence[bytes]) -> list[Sequence[Command]]:
+    """Give what deletes `stamps`, the first one before all others: `Entries.seed` says why."""
+    deletions: list[Command] = [("DEL", name) for name in stamps]
+    return [each for each in (deletions[:1], deletions[1:]) if each]
+
+
 class Invalidations:
     """Invalidates scopes in Redis; with a `channel`, the other replicas invalidate their memories, too.
 
@@ -110,7 +117,7 @@ class Invalidations:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         keys: Keys,
         keyring: Keyring,
         pending: PendingInvalidations,
@@ -132,26 +139,27 @@ class Invalidations:
     async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
         """Invalidate what `scope` covers, and tell whether Redis did it; else it is pending. Never raises.
 
-        It is published in the same round trip. This returns when no other replica serves any of it from its
-        memory: at most 1.1 s after Redis did it.
+        It is published in the same round trip, in a Cluster after it. This returns when no other replica
+        serves any of it from its memory: at most 1.1 s after Redis did it.
 
         `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `refusal` comes with a
         CallerScope.
         """
         stamps = self._stamps(scope)
+        groups: list[Sequence[Command]]
         match scope:
             case EntryScope(key):
-                commands = self._replace(key)
+                groups = [self._replace(key)]
             case CallerScope(partition) if refusal is not None:
-                commands = [self._refuse(partition, refusal)]
+                groups = [[self._refuse(partition, refusal)]]
             case _:
-                commands = [("DEL", name) for name in stamps]
+                groups = in_order(stamps)
         operation: Literal["end", "drop"] = "drop" if by_read else "end"
         try:
             if self._channel is None:
-                refuse_errors(await self._link.ask(*commands))
+                refuse_errors(await self._link.ask_in_turn(*groups))
             else:
-                await self._channel.invalidate(scope, *commands)
+                await self._channel.invalidate(scope, *groups)
         except Unavailable as error:
             self._observe(StoreOperation(operation, error.outcome))
             self._pending.add(stamps, error, asked=not by_read)

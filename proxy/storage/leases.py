@@ -28,8 +28,9 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring
 from proxy.core.resources import Key
 from proxy.storage.commands import Script
-from proxy.storage.connection import Link, Unavailable
+from proxy.storage.connection import Unavailable
 from proxy.storage.keys import Keys
+from proxy.storage.servers import Servers
 from proxy.storage.values import as_bytes, new_stamp, refuse_error
 
 LEASE_MS = 2000
@@ -47,7 +48,7 @@ class Leases:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         keys: Keys,
         keyring: Keyring,
         *,

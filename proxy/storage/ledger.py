@@ -15,8 +15,9 @@ from proxy.core.operations import Operation
 from proxy.core.quota import PAUSES, PROBE_S, TURN_S, Admitted, CallClass, Postponed, QuotaLimits
 from proxy.core.windows import shares
 from proxy.storage.commands import Command, Script
-from proxy.storage.connection import Link, Unavailable
+from proxy.storage.connection import Unavailable
 from proxy.storage.keys import Keys
+from proxy.storage.servers import Servers
 
 MARGIN_S = 60
 """A ledger is kept for so much longer than it counts: an hour; for an unverified token only a minute, since
@@ -60,7 +61,7 @@ class RedisLedger:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         keys: Keys,
         limits: QuotaLimits,
         *,

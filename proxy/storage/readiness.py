@@ -19,7 +19,7 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
-from proxy.storage.commands import Command, Script
+from proxy.storage.commands import PUBLISHED, Command, PubSub, Script
 from proxy.system.openssl import openssl_words
 
 _TRIAL_TTL_S = 10
@@ -37,6 +37,14 @@ _MENDS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("NOAUTH", "WRONGPASS"), "set redis.username and redis.password_file"),
     (("ERR DB index",), "redis.url names a database that it does not have"),
+    (
+        ("MOVED ", "ASK ", "TRYAGAIN"),
+        "another node serves this slot: redis.url of a Cluster begins with redis+cluster://",
+    ),
+    (
+        ("ERR This instance has cluster support disabled",),
+        "it is no Cluster: let redis.url begin with redis://",
+    ),
     (("ERR unknown command", "ERR Unsupported option"), "use Redis 7 or newer, or Valkey"),
     (("ERR max number of clients",), "raise its maxclients"),
 )
@@ -65,9 +73,12 @@ class Refusal:
     mend: str = ""
 
 
-def trial(prefix: str) -> list[Command]:
-    """List the commands, on three keys under `prefix` that expire after 10 s; one slot of a Cluster."""
-    key = f"{prefix}:1:{{{secrets.token_hex(8)}}}:trial"
+def trial(prefix: str, *, tag: str = "", pubsub: PubSub = PUBLISHED) -> list[Command]:
+    """List the commands, on three keys under `prefix` that expire after 10 s.
+
+    In a Cluster they are in the slot of `tag`, and `pubsub` has the commands of its channel.
+    """
+    key = f"{prefix}:1:{{{tag or secrets.token_hex(8)}}}:trial"
     text, table, ranked = key, f"{key}:hash", f"{key}:zset"
     return [
         ("SET", text, "x", "NX", "GET", "EX", _TRIAL_TTL_S),
@@ -86,7 +97,7 @@ def trial(prefix: str) -> list[Command]:
         ("ZRANGE", ranked, 0, -1),
         ("ZREMRANGEBYSCORE", ranked, 0, 1),
         ("ZREM", ranked, "x"),
-        ("PUBLISH", text, "x"),
+        (pubsub.publish, text, "x"),
         ("TIME",),
         ("EVAL", _TRIAL.text, 1, text),
         ("EVALSHA", _TRIAL.digest, 1, text),

@@ -1,4 +1,4 @@
-"""The store that the rest of the program knows: entries, leases and invalidations on one Redis, put together.
+"""The store that the rest of the program knows: entries, leases and invalidations in Redis, put together.
 
 Each has a file of its own; this file only connects them. Three share the pending invalidations:
 Invalidations adds to them, Entries neither reads nor stores what they cover, Heartbeat sends them again.
@@ -13,7 +13,6 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring
 from proxy.core.ports import Hearing
 from proxy.storage.channel import Channel
-from proxy.storage.connection import Link
 from proxy.storage.conversation import Conversation
 from proxy.storage.entries import Entries
 from proxy.storage.heartbeat import Heartbeat
@@ -21,10 +20,11 @@ from proxy.storage.invalidation import Invalidations, PendingInvalidations
 from proxy.storage.keys import Keys
 from proxy.storage.leases import Leases
 from proxy.storage.membership import Membership
+from proxy.storage.servers import Servers
 
 
 class Store:
-    """The entries of all callers on one Redis.
+    """The entries of all callers in one Redis: one server, a set with Sentinels, or a Cluster.
 
     `stamp_ttl_s` is longer than any entry is kept, `guard_s` longer than any fetch takes. `previous` is the
     keyring before, while the secret is changed; `address` says in the log where Redis is. `clock` gives
@@ -33,7 +33,7 @@ class Store:
 
     def __init__(
         self,
-        link: Link,
+        link: Servers,
         keys: Keys,
         keyring: Keyring,
         *,
@@ -55,7 +55,13 @@ class Store:
         self._channel = None
         if tier is not None:
             conversation = Conversation(
-                keys, keyring, self._members, tier, observe=observe, monotonic=monotonic
+                keys,
+                keyring,
+                self._members,
+                tier,
+                observe=observe,
+                monotonic=monotonic,
+                pubsub=link.pubsub,
             )
             self._channel = Channel(
                 link,

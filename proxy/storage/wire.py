@@ -16,6 +16,7 @@ from hiredis import ProtocolError, Reader, pack_command
 from redis.exceptions import ResponseError
 
 from proxy.storage.commands import Command
+from proxy.storage.slots import Address
 
 _MORE: Final = object()
 """What the reader gives where a reply has not come whole yet."""
@@ -45,10 +46,12 @@ class Endpoint:
 class Wire(asyncio.Protocol):
     """One connection. One pipeline is on its way at a time: `run` again when its replies are here.
 
-    `on_message` is called with each message of a channel, once `run` has subscribed to one.
+    `on_message` is called with each message of a channel, once `run` has subscribed to one, and `on_lost`
+    when the connection has ended.
     """
 
     on_message: Callable[[Any], None] | None = None
+    on_lost: Callable[[], None] | None = None
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -63,6 +66,16 @@ class Wire(asyncio.Protocol):
     def password(self) -> str:
         """The password that it sends: to be kept out of words about it."""
         return self._endpoint.password
+
+    @property
+    def address(self) -> Address:
+        """Where it leads; without a host for a Unix socket, or where that is not known before it is open."""
+        return Address(self._endpoint.host, self._endpoint.port)
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the connection, once open, has been closed."""
+        return self._ended.is_set()
 
     async def open(self) -> None:
         """Connect, authenticate, select the database, and wait for the reply to a PING.
@@ -135,6 +148,8 @@ class Wire(asyncio.Protocol):
         """Fail the pipeline that is on its way."""
         self._transport = None
         self._ended.set()
+        if self.on_lost is not None:
+            self.on_lost()
         self._fail(exc or ConnectionError("the server closed the connection"))
 
     def _take_message(self, message: Any) -> None:

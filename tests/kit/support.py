@@ -201,8 +201,10 @@ def connecting(url: str, **options: Any) -> Callable[[], Wire]:
 class Valkey:
     """A real server on a TCP port of loopback, that can be paused, killed and started again on its port."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, config: Path | None = None) -> None:
         self._options = options
+        self._config = config
+        """A file that it reads, and writes where it is a Sentinel."""
         self._directory = TemporaryDirectory(prefix="valkey-")
         self.port = 0
 
@@ -225,7 +227,9 @@ class Valkey:
             self.port = free_port()
         self.process = await asyncio.create_subprocess_exec(
             str(get_binary_path()),
-            *("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),
+            *(() if self._config is None else (str(self._config),)),
+            *("--port", str(self.port), "--bind", "127.0.0.1"),
+            *(() if self._config is not None else ("--save", "", "--appendonly", "no")),
             *("--dir", self._directory.name, *self._options),
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,

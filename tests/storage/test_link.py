@@ -367,7 +367,7 @@ async def test_start_does_not_wait_for_a_silent_server(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that accepts and says nothing holds up nobody's start; it is used when it wakes."""
-    monkeypatch.setattr(link_module, "_PATIENCE_AT_START_S", 0.02)
+    monkeypatch.setattr(link_module, "PATIENCE_AT_START_S", 0.02)
     valkey.pause()
     link = Link(connecting(valkey.url), timeout_s=1, connect_timeout_s=PATIENT_S)
     await link.start()

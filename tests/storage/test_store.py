@@ -593,7 +593,7 @@ async def test_seeds_that_an_invalidation_overtakes(
     one.link.ask = ask_and_invalidate
     kept = await one.store.seed(MINE.partition, SEEDS, basis)
     one.link.ask = ask
-    assert asked == 2
+    assert asked >= 2  # in a Cluster 3
     assert kept in (set(), SEEDS.keys())
     for who in (one, two):
         assert not await hits(who) & it.covered
