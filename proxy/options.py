@@ -35,7 +35,7 @@ from proxy.storage.readiness import trial
 from proxy.storage.sentinel import Primary, Sentinels
 from proxy.storage.servers import Servers
 from proxy.storage.slots import tag_in
-from proxy.storage.wire import Wire
+from proxy.storage.wire import Endpoint, Wire
 from proxy.upstream.client import UpstreamOptions
 
 _MINUTE_S: Final = 60.0
@@ -128,17 +128,13 @@ def longest_call_s(settings: Settings) -> float:
 # -- the store and its secrets -----------------------------------------------------------------
 
 
-def redis_connector(settings: Settings, url: str) -> Callable[[], Redis]:
-    """Make the function that opens clients to the store at `url`, as the section `redis` says.
-
-    Raises SettingsError as `link` does.
-    """
-    password = _redis_password(settings)
+def redis_connector(settings: Settings, url: str, to: Endpoint) -> Callable[[], Redis]:
+    """Make the function that opens clients of redis-py's to the server at `url`, as the user of `to`."""
     return connector(
         url,
         connect_timeout_s=settings.redis.connect_timeout_s,
-        username=settings.redis.username,
-        password=password,
+        username=to.username,
+        password=to.password,
         ca_file=settings.redis.ca_file,
     )
 

@@ -1,5 +1,6 @@
 """Whether Redis is there, new enough, quick, bounded, and shared with replicas that have the same secret."""
 
+import asyncio
 import statistics
 from collections.abc import AsyncIterator, Iterator
 from time import perf_counter, time
@@ -8,14 +9,15 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from proxy.check.finding import Finding, ok, problem, warning
-from proxy.core.address import address_of
+from proxy.check.finding import Finding, Level, ok, problem, warning
+from proxy.check.servers import Asked, servers
 from proxy.core.identity import Keyring
-from proxy.options import keys as layout, redis_connector
+from proxy.options import keys as layout, where_redis_is
 from proxy.settings.sections import Settings
+from proxy.storage.commands import Command, PubSub
 from proxy.storage.embedded import EmbeddedServer, EmbeddedServerError
 from proxy.storage.membership import PRESENT_S, Agreement, Member, agreement
-from proxy.storage.readiness import refusal, refused, trial, words
+from proxy.storage.readiness import refusal, refused, words
 from proxy.system.openssl import mended_by, openssl_words
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
@@ -37,15 +39,18 @@ async def store(settings: Settings, secret: bytes | None, previous: bytes | None
             yield finding
         return
     assert secret is not None  # the settings are refused without one
-    client = redis_connector(settings, settings.redis.url)()
-    password = str(client.connection_pool.connection_kwargs.get("password") or "")
+    where = where_redis_is(settings, settings.redis.url)
+    found = await servers(where)
+    for finding in found.findings:
+        yield finding
+    asked = Asked(settings, where, found)
     try:
-        async for finding in _redis(client, settings, secret, previous):
+        async for finding in _redis(asked, settings, secret, previous):
             yield finding
     except (RedisError, OSError) as error:
-        yield _no_answer(error, settings.redis.url, password)
+        yield _no_answer(error, asked.asking, settings.redis.url, where.server.password)
     finally:
-        await client.aclose()
+        await asked.close()
 
 
 async def _embedded(settings: Settings) -> AsyncIterator[Finding]:
@@ -61,13 +66,36 @@ async def _embedded(settings: Settings) -> AsyncIterator[Finding]:
 
 
 async def _redis(
-    client: Redis, settings: Settings, secret: bytes, previous: bytes | None
+    asked: Asked, settings: Settings, secret: bytes, previous: bytes | None
 ) -> AsyncIterator[Finding]:
-    """Look at one server. Raises RedisError or OSError where it does not answer."""
+    """Look at each server, and at what replicas share. Raises RedisError or OSError where one is silent."""
+    seconds: list[float] = []
+    said: set[str] = set()
+    for client, commands in asked.all():
+        async for finding in _server(client, commands, asked.password):
+            if finding.fact not in said or finding.level is not Level.OK:
+                yield asked.named(finding)
+            said.add(finding.fact)
+        seconds += await _latency(client)
+    if not seconds:
+        return
+    keys = layout(settings)
+    since: Any = time() - PRESENT_S
+    until: Any = "+inf"  # scores, though redis-py declares positions
+    members: list[Any] = await asked.owner(keys.replicas).zrange(keys.replicas, since, until, byscore=True)
+    others = [Member.parse(member) for member in members]
+    yield _secret(others, await asked.owner(keys.secret).get(keys.secret), secret, previous)
+    yield _quickness(seconds, settings.redis.timeout_s)
+    if settings.memory.max_bytes:
+        client, name = asked.owner(keys.channel), keys.channel
+        yield await _channel(client, name, asked.pubsub, settings.redis.connect_timeout_s, asked.password)
+
+
+async def _server(client: Redis, commands: list[Command], password: str) -> AsyncIterator[Finding]:
+    """Look at one server that is written to. Raises RedisError or OSError where it does not answer."""
     await client.ping()
     yield ok("Redis: reachable")
-    password = str(client.connection_pool.connection_kwargs.get("password") or "")
-    yield await _commands(client, settings.redis.key_prefix, password)
+    yield await _commands(client, commands, password)
     try:
         for finding in _limits(await client.info()):
             yield finding
@@ -76,39 +104,29 @@ async def _redis(
             f"Redis: refuses INFO: {words(error, password)}",
             "see to version, maxmemory and eviction by other means",
         )
-    keys = layout(settings)
-    since: Any = time() - PRESENT_S
-    until: Any = "+inf"  # scores, though redis-py declares positions
-    members: list[Any] = await client.zrange(keys.replicas, since, until, byscore=True)
-    others = [Member.parse(member) for member in members]
-    yield _secret(others, await client.get(keys.secret), secret, previous)
-    yield _quickness(await _latency(client), settings.redis.timeout_s)
-    if settings.memory.max_bytes:
-        yield await _channel(client, keys.channel, settings.redis.connect_timeout_s, password)
 
 
-def _no_answer(error: Exception, url: str, password: str) -> Finding:
+def _no_answer(error: Exception, address: str, url: str, password: str) -> Finding:
     found = refused(error, password=password)
     if found.cause == "refused":
-        return problem(f"Redis: {address_of(url)} refuses: {found.reason}", found.mend)
+        return problem(f"Redis: {address} refuses: {found.reason}", found.mend)
     tls_words = openssl_words(error)
     match error:
-        case _ if tls_words and url.startswith("rediss://"):
+        case _ if tls_words and url.startswith("rediss"):
             mend = (
                 "use redis:// where it speaks no TLS"
                 if _NO_TLS in tls_words
                 else mended_by(tls_words, authorities="redis.ca_file", address="redis.url")
             )
-        case _ if url.startswith("rediss://"):
+        case _ if url.startswith("rediss"):
             mend = "start it, or set redis.url; use redis:// where it speaks no TLS"
         case _:
             mend = "start it, or set redis.url; until then serve asks upstream for every request"
-    return problem(f"Redis: no answer from {address_of(url)}: {words(error, password)}", mend)
+    return problem(f"Redis: no answer from {address}: {words(error, password)}", mend)
 
 
-async def _commands(client: Redis, prefix: str, password: str) -> Finding:
+async def _commands(client: Redis, commands: list[Command], password: str) -> Finding:
     """Try each command that the proxy uses, on keys of its own, as `serve` does on each connection."""
-    commands = trial(prefix)
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
@@ -118,18 +136,20 @@ async def _commands(client: Redis, prefix: str, password: str) -> Finding:
     return problem(f"Redis: refuses {found.command}: {found.reason}", found.mend)
 
 
-async def _channel(client: Redis, name: bytes, timeout_s: float, password: str) -> Finding:
+async def _channel(client: Redis, name: bytes, pubsub: PubSub, timeout_s: float, password: str) -> Finding:
     """Listen on the channel, on the client's own connection: nothing else can be asked on it after that."""
     listening = client.pubsub()
     try:
-        await listening.subscribe(name)
-        if await listening.get_message(timeout=timeout_s) is not None:
+        await listening.execute_command(pubsub.subscribe, name)
+        async with asyncio.timeout(timeout_s):
+            await listening.parse_response()
             return ok("Redis: lets this replica hear what others invalidate")
+    except TimeoutError:
         reason = "no reply"
     except ResponseError as error:
         reason = words(error, password)
     return warning(
-        f"Redis: refuses SUBSCRIBE: {reason}",
+        f"Redis: refuses {pubsub.subscribe}: {reason}",
         "give the user this right: docs/operating.md has the line for ACL SETUSER; until then nothing is"
         " served from memory",
     )

@@ -30,14 +30,14 @@ from random import sample
 from typing import Any
 from weakref import WeakSet
 
-from hiredis import ProtocolError
 from redis.exceptions import ResponseError
 
 from proxy.logs import event
 from proxy.storage.commands import SHARDED, Command, Script
 from proxy.storage.connection import PATIENCE_AT_START_S, Link, Unavailable
+from proxy.storage.nodes import find_map
 from proxy.storage.outage import Outage
-from proxy.storage.readiness import Refusal, is_of_no_use, refused
+from proxy.storage.readiness import Refusal, is_of_no_use
 from proxy.storage.slots import SLOTS, Address, SlotRange, read_redirect, read_slots, slot_of, slot_of_command
 from proxy.storage.wire import Endpoint, Wire
 from proxy.tasks.listening import ListeningTimeout
@@ -46,9 +46,6 @@ RETRY_S = 0.25
 CALM_S = 10.0
 MOST_PRIMARIES = 100
 """More are not connected to: each takes two connections of every replica."""
-
-_ASK_S = 0.5
-"""A node that is asked for the map has so long."""
 
 _ELSEWHERE = ("MOVED ", "ASK ", "TRYAGAIN")
 _PAUSE_S = 0.005
@@ -258,7 +255,6 @@ class Cluster:
 
     async def _read_map(self) -> None:
         """Ask the usable nodes, then the seeds and all others, until one of them gives a map."""
-        trouble = Refusal("unreachable", "no node was found")
         for address, link in sample([*self._nodes.items()], len(self._nodes)):
             if link.up:
                 with suppress(Unavailable, ValueError):
@@ -266,28 +262,20 @@ class Cluster:
                     return
         known = {Address(each.host, each.port) for each in self._seeds}
         known |= {*self._nodes, *(replica for each in self._map for replica in each.replicas)}
-        for address in sample([*known], len(known)):
-            wire = Wire(replace(self._seeds[0], host=address.host, port=address.port))
-            try:
-                async with ListeningTimeout(_ASK_S):
-                    await wire.open()
-                    (reply,) = await wire.run([("CLUSTER", "SLOTS")])
-                if isinstance(reply, Exception):
-                    raise reply
-                self._use(read_slots(reply, address.host))
-            except (OSError, ResponseError, ProtocolError, ValueError) as error:
-                trouble = refused(error, password=wire.password)
-            else:
+        nodes = [replace(self._seeds[0], host=host, port=port) for host, port in sample([*known], len(known))]
+        found = await find_map(nodes)
+        if not isinstance(found, Refusal):
+            with suppress(ValueError):
+                self._use(found)
                 return
-            finally:
-                wire.close()
-        self._outage.unusable(trouble, asyncio.get_running_loop().time())
+            found = Refusal("refused", f"it has more than {MOST_PRIMARIES} primaries, or none with slots")
+        self._outage.unusable(found, asyncio.get_running_loop().time())
 
     def _use(self, ranges: list[SlotRange]) -> None:
         """Follow a map that was read. Raises ValueError where it cannot be used."""
         masters = {each.master for each in ranges}
         if not masters or len(masters) > MOST_PRIMARIES:
-            raise ValueError(f"it has {len(masters)} primaries with slots; 1 to {MOST_PRIMARIES} can be used")
+            raise ValueError
         owners: list[Link | None] = [None] * SLOTS
         for first, last, master, _ in ranges:
             owners[first : last + 1] = [self._node(master)] * (last + 1 - first)

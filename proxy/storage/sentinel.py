@@ -33,11 +33,12 @@ POLL_S = 0.5
 _LOG = logging.getLogger(__name__)
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """What one Sentinel says of the service."""
 
     address: Address
     epoch: int
+    replicas: int
 
 
 class Sentinels:
@@ -70,12 +71,16 @@ class Sentinels:
         for wire in self._wires.values():
             wire.close()
 
+    async def survey(self) -> list[View | str]:
+        """Ask all, and give what each says, in their order: its view, or why it has none."""
+        return await asyncio.gather(*(self._ask_one(each) for each in self._endpoints))
+
     async def _ask(self) -> Address | str:
         """Ask all. Gives their words where none names a primary."""
-        views = await asyncio.gather(*(self._ask_one(each) for each in self._endpoints))
-        latest: _View | None = None
+        views = await self.survey()
+        latest: View | None = None
         for view in views:
-            if isinstance(view, _View) and (latest is None or view.epoch > latest.epoch):
+            if isinstance(view, View) and (latest is None or view.epoch > latest.epoch):
                 latest = view
         if latest is None:
             reasons = (
@@ -85,10 +90,10 @@ class Sentinels:
             return f"no Sentinel names a primary: {'; '.join(reasons)}"
         return latest.address
 
-    async def _ask_one(self, to: Endpoint) -> _View | str:
+    async def _ask_one(self, to: Endpoint) -> View | str:
         """Ask one Sentinel over its connection, which is kept. Gives its words where it names no primary."""
         wire = self._wires.pop(to, None)
-        said: _View | str
+        said: View | str
         try:
             async with ListeningTimeout(ASK_S):
                 if wire is None or wire.has_ended:
@@ -106,21 +111,25 @@ class Sentinels:
             wire.close()
         return said
 
-    def _read(self, address: Any, described: Any) -> _View | str:
+    def _read(self, address: Any, described: Any) -> View | str:
         match address:
             case [bytes(host), bytes(port)]:
-                return _View(Address(host.decode(), int(port)), _epoch(described))
+                return View(
+                    Address(host.decode(), int(port)),
+                    _number(described, b"config-epoch"),
+                    _number(described, b"num-slaves"),
+                )
             case Exception():
                 return words(address)
             case _:
                 return f"knows no service {self._service}"
 
 
-def _epoch(described: Any) -> int:
-    """Find the configuration epoch in the reply to SENTINEL MASTER; 0 where it was refused."""
+def _number(described: Any, name: bytes) -> int:
+    """Find a number in the reply to SENTINEL MASTER; 0 where it was refused."""
     if isinstance(described, list):
         with suppress(ValueError, IndexError):
-            return int(described[described.index(b"config-epoch") + 1])
+            return int(described[described.index(name) + 1])
     return 0
 
 

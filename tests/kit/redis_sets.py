@@ -73,7 +73,7 @@ class SentinelSet:
             f"sentinel failover-timeout {SERVICE} 3000\n"
         )
         if self._password:
-            watch += f"requirepass {self._password}\nsentinel sentinel-pass {self._password}\n"
+            watch += f'requirepass "{self._password}"\nsentinel sentinel-pass "{self._password}"\n'
         for number in range(3):
             path = folder / f"{number}.conf"
             path.write_text(watch)
@@ -162,6 +162,11 @@ class ClusterSet:
             await tell(each.port, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for each in others:
             await tell(first.port, "CLUSTER", "MEET", "127.0.0.1", each.port)
+        await self._replicate()
+        return self
+
+    async def _replicate(self) -> None:
+        """Make the servers after the third replicas of the first three, and wait until all agree."""
         for each in self.servers:
             await until_told(each.port, f"cluster_known_nodes:{self._count}", "CLUSTER", "INFO")
         ids = [(await self.id_of(each)) for each in self.servers[:3]]
@@ -174,7 +179,6 @@ class ClusterSet:
             await until_told(each.port, "cluster_state:ok", "CLUSTER", "INFO")
         for each in self.servers[3:]:
             await until_told(each.port, "connected", "ROLE")
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         for each in self.servers:

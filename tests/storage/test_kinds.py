@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from kit.redis_sets import ClusterSet, SentinelSet, tell
-from kit.support import DEADLINE_S, until, write_secret
+from kit.support import DEADLINE_S, free_port, until, write_secret
 from storage import test_ledger, test_store
 from storage.test_ledger import (  # noqa: F401 # they run here, too
     test_a_cool_down_stops_all_replicas,
@@ -35,6 +35,7 @@ from storage.test_store import (  # noqa: F401 # the same
 )
 
 from proxy import options
+from proxy.check.store import store
 from proxy.core.identity import Keyring, Partition
 from proxy.settings.load import load
 from proxy.storage import cluster as cluster_module, heartbeat, slots
@@ -131,6 +132,68 @@ async def real(connect: Callable[[], Any]) -> Store:
         observe=lambda _: None,
         clock=lambda: NOW,
     )
+
+
+async def found(url: str, tmp_path: Any) -> list[str]:
+    """Give what `check` says of a store."""
+    path = write_secret(tmp_path)
+    overrides = [f"redis.url={url}", f"security.secret_file={path}"]
+    settings = load(config_file=None, overrides=overrides, environ={}).settings
+    return [str(each) async for each in store(settings, path.read_bytes(), None)]
+
+
+async def test_check_says_what_it_found(running: Set, tmp_path: Any) -> None:
+    """The kind, the primaries, their replicas, what all of them take; nothing to mend."""
+    said = await found(running.url, tmp_path)
+    assert not [line for line in said if not line.startswith("ok ")]
+    if isinstance(running, SentinelSet):
+        port = (await running.primary()).port
+        assert (
+            f"3 of 3 Sentinels answer; 127.0.0.1:{port} is the primary of cache, with 2 replicas" in said[0]
+        )
+    else:
+        assert "a Cluster of 3 primaries (127.0.0.1:" in said[0]
+        assert said[0].endswith("with 3 replicas")
+        assert said[1] == "ok       Redis: all 16384 slots are served"
+    assert any(line.endswith("allkeys-lru") for line in said)
+    assert any("hear what others invalidate" in line for line in said)
+
+
+async def test_check_finds_nothing(tmp_path: Any) -> None:
+    """Each server that was asked is named, with the reason."""
+    port = free_port()
+    (nodes,) = await found(f"redis+cluster://127.0.0.1:{port}", tmp_path)
+    assert nodes.startswith(f"problem  Redis: no map of slots from 127.0.0.1:{port}: Connection refused")
+    one, all_of_them = await found(f"redis+sentinel://127.0.0.1:{port}/x", tmp_path)
+    assert one.startswith(f"warning  Redis: Sentinel 127.0.0.1:{port}: Connection refused")
+    assert all_of_them.startswith("problem  Redis: no Sentinel names a primary")
+
+
+async def test_check_on_a_set_that_is_not_whole(nodes: ClusterSet, tmp_path: Any) -> None:
+    """Primaries without replicas, and slots that no node serves."""
+    owner = await nodes.owner(1, nodes.servers[0])
+    for each in nodes.servers:
+        await tell(each.port, "CLUSTER", "DELSLOTS", 1)
+    try:
+        said = await found(f"redis+cluster://127.0.0.1:{owner.port}", tmp_path)
+    finally:
+        await tell(owner.port, "CLUSTER", "ADDSLOTS", 1)
+        await nodes.until_healthy(nodes.servers)
+    assert any(line.startswith("problem  Redis: 16383 of 16384 slots are served") for line in said)
+    assert any(line.startswith("warning  Redis: 3 primaries have no replica") for line in said)
+
+
+async def test_sentinels_with_a_password(tmp_path: Any) -> None:
+    """`redis.sentinel_password_file` is theirs alone; without it the log says what they say."""
+    async with SentinelSet("their own") as guarded:
+        path = tmp_path / "theirs"
+        path.write_text("their own\n")
+        servers = servers_at(guarded.url, tmp_path, f"redis.sentinel_password_file={path}")
+        await servers.start()
+        assert await servers.ask(("SET", "x", 1)) == [b"OK"]
+        await servers.close()
+        said = await found(guarded.url, tmp_path)
+        assert "NOAUTH" in said[0]
 
 
 # -- what only a Cluster does ------------------------------------------------------------------------
