@@ -74,11 +74,21 @@ class SentinelSet:
         )
         if self._password:
             watch += f'requirepass "{self._password}"\nsentinel sentinel-pass "{self._password}"\n'
-        for number in range(3):
-            path = folder / f"{number}.conf"
-            path.write_text(watch)
-            sentinel = Valkey("--sentinel", config=path)
-            self.sentinels.append(await self._stack.enter_async_context(sentinel))
+        self.sentinels = [Valkey("--sentinel", config=folder / f"{number}.conf") for number in range(3)]
+        for each in self.sentinels:
+            each.port = free_port()
+        # Told what they would find out within some seconds: each other, and the replicas.
+        ids = {each: f"{each.port:040x}" for each in self.sentinels}
+        known = [f"sentinel known-replica {SERVICE} 127.0.0.1 {each.port}\n" for each in self.servers[1:]]
+        for number, each in enumerate(self.sentinels):
+            others = [
+                f"sentinel known-sentinel {SERVICE} 127.0.0.1 {other.port} {ids[other]}\n"
+                for other in self.sentinels
+                if other is not each
+            ]
+            text = "".join((f"sentinel myid {ids[each]}\n", watch, *known, *others))
+            (folder / f"{number}.conf").write_text(text)
+        await asyncio.gather(*(self._stack.enter_async_context(each) for each in self.sentinels))
         told = ("SENTINEL", "CKQUORUM", SERVICE)
         for each in self.sentinels:
             async with asyncio.timeout(DEADLINE_S):
