@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks import single
 from benchmarks.figures import Spread
@@ -11,12 +11,14 @@ from benchmarks.machine import cpu_s
 from benchmarks.subjects import (
     AFTERNOON,
     BARE,
+    CLUSTERED,
     NGINX,
     OURS,
     VARNISH,
     Subject,
     afternoon,
     bare,
+    cluster,
     nginx,
     serve,
     valkey,
@@ -80,6 +82,10 @@ class Bench:
                 if name == OURS:
                     redis_port, _ = await enter(valkey())
                     started = await enter(self.serve(redis_port, *settings))
+                elif name == CLUSTERED:
+                    node = await enter(cluster())
+                    where = f"redis.url=redis+cluster://127.0.0.1:{node}"
+                    started = replace(await enter(self.serve(node, *settings, where)), name=CLUSTERED)
                 elif name == AFTERNOON:
                     redis_port, _ = await enter(valkey())
                     started = await enter(afternoon(self.upstream_port, redis_port))

