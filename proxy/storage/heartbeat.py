@@ -62,6 +62,7 @@ class Heartbeat:
     async def pulse(self) -> set[str] | None:
         """Send one heartbeat. Give what `Membership.heard` gives of other replicas. Raises Unavailable."""
         now = self._clock()
+        self._pending.follow(self._link.primaries)
         names = self._pending.to_delete()
         groups = in_order(names)
         if names and self.conversation is not None:

@@ -4,10 +4,14 @@ An invalidation deletes stamps. From then on every entry that depends on one of 
 replicas, and a fetch that began before cannot store one that is not. If Redis does not take the deletion, the
 invalidation is **pending**: this replica neither reads nor stores what depends on its stamps, and sends the
 deletion again with each heartbeat, once a second, until Redis takes it.
+
+A failover may lose a deletion that Redis had taken. So the stamps that a write, a 401 or a purge deleted
+within REMEMBERED_S are deleted once more when another server has become a primary.
 """
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -27,6 +31,9 @@ from proxy.storage.values import TOMBSTONE, new_stamp, refuse_error, refuse_erro
 
 MOST_PENDING = 1024
 """Stamps that are pending, at most. Instead of one more, the stamp of everything is pending."""
+
+REMEMBERED_S = 60.0
+"""A primary that is cut off may take deletions in vain for about so long before it is left."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,6 +57,9 @@ class PendingInvalidations:
         self._incident = Incident()
         self._added: set[bytes] = set()
         """Stamps that were added after the last heartbeat was sent: its replies say nothing about these."""
+        self._deleted: OrderedDict[bytes, float] = OrderedDict()
+        """Stamps that Redis deleted, and when; the latest last, MOST_PENDING of them at most."""
+        self._primaries: tuple[str, ...] = ()
 
     @property
     def asked(self) -> int:
@@ -77,6 +87,25 @@ class PendingInvalidations:
                 consequence="other replicas may serve what was invalidated, for its lifetime; do not stop"
                 " this one before invalidations-done",
             )
+
+    def deleted(self, names: Sequence[bytes]) -> None:
+        """Remember stamps that Redis deleted, as was asked for."""
+        for name in names:
+            if name not in self._deleted and len(self._deleted) >= MOST_PENDING:
+                name = self._keys.everything  # noqa: PLW2901 # which stands for all others
+                self._deleted.clear()
+            self._deleted[name] = self._monotonic()
+            self._deleted.move_to_end(name)
+
+    def follow(self, primaries: tuple[str, ...]) -> None:
+        """If these are others than before, let the next heartbeat delete again what was deleted lately."""
+        before, self._primaries = self._primaries, primaries
+        since = self._monotonic() - REMEMBERED_S
+        while self._deleted and next(iter(self._deleted.values())) < since:
+            self._deleted.popitem(last=False)
+        if before and primaries and before != primaries:
+            for name in self._deleted:
+                self.stamps.setdefault(name, False)
 
     def to_delete(self) -> list[bytes]:
         """Give what the next heartbeat deletes.
@@ -164,6 +193,8 @@ class Invalidations:
             self._observe(StoreOperation(operation, error.outcome))
             self._pending.add(stamps, error, asked=not by_read)
             return False
+        if not by_read:
+            self._pending.deleted(stamps)
         self._observe(StoreOperation(operation, "ok"))
         return True
 

@@ -28,6 +28,7 @@ from proxy.core.invalidation import (
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage import heartbeat, invalidation
 from proxy.storage.connection import WORKERS, Command, Link, Unavailable
+from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
 
@@ -890,6 +891,58 @@ async def test_pending_stamps_are_bounded(
     assert await one.store.lookup(MINE) == UNAVAILABLE
     await one.store._heartbeat.pulse()
     await one.fill(MINE)
+
+
+@pytest.mark.G6
+@pytest.mark.parametrize(
+    ("primaries", "served"),
+    [
+        pytest.param((("a",), ("b",)), False, id="another-primary"),
+        pytest.param((("a", "b"), ("a", "c")), False, id="one-of-several"),
+        pytest.param((("a",), ("a",)), True, id="the-same"),
+        pytest.param(((), ()), True, id="one-server"),
+    ],
+)
+async def test_what_a_failover_lost_is_invalidated_again(
+    one: Replica, redis: Redis, primaries: tuple[tuple[str, ...], tuple[str, ...]], *, served: bool
+) -> None:
+    """The new primary has the stamps of before: they are deleted with the first heartbeat after it is one."""
+
+    class Moving(Link):
+        primaries = ()
+
+    one.link.__class__ = Moving
+    await one.fill(MINE)
+    await one.fill(SIBLING)
+    before = {name: await redis.get(name) for name in names_of(MINE)}
+    Moving.primaries = primaries[0]
+    await one.store._heartbeat.pulse()
+    assert await one.store.invalidate(SnapshotsScope((MINE.name,)))
+    for name, value in before.items():
+        await redis.set(name, value, ex=60)
+    assert await one.entry(MINE) == ENTRY
+    Moving.primaries = primaries[1]
+    await one.store._heartbeat.pulse()
+    assert (await one.entry(MINE) == ENTRY) is served
+    assert await one.entry(SIBLING) == ENTRY
+    assert not one.store._pending.stamps
+
+
+def test_what_may_be_lost_is_remembered_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No longer, and no more than so many: then the stamp of everything stands for them."""
+    monkeypatch.setattr(invalidation, "MOST_PENDING", 3)
+    now = 0.0
+    pending = PendingInvalidations(KEYS, monotonic=lambda: now)
+    pending.follow(("a",))
+    pending.deleted([b"old"])
+    now = invalidation.REMEMBERED_S + 1
+    pending.deleted([b"new"])
+    pending.follow(("b",))
+    assert pending.to_delete() == [b"new"]
+    pending.stamps.clear()
+    pending.deleted([b"1", b"2", b"3"])
+    pending.follow(("c",))
+    assert pending.to_delete() == [KEYS.everything]
 
 
 async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
