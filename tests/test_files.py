@@ -24,6 +24,12 @@ def shares(limit: int, *overrides: str) -> OpenFiles:
     [
         pytest.param(1 << 20, (), (1000, 100, 1024, 100), id="plenty"),
         pytest.param(2444, (), (1000, 100, 1024, 100), id="just-enough"),
+        pytest.param(
+            2684,
+            ("redis.url=redis+cluster://a,b", "security.secret_file=x"),
+            (1000, 100, 1024, 100),
+            id="cluster",
+        ),
         pytest.param(2443, (), (1000, 100, 1024, 50), id="fewer-calls-upstream-at-once"),
         pytest.param(2343, (), (1000, 100, 1023, 50), id="fewer-at-once"),
         pytest.param(1800, (), (1000, 100, 480, 50), id="many-fewer-at-once"),

@@ -20,7 +20,10 @@ SERVICE = "cache"
 DOWN_AFTER_MS = 500
 """A primary that is silent for so long is replaced."""
 
-_LRU = ("--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru")
+_LRU = (
+    *("--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru"),
+    *("--repl-diskless-sync-delay", "0"),  # a replica is served at once
+)
 
 
 async def tell(port: int, *command: str | int, password: str = "") -> Any:
@@ -61,7 +64,7 @@ class SentinelSet:
 
     async def __aenter__(self) -> Self:
         primary = await self._start(*_LRU)
-        follow = ("--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0")
+        follow = ("--replicaof", f"127.0.0.1 {primary.port}")
         await asyncio.gather(*(self._start(*_LRU, *follow) for _ in range(2)))
         await asyncio.gather(
             *(until_told(each.port, "connected", "ROLE") for each in self.servers if each is not primary)
@@ -145,7 +148,7 @@ class ClusterSet:
     def __init__(self, *options: str, node_timeout_ms: int = 1000, replicas: int = 1) -> None:
         self._options = (
             *(*_LRU, "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),
-            *("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0", *options),
+            *("--cluster-replica-validity-factor", "0", *options),
         )
         self._count = 3 * (1 + replicas)
         self._stack = AsyncExitStack()

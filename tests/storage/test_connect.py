@@ -14,8 +14,8 @@ from kit.servers import Relay
 from kit.support import Valkey
 from redis.exceptions import ResponseError
 
-from proxy.storage.client import endpoint
-from proxy.storage.wire import Wire
+from proxy.storage.client import endpoint, location
+from proxy.storage.wire import Endpoint, Wire
 
 
 @asynccontextmanager
@@ -144,6 +144,44 @@ async def test_what_is_no_answer_ends_the_connection(said: bytes) -> None:
             await wire.open()
         with pytest.raises((OSError, ProtocolError)):
             await ask(wire, "PING")
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "asked", "server"),
+    [
+        pytest.param(
+            "redis://u:p@h:1/2", "server", [("h", 1, 2, "u", "p")], ("h", 1, 2, "u", "p"), id="one-server"
+        ),
+        pytest.param(
+            "redis+sentinel://u:p%40@a,[::1]:7/main?db=3",
+            "sentinel",
+            [("a", 26379, 0, "watch", "word"), ("::1", 7, 0, "watch", "word")],
+            ("", 6379, 3, "u", "p@"),
+            id="sentinels-have-their-own-user",
+        ),
+        pytest.param(
+            "redis+cluster://:p@a:7000,b",
+            "cluster",
+            [("a", 7000, 0, "", "p"), ("b", 6379, 0, "", "p")],
+            ("", 6379, 0, "", "p"),
+            id="all-nodes-have-the-same",
+        ),
+    ],
+)
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_where_a_url_leads(url: str, kind: str, asked: list[Any], server: Any, *, tls: bool) -> None:
+    """Which servers are asked first, and as which user; with `rediss` each of them over TLS."""
+    found = location(url.replace("redis", "rediss", 1) if tls else url, sentinel=("watch", "word"))
+    assert found.kind == kind
+    assert [described(each) for each in found.endpoints] == asked
+    assert described(found.server) == server
+    assert all((each.tls is not None) is tls for each in (*found.endpoints, found.server))
+    assert found.service == ("main" if kind == "sentinel" else "")
+
+
+def described(to: Endpoint) -> tuple[Any, ...]:
+    """Give what a connection is opened with, but TLS."""
+    return (to.host, to.port, to.database, to.username, to.password)
 
 
 def test_a_password_is_not_shown() -> None:

@@ -4,7 +4,9 @@ The tests of one server that touch Redis only through the store run here once mo
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +48,7 @@ from proxy.storage.store import Store
 
 pytestmark = [pytest.mark.G5, pytest.mark.asyncio(loop_scope="module")]
 
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
 Set = SentinelSet | ClusterSet
 
 
@@ -157,6 +160,42 @@ async def test_check_says_what_it_found(running: Set, tmp_path: Any) -> None:
         assert said[1] == "ok       Redis: all 16384 slots are served"
     assert any(line.endswith("allkeys-lru") for line in said)
     assert any("hear what others invalidate" in line for line in said)
+
+
+async def test_the_documented_rights(running: Set, tmp_path: Any) -> None:
+    """What docs/operating.md gives a user on this kind is needed, and enough."""
+    text = OPERATING.read_text(encoding="utf-8")
+    (line,) = re.findall(r"^ACL SETUSER .*$", text, re.MULTILINE)
+    rights = line.replace(">PASSWORD", ">pass").split()
+    if isinstance(running, SentinelSet):
+        more = ["+role"]
+    else:
+        more = ["+cluster|slots", "+asking", "+spublish", "+ssubscribe"]
+        rights = [each for each in rights if each not in {"+publish", "+subscribe"}]
+    assert " ".join(more) in text.replace("\n", " ")
+    for each in running.servers:
+        await tell(each.port, *rights, *more)
+    path = tmp_path / "password"
+    path.write_text("pass")
+    user = ("redis.username=snapshot-proxy", f"redis.password_file={path}")
+    servers = servers_at(running.url, tmp_path, *user)
+    await servers.start()
+    try:
+        await until(lambda: servers.up, "connected")
+        listening = servers.listener()
+        await listening.open()
+        (reply,) = await listening.run([(servers.pubsub.subscribe, KEYS.channel)])
+        assert reply[2] == 1
+        listening.close()
+    finally:
+        await servers.close()
+    for each in more[:1]:
+        for server in running.servers:
+            await tell(server.port, "ACL", "SETUSER", "snapshot-proxy", each.replace("+", "-"))
+    lacking = servers_at(running.url, tmp_path, *user)
+    await lacking.start()
+    assert not lacking.up
+    await lacking.close()
 
 
 async def test_check_finds_nothing(tmp_path: Any) -> None:
@@ -302,6 +341,30 @@ async def test_a_node_that_is_away_fails_alone(tmp_path: Any) -> None:
             await _fail_alone(nodes, cluster)
         finally:
             await cluster.close()
+
+
+async def test_a_node_that_hangs_costs_one_timeout(nodes: ClusterSet, tmp_path: Any) -> None:
+    """Who waits for it waits no longer than `redis.timeout_s`, and for other nodes not at all."""
+    cluster = servers_at(nodes.url, tmp_path, "redis.timeout_s=0.2")
+    await cluster.start()
+    await until(lambda: cluster.up, "connected")
+    hung = await nodes.owner(slots.slot_of("{a}"), nodes.servers[0])
+    loop = asyncio.get_running_loop()
+    hung.pause()
+    try:
+        began = loop.time()
+        asking = asyncio.create_task(outcome(cluster.ask(("GET", "{a}"), ("GET", "{b}"))))
+        assert await cluster.ask(("GET", "{b}")) == [None]
+        assert not asking.done()
+        assert await asking == "slow"
+        assert loop.time() - began < 0.4
+        began = loop.time()
+        assert await outcome(cluster.ask(("GET", "{a}"))) == "slow"
+        assert loop.time() - began < 0.1
+    finally:
+        hung.resume()
+    await until(lambda: cluster.up, "usable again")
+    await cluster.close()
 
 
 async def _fail_alone(nodes: ClusterSet, cluster: Cluster) -> None:
