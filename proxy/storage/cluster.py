@@ -265,7 +265,7 @@ class Cluster:
         nodes = [replace(self._seeds[0], host=host, port=port) for host, port in sample([*known], len(known))]
         found = await find_map(nodes)
         if not isinstance(found, Refusal):
-            with suppress(ValueError):
+            with suppress(Unavailable, ValueError):
                 self._use(found)
                 return
             found = Refusal("refused", f"it has more than {MOST_PRIMARIES} primaries, or none with slots")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from kit.redis_sets import ClusterSet, SentinelSet, tell
-from kit.support import DEADLINE_S, free_port, until, write_secret
+from kit.support import DEADLINE_S, Valkey, free_port, until, write_secret
 from storage import test_ledger, test_store
 from storage.test_ledger import (  # noqa: F401 # they run here, too
     test_a_cool_down_stops_all_replicas,
@@ -341,6 +341,26 @@ async def test_a_node_that_is_away_fails_alone(tmp_path: Any) -> None:
             await _fail_alone(nodes, cluster)
         finally:
             await cluster.close()
+
+
+async def test_a_cluster_that_comes_later(tmp_path: Any) -> None:
+    """A start without it fails nothing, and it is found by itself."""
+    server = Valkey("--cluster-enabled", "yes")
+    server.port = min(free_port(), 55_000)
+    cluster = servers_at(f"redis+cluster://127.0.0.1:{server.port}", tmp_path)
+    await cluster.start()
+    try:
+        assert await outcome(cluster.ask(("GET", "x"))) == "gone"
+        with pytest.raises(ConnectionError):
+            cluster.listener()
+        async with server:
+            assert not cluster.up  # it serves no slot
+            await tell(server.port, "CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            await until(lambda: cluster.up, "found")
+            assert await cluster.ask(("SET", "x", 1)) == [b"OK"]
+            assert cluster.primaries == (f"127.0.0.1:{server.port}",)
+    finally:
+        await cluster.close()
 
 
 async def test_a_node_that_hangs_costs_one_timeout(nodes: ClusterSet, tmp_path: Any) -> None:
