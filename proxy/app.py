@@ -40,6 +40,7 @@ from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.servers import Servers
 from proxy.storage.store import Store
+from proxy.system.activation import NONE, Handed
 from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
@@ -73,12 +74,13 @@ class Addresses:
 class App:
     """The service.
 
-    `clock_scale` shrinks the quota's minute and hour, for tests. `start` may raise SettingsError, StartError,
-    EmbeddedServerError or OSError.
+    `clock_scale` shrinks the quota's minute and hour, for tests; `handed` are open sockets. `start` may raise
+    SettingsError, StartError, EmbeddedServerError or OSError.
     """
 
-    def __init__(self, settings: Settings, *, clock_scale: float = 1.0) -> None:
+    def __init__(self, settings: Settings, *, clock_scale: float = 1.0, handed: Handed = NONE) -> None:
         self._settings = settings
+        self._handed = handed
         self._clock_scale = clock_scale
         self._cleanup = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
@@ -217,6 +219,7 @@ class App:
                 scrape=self._metrics.scrape,
                 ready=lambda: self._ready,
                 purge=partial(invalidator.invalidate, "purge"),
+                handed=self._handed.get("admin", ()),
             )
         )
         addresses = Addresses(await self._serve_api(files), admin_url)
@@ -331,6 +334,7 @@ class App:
             backlog=files.backlog,
             reuse_port=server.reuse_port,
             tls=None if self._certificate is None else self._certificate.context,
+            handed=self._handed.get("server", ()),
         )
         self._cleanup.callback(self._accepting.close)
         return self._accepting.url

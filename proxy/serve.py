@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from proxy.app import App
 from proxy.core.errors import SettingsError
 from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServerError
+from proxy.system.activation import take_sockets
 from proxy.system.start import StartError
 
 _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
@@ -32,8 +34,8 @@ async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
     hangups: asyncio.Queue[None] = asyncio.Queue()
     loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)
 
-    app = App(settings)
     try:
+        app = App(settings, handed=take_sockets(os.environ, pid=os.getpid()))
         await app.start()
     except (StartError, EmbeddedServerError) as error:
         logs.event(_LOG, logging.ERROR, "cannot-start", cause=str(error), mend=_MEND)

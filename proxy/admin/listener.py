@@ -4,7 +4,8 @@ Its connections are those of the API's listener: deadlines, a limit of 64, and n
 refuses.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
@@ -34,14 +35,17 @@ async def serve_admin(
     scrape: Callable[[str], Awaitable[tuple[bytes, str]]],
     ready: Callable[[], bool],
     purge: Callable[[Scope], Awaitable[bool]],
+    handed: Sequence[socket.socket] = (),
 ) -> AsyncIterator[str]:
     """Serve it where `admin` says, give its URL, and close it in the end.
 
     `scrape` and `ready` are those of `admin_application`; `purge` invalidates, and gives whether all
-    replicas follow it by now. Raises SettingsError for the token's file, and OSError for the address.
+    replicas follow it by now. Sockets that were `handed` to this process replace the address. Raises
+    SettingsError for the token's file, and OSError for the address.
     """
     token = read_admin_token(admin.token_file)
-    handler = Purge(purge, token=token, on_loopback=is_loopback(admin.host))
+    hosts = [each.getsockname()[0] for each in handed] or [admin.host]
+    handler = Purge(purge, token=token, on_loopback=all(map(is_loopback, hosts)))
     runner = web.AppRunner(admin_application(scrape=scrape, ready=ready, purge=handler), access_log=None)
     await runner.setup()
     async with AsyncExitStack() as opened:
@@ -50,7 +54,12 @@ async def serve_admin(
         listener = Listener(runner.server, ADMIN_LIMITS, lambda _error, _request_id: None)
         opened.push_async_callback(listener.drain, _DRAIN_S)
         accepting = await accept(
-            "admin", admin.host, admin.port, listener, backlog=ADMIN_LIMITS.max_connections
+            "admin",
+            admin.host,
+            admin.port,
+            listener,
+            backlog=ADMIN_LIMITS.max_connections,
+            handed=handed,
         )
         opened.callback(accepting.close)
         yield accepting.url

@@ -6,14 +6,15 @@ handles the connections.
 
 import asyncio
 import logging
+import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from proxy.edge.listener import Listener
 from proxy.logs import event
-from proxy.system.sockets import listen
+from proxy.system.sockets import Bound, listen
 
 _HANDSHAKE_S = 5.0
 """The longest TLS handshake: meanwhile a connection holds a descriptor, and is not counted yet."""
@@ -41,12 +42,17 @@ async def accept(
     backlog: int,
     reuse_port: bool = False,
     tls: ssl.SSLContext | None = None,
+    handed: Sequence[socket.socket] = (),
 ) -> Accepting:
     """Accept connections for `listener` at `host` and `port`, which the settings of `section` name.
 
-    `backlog` is how many connections the system holds until they are accepted. Raises OSError.
+    `backlog` is how many connections the system holds until they are accepted. Sockets
+    that were `handed` to this process, if there are any, replace host and port. Raises OSError.
     """
-    bound = await listen(host, port, reuse_port=reuse_port, backlog=backlog)
+    if handed:
+        bound = Bound(list(handed), [])
+    else:
+        bound = await listen(host, port, reuse_port=reuse_port, backlog=backlog)
     with ExitStack() as opened:
         opened.callback(bound.close)
         for address in bound.lacking:
