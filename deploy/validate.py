@@ -9,13 +9,15 @@ what two of them have to agree on.
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import units
+import workloads
 import yaml
+from soundness import Unsound, run as _run
 
 from proxy.telemetry.metrics import Metrics
 
@@ -23,10 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 API_PORT, ADMIN_PORT = 8080, 8081
 """The defaults of server.port and admin.port; the image exposes them."""
-
-
-class Unsound(Exception):
-    """A deployment file is not what it has to be; the message says which, and why."""
 
 
 def main() -> int:
@@ -106,6 +104,8 @@ CHECKS = (
     check_scrape_targets,
     check_provisioning,
     check_metrics,
+    *workloads.CHECKS,
+    *units.CHECKS,
 )
 
 
@@ -174,15 +174,6 @@ def _yaml(path: Path) -> Any:
 def _expect_same(found: list[str], expected: list[str]) -> None:
     if sorted(found) != sorted(expected):
         raise Unsound(f"found {sorted(found)}, expected {sorted(expected)}")
-
-
-def _run(tool: str, *arguments: str) -> str:
-    """Run a tool of the development environment and return what it printed."""
-    command = [str(Path(sys.executable).with_name(tool)), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - named above
-    if done.returncode != 0:
-        raise Unsound((done.stdout + done.stderr).strip())
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ WIRE = [
         f"test_{name}.py"
         for name in ("admin", "check", "cli", "connection", "demo", "files", "logs", "readme")
     ),
-    *("test_lengths.py", "test_sockets.py"),
+    *("test_activation.py", "test_lengths.py", "test_sockets.py"),
 ]
 """Directories and files whose tests start processes or open sockets."""
 
