@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 # A file's tests run in one process: they share servers. The slowest files come first (tests/conftest.py).
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo quick test test-long check lengths format bench clean
+.PHONY: help demo quick test test-long simulate check lengths format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +41,10 @@ endif
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m long
 	TEST_MEMORY=off $(BIN)/python -m pytest $(PARALLEL) -m "not long" tests/e2e
+
+# The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first).
+simulate: $(VENV)/.dev
+	PYTHONPATH=.:tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--n $(or $(N),2000) --from $(or $(FROM),0))
 
 check: $(VENV)/.dev lengths
 	$(BIN)/ruff format --check .

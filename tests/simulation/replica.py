@@ -1,0 +1,215 @@
+"""One replica: the program's own parts, put together as `proxy/app.py` does, without sockets to callers.
+
+The law of this file: everything between the parsed request and the bytes to Redis is the product's. Only the
+upstream's client, the clocks and the sources of random numbers are the world's. What is left out is HTTP: the
+listeners, the fast path's parser, the passthrough.
+"""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from proxy import options
+from proxy.cache.fetch import Fetched, is_failure
+from proxy.cache.invalidator import Invalidator
+from proxy.cache.memory import Memory, size_of
+from proxy.cache.readthrough import Failed, ReadThrough, Served
+from proxy.cache.renewal import renew
+from proxy.core.errors import ProxyError
+from proxy.core.identity import Keyring, Token
+from proxy.core.policy import Answer
+from proxy.core.quota import QuotaLimits
+from proxy.core.request import Call
+from proxy.gate.connections import ConnectionSlots
+from proxy.gate.gate import UpstreamGate
+from proxy.gate.ledgers import Accounts
+from proxy.settings.sections import Cache, Memory as MemorySettings, Quota, Redis, Settings, Upstream
+from proxy.storage.connection import Link
+from proxy.storage.keys import Keys
+from proxy.storage.ledger import RedisLedger
+from proxy.storage.store import Store
+from proxy.storage.wire import Endpoint, Wire
+from proxy.tasks.drain import DrainDeadline
+from proxy.tasks.flights import Flights
+from simulation.loop import Loop, Process
+from simulation.upstream import Api
+
+EPOCH = 1_700_000_000.0
+SETTINGS = Settings(
+    cache=Cache(
+        fresh_s=3,
+        list_fresh_s=2,
+        negative_s=2,
+        stale_while_revalidate_s=3,
+        stale_if_error_s=5,
+        max_fresh_s=6,
+    ),
+    memory=MemorySettings(max_bytes=6_000, max_age_s=2),
+    quota=Quota(per_minute=12, per_hour=200, max_wait_s=2),
+    redis=Redis(url="redis://redis:6379", connect_timeout_s=0.5),
+    upstream=Upstream(total_timeout_s=2, write_timeout_s=3),
+)
+SCALE = 0.1
+"""The quota's minute lasts 6 s, its hour 360 s."""
+
+KEYRING = Keyring(b"a world that keeps no secret at all")
+CALLERS = {name: KEYRING.caller(Token(name), "other") for name in ("ann", "bob")}
+_TOKENS = {caller.partition: name for name, caller in CALLERS.items()}
+
+
+class Replica:
+    """The program in one process. `skew_s` is how far its clock is ahead."""
+
+    def __init__(self, name: str, process: Process, loop: Loop, api: Api, skew_s: float) -> None:
+        self.name = name
+        self.process = process
+        self.skew_s = skew_s
+        self.settled = 0
+        self.paused_s = 0.0
+        """For how long it was paused, all in all."""
+        self._loop = loop
+        self._api = api
+        self._background: list[asyncio.Task[None]] = []
+
+    def clock(self) -> float:
+        """Give Unix seconds, as this machine has them."""
+        return EPOCH + self._loop.now + self.skew_s
+
+    def start(self) -> None:
+        """Make all parts, and begin to connect."""
+        settings, now = SETTINGS, self._loop.time
+        keys, fetch_s = Keys("p"), options.longest_fetch_s(settings)
+        to = Endpoint("redis")
+        self.link = link = Link(
+            partial(Wire, to),
+            timeout_s=settings.redis.timeout_s,
+            connect_timeout_s=settings.redis.connect_timeout_s,
+            trial=_trial,
+        )
+        self.memory = memory = Memory(
+            settings.memory.max_bytes,
+            settings.memory.max_age_s,
+            reachable=lambda: link.up,
+            monotonic=now,
+        )
+        self.store = Store(
+            link,
+            keys,
+            KEYRING,
+            stamp_ttl_s=options.longest_use_s(settings) + fetch_s,
+            guard_s=fetch_s,
+            observe=_ignore,
+            tier=memory,
+            clock=self.clock,
+            monotonic=now,
+        )
+        self.drain = DrainDeadline(now)
+        limits = options.quota_limits(settings, SCALE)
+        self.gate = UpstreamGate(
+            self,
+            self._accounts(limits, keys, options.longest_call_s(settings)),
+            self._accounts(options.unverified_limits(settings, SCALE), keys, 0.0),
+            limits,
+            ConnectionSlots(10),
+            max_wait_s=settings.quota.max_wait_s,
+            total_timeout_s=settings.upstream.total_timeout_s,
+            write_timeout_s=settings.upstream.write_timeout_s,
+            previous_partition=None,
+            observe=self._observe,
+            monotonic=now,
+            drain=self.drain,
+        )
+        self.flights: Flights[Fetched | ProxyError] = Flights(100, is_failure, monotonic=now)
+        self.invalidator = Invalidator(self.store, memory, _ignore)
+        self.readthrough = ReadThrough(
+            self.store,
+            self.gate,
+            self.flights,
+            options.cache_policy(settings),
+            self.invalidator,
+            total_timeout_s=settings.upstream.total_timeout_s,
+            max_wait_s=settings.quota.max_wait_s,
+            observe=_ignore,
+            monotonic=now,
+            drain=self.drain,
+            clock=self.clock,
+            draw=self.process.random.random,
+        )
+
+    async def open(self) -> None:
+        """Connect, and begin what runs beside the requests."""
+        await self.store.start()
+        renewing = renew(self.store, self.memory, SETTINGS.memory.max_age_s, self.clock)
+        self._background = [asyncio.ensure_future(renewing)]
+
+    async def answer(self, call: Call) -> Served | Failed:
+        """Answer one request."""
+        if call.method == "DELETE":
+            return await self.readthrough.delete(call)
+        return await self.readthrough.get(call)
+
+    async def close(self) -> None:
+        """Stop, as `App.stop` does."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.flights.close()
+        await self.gate.close()
+        await self.store.close()
+
+    # -- the upstream that the gate asks -------------------------------------------------------
+
+    async def send(
+        self, call: Call, deadline: float, validator: str = "", *, new_connection: bool = False
+    ) -> Answer:
+        """Hand the call to the API of the world."""
+        del validator, new_connection
+        token = _TOKENS[call.caller.partition]
+        return await self._api.send(call, token, self.clock, deadline - self._loop.now)
+
+    def stream(self, *_: Any, **__: Any) -> Any:
+        """Refuse: nothing is passed through here."""
+        raise NotImplementedError
+
+    # -- what is left --------------------------------------------------------------------------
+
+    def left(self) -> list[str]:
+        """Name what a replica without requests must not have any more."""
+        found = []
+        if len(self.flights):
+            found.append(f"{len(self.flights)} flights")
+        if self.gate._lines:
+            found.append(f"{len(self.gate._lines)} lines of the gate")
+        if self.readthrough._collapser._releasing:
+            found.append("a lease that is being released")
+        return found
+
+    def unbounded(self) -> str:
+        """Say where memory holds more than it may, or counts wrong; empty where it does not."""
+        kept = sum(size_of(key, each.entry) for key, each in self.memory._kept.items())
+        if kept != self.memory.size:
+            return f"memory counts {self.memory.size} bytes, and holds {kept}"
+        most = SETTINGS.memory.max_bytes
+        return f"memory holds {kept} bytes, where {most} are allowed" if kept > most else ""
+
+    def _accounts(self, limits: QuotaLimits, keys: Keys, call_s: float) -> Accounts:
+        return Accounts(
+            RedisLedger(self.link, keys, limits, call_s=call_s, observe=_ignore),
+            limits,
+            call_s=call_s,
+            replicas=lambda: self.store.replicas,
+            monotonic=self._loop.time,
+        )
+
+    def _observe(self, told: object) -> None:
+        if type(told).__name__ == "CallSettled":
+            self.settled += 1
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _trial() -> list[tuple[str | bytes | int, ...]]:
+    """Try a connection with two commands: the twenty of `readiness.trial` take most of a world's time."""
+    return [("SET", "p:trial", "x", "EX", 10), ("GET", "p:trial")]

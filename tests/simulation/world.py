@@ -1,0 +1,333 @@
+"""One world: replicas, Redis, the API and their callers, run by a plan to its end.
+
+The law of this file: the same plan gives the same story, to the byte, on every machine. Whatever the product
+draws at random comes from the generator of the process that draws it; whatever it reads of a clock is the
+world's time. What happens is told in words where a story is wanted.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from types import CoroutineType
+from typing import Any
+
+from proxy.cache.readthrough import Failed, Served
+from proxy.core.invalidation import SnapshotsScope
+from proxy.core.request import NO_DIRECTIVES, Call, Directives
+from proxy.core.resources import list_target, snapshot_target
+from proxy.storage import conversation, membership, values
+from proxy.storage.leases import LEASE_MS
+from simulation.checks import ANSWER, LONGEST_READ_S, LONGEST_WRITE_S, Checks, Request, Violation
+from simulation.faults import strike
+from simulation.loop import CURRENT, START, Loop, Process, Stuck
+from simulation.network import Server
+from simulation.plan import LENGTH_S, SNAPSHOTS, TOKENS, Ask, Plan
+from simulation.replica import CALLERS, EPOCH, SCALE, SETTINGS, Replica
+from simulation.upstream import Api, Made, Truth
+
+MOST_STEPS = 400_000
+_QUIET_S = 1.5
+"""After the last answer: longer than between two heartbeats, which send what is pending."""
+
+_PRODUCT = str(Path(values.__file__).parent.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a world. `pairs`: how often a fault met a task at which await point."""
+
+    plan: Plan
+    violations: tuple[Violation, ...]
+    story: tuple[str, ...]
+    requests: int
+    steps: int
+    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+class World:
+    """One plan that runs. With `tells` it keeps its story, with `counts` what each fault met."""
+
+    def __init__(self, plan: Plan, *, tells: bool = False, counts: bool = False) -> None:
+        self.plan = plan
+        self.story: list[str] = []
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        self._tells = tells
+        self._counts = counts
+        self.loop = loop = Loop(self._random("order"))
+        self.started = START
+        random = self._random("truth")
+        self.truth = Truth([*TOKENS], [*SNAPSHOTS])
+        self.truth.readable = {
+            (token, name) for token in TOKENS for name in SNAPSHOTS if random.random() < _READABLE
+        }
+        quota = SETTINGS.quota
+        limits = (quota.per_minute, 60 * SCALE, quota.per_hour, 3600 * SCALE)
+        self.api = Api(loop, self._random("api"), self.truth, limits)
+        self.redis = Server(loop, self._random("redis"), EPOCH)
+        loop.connect = self.redis.connect
+        self.requests: list[Request] = []
+        self.killed: list[Replica] = []
+        self.paused: list[Replica] = []
+        self.most_skew_s = 0.0
+        self.checks = Checks(self)
+        self.api.on_made = self._made
+        self.api.on_over = self._over
+        self.api.story = lambda words: self.tell("API", words)
+        self.replicas: list[Replica] = []
+        self._skew = self._random("clocks")
+        self._outside = Process("outside", self._random("outside"))
+        self._callers: list[asyncio.Task[None]] = []
+        self._born = 0
+
+    def _random(self, name: str) -> Random:
+        return Random(f"{name} {self.plan.seed}")  # noqa: S311 # no secret
+
+    # -- the story -----------------------------------------------------------------------------
+
+    def tell(self, who: str, words: str) -> None:
+        """Add a line to the story."""
+        if self._tells:
+            self.story.append(f"{self.loop.now - START:9.4f}  {who:6}  {words}")
+
+    def _made(self, made: Made) -> None:
+        what = "deletes" if made.method == "DELETE" else "asks the API for"
+        self.tell(made.replica, f"{what} {_named(made.name)} with {made.token}'s token (call {made.number})")
+        self.checks.made(made)
+
+    def _over(self, made: Made) -> None:
+        said = "without knowing" if made.status is None else f"the API said {made.status}"
+        self.tell(made.replica, f"call {made.number} is over, {said}")
+        self.checks.over(made)
+
+    # -- the whole of it -----------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Run it to its end."""
+        with _world_of_its_own(self.checks):
+            main = self._outside.context.run(self._begin)
+            try:
+                self.loop.run(main, MOST_STEPS)
+                main.result()
+            except Stuck as stuck:
+                self.checks.bug(str(stuck))
+            for error in self.loop.errors:
+                self.checks.bug(error)
+            self._forget()
+        for violation in self.checks.violated:
+            self.tell("CHECK", str(violation))
+        return Outcome(
+            self.plan,
+            tuple(self.checks.violated),
+            tuple(self.story),
+            len(self.requests),
+            self.loop.steps,
+            self.pairs,
+        )
+
+    def _begin(self) -> "asyncio.Task[None]":
+        with self.loop.running():
+            return self.loop.create_task(self._main())
+
+    async def _main(self) -> None:
+        for number in range(self.plan.replicas):
+            self.boot(number)
+        await asyncio.sleep(0.1)
+        for ask in self.plan.asks:
+            self.loop.at(self._outside, START + 0.1 + ask.at, self._ask, ask)
+        for fault in self.plan.faults:
+            self.loop.at(self._outside, START + 0.1 + fault.at, strike, self, fault)
+        last = max((fault.at + fault.seconds for fault in self.plan.faults), default=0.0)
+        await asyncio.sleep(0.2 + max(LENGTH_S, last))
+        waiting = [task for task in self._callers if not task.done()]
+        if waiting:
+            await asyncio.wait(waiting, timeout=LONGEST_WRITE_S + 1)
+        await asyncio.sleep(_QUIET_S)
+        self.checks.bounded()
+        alive = [replica for replica in self.replicas if not replica.process.dead]
+        for replica in alive:
+            self.checks.quiet(replica)
+        await asyncio.gather(*(self._within(replica, replica.close()) for replica in alive))
+        await asyncio.sleep(0.1)
+        for replica in alive:
+            names = sorted(task.get_name() for task in replica.process.tasks if not task.done())
+            if names:
+                self.checks._fail("left", f"{replica.name} leaves tasks: {', '.join(names)}")
+        leases = sorted(key for key in self.redis.database.values if b":lease:" in key)
+        soon_ms = int(self.redis.database.clock() * 1000) + LEASE_MS
+        for key in leases:
+            if self.redis.database.expires.get(key, soon_ms + 1) > soon_ms:
+                self.checks._fail("left", f"a lease that does not expire: {key.decode()}")
+
+    def _forget(self) -> None:
+        """Let go of what killed processes still hold, without a word."""
+        self._outside.dead = True
+        self.loop.bury(self._outside)
+        for replica in (*self.killed, *self.replicas):
+            replica.process.dead = True
+            self.loop.bury(replica.process)
+
+    def boot(self, number: int) -> None:
+        """Start a replica, or the next one in its place."""
+        self._born += 1
+        name = f"r{number + 1}"
+        process = Process(f"{name}.{self._born}", self._random(f"process {self._born}"))
+        skew_s = 0.0 if self.plan.replicas == 1 else round(self._skew.uniform(-0.5, 0.5), 3)
+        self.most_skew_s = max(self.most_skew_s, 2 * abs(skew_s))
+        replica = Replica(name, process, self.loop, self.api, skew_s)
+        process.context.run(replica.start)
+        self._within(replica, replica.open())
+        self.tell(name, f"starts, its clock {skew_s:+.3f} s off")
+        self.replicas[number : number + 1] = [replica]
+
+    def _within(self, replica: Replica, work: Any) -> "asyncio.Task[Any]":
+        """Begin a task in a replica's process."""
+        return replica.process.context.run(self.loop.create_task, work)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _ask(self, ask: Ask) -> None:
+        replica = self.replicas[ask.replica % len(self.replicas)]
+        if replica.process.dead:
+            return
+        request = Request(len(self.requests), ask, replica, self.loop.now, replica.paused_s)
+        self.requests.append(request)
+        self.tell(replica.name, f"gets request {request.number}: {ask.token} wants {ask.what} {ask.name}")
+        task = self._within(replica, self._answer(request))
+        self._callers.append(task)
+        bound_s = LONGEST_WRITE_S if ask.what == "delete" else LONGEST_READ_S
+        if ask.leaves_s is None:
+            self.loop.at(self._outside, self.loop.now + bound_s, self.checks.late, request)
+        else:
+            self.loop.at(replica.process, self.loop.now + ask.leaves_s, self._leave, request, task)
+
+    def _leave(self, request: Request, task: "asyncio.Task[None]") -> None:
+        if not task.done():
+            self.tell("caller", f"leaves request {request.number}")
+            self.meet("caller-leaves", [request.replica])
+            request.done = True
+            task.cancel()
+
+    async def _answer(self, request: Request) -> None:
+        ask, replica = request.ask, request.replica
+        if ask.what == "purge":
+            done = await replica.invalidator.invalidate("purge", SnapshotsScope((ask.name,)))
+            self.tell(replica.name, f"has purged {ask.name}{'' if done else ', pending'}")
+            self.checks.purged(request, done=done)
+            return
+        target = list_target("") if ask.what == "list" else snapshot_target(ask.name)
+        call = Call(
+            "DELETE" if ask.what == "delete" else "GET",
+            target,
+            CALLERS[ask.token],
+            Directives(no_cache=True) if ask.what == "get-anew" else NO_DIRECTIVES,
+            f"request-{request.number}",
+        )
+        try:
+            served = await replica.answer(call)
+        except asyncio.CancelledError:
+            if not request.done:
+                self.checks.bug(f"request {request.number} was cancelled, and its caller has not left")
+            raise
+        except Exception as error:  # noqa: BLE001 # no answer is a violation, whatever it is
+            self.checks.bug(f"request {request.number}: {error!r}")
+            return
+        status = served.error.status if isinstance(served, Failed) else served.status
+        self.tell(
+            replica.name,
+            f"answers request {request.number} with {status:d}, {served.cache_status.header}{_of(served)}",
+        )
+        self.checks.answered(request, served)
+        self.checks.bounded()
+
+    # -- faults --------------------------------------------------------------------------------
+
+    def meet(self, kind: str, replicas: list[Replica]) -> None:
+        """Count at which await points a fault meets the tasks of these replicas."""
+        if self._counts:
+            self.pairs.update(
+                (kind, point)
+                for replica in replicas
+                for task in replica.process.tasks
+                if not task.done() and (point := _await_point(task))
+            )
+
+    def later(self, seconds: float, callback: Callable[..., object], *arguments: object) -> None:
+        """Let the world do something after a while."""
+        self.loop.at(self._outside, self.loop.now + seconds, callback, *arguments)
+
+
+_READABLE = 0.8
+
+
+def _named(name: str) -> str:
+    return name if name.isdecimal() else "the list"
+
+
+def _of(served: Served | Failed) -> str:
+    if isinstance(served, Failed):
+        return f" ({type(served.error).__name__})"
+    found = ANSWER.search(served.body)
+    return f" (answer {int(found[1])})" if found else ""
+
+
+def _await_point(task: "asyncio.Task[Any]") -> str:
+    """Name the line of the product at which a task waits."""
+    point, waits = "", task.get_coro()
+    while isinstance(waits, CoroutineType) and waits.cr_frame is not None:
+        path = waits.cr_code.co_filename
+        if path.startswith(_PRODUCT):
+            point = f"{path[len(_PRODUCT) + 1 :]}:{waits.cr_frame.f_lineno} {waits.cr_code.co_name}"
+        waits = waits.cr_await
+    return point
+
+
+# -- randomness and logs ---------------------------------------------------------------------------
+
+
+class _Drawn:
+    """Stands in for the module `secrets`: draws from the generator of the process that runs."""
+
+    @staticmethod
+    def token_bytes(number: int) -> bytes:
+        return CURRENT.get().random.randbytes(number)
+
+    @staticmethod
+    def token_hex(number: int) -> str:
+        return CURRENT.get().random.randbytes(number).hex()
+
+
+class _Bugs(logging.Handler):
+    def __init__(self, checks: Checks) -> None:
+        super().__init__(logging.ERROR)
+        self._checks = checks
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not CURRENT.get().dead:
+            self._checks.bug(f"logged {record.getMessage()}: {record.exc_info and record.exc_info[1]!r}")
+
+
+@contextmanager
+def _world_of_its_own(checks: Checks) -> Iterator[None]:
+    """Let the product draw from the world's generators, and its errors be violations."""
+    modules = (conversation, membership, values)
+    before = [module.secrets for module in modules]
+    logger, bugs = logging.getLogger("proxy"), _Bugs(checks)
+    level, propagates = logger.level, logger.propagate
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.addHandler(bugs)
+    for module in modules:
+        module.secrets = _Drawn  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            module.secrets = old
+        logger.removeHandler(bugs)
+        logger.setLevel(level)
+        logger.propagate = propagates
