@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 WIRE = [
     *("deploy", "e2e", "storage"),
     *(f"simulator/test_{name}.py" for name in ("command", "control", "faults", "gates", "log", "server")),
-    "simulation/test_redis.py",
+    *(f"simulation/test_{name}.py" for name in ("redis", "stories")),
     *(f"simulator/test_{name}.py" for name in ("service", "specification")),
     *(
         f"test_{name}.py"

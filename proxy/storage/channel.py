@@ -127,12 +127,14 @@ class Channel:
                 raise reply
             self._conversation.subscribed()
             speaking = asyncio.create_task(self._speak(), name="redis-beats")
+            speaking.add_done_callback(lambda _: wire.close())
             try:
                 await wire.wait_closed()
             finally:
                 speaking.cancel()
-                with suppress(asyncio.CancelledError):
-                    await speaking
+                await asyncio.wait({speaking})  # raises what cancels this task, and not what ended that one
+            if not speaking.cancelled():
+                speaking.result()  # a bug: it ends in no other way
         raise ConnectionError("the server closed the connection")
 
     async def _speak(self) -> None:

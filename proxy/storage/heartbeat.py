@@ -46,6 +46,8 @@ class Heartbeat:
         self._monotonic = monotonic
         self._mismatch = Incident()
         self._task: asyncio.Task[None] | None = None
+        self._one_at_a_time = asyncio.Lock()
+        """The channel sends a heartbeat, too: two that delete the same stamps would both settle them."""
 
     def start(self) -> None:
         """Begin."""
@@ -61,6 +63,10 @@ class Heartbeat:
 
     async def pulse(self) -> set[str] | None:
         """Send one heartbeat. Give what `Membership.heard` gives of other replicas. Raises Unavailable."""
+        async with self._one_at_a_time:
+            return await self._pulse()
+
+    async def _pulse(self) -> set[str] | None:
         now = self._clock()
         self._pending.follow(self._link.primaries)
         names = self._pending.to_delete()

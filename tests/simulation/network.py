@@ -118,7 +118,7 @@ class Connection(asyncio.Transport):
     def __init__(self, server: Server, protocol: Any, process: Process) -> None:
         super().__init__()
         self._server = server
-        self._protocol = protocol
+        self.protocol = protocol
         self.process = process
         self._reader = Reader(notEnoughData=_MORE)
         self._arrives = 0.0
@@ -201,7 +201,7 @@ class Connection(asyncio.Transport):
 
     def _received(self, data: bytes) -> None:
         if self._open:
-            self._protocol.data_received(data)
+            self.protocol.data_received(data)
 
     def _close(self, error: Exception | None) -> None:
         if self._open:
@@ -209,7 +209,7 @@ class Connection(asyncio.Transport):
             self._server.connections.remove(self)
             if not self.process.dead:
                 loop = self._server.loop
-                loop.at(self.process, loop.now, self._protocol.connection_lost, error)
+                loop.at(self.process, loop.now, self.protocol.connection_lost, error)
 
 
 _SPLIT = 0.1

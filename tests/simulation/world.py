@@ -8,7 +8,7 @@ world's time. What happens is told in words where a story is wanted.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,10 +106,10 @@ class World:
 
     # -- the whole of it -----------------------------------------------------------------------
 
-    def run(self) -> Outcome:
-        """Run it to its end."""
+    def run(self, scenario: Callable[["World"], Coroutine[Any, Any, None]] | None = None) -> Outcome:
+        """Run it to its end: by its plan, or by a scenario that a test has written."""
         with _world_of_its_own(self.checks):
-            main = self._outside.context.run(self._begin)
+            main = self._outside.context.run(self._begin, scenario)
             try:
                 self.loop.run(main, MOST_STEPS)
                 main.result()
@@ -129,9 +129,9 @@ class World:
             self.pairs,
         )
 
-    def _begin(self) -> "asyncio.Task[None]":
+    def _begin(self, scenario: Callable[["World"], Coroutine[Any, Any, None]] | None) -> "asyncio.Task[None]":
         with self.loop.running():
-            return self.loop.create_task(self._main())
+            return self.loop.create_task(self._main() if scenario is None else scenario(self))
 
     async def _main(self) -> None:
         for number in range(self.plan.replicas):
@@ -151,7 +151,7 @@ class World:
         alive = [replica for replica in self.replicas if not replica.process.dead]
         for replica in alive:
             self.checks.quiet(replica)
-        await asyncio.gather(*(self._within(replica, replica.close()) for replica in alive))
+        await asyncio.gather(*(self.within(replica, replica.close()) for replica in alive))
         await asyncio.sleep(0.1)
         for replica in alive:
             names = sorted(task.get_name() for task in replica.process.tasks if not task.done())
@@ -180,11 +180,11 @@ class World:
         self.most_skew_s = max(self.most_skew_s, 2 * abs(skew_s))
         replica = Replica(name, process, self.loop, self.api, skew_s)
         process.context.run(replica.start)
-        self._within(replica, replica.open())
+        self.within(replica, replica.open())
         self.tell(name, f"starts, its clock {skew_s:+.3f} s off")
         self.replicas[number : number + 1] = [replica]
 
-    def _within(self, replica: Replica, work: Any) -> "asyncio.Task[Any]":
+    def within(self, replica: Replica, work: Any) -> "asyncio.Task[Any]":
         """Begin a task in a replica's process."""
         return replica.process.context.run(self.loop.create_task, work)
 
@@ -197,7 +197,7 @@ class World:
         request = Request(len(self.requests), ask, replica, self.loop.now, replica.paused_s)
         self.requests.append(request)
         self.tell(replica.name, f"gets request {request.number}: {ask.token} wants {ask.what} {ask.name}")
-        task = self._within(replica, self._answer(request))
+        task = self.within(replica, self._answer(request))
         self._callers.append(task)
         bound_s = LONGEST_WRITE_S if ask.what == "delete" else LONGEST_READ_S
         if ask.leaves_s is None:

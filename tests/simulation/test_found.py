@@ -1,0 +1,100 @@
+"""What worlds found in the program: each a story, told once more, and the mend that it needs."""
+
+import asyncio
+
+import pytest
+
+from proxy.core.invalidation import SnapshotsScope
+from simulation.plan import Plan
+from simulation.world import World
+
+QUIET = Plan(1, 1, ())
+"""One replica, and nothing that happens by itself."""
+
+
+def test_two_heartbeats_delete_the_same_stamps() -> None:
+    """Redis is away, a purge is pending, Redis is back, and two heartbeats are sent at once. Both go on.
+
+    Found by seed 133: the channel registered the replica again in the same moment as the heartbeat did. The one
+    whose reply came later found nothing to settle, and failed. No pending invalidation was sent any more, or no
+    beat, and the replica could not be stopped.
+    """
+    pending = []
+
+    async def scenario(world: World) -> None:
+        world.boot(0)
+        await asyncio.sleep(1.5)
+        (replica,) = world.replicas
+        world.redis.unreachable = True
+        world.redis.drop_all()
+        purge = replica.invalidator.invalidate("purge", SnapshotsScope(("101",)))
+        pending.append(await world.within(replica, purge))
+        pending.append(replica.store.pending_invalidations)
+        world.redis.unreachable = False
+        while not replica.store.up:  # noqa: ASYNC110 # nothing tells of it
+            await asyncio.sleep(0.001)
+        pulses = [world.within(replica, replica.store._heartbeat.pulse()) for _ in range(2)]
+        assert await asyncio.gather(*pulses) == [set(), set()]
+        pending.append(replica.store.pending_invalidations)
+        await world.within(replica, replica.close())
+
+    assert World(QUIET).run(scenario).violations == ()
+    assert pending == [False, 2, 0]
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_replica_stops_while_its_channel_is_lost(turns: int) -> None:
+    """Redis closes all connections, and some turns of the loop later the replica is told to stop. It stops.
+
+    The channel waited for the end of its beats, took the order to stop for that end, and connected again: the
+    process waited for it until it was killed.
+    """
+    stopped = []
+
+    async def scenario(world: World) -> None:
+        world.boot(0)
+        await asyncio.sleep(1.0)
+        (replica,) = world.replicas
+        (channel,) = (each.protocol for each in world.redis.connections if each.channel is not None)
+
+        async def stop() -> None:
+            await channel.wait_closed()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await replica.close()
+            stopped.append(world.loop.now)
+
+        world.within(replica, stop())
+        await asyncio.sleep(0.1)
+        world.redis.drop_all()
+        await asyncio.sleep(5.0)
+
+    assert World(QUIET).run(scenario).violations == ()
+    assert len(stopped) == 1
+
+
+def test_a_replica_whose_beats_failed_beats_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug ends the beats. The channel notices and connects again; the replica can still be stopped."""
+    registered = []
+
+    async def scenario(world: World) -> None:
+        world.boot(0)
+        await asyncio.sleep(1.0)
+        (replica,) = world.replicas
+        conversation = replica.store._heartbeat.conversation
+        assert conversation is not None
+        say, left = conversation.to_say, [1]
+
+        def fail_once() -> object:
+            if left:
+                left.pop()
+                raise KeyError
+            return say()
+
+        monkeypatch.setattr(conversation, "to_say", fail_once)
+        await asyncio.sleep(1.5)
+        registered.append(replica.memory._hears_until > world.loop.now)
+        await world.within(replica, replica.close())
+
+    assert World(QUIET).run(scenario).violations == ()
+    assert registered == [True]
