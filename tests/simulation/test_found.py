@@ -15,8 +15,8 @@ QUIET = Plan(1, 1, ())
 def test_two_heartbeats_delete_the_same_stamps() -> None:
     """Redis is away, a purge is pending, Redis is back, and two heartbeats are sent at once. Both go on.
 
-    Found by seed 133: the channel registered the replica again in the same moment as the heartbeat did. The one
-    whose reply came later found nothing to settle, and failed. No pending invalidation was sent any more, or no
+    Found by seed 133: the channel registered the replica again at the moment of the heartbeat. The one whose
+    reply came later found nothing to settle, and failed. No pending invalidation was sent any more, or no
     beat, and the replica could not be stopped.
     """
     pending = []

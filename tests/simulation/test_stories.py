@@ -1,7 +1,7 @@
 """The same seed tells the same story on every machine: the digest of ten stories stands here.
 
-A change of the order in which the program does things changes it; then the new one belongs here. What must not
-change it is the machine: two processes with other hashes of strings, and so another order of sets, agree.
+A change of the order in which the program does things changes it; then the new one belongs here. The machine
+must not change it: two processes with other hashes of strings, and so another order of sets, agree.
 """
 
 import os
