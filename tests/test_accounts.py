@@ -391,3 +391,43 @@ def test_leaving_while_both_are_asked() -> None:
         assert [dict(one.standings()) for one in fleet.replicas] == before
 
     run(main())
+
+
+def told(replica: Accounts) -> dict[str, int]:
+    """Read what the token is told."""
+    return {name.removeprefix("ratelimit-"): int(value) for name, value in replica.told(SOMEBODY).headers}
+
+
+def test_what_a_caller_is_told() -> None:
+    """Nothing before this replica had a report; then its ledger, until the oldest call leaves the hour."""
+
+    async def work() -> None:
+        one, other = (accounts(FakeLedger(LIMITS), replicas=2) for _ in range(2))
+        assert told(one) == {}
+        turn = await one.admit(ACCOUNT, CallClass.MISS)
+        assert isinstance(turn, Permit)
+        assert told(one) == {}  # the count of one call is no report
+        await one.settle(ACCOUNT, turn, Settlement(4321, answered=True, known=True))
+        first = told(one)
+        assert (first["limit"], first["remaining"]) == (5000, 4321)
+        assert one.told(SOMEBODY).lines.startswith(
+            b"\r\nratelimit-limit: 5000\r\nratelimit-remaining: 4321\r\n"
+        )
+        assert told(other) == {}
+        await asyncio.sleep(2 * LIMITS.hour_s)
+        assert told(one)["remaining"] == 5000
+
+    run(work())
+
+
+def test_an_answer_without_a_report_tells_nothing() -> None:
+    """The upstream does not say what is left: then neither does a hit."""
+
+    async def work() -> None:
+        one = accounts(FakeLedger(LIMITS), replicas=1)
+        turn = await one.admit(ACCOUNT, CallClass.MISS)
+        assert isinstance(turn, Permit)
+        await one.settle(ACCOUNT, turn, Settlement(None, answered=True, known=True))
+        assert told(one) == {}
+
+    run(work())

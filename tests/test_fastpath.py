@@ -21,6 +21,7 @@ from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import Route
 from proxy.core.http import etag_of
 from proxy.core.identity import Token
+from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, list_target
 from proxy.edge import fastpath as module, memo, prepared
 from proxy.edge.handler import Handler, plain_server
@@ -63,7 +64,10 @@ def memory() -> Memory:
         entries[Key(SNAPSHOT_LIST, partition, LISTED)] = entry(
             b"list of " + token.encode(), gzip=b"zipped " + token.encode()
         )
-    return Memory(entries, NOW)
+    held = Memory(entries, NOW)
+    held.quotas[KEYRING.partition(Token(ONE))] = quota = RateLimit()
+    quota.tell(5000, 4990, 1_800_003_000)
+    return held
 
 
 def request(
@@ -169,7 +173,7 @@ def test_the_date_is_todays() -> None:
         memory_answer(), entry(b"x"), Place(Key(SNAPSHOT, "", "1"), False, False, None), NOW
     )
     assert written is not None
-    ready = prepared.date(written, entry(b"x"), lambda *_: None, NOW)
+    ready = prepared.date(written, entry(b"x"), UNKNOWN, lambda *_: None, NOW)
     assert b"\r\nDate: Fri, 15 Jan 2027 08:00:00 GMT\r\n" in ready.rest
     assert (ready.since, ready.until) == (NOW, NOW + 0.5)  # then its age is 19 s
 
@@ -230,6 +234,28 @@ def test_what_memory_no_longer_holds_is_not_served() -> None:
             wire.send(PLAIN)
             await turns()
             assert expected in wire.received
+
+    run(work())
+
+
+def test_the_quota_is_the_last_known() -> None:
+    """What was prepared follows it at once, for its own caller; without a known one there is no header."""
+
+    async def work() -> None:
+        held = memory()
+        edge = Edge(held, fast=True)
+        wire = Wire(edge.listener)
+        quota = held.told(KEYRING.partition(Token(ONE)))
+        for remaining in (4990, 4989):
+            quota.tell(5000, remaining, 1_800_003_000)
+            wire.received.clear()
+            wire.send(PLAIN)
+            told = (b"limit: 5000", b"remaining: %d" % remaining, b"reset: 1800003000")
+            assert b"".join(b"\r\nratelimit-%b" % each for each in told) + b"\r\nCache" in wire.received
+        wire.received.clear()
+        wire.send(request(token=OTHER))
+        assert b"ratelimit" not in wire.received
+        assert edge.answered_fast == 3
 
     run(work())
 
@@ -580,7 +606,7 @@ def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def shelved(at: float, rest: bytes = b"") -> Prepared:
     """Make what is prepared for a second."""
     written = Written(200, b"", b"", b"", at + 1)
-    return Prepared(entry(b""), at, at + 1, b"", rest, written, lambda *_: None)
+    return Prepared(entry(b""), at, at + 1, b"", rest, written, UNKNOWN, lambda *_: None)
 
 
 @pytest.mark.parametrize(("changed", "value"), [("MOST_PREPARED", 10), ("MOST_PREPARED_BYTES", 100)])

@@ -1073,6 +1073,7 @@ async def test_who_joins_a_fetch_that_runs(directives: Directives, fetches: int)
             BODY,
             Forwarded(Fwd.URI_MISS, 200, stored=True, collapsed=True),
             FILLED,
+            ratelimit=RATELIMIT,
         )
     else:
         assert (second.cache_status.outcome, second.ratelimit) == (Outcome.MISS, RATELIMIT)

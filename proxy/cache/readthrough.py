@@ -29,8 +29,10 @@ from proxy.core.cache_status import CacheStatus, Detail, Forwarded, FromCache, F
 from proxy.core.entry import UNAVAILABLE, Entry, Lookup
 from proxy.core.errors import NotCached, NotSent, Overloaded, ProxyError, QuotaSpent, UpstreamError
 from proxy.core.events import Refreshed, UnknownValue
+from proxy.core.identity import Partition
 from proxy.core.policy import Forward, Hit, HitThenRevalidate, Policy, Unsatisfiable, on_lookup
 from proxy.core.ports import Gate, Store
+from proxy.core.ratelimit import RateLimit
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
 from proxy.core.resources import Key
 from proxy.tasks.drain import DrainDeadline
@@ -88,6 +90,7 @@ class ReadThrough:
     ) -> None:
         memory = invalidator.memory
         self._store = store
+        self._gate = gate
         self._memory = memory
         self.held = memory.get
         """Give the entry that this replica's memory may answer with now, fresh or not."""
@@ -153,6 +156,10 @@ class ReadThrough:
                 return _from_entry(entry, now)
             case _:
                 return None
+
+    def told(self, partition: Partition) -> RateLimit:
+        """Give what the caller is told about its quota, as its ledger here knows it."""
+        return self._gate.told(partition)
 
     async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
         """Look the entry up in the store, keep a fresh one in memory, and give the mark from before that.
@@ -257,6 +264,6 @@ def _from_upstream(
                 Forwarded(fwd, received, result.stored, collapsed, detail),
                 result.entry,
                 result.retry_after_s,
-                () if collapsed else result.ratelimit,
+                result.ratelimit,
                 result.outcome_unknown,
             )

@@ -18,6 +18,7 @@ from proxy.core.operations import Operation
 from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
 from proxy.core.quota import Admitted, CallClass, Postponed
+from proxy.core.ratelimit import RateLimit
 from proxy.core.request import Call
 from proxy.core.resources import Key
 
@@ -100,6 +101,9 @@ class Gate(Protocol):
         most; the call itself may last until `answer_by` (both monotonic). With `new_connection` it goes over
         a connection that was opened for it. Raises UpstreamError or NotSent.
         """
+
+    def told(self, partition: Partition) -> RateLimit:
+        """Give what the caller is told about its quota, without asking for it; it changes in place."""
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
         """Say why the quota would refuse a call now; None if it would not, or only until one is answered."""

@@ -279,6 +279,11 @@ class Ledger:
         self._forget(now)
         return *self.remaining(), max((self._cool_until or now) - now, 0.0), self.per_hour
 
+    def frees_at(self) -> float:
+        """Give when the oldest call leaves the hour; infinity if there is none."""
+        hour = self._counts[1]
+        return hour.next_leaves_at if hour.total else math.inf
+
     def _forget(self, now: float) -> None:
         for count in (*self._counts, self._others):
             count.forget(now)

@@ -71,7 +71,7 @@ class Count:
     window: Window
     buckets: dict[int, int] = field(default_factory=dict)
     total: int = 0
-    _next_leaves_at: float = math.inf
+    next_leaves_at: float = math.inf
 
     def add(self, at: float, calls: int) -> None:
         """Add calls that were made at one time."""
@@ -110,11 +110,11 @@ class Count:
 
     def forget(self, now: float) -> None:
         """Drop the buckets that have left the window: those whose last moment is older than its length."""
-        if now < self._next_leaves_at:
+        if now < self.next_leaves_at:
             return
         for bucket in [bucket for bucket in self.buckets if self._leaves_at(bucket) <= now]:
             self.total -= self.buckets.pop(bucket)
-        self._next_leaves_at = min(map(self._leaves_at, self.buckets), default=math.inf)
+        self.next_leaves_at = min(map(self._leaves_at, self.buckets), default=math.inf)
 
     def wait_s(self, now: float, ceiling: int, need: int) -> float:
         """Tell how long until `need` more calls fit under `ceiling`; 0 where they do."""
@@ -134,7 +134,7 @@ class Count:
     def _put(self, bucket: int, calls: int) -> None:
         self.buckets[bucket] = self.buckets.get(bucket, 0) + calls
         self.total += calls
-        self._next_leaves_at = min(self._next_leaves_at, self._leaves_at(bucket))
+        self.next_leaves_at = min(self.next_leaves_at, self._leaves_at(bucket))
 
     def _bucket(self, at: float) -> int:
         return math.floor(at / self.window.bucket_s)

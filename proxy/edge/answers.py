@@ -11,8 +11,9 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache.readthrough import Failed, Served
-from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError
+from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError, QuotaSpent
 from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status, retry_after
+from proxy.core.ratelimit import UNKNOWN, RateLimit
 
 JSON = "application/json; charset=utf-8"
 
@@ -36,15 +37,22 @@ new_request_id: Final[Callable[[], str]] = _request_ids().__next__
 
 
 def served_response(
-    served: Served, *, now: float, request_id: str, if_none_match: str | None, gzip: bool
+    served: Served,
+    *,
+    now: float,
+    request_id: str,
+    if_none_match: str | None,
+    gzip: bool,
+    told: RateLimit = UNKNOWN,
 ) -> web.Response:
     """Make the response for an answer of the cache or the upstream: 304 if `if_none_match` names its tag.
 
-    `gzip`: the caller accepts a compressed body.
+    `gzip`: the caller accepts a compressed body. `told` is what it is told about its quota, unless the
+    upstream's answer to this very call does.
     """
     headers = _headers(request_id)
+    headers.extend(served.ratelimit or told.headers)
     headers["Cache-Status"] = served.cache_status.header
-    headers.extend(served.ratelimit)
     body = served.body
     if served.entry is None:
         headers["Cache-Control"] = "no-store"
@@ -80,19 +88,22 @@ def served_response(
     return web.Response(status=served.status, headers=headers, body=body)
 
 
-def failed_response(failed: Failed, request_id: str) -> web.Response:
+def failed_response(failed: Failed, request_id: str, told: RateLimit = UNKNOWN) -> web.Response:
     """Make the response for an error of ours to a read or a DELETE."""
-    response = error_response(failed.error, request_id)
+    response = error_response(failed.error, request_id, told)
     response.headers["Cache-Status"] = failed.cache_status.header
     return response
 
 
-def error_response(error: ProxyError, request_id: str | None = None) -> web.Response:
-    """Make the response for an error of ours."""
+def error_response(
+    error: ProxyError, request_id: str | None = None, told: RateLimit = UNKNOWN
+) -> web.Response:
+    """Make the response for an error of ours. A 429 has what the caller is `told` about its quota."""
     request_id = request_id or new_request_id()
-    return web.Response(
-        status=error.status, headers=_error_headers(error, request_id), body=error_body(error, request_id)
-    )
+    headers = _error_headers(error, request_id)
+    if isinstance(error, QuotaSpent):
+        headers.extend(told.headers)
+    return web.Response(status=error.status, headers=headers, body=error_body(error, request_id))
 
 
 def response_bytes(error: ProxyError, request_id: str) -> bytes:

@@ -31,6 +31,7 @@ from proxy.core.errors import (
 from proxy.core.events import GIVEN_UP_BY_CALLER, OTHER_CALLER, RequestDone, Route
 from proxy.core.identity import Caller, Keyring, Token
 from proxy.core.passthrough import PassthroughRequest, forwarded_headers, is_read, passthrough_target
+from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.request import (
     ApiPath,
     Call,
@@ -64,6 +65,7 @@ class _Record:
     entry_age_s: float | None = None
     avoided: Avoided | None = None
     error: ProxyError | None = None
+    told: RateLimit = UNKNOWN
 
 
 class Api:
@@ -100,7 +102,7 @@ class Api:
             raise
         except ProxyError as error:
             record.error = error
-            response = error_response(error, record.request_id)
+            response = error_response(error, record.request_id, record.told)
             record.status = response.status
         except Exception as error:  # noqa: BLE001 # the last line of defence: a bug is an answer too, and no header is shown
             event(_LOG, logging.ERROR, "bug", exc=error, request_id=record.request_id)
@@ -143,10 +145,11 @@ class Api:
                     request_id=record.request_id,
                     if_none_match=None if conditions is None else ",".join(conditions),
                     gzip=accepts_gzip(request.headers.getall("Accept-Encoding", ())),
+                    told=self._readthrough.told(call.caller.partition),
                 )
             case Failed():
                 record.error = answer.error
-                return failed_response(answer, record.request_id)
+                return failed_response(answer, record.request_id, record.told)
 
     async def _call(self, request: web.BaseRequest, target: Target, record: _Record) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
@@ -195,7 +198,9 @@ class Api:
     def _caller(self, request: web.BaseRequest, record: _Record) -> Caller:
         token = parse_authorization(request.headers.getall("Authorization", ()))
         record.caller = self._alias_of(token)
-        return self._keyring.caller(token, record.caller)
+        caller = self._keyring.caller(token, record.caller)
+        record.told = self._readthrough.told(caller.partition)
+        return caller
 
     def _done(self, record: _Record, started: float) -> None:
         self._observe(

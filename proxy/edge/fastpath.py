@@ -38,6 +38,7 @@ from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError
 from proxy.core.events import Route
 from proxy.core.identity import Partition, Token
+from proxy.core.ratelimit import RateLimit
 from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
 from proxy.core.resources import Key, Target
 from proxy.edge.answers import new_request_id
@@ -100,6 +101,9 @@ class Reads(Protocol):
         None where memory has no fresh entry.
         """
 
+    def told(self, partition: Partition) -> RateLimit:
+        """Give what the caller is told about its quota; it changes in place."""
+
 
 class FastPath:
     """Answers from memory to the bytes of requests.
@@ -118,6 +122,7 @@ class FastPath:
     ) -> None:
         self._held = reads.held
         self._peek = reads.peek
+        self._told = reads.told
         self._partition = partition
         self._alias_of = alias_of
         self._clock = clock
@@ -156,7 +161,7 @@ class FastPath:
                 return None
         if request_id is None:
             request_id = new_request_id()
-        answer = b"".join((ready.opening, request_id.encode(), ready.rest))
+        answer = b"".join((ready.opening, request_id.encode(), ready.told.lines, ready.rest))
         age_s = now - entry.called_at
         ready.tell(time.perf_counter() - started, age_s if age_s > 0 else 0.0, request_id)
         return answer
@@ -199,9 +204,10 @@ class FastPath:
     def _ready(self, question: Question, entry: Entry, now: float) -> Prepared | None:
         """Prepare the answer, and keep it for those who ask the same in this second."""
         place, shelf = question.place, self._shelf
+        told = self._told(place.key.partition)
         last = shelf.young.get(place) or shelf.older(place)
         if last is not None and last.entry is entry and last.since <= now < last.written.until:
-            ready = date(last.written, entry, last.tell, now)  # all else is as it was
+            ready = date(last.written, entry, told, last.tell, now)  # all else is as it was
         else:
             served = self._peek(place.key, now)
             if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
@@ -211,7 +217,7 @@ class FastPath:
                 return None
             outcome = served.cache_status.outcome
             tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
-            ready = date(written, served.entry, tell, now)
+            ready = date(written, served.entry, told, tell, now)
         shelf.put(place, ready, now)
         return ready
 

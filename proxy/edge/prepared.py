@@ -1,4 +1,4 @@
-"""Hits as the bytes of their answers, but for the request's id and the date; good for one second of `Age`.
+"""Hits as the bytes of their answers, but for request id, quota and date; good for one second of `Age`.
 
 The bytes are those that `api.py` and aiohttp write for the same `Served`; `answers.py` says which headers and
 why. Where they differ, `tests/test_fastpath.py` fails.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from proxy.cache.readthrough import Served
 from proxy.core.entry import Entry
 from proxy.core.http import CACHE_NAME, is_not_modified
+from proxy.core.ratelimit import RateLimit
 from proxy.core.resources import Key
 from proxy.edge.answers import JSON
 
@@ -40,7 +41,7 @@ class Place(NamedTuple):
 
 
 class Written(NamedTuple):
-    """`opening`, a request id, `head`, a date, an empty line and `body` are an answer, before `until`."""
+    """`opening`, an id, the quota, `head`, a date, an empty line and `body` are an answer, before `until`."""
 
     status: int
     opening: bytes
@@ -50,7 +51,7 @@ class Written(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """`opening`, a request id and `rest` are the answer, from `since` until before `until`.
+    """`opening`, a request id, what is `told` and `rest` are the answer, from `since` until before `until`.
 
     While `entry` is what memory holds; `written` goes on for as long as it says.
     """
@@ -61,6 +62,8 @@ class Prepared(NamedTuple):
     opening: bytes
     rest: bytes
     written: Written
+    told: RateLimit
+    """What the caller is told about its quota: it changes in place."""
     tell: Callable[[float, float, str], None]
     """Counts one such answer: seconds, the entry's age, and the request id."""
 
@@ -117,20 +120,21 @@ def write(served: Served, entry: Entry, place: Place, now: float) -> Written | N
     if status != _OK or place.head:
         body = b""
     age = int(entry.age_s(now))
-    ratelimit = "".join([f"{name}: {value}\r\n" for name, value in served.ratelimit])
     head = (
-        f"\r\nCache-Status: {served.cache_status.header}\r\n{ratelimit}Vary: {vary}\r\n{encoding}"
+        f"\r\nCache-Status: {served.cache_status.header}\r\nVary: {vary}\r\n{encoding}"
         f"ETag: {etag}\r\nAge: {age}\r\nCache-Control: private, max-age={entry.lifetimes.fresh_s}\r\n"
         f"{content}Date: "
     )
     return Written(status, _OPENINGS[status], head.encode(), body, entry.called_at + age + 1)
 
 
-def date(written: Written, entry: Entry, tell: Callable[[float, float, str], None], now: float) -> Prepared:
+def date(
+    written: Written, entry: Entry, told: RateLimit, tell: Callable[[float, float, str], None], now: float
+) -> Prepared:
     """Put the date of `now` in: that is good for one second of the clock."""
     second = int(now)
     rest = b"".join((written.head, _date(second), written.body))
-    return Prepared(entry, now, min(second + 1, written.until), written.opening, rest, written, tell)
+    return Prepared(entry, now, min(second + 1, written.until), written.opening, rest, written, told, tell)
 
 
 @lru_cache(maxsize=2)

@@ -23,6 +23,7 @@ from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.ports import Upstream
 from proxy.core.quota import CallClass, QuotaLimits
+from proxy.core.ratelimit import RateLimit
 from proxy.core.request import Call
 from proxy.gate.beginning import read_beginning
 from proxy.gate.connections import ConnectionSlots
@@ -105,6 +106,10 @@ class UpstreamGate:
                 min(standing.per_hour, other.per_hour),
             )
         return worst
+
+    def told(self, partition: Partition) -> RateLimit:
+        """Give what the caller is told about its quota, as its ledger here knows it."""
+        return self._accounts.told(partition)
 
     async def ask(
         self,

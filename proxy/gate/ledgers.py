@@ -9,6 +9,7 @@ ledgers have to admit a call.
 """
 
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from proxy.core.identity import Partition
 from proxy.core.operations import Operation, Operations
 from proxy.core.ports import CommonLedger
 from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Postponed, QuotaLimits
+from proxy.core.ratelimit import UNKNOWN, RateLimit
 
 _FOLLOWS_S = 1.0
 """A reply of the common ledger counts as current for so long."""
@@ -88,12 +90,14 @@ class Accounts:
         call_s: float,
         replicas: Callable[[], int],
         monotonic: Callable[[], float],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._common = common
         self._limits = limits
         self._call_s = call_s
         self._replicas = replicas
         self._monotonic = monotonic
+        self._clock = clock
         self._owns: OrderedDict[Partition, _Own] = OrderedDict()
 
     async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Permit | Postponed:
@@ -111,6 +115,7 @@ class Accounts:
             case Postponed() as postponed:
                 if postponed.remaining is not None:
                     own.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
+                    self._tell(own, reported=True)
                 return postponed
             case common if self._doubts(own):  # Redis has lost the common ledger
                 await self._give_back_in_common(account, common)
@@ -119,6 +124,7 @@ class Accounts:
                 now = self._monotonic()
                 permit = _permit(own, own.ledger.count(now), common)
                 own.follow(now, permit.remaining, permit.per_hour)
+                self._tell(own)
                 return permit
 
     async def _admit_by_both(
@@ -181,6 +187,7 @@ class Accounts:
             answered=settlement.answered,
             known=settlement.known is True,
         )
+        self._tell(own, reported=settlement.remaining_told is not None)
         if refused:
             for partition in account.partitions:
                 await self._common.cool(partition, settlement.retry_after_s)
@@ -210,6 +217,25 @@ class Accounts:
         now = self._monotonic()
         for own in self._owns.values():
             yield own.caller, Standing(*own.ledger.standing(now))
+
+    def told(self, partition: Partition) -> RateLimit:
+        """Give what the caller is told about its quota: as this replica's own ledger knows it."""
+        own = self._owns.get(partition)
+        if own is None:
+            return UNKNOWN
+        if self._monotonic() >= own.told_until:
+            self._tell(own)
+        return own.told
+
+    def _tell(self, own: "_Own", *, reported: bool = False) -> None:
+        """Follow a change of the own ledger, once its calls left were `reported` to this replica."""
+        own.reported = own.reported or reported
+        if own.reported:
+            now = self._monotonic()
+            _, remaining, _, limit = own.ledger.standing(now)
+            own.told_until = own.ledger.frees_at()
+            wait_s = 0.0 if math.isinf(own.told_until) else max(own.told_until - now, 0.0)
+            own.told.tell(limit, remaining, math.ceil(self._clock() + wait_s))
 
     def cooldown_s(self, account: Account) -> float:
         """Give the seconds for which the account's calls stop, by this replica's own ledger."""
@@ -276,7 +302,10 @@ class Accounts:
 class _Own:
     """This replica's ledger of one token, and what it knows of the common one."""
 
-    __slots__ = ("born", "caller", "doubtful_until", "followed_at", "known", "ledger", "operations")
+    __slots__ = (
+        *("born", "caller", "doubtful_until", "followed_at", "known", "ledger", "operations"),
+        *("reported", "told", "told_until"),
+    )
 
     def __init__(self, ledger: Ledger, operations: Operations) -> None:
         self.ledger = ledger
@@ -287,6 +316,11 @@ class _Own:
         self.doubtful_until = 0.0
         """Until then the common ledger may lack calls that were made."""
         self.followed_at = -math.inf
+        self.reported = False
+        """The upstream, or the common ledger with a refusal, has told this replica what is left."""
+        self.told = RateLimit()
+        self.told_until = math.inf
+        """Until then no call leaves the hour."""
 
     def follow(self, now: float, remaining: tuple[int, int], per_hour: int | None) -> None:
         """Catch up with the common ledger."""

@@ -10,8 +10,9 @@ from proxy.core.cache_status import Forwarded, Fwd, Outcome
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError
 from proxy.core.events import RequestDone, Route
-from proxy.core.identity import Keyring, Token
+from proxy.core.identity import Keyring, Partition, Token
 from proxy.core.policy import Hit, HitThenRevalidate, on_lookup
+from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.request import NO_DIRECTIVES, Call
 from proxy.core.resources import Key
 from proxy.edge.api import Api
@@ -88,6 +89,7 @@ class Memory:
         self.entries = entries
         self.now = now
         self.recorded: list[Key] = []
+        self.quotas: dict[Partition, RateLimit] = {}
 
     def held(self, key: Key) -> Entry | None:
         """Give what is there."""
@@ -100,6 +102,10 @@ class Memory:
                 self.recorded.append(key)
                 return _from_entry(entry, now)
         return None
+
+    def told(self, partition: Partition) -> RateLimit:
+        """Tell what is known of the caller's quota."""
+        return self.quotas.get(partition, UNKNOWN)
 
     async def get(self, call: Call) -> Served | Failed:
         """Answer after a few turns of the loop, as every fetch does."""

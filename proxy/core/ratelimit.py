@@ -1,0 +1,30 @@
+"""What a caller is told about its quota: the headers `ratelimit-limit`, `-remaining` and `-reset`.
+
+One `RateLimit` stands for one caller. The gate replaces its content when the caller's ledger changes, and
+what was prepared for the caller refers to it: a hit asks nothing and formats nothing. Integers, as the
+API sends them: clients exist that fail on anything else.
+"""
+
+
+class RateLimit:
+    """Three headers, or none while nothing is known."""
+
+    __slots__ = ("headers", "lines")
+
+    def __init__(self) -> None:
+        self.headers: tuple[tuple[str, str], ...] = ()
+        self.lines = b""
+        """The same as bytes; each line begins with its line break."""
+
+    def tell(self, limit: int, remaining: int, reset: int) -> None:
+        """Say that of `limit` calls an hour so many remain, and when the oldest leaves it (Unix seconds)."""
+        self.headers = (
+            ("ratelimit-limit", str(limit)),
+            ("ratelimit-remaining", str(remaining)),
+            ("ratelimit-reset", str(reset)),
+        )
+        self.lines = "".join([f"\r\n{name}: {value}" for name, value in self.headers]).encode()
+
+
+UNKNOWN = RateLimit()
+"""Of a caller of whose quota nothing is known. Never told anything."""
