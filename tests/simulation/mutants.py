@@ -1,0 +1,184 @@
+"""Faults planted on purpose, one at a time: each has to be found by the invariant that names it.
+
+The law of this file: a mutant changes one thing of the program, as a mistake would. One that is not found is
+a hole in the invariants, or in what worlds try.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from proxy.cache import collapse, fetch, memory, readthrough
+from proxy.core.entry import Leased
+from proxy.core.identity import Keyring, Partition
+from proxy.core.invalidation import InvalidationCounts
+from proxy.gate import ledgers
+from proxy.storage import conversation, entries, invalidation, leases
+from proxy.tasks import flights
+
+
+class Mutant(NamedTuple):
+    """What is changed, to what, and which invariants say so, `within` how many seeds."""
+
+    name: str
+    where: Any
+    attribute: str
+    value: Any
+    found_by: frozenset[str]
+    within: int = 0
+    """0: it is not found yet."""
+
+
+async def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+async def _true(*_: Any, **__: Any) -> bool:
+    return True
+
+
+async def _always_leased(_self: Any, _key: Any, _basis: Any) -> Leased:
+    return Leased(b"p:1:no-lease", b"x")
+
+
+def _of(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+MUTANTS = (
+    Mutant(
+        "an invalidation deletes no stamp", invalidation.Invalidations, "invalidate", _true, _of("deleted"), 5
+    ),
+    Mutant(
+        "one partition for all tokens",
+        Keyring,
+        "partition",
+        lambda *_: Partition("p"),
+        _of("isolation", "bug"),
+    ),
+    Mutant(
+        "memory ignores invalidations",
+        InvalidationCounts,
+        "count",
+        lambda *_: None,
+        _of("deleted", "refused"),
+        5,
+    ),
+    Mutant("memory keeps more than it may", memory.Memory, "_make_room", lambda *_: None, _of("memory"), 30),
+    Mutant(
+        "memory answers for ever when deaf",
+        memory.Memory,
+        "_may_answer",
+        lambda *_: True,
+        _of("deleted", "refused", "age"),
+    ),
+    Mutant("no lease is asked for", leases.Leases, "lease", _always_leased, _of("one call"), 20),
+    Mutant("a lease is not renewed", leases.Leases, "renew", _nothing, _of("one call")),
+    Mutant(
+        "a lease is not released",
+        leases.Leases,
+        "release",
+        _nothing,
+        _of("left", "one call", "needless", "answered"),
+    ),
+    Mutant("flights are not shared", flights._Flight, "answers", lambda *_: False, _of("one call"), 60),
+    Mutant(
+        "a flight's name lacks the stamps",
+        collapse.Collapser,
+        "name",
+        lambda _self, call, _basis, mode: (call.key, mode),
+        _of("deleted", "refused", "one call"),
+    ),
+    Mutant(
+        "the pending are not left out",
+        invalidation.PendingInvalidations,
+        "covers",
+        lambda *_: False,
+        _of("deleted", "refused"),
+    ),
+    Mutant(
+        "the pending are never sent",
+        invalidation.PendingInvalidations,
+        "to_delete",
+        lambda *_: [],
+        _of("left"),
+        30,
+    ),
+    Mutant("a 401 invalidates nothing", fetch.Fetcher, "_reject_token", _true, _of("refused"), 40),
+    Mutant("a DELETE invalidates nothing", fetch.Fetcher, "_invalidate_deleted", _true, _of("deleted"), 5),
+    Mutant(
+        "no acknowledgement is awaited",
+        conversation.Conversation,
+        "left_s",
+        lambda *_: 0.0,
+        _of("deleted", "refused"),
+    ),
+    Mutant(
+        "the own ledger does not follow",
+        ledgers._Own,
+        "follow",
+        lambda *_: None,
+        _of("limits", "cool-down"),
+        400,
+    ),
+    Mutant(
+        "calls are never settled",
+        ledgers.Accounts,
+        "settle",
+        _nothing,
+        _of("cool-down", "limits", "answered", "needless"),
+        250,
+    ),
+    Mutant(
+        "calls in the air are not counted",
+        ledgers.Accounts,
+        "_admit_in_common",
+        _nothing,
+        _of("limits", "cool-down"),
+        500,
+    ),
+    Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 5),
+    Mutant("a lookup does not compare stamps", entries, "unseal", None, _of("deleted", "refused"), 20),
+)
+
+
+def _special(mutant: Mutant) -> Any:
+    """Give the value of a mutant that needs what it replaces."""
+    original: Callable[..., Any] = getattr(mutant.where, mutant.attribute)
+    if mutant.name == "an entry never expires":
+
+        def on_lookup(entry: Any, directives: Any, now: float) -> Any:
+            return original(entry, directives, now if entry is None else min(now, entry.called_at))
+
+        return on_lookup
+    if mutant.name == "a lookup does not compare stamps":
+
+        class Equal(tuple[bytes, ...]):
+            __slots__ = ()
+
+            def __iter__(self) -> Iterator[Any]:
+                return iter([_Any(each) for each in tuple.__iter__(self)])
+
+        class _Any(bytes):
+            def __eq__(self, other: object) -> bool:
+                return True
+
+            __hash__ = bytes.__hash__
+
+        def unseal(*arguments: Any) -> Any:
+            entry, stamps = original(*arguments)
+            return entry, Equal(stamps)
+
+        return unseal
+    return mutant.value
+
+
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    """Change the program, and change it back."""
+    own = vars(mutant.where)[mutant.attribute]
+    setattr(mutant.where, mutant.attribute, _special(mutant))
+    try:
+        yield
+    finally:
+        setattr(mutant.where, mutant.attribute, own)
