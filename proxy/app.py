@@ -11,19 +11,20 @@ import logging
 import time
 from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from proxy import __version__, options
 from proxy.admin.listener import serve_admin
+from proxy.assembly import make_gate
 from proxy.cache.fetch import FetchFlights, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory
 from proxy.cache.readthrough import ReadThrough
 from proxy.cache.renewal import renew
 from proxy.core.address import address_of
+from proxy.core.clients import Clients
 from proxy.core.identity import Keyring
-from proxy.core.quota import QuotaLimits
 from proxy.edge.accept import Accepting, accept
 from proxy.edge.api import Api
 from proxy.edge.fastpath import FastPath
@@ -33,11 +34,10 @@ from proxy.edge.passthrough import Passthrough
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
-from proxy.gate.ledgers import Accounts
 from proxy.logs import announce, configure, event
-from proxy.settings.sections import KEYS, Settings
+from proxy.reload import CLIENTS, LOG, Following
+from proxy.settings.sections import Settings
 from proxy.storage.embedded import EmbeddedServer
-from proxy.storage.ledger import RedisLedger
 from proxy.storage.servers import Servers
 from proxy.storage.store import Store
 from proxy.system.activation import NONE, Handed
@@ -56,9 +56,6 @@ _FETCHES_PER_CONNECTION = 2
 
 _LAST_WORDS_S = 2.0
 """The last part of the drain, in which no request waits: answers are written, invalidations sent to Redis."""
-
-_IN_FLIGHT = ("log.level", "log.format", "log.access")
-"""The settings that `App.reload` follows; the others wait for the next start."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,6 +87,8 @@ class App:
         self._incidents = Incidents(address_of(settings.upstream.base_url), monotonic=time.monotonic)
         self._keys = options.keys(settings)
         self._observers = Observers(self._metrics, self._incidents, settings.log.access)
+        self._clients = Clients()
+        self._following = Following(settings)
         self._fastpath: FastPath | None = None
         self._aliases: Aliases
         self._certificate: Certificate | None
@@ -137,25 +136,28 @@ class App:
         Logs one line with what was read and what has to wait for a restart. Raises SettingsError where
         something cannot be used; then nothing has changed.
         """
+        change = self._following.plan(settings)
         aliases = self._aliases.read()
         if self._certificate is not None:
             self._certificate.load()
-        differ = [name for name, key in KEYS.items() if key.of(settings) != key.of(self._settings)]
-        followed = [name for name in differ if name in _IN_FLIGHT]
-        if followed:
-            configure(settings.log.level, settings.log.format)
-            self._observers.log(settings.log.access)
-            self._settings = replace(self._settings, log=settings.log)
+        self._following.take(change)
         self._aliases.use(aliases)  # last: the fast path then follows all of it
-        waiting = [name for name in differ if name not in _IN_FLIGHT]
         announce(
             _LOG,
             "reloaded",
             aliases=len(aliases),
             certificate=self._certificate is not None,
-            changed=followed,
-            needs_restart=waiting,
+            changed=change.followed,
+            needs_restart=change.waiting,
         )
+
+    def _log(self, settings: Settings) -> None:
+        configure(settings.log.level, settings.log.format)
+        self._observers.log(settings.log.access)
+
+    def _tell_apart(self, settings: Settings) -> None:
+        self._clients = options.clients(settings)
+        self._metrics.expect(clients=self._clients.names)
 
     # -- the wiring ----------------------------------------------------------------------------
 
@@ -163,6 +165,9 @@ class App:
         settings = self._settings
         files = open_files(settings)
         keyring, previous = options.keyring(settings), options.previous_keyring(settings)
+        self._following.part(LOG, self._log)
+        self._following.part(CLIENTS, self._tell_apart)
+        self._tell_apart(settings)
         self._aliases = Aliases(settings.callers.aliases_file, self._expect)
         self._certificate = certificate(settings.server)
 
@@ -171,7 +176,18 @@ class App:
         link = await self._link()
         memory = options.memory(settings, link)
         store = await self._store(link, memory, keyring, previous)
-        gate = self._gate(upstream, ConnectionSlots(files.upstream), link, store, previous)
+        gate = make_gate(
+            settings,
+            upstream,
+            ConnectionSlots(files.upstream),
+            link,
+            store,
+            previous=previous,
+            drain=self._drain,
+            observe=self._observers.call,
+            observe_store=self._metrics.observe,
+            clock_scale=self._clock_scale,
+        )
         self._cleanup.push_async_callback(gate.close)
         flights: FetchFlights = Flights(
             files.connections * _FETCHES_PER_CONNECTION,
@@ -199,7 +215,12 @@ class App:
                 gate, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
             )
         api = Api(
-            readthrough, passthrough, keyring, alias_of=self._aliases.of, observe=self._observers.request
+            readthrough,
+            passthrough,
+            keyring,
+            alias_of=self._aliases.of,
+            clients=lambda: self._clients,
+            observe=self._observers.request,
         )
         if settings.memory.max_bytes:
             self._go_on(renew(store, memory, settings.memory.max_age_s))
@@ -207,6 +228,7 @@ class App:
                 readthrough,
                 partition=keyring.partition,
                 alias_of=self._aliases.of,
+                clients=lambda: self._clients,
                 counter=self._observers.hits,
             )
         server, limits = plain_server(api.respond), options.listener_limits(settings, files)
@@ -267,44 +289,9 @@ class App:
         await store.start()
         return store
 
-    def _gate(
-        self,
-        upstream: Upstream,
-        connections: ConnectionSlots,
-        link: Servers,
-        store: Store,
-        previous: Keyring | None,
-    ) -> UpstreamGate:
-        settings = self._settings
-        limits = options.quota_limits(settings, self._clock_scale)
-
-        def accounts(limits: QuotaLimits, call_s: float) -> Accounts:
-            return Accounts(
-                RedisLedger(link, self._keys, limits, call_s=call_s, observe=self._metrics.observe),
-                limits,
-                call_s=call_s,
-                replicas=lambda: store.replicas,
-                monotonic=time.monotonic,
-            )
-
-        return UpstreamGate(
-            upstream,
-            accounts(limits, options.longest_call_s(settings)),
-            accounts(options.unverified_limits(settings, self._clock_scale), 0.0),
-            limits,
-            connections,
-            max_wait_s=settings.quota.max_wait_s,
-            total_timeout_s=settings.upstream.total_timeout_s,
-            write_timeout_s=settings.upstream.write_timeout_s,
-            previous_partition=None if previous is None else previous.partition,
-            observe=self._observers.call,
-            monotonic=time.monotonic,
-            drain=self._drain,
-        )
-
     def _expect(self, aliases: Iterable[str]) -> None:
         """Follow aliases that were read."""
-        self._metrics.expect(aliases)
+        self._metrics.expect(callers=aliases)
         if self._fastpath is not None:
             self._fastpath.forget()
 

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 
 from proxy.cache.memory import Memory
 from proxy.core.address import address_of
+from proxy.core.clients import Clients
 from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
@@ -72,6 +73,11 @@ def listener_limits(settings: Settings, files: OpenFiles) -> ConnectionLimits:
         max_connections=files.connections,
         max_refused=files.refused,
     )
+
+
+def clients(settings: Settings) -> Clients:
+    """Give the programs that the metrics tell apart."""
+    return Clients(settings.metrics.client_header, settings.metrics.clients)
 
 
 def memory(settings: Settings, link: Servers) -> Memory:

@@ -88,6 +88,7 @@ def test_what_stands_in_a_line(
             "status": 200,
             "cache": "miss",
             "caller": "team-a",
+            "client": "other",
             "milliseconds": 12.3,
             "request_id": "request-1",
         }

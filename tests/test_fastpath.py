@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from kit.edge import KEYRING, Edge, Memory, Wire, turns
 
 from proxy.core.cache_status import Outcome
+from proxy.core.clients import Clients
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import Route
 from proxy.core.http import etag_of
@@ -170,7 +171,7 @@ def test_the_answer_is_the_handlers(data: bytes) -> None:
 def test_the_date_is_todays() -> None:
     """The one header that the comparison leaves out."""
     written = prepared.write(
-        memory_answer(), entry(b"x"), Place(Key(SNAPSHOT, "", "1"), False, False, None), NOW
+        memory_answer(), entry(b"x"), Place(Key(SNAPSHOT, "", "1"), False, False, None, "other"), NOW
     )
     assert written is not None
     ready = prepared.date(written, entry(b"x"), UNKNOWN, lambda *_: None, NOW)
@@ -271,6 +272,36 @@ def test_callers_stay_apart() -> None:
             wire.send(request(token=token))
             assert wire.received.endswith(snapshot(token, "1"))
         assert edge.answered_fast == 4
+
+    run(work())
+
+
+def test_each_program_is_counted_for_itself() -> None:
+    """Also where one token asks for one snapshot by several: the answer is the same, the count is not."""
+
+    async def work() -> None:
+        held = memory()
+        fast, slow = Edge(held, fast=True), Edge(held, fast=False)
+        for edge in (fast, slow):
+            edge.clients = Clients("User-Agent", ("terraform", "doctl"))
+            wire = Wire(edge.listener)
+            for agent in ("Terraform/1.9.0 godo/1.1", "doctl/1.1", "curl/8", "Terraform/2"):
+                for _ in range(2):
+                    wire.send(request("/v2/snapshots/1", f"User-Agent: {agent}"))
+                    await turns()
+            wire.send(PLAIN)
+            await turns()
+            edge.clients = Clients("X-Program", ("ours",))
+            edge.fastpath.forget()
+            wire.send(request("/v2/snapshots/1", "User-Agent: doctl/1.1", "X-Program: ours 1.2"))
+            await turns()
+        counted = [done[-1] for done in fast.done]
+        assert counted == [
+            *("terraform", "terraform", "doctl", "doctl", "other", "other", "terraform", "terraform"),
+            *("other", "ours"),
+        ]
+        assert fast.done == slow.done
+        assert (fast.answered_fast, slow.answered_fast) == (10, 0)
 
     run(work())
 
@@ -590,7 +621,7 @@ def test_any_stream(callers: list[list[tuple[bytes | None, int]]], *, drain: boo
 
 def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In questions and in bytes; what is asked again and again stays."""
-    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None), "other")
+    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None, "other"), "other")
     for most, most_bytes in ((10, 1_000_000), (1_000_000, 100)):
         monkeypatch.setattr(memo, "MOST_QUESTIONS", most)
         monkeypatch.setattr(memo, "MOST_BYTES", most_bytes)
@@ -615,7 +646,7 @@ def test_what_is_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch, changed: s
     monkeypatch.setattr(prepared, changed, value)
     shelf = Shelf()
     for number in range(100):
-        place = Place(Key(SNAPSHOT, "", str(number)), False, False, None)
+        place = Place(Key(SNAPSHOT, "", str(number)), False, False, None, "other")
         ready = shelved(NOW, b"x" * 10)
         shelf.put(place, ready, NOW)
         assert shelf.young[place] is ready
@@ -636,7 +667,7 @@ def test_what_is_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch, changed: s
 def test_what_is_prepared_goes_after_two_seconds(later_s: tuple[float, ...], left: str) -> None:
     """No body is held by it for longer, once the next answer is prepared."""
     shelf = Shelf()
-    places = [Place(Key(SNAPSHOT, "", number), False, False, None) for number in "123"]
+    places = [Place(Key(SNAPSHOT, "", number), False, False, None, "other") for number in "123"]
     for place, at in zip(places, (NOW, *(NOW + each for each in later_s)), strict=False):
         shelf.put(place, shelved(at), at)
     kept = [place.key.name for place in places if place in shelf.young or shelf.older(place)]

@@ -21,13 +21,16 @@ from proxy.core.events import (
     UnknownValue,
     UpstreamCall,
 )
+from proxy.settings.rules import MOST_CLIENTS
 from proxy.telemetry.aliases import MOST_ALIASES
 from proxy.telemetry.metrics import Metrics, status_label
+from proxy.telemetry.pairs import MOST_PAIRS
 
 STATUSES = {"2xx", "304", "401", "403", "404", "429", "4xx", "5xx"}
 OUTCOMES = {*("hit", "seeded", "stale", "negative", "miss", "revalidated", "collapsed", "bypass", "none")}
 ROUTES = {"snapshot", "list", "delete", "passthrough", "other"}
 ALIASES = {"other", "team-a"}
+CLIENTS = {"other", "terraform"}
 WINDOWS = {"minute", "hour"}
 BY = ("single", "list")
 CAUSES = ("delete", "purge", "unauthorized", "passthrough")
@@ -42,12 +45,12 @@ LIMITS = {
 CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
     "requests": (
         "counter",
-        {"route": ROUTES, "cache": OUTCOMES, "status": STATUSES, "caller": ALIASES},
+        {"route": ROUTES, "cache": OUTCOMES, "status": STATUSES, "caller": ALIASES, "client": CLIENTS},
     ),
     "request_duration_seconds": ("histogram", {"cache": OUTCOMES}),
     "upstream_requests": (
         "counter",
-        {"route": ROUTES, "status": STATUSES | {"timeout", "error"}, "caller": ALIASES},
+        {"route": ROUTES, "status": STATUSES | {"timeout", "error"}, "caller": ALIASES, "client": CLIENTS},
     ),
     "upstream_request_duration_seconds": ("histogram", {"route": ROUTES}),
     "upstream_avoided": (
@@ -144,9 +147,10 @@ def values(metrics: Metrics, family: str) -> dict[tuple[str, ...], float]:
 def everything(metrics: Metrics) -> None:
     """Let everything happen that can happen."""
     statuses = (200, 204, 304, 400, 401, 403, 404, 418, 429, 499, 500, 503, 599)
-    for route, outcome, status, caller in product(Route, Outcome, statuses, ALIASES):
-        metrics.observe(RequestDone(route, outcome, status, caller, 0.1, "request-1", entry_age_s=1))
-        metrics.observe(UpstreamCall(route, status, caller, 0.1))
+    for route, outcome, status, caller, client in product(Route, Outcome, statuses, ALIASES, CLIENTS):
+        done = RequestDone(route, outcome, status, caller, 0.1, "request-1", entry_age_s=1, client=client)
+        metrics.observe(done)
+        metrics.observe(UpstreamCall(route, status, caller, 0.1, client))
     for status in (100, 301, 302, 600, 999, 0):
         metrics.observe(UpstreamCall(Route.SNAPSHOT, status, "other", 0.1))
     metrics.observe(UpstreamCall(Route.SNAPSHOT, "timeout", "other", 8))
@@ -232,7 +236,7 @@ def test_the_format_is_what_is_asked_for(metrics: Metrics, accept: str, content_
 def test_a_hit(metrics: Metrics) -> None:
     """One request, its duration, an avoided call, and the age of what answered."""
     metrics.observe(DONE)
-    assert values(metrics, "requests") == {("_total", "hit", "other", "snapshot", "2xx"): 1}
+    assert values(metrics, "requests") == {("_total", "hit", "other", "other", "snapshot", "2xx"): 1}
     assert values(metrics, "request_duration_seconds") == {("_count", "hit"): 1, ("_sum", "hit"): 0.25}
     assert values(metrics, "upstream_avoided") == {("_total", "hit"): 1}
     assert values(metrics, "entry_age_seconds") == {("_count",): 1, ("_sum",): 18}
@@ -246,7 +250,7 @@ def test_which_requests_saved_a_call(metrics: Metrics, avoided: Avoided | None) 
         RequestDone(Route.SNAPSHOT, Outcome.STALE, 404, "team-a", 0.5, "request-1", avoided=avoided)
     )
     assert values(metrics, "upstream_avoided") == ({} if avoided is None else {("_total", avoided): 1})
-    assert values(metrics, "requests") == {("_total", "stale", "team-a", "snapshot", "404"): 1}
+    assert values(metrics, "requests") == {("_total", "stale", "team-a", "other", "snapshot", "404"): 1}
     assert values(metrics, "entry_age_seconds") == {}
 
 
@@ -255,7 +259,7 @@ def test_a_call(metrics: Metrics, status: Any) -> None:
     """One call, however it ended, and how long it took."""
     metrics.observe(UpstreamCall(Route.SNAPSHOT, status, "team-a", 1.5))
     label = "2xx" if status == 200 else status
-    assert values(metrics, "upstream_requests") == {("_total", "team-a", "snapshot", label): 1}
+    assert values(metrics, "upstream_requests") == {("_total", "team-a", "other", "snapshot", label): 1}
     assert values(metrics, "upstream_request_duration_seconds") == {
         ("_count", "snapshot"): 1,
         ("_sum", "snapshot"): 1.5,
@@ -316,8 +320,8 @@ def test_how_callers_stand(metrics: Metrics) -> None:
 
 
 FROM_THE_START: dict[str, tuple[set[str], int]] = {
-    "requests": ({"caller", "route", "cache", "status"}, 89),
-    "upstream_requests": ({"caller", "route", "status"}, 4 * 10),
+    "requests": ({"caller", "client", "route", "cache", "status"}, 89),
+    "upstream_requests": ({"caller", "client", "route", "status"}, 4 * 10),
     "request_duration_seconds": ({"cache"}, 9),
     "upstream_request_duration_seconds": ({"route"}, 4),
     "upstream_avoided": ({"reason"}, 6),
@@ -359,7 +363,7 @@ def test_no_counter_or_histogram_begins_later() -> None:
 def test_what_a_caller_has_left_is_not_guessed(name: str) -> None:
     """Zero calls left would be an alarm."""
     metrics = Metrics("1.2.3")
-    metrics.expect(["team-a"])
+    metrics.expect(callers=["team-a"])
     assert scraped(metrics)[name].samples == []
 
 
@@ -368,7 +372,7 @@ def test_aliases_have_their_series_as_they_are_read(metrics: Metrics) -> None:
     metrics.observe(DONE)
     metrics.observe(RequestDone(Route.LIST, Outcome.MISS, 429, "team-a", 0.5, "request-1"))
     for _ in range(2):
-        metrics.expect(["team-a", "team-b"])
+        metrics.expect(callers=["team-a", "team-b"])
     requests = scraped(metrics)["requests"].samples
     of_callers = Counter(sample.labels["caller"] for sample in requests)
     assert of_callers == {"other": 89, "team-a": 87, "team-b": 87}
@@ -383,10 +387,60 @@ def test_aliases_have_their_series_as_they_are_read(metrics: Metrics) -> None:
     }
 
 
+def pairs_of(metrics: Metrics) -> dict[tuple[str, str], int]:
+    """Give how many series of requests each pair of caller and client has."""
+    samples = scraped(metrics)["requests"].samples
+    return Counter((sample.labels["caller"], sample.labels["client"]) for sample in samples)
+
+
+def asked(caller: str, client: str) -> RequestDone:
+    """Make the record of a request."""
+    return RequestDone(Route.LIST, Outcome.MISS, 429, caller, 0.5, "request-1", client=client)
+
+
+def test_all_pairs_have_their_series_where_there_are_few(metrics: Metrics) -> None:
+    """A rate sees the first 429 of each program of each team."""
+    metrics.expect(clients=["terraform", "doctl"])
+    metrics.expect(callers=["team-a"])
+    assert pairs_of(metrics) == {
+        (caller, client): 87 + 2 * (caller == "other")
+        for caller, client in product(("other", "team-a"), ("other", "terraform", "doctl"))
+    }
+
+
+def test_many_pairs_have_theirs_as_they_come() -> None:
+    """Those with `other` are there from the start, the others from their first request on, all at once."""
+    metrics = Metrics("1.2.3")
+    metrics.expect(callers=[f"team-{number}" for number in range(15)], clients=["a", "b", "c", "d"])
+    before = pairs_of(metrics)
+    assert len(before) == 16 + 4
+    assert all("other" in pair for pair in before)
+    metrics.observe(asked("team-7", "c"))
+    assert pairs_of(metrics) == before | {("team-7", "c"): 87}
+    metrics.observe(UpstreamCall(Route.LIST, 429, "team-8", 0.5, "d"))
+    assert pairs_of(metrics) == before | {("team-7", "c"): 87, ("team-8", "d"): 87}
+
+
+def test_there_is_a_most_of_pairs() -> None:
+    """What comes for one more counts for its caller all the same."""
+    metrics = Metrics("1.2.3")
+    callers = [f"team-{number}" for number in range(MOST_ALIASES)]
+    clients = [f"client-{number}" for number in range(MOST_CLIENTS)]
+    metrics.expect(callers=callers, clients=clients)
+    for caller, client in product(callers, clients):
+        metrics.observe(asked(caller, client))
+        metrics.hits(Route.LIST, Outcome.HIT, 200, caller, client)(0.1, 1.0, "id")
+    pairs = pairs_of(metrics)
+    assert len(pairs) == MOST_PAIRS
+    assert sum(values(metrics, "requests").values()) == 2 * len(callers) * len(clients)
+    last = values(metrics, "requests")[("_total", "miss", "team-63", "other", "list", "429")]
+    assert last == len(clients)
+
+
 async def test_a_scrape_of_many_series_does_not_hold_up_the_service() -> None:
     """It is written in a thread: the event loop goes on meanwhile."""
     metrics = Metrics("1.2.3")
-    metrics.expect(f"team-{number}" for number in range(MOST_ALIASES))
+    metrics.expect(callers=(f"team-{number}" for number in range(MOST_ALIASES)))
     scraping = asyncio.create_task(metrics.scrape(""))
     turns = 0
     while not scraping.done():

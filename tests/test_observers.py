@@ -20,7 +20,7 @@ HITS = tuple(
         (Route.SNAPSHOT, Route.LIST),
         (Outcome.HIT, Outcome.SEEDED),
         (200, 304),
-        ("other", "team-a"),
+        (("other", "other"), ("team-a", "terraform")),
         (0.0, 0.0005, 1.5),
     )
 )
@@ -45,11 +45,11 @@ def test_hits_are_told_as_requests_are(
     """The same series with the same values, and the same lines in the log."""
     caplog.set_level(logging.INFO)
     (metrics, through_hits), (others, through_records) = observers(which), observers(which)
-    for number, (route, outcome, status, caller, value) in enumerate(HITS):
-        through_hits.hits(route, outcome, status, caller)(value, value * 100, f"id-{number}")
+    for number, (route, outcome, status, (caller, client), value) in enumerate(HITS):
+        through_hits.hits(route, outcome, status, caller, client)(value, value * 100, f"id-{number}")
     lines = logged(caplog)
     caplog.clear()
-    for number, (route, outcome, status, caller, value) in enumerate(HITS):
+    for number, (route, outcome, status, (caller, client), value) in enumerate(HITS):
         through_records.request(
             RequestDone(
                 route,
@@ -60,6 +60,7 @@ def test_hits_are_told_as_requests_are(
                 f"id-{number}",
                 entry_age_s=value * 100,
                 avoided=outcome,
+                client=client,
             )
         )
     assert ours(metrics) == ours(others)
@@ -73,7 +74,7 @@ def test_what_is_logged_can_change(caplog: pytest.LogCaptureFixture) -> None:
     _, told = observers("misses")
     for which, lines in (("all", 1), ("off", 1)):
         told.log(which)
-        told.hits(Route.SNAPSHOT, Outcome.HIT, 200, "other")(0.1, 1.0, "id")
+        told.hits(Route.SNAPSHOT, Outcome.HIT, 200, "other", "other")(0.1, 1.0, "id")
         assert len(caplog.records) == lines
 
 

@@ -109,6 +109,9 @@ def test_precedence(tmp_path: Path) -> None:
         pytest.param("redis.key_prefix=a.B_c:d-1", "a.B_c:d-1", id="prefix"),
         pytest.param("redis.username=größe = 1", "größe = 1", id="text-with-equals"),
         pytest.param("log.access=off", "off", id="choice"),
+        pytest.param("metrics.clients=", (), id="no-client"),
+        pytest.param("metrics.clients=terraform, doctl", ("terraform", "doctl"), id="clients"),
+        pytest.param("metrics.client_header=X-Client-Name", "X-Client-Name", id="header"),
     ],
 )
 def test_accepted(override: str, expected: object) -> None:
@@ -146,6 +149,7 @@ STORE = (
     " redis+sentinel://[USER:PASSWORD@]HOST[:PORT],.../SERVICE[?db=DB], redis+cluster://[USER:PASSWORD@]HOST[:PORT],...,"
     " or with rediss for redis"
 )
+CLIENTS = "a list of at most 16 names of letters, digits and . _ - (63 at most)"
 EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or empty"
 
 
@@ -176,6 +180,30 @@ EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or em
         pytest.param("quota.reserve=1", "1.0 (--set): must be a number from 0 to below 1", id="whole-share"),
         pytest.param(
             "quota.per_minute=0", "0 (--set): must be a whole number from 1 to 1000000", id="no-quota"
+        ),
+        *(
+            pytest.param(
+                f"metrics.clients={text}", f"a table or a list (--set): {why}must be {CLIENTS}", id=id_
+            )
+            for id_, text, why in (
+                ("blank-in-a-client", "doctl,a b", "'a b' is no such name; "),
+                ("empty-client", "doctl,", "'' is no such name; "),
+                ("long-client", "x" * 64, f"'{'x' * 64}' is no such name; "),
+                ("client-twice", "doctl,Doctl", "a name is there twice; "),
+                ("client-other", "Other", "other is every program that is not in the list; "),
+                ("many-clients", ",".join(map(str, range(17))), ""),
+            )
+        ),
+        pytest.param(
+            "metrics.client_header=Authorization",
+            '"Authorization" (--set): that one holds a secret; must be the name of a header: letters, digits'
+            " and -, 64 at most",
+            id="header-with-a-secret",
+        ),
+        pytest.param(
+            "metrics.client_header=",
+            '"" (--set): must be the name of a header: letters, digits and -, 64 at most',
+            id="no-header",
         ),
         pytest.param("server.reuse_port=maybe", '"maybe" (--set): must be true or false', id="no-flag"),
         pytest.param(

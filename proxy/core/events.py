@@ -9,6 +9,9 @@ from proxy.core.cache_status import Avoided, Outcome
 OTHER_CALLER = "other"
 """The label of callers without an alias."""
 
+OTHER_CLIENT = "other"
+"""The label of requests from programs that `metrics.clients` does not list."""
+
 
 class Route(StrEnum):
     """What a request asked for."""
@@ -43,6 +46,9 @@ class RequestDone:
     """What was wrong with the upstream's answer (a field's name, never its value), or which limit of this
     process was reached."""
 
+    client: str = OTHER_CLIENT
+    """The program that sent it, if it is listed."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpstreamCall:
@@ -55,6 +61,8 @@ class UpstreamCall:
     status: int | Literal["timeout", "error"]
     caller: str
     seconds: float
+    client: str = OTHER_CLIENT
+    """The program whose request made the call, if it is listed."""
 
 
 Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "channel", "quota"]

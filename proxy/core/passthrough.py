@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from proxy.core.errors import BadRequest
+from proxy.core.events import OTHER_CLIENT
 from proxy.core.identity import Caller, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
 from proxy.core.resources import SNAPSHOT, Key, cached_id
@@ -100,6 +101,7 @@ class PassthroughRequest:
     headers: tuple[tuple[str, str], ...]
     caller: Caller
     request_id: str
+    client: str = OTHER_CLIENT
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from proxy.core.errors import BadRequest, NotProxied, Unauthorized
-from proxy.core.events import Route
+from proxy.core.events import OTHER_CLIENT, Route
 from proxy.core.identity import Caller, Token
 from proxy.core.resources import Key, Target, find_target
 
@@ -42,7 +42,8 @@ NO_DIRECTIVES = Directives()
 class Call:
     """One request of one caller: all that the packages below the edge see of it.
 
-    Its `key` is of the caller's own partition: it is derived from target and caller.
+    Its `key` is of the caller's own partition: it is derived from target and caller. `client` is a label of
+    the metrics.
     """
 
     method: Literal["GET", "DELETE"]
@@ -50,6 +51,7 @@ class Call:
     caller: Caller
     directives: Directives
     request_id: str
+    client: str = OTHER_CLIENT
     key: Key = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
 """The combinations of labels that can occur: their series exist at 0 from the start.
 
-A rate then sees the first event. All combinations of route, cache, status and caller would be 360 series for
-each caller and 23,400 with 64 aliases, and most of them cannot occur: no DELETE is a hit, no hit is a 403.
-This table has 87 for each alias and 89 for `other`; with 40 for the calls of each to the upstream, 64 aliases
-have 8,257.
+A rate then sees the first event. All combinations of route, cache and status would be 360 series for each
+pair of a caller and a client, and most of them cannot occur: no DELETE is a hit, no hit is a 403. This table
+has 87 for a pair of an alias, and 89 for one of `other`; with 40 for the calls of each to the upstream, 64
+aliases without clients have 8,257. `telemetry/pairs.py` says which pairs have series.
 """
 
 from collections.abc import Iterator, Mapping

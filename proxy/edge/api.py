@@ -17,6 +17,7 @@ from multidict import MultiMapping
 
 from proxy.cache.readthrough import Failed, ReadThrough, Served
 from proxy.core.cache_status import FROM_CACHE, Avoided, Outcome
+from proxy.core.clients import Clients
 from proxy.core.errors import (
     BadRequest,
     HeadersTooLarge,
@@ -28,7 +29,7 @@ from proxy.core.errors import (
     ProxyError,
     UpstreamInvalid,
 )
-from proxy.core.events import GIVEN_UP_BY_CALLER, OTHER_CALLER, RequestDone, Route
+from proxy.core.events import GIVEN_UP_BY_CALLER, OTHER_CALLER, OTHER_CLIENT, RequestDone, Route
 from proxy.core.identity import Caller, Keyring, Token
 from proxy.core.passthrough import PassthroughRequest, forwarded_headers, is_read, passthrough_target
 from proxy.core.ratelimit import UNKNOWN, RateLimit
@@ -58,6 +59,7 @@ class _Record:
     """What is known of a request so far; becomes its one `RequestDone`."""
 
     request_id: str
+    client: str = OTHER_CLIENT
     route: Route = Route.OTHER
     outcome: Outcome = Outcome.NONE
     status: int = GIVEN_UP_BY_CALLER
@@ -71,7 +73,8 @@ class _Record:
 class Api:
     """Answers requests; without a `passthrough` only those about snapshots.
 
-    `alias_of` gives a token's alias; `observe` is called once for every request.
+    `alias_of` gives a token's alias, `clients` the programs that are told apart; `observe` is called once for
+    every request.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Api:
         keyring: Keyring,
         *,
         alias_of: Callable[[Token], str],
+        clients: Callable[[], Clients],
         observe: Callable[[RequestDone], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -88,13 +92,18 @@ class Api:
         self._passthrough = passthrough
         self._keyring = keyring
         self._alias_of = alias_of
+        self._clients = clients
         self._observe = observe
         self._clock = clock
 
     async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever it is."""
         started = time.perf_counter()
-        record = _Record(parse_request_id(request.headers.get("X-Request-Id")) or new_request_id())
+        clients, headers = self._clients(), request.headers
+        record = _Record(
+            parse_request_id(headers.get("X-Request-Id")) or new_request_id(),
+            clients.of(headers.get(clients.header)),
+        )
         try:
             response = await self._answer(request, record)
             record.status = response.status
@@ -170,6 +179,7 @@ class Api:
             caller=caller,
             directives=parse_directives(headers.getall("Cache-Control", ()), headers.getall("Pragma", ())),
             request_id=record.request_id,
+            client=record.client,
         )
 
     async def _pass_through(
@@ -192,6 +202,7 @@ class Api:
                 headers=tuple(forwarded_headers(request.headers.items())),
                 caller=caller,
                 request_id=record.request_id,
+                client=record.client,
             ),
         )
 
@@ -215,6 +226,7 @@ class Api:
                 avoided=record.avoided,
                 error_id=None if record.error is None else record.error.id,
                 fact=_fact(record.error),
+                client=record.client,
             )
         )
 

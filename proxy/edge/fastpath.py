@@ -11,7 +11,7 @@ that is not handled here, is no question: the handler gets the very same bytes, 
 
 **A memo of questions, never of answers.** The same bytes are the same question of the same caller: the token
 is among them. So the memo cannot be wrong for another caller. It outlives no invalidation: each question is
-put to memory. Only the callers' aliases in it can change; then `forget` drops all of it.
+put to memory. Only the names in it (a caller's alias, a client) can change; then `forget` drops all of it.
 
 **The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer counts
 while memory holds the very same entry, and until its age shows another second: the policy would say the same
@@ -30,13 +30,13 @@ from typing import NamedTuple, Protocol
 from aiohttp import HttpVersion11
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import HttpRequestParser, RawRequestMessage
-from multidict import CIMultiDictProxy
 
 from proxy.cache.readthrough import Served
 from proxy.core.cache_status import CachedOutcome, FromCache
+from proxy.core.clients import Clients
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError
-from proxy.core.events import Route
+from proxy.core.events import OTHER_CLIENT, Route
 from proxy.core.identity import Partition, Token
 from proxy.core.ratelimit import RateLimit
 from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
@@ -53,9 +53,10 @@ LONGEST_BYTES = 2048
 MOST_CALLERS = 4096
 MOST_SUBJECTS = 32_768
 MOST_HEADS = 256
-MOST_COUNTERS = 1024
-"""What is remembered of parts of questions (who asks; who asks for what; which headers a request has), and
-what counts their answers."""
+MOST_CLIENTS = 1024
+MOST_COUNTERS = 4096
+"""What is remembered of parts of questions (who asks; who asks for what; which headers a request has; which
+program sends it), and what counts their answers."""
 
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"
@@ -85,6 +86,8 @@ class _Plain(NamedTuple):
     """Where it stands among them."""
 
     request_id: int | None
+    client: int | None
+    """Where the header stands that names the program, if it matters."""
     conditional: bool
     """One of `_HANDLED` is among them."""
 
@@ -108,7 +111,7 @@ class Reads(Protocol):
 class FastPath:
     """Answers from memory to the bytes of requests.
 
-    `counter` gives what counts the answers of a route, an outcome, a status and a caller.
+    `counter` gives what counts the answers of a route, an outcome, a status, a caller and a client.
     """
 
     def __init__(
@@ -117,7 +120,8 @@ class FastPath:
         *,
         partition: Callable[[Token], Partition],
         alias_of: Callable[[Token], str],
-        counter: Callable[[Route, CachedOutcome, int, str], Callable[[float, float, str], None]],
+        clients: Callable[[], Clients],
+        counter: Callable[[Route, CachedOutcome, int, str, str], Callable[[float, float, str], None]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._held = reads.held
@@ -125,6 +129,7 @@ class FastPath:
         self._told = reads.told
         self._partition = partition
         self._alias_of = alias_of
+        self._clients = clients
         self._clock = clock
         self._parser: HttpRequestParser | None = None
         self._memo = Memo()
@@ -133,11 +138,13 @@ class FastPath:
         self._counter = lru_cache(MOST_COUNTERS)(counter)
         self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
         self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
+        self._client = lru_cache(MOST_CLIENTS)(self._client_of)
 
     def forget(self) -> None:
-        """Drop what depends on the aliases, and on what is logged."""
+        """Drop what depends on the aliases and clients, and on what is logged."""
         self._memo, self._shelf = Memo(), Shelf()
-        for cached in (self._counter, self._caller, self._subject):
+        self._plain.clear()
+        for cached in (self._counter, self._caller, self._subject, self._client):
             cached.cache_clear()
 
     def answer(self, data: bytes) -> bytes | None:
@@ -192,8 +199,8 @@ class FastPath:
             return None
         if question is None:
             return None
-        if plain.conditional:
-            question = _with_conditions(question, message.headers)
+        if plain.client is not None or plain.conditional:
+            question = self._with_headers(question, plain, message)
         if plain.request_id is not None:
             request_id = parse_request_id(_text(headers[plain.request_id][1]))
             if request_id is not None:  # the next one has another id
@@ -216,7 +223,9 @@ class FastPath:
             if written is None:
                 return None
             outcome = served.cache_status.outcome
-            tell = self._counter(place.key.resource.route, outcome, written.status, question.caller)
+            tell = self._counter(
+                place.key.resource.route, outcome, written.status, question.caller, place.client
+            )
             ready = date(written, served.entry, told, tell, now)
         shelf.put(place, ready, now)
         return ready
@@ -245,9 +254,12 @@ class FastPath:
         if not _NOT_PLAIN.isdisjoint(lowered) or lowered.count(b"authorization") != 1:
             return None
         check_head(message)
+        clients = self._clients()
+        naming = clients.header.lower().encode()
         plain = _Plain(
             lowered.index(b"authorization"),
             lowered.index(b"x-request-id") if b"x-request-id" in lowered else None,
+            lowered.index(naming) if clients.names and naming in lowered else None,
             conditional=not _HANDLED.isdisjoint(lowered),
         )
         if len(self._plain) >= MOST_HEADS:
@@ -262,20 +274,28 @@ class FastPath:
         if not isinstance(target, Target) or not target.cacheable:
             return None
         key = Key(target.resource, partition, target.name)
-        return Question(Place(key, head=method == "HEAD", gzip=False, if_none_match=None), caller)
+        head = method == "HEAD"
+        return Question(Place(key, head, gzip=False, if_none_match=None, client=OTHER_CLIENT), caller)
 
     def _caller_of(self, authorization: str) -> tuple[Partition, str]:
         token = parse_authorization((authorization,))
         return self._partition(token), self._alias_of(token)
 
+    def _with_headers(self, question: Question, plain: _Plain, message: RawRequestMessage) -> Question:
+        """Add what other headers than `Authorization` say."""
+        place = question.place
+        if plain.client is not None:
+            place = place._replace(client=self._client(message.raw_headers[plain.client][1]))
+        if plain.conditional:
+            conditions = message.headers.getall("If-None-Match", None)
+            place = place._replace(
+                gzip=accepts_gzip(message.headers.getall("Accept-Encoding", ())),
+                if_none_match=None if conditions is None else ",".join(conditions),
+            )
+        return question._replace(place=place)
 
-def _with_conditions(question: Question, headers: CIMultiDictProxy[str]) -> Question:
-    conditions = headers.getall("If-None-Match", None)
-    place = question.place._replace(
-        gzip=accepts_gzip(headers.getall("Accept-Encoding", ())),
-        if_none_match=None if conditions is None else ",".join(conditions),
-    )
-    return question._replace(place=place)
+    def _client_of(self, value: bytes) -> str:
+        return self._clients().of(_text(value))
 
 
 def _text(raw: bytes) -> str:

@@ -32,12 +32,13 @@ _OPENINGS = {
 
 
 class Place(NamedTuple):
-    """What is asked for, and in which form."""
+    """What is asked for, in which form, and for which program it is counted."""
 
     key: Key
     head: bool
     gzip: bool
     if_none_match: str | None
+    client: str
 
 
 class Written(NamedTuple):

@@ -223,11 +223,46 @@ def _key_prefix(text: str) -> str:
     return text
 
 
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+MOST_CLIENTS: Final = 16
+
+
+def _clients() -> Rule[tuple[str, ...]]:
+    def check(value: object) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple) or len(value) > MOST_CLIENTS:
+            raise ValueError
+        for name in value:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(f"{ascii(name)[:80]} is no such name")
+            if name.lower() == "other":
+                raise ValueError("other is every program that is not in the list")
+        if len({name.lower() for name in value}) < len(value):
+            raise ValueError("a name is there twice")
+        return tuple(value)
+
+    def from_text(text: str) -> object:
+        return [name.strip() for name in text.split(",")] if text.strip() else []
+
+    return Rule(
+        f"a list of at most {MOST_CLIENTS} names of letters, digits and . _ - (63 at most)", check, from_text
+    )
+
+
+def _header(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
+        raise ValueError
+    if text.lower() in {"authorization", "cookie", "proxy-authorization"}:
+        raise ValueError("that one holds a secret")
+    return text
+
+
 HOST: Final = _text("a host name or an IP address, without port or brackets", _host)
 PORT: Final = whole(0, _MOST_PORT)
 FILE: Final = _text("the path of a readable file, or empty", is_file=True)
 FLAG: Final = _flag()
 PRINTABLE: Final = _text("printable text")
+CLIENTS: Final = _clients()
+HEADER: Final = _text("the name of a header: letters, digits and -, 64 at most", _header)
 KEY_PREFIX: Final = _text("letters, digits and . _ : - only, not empty", _key_prefix)
 SECONDS: Final = whole(0, _YEAR_S, " of seconds")
 TIMEOUT: Final = _number(f"a number of seconds above 0, at most {_DAY_S}", lambda s: 0 < s <= _DAY_S)

@@ -135,6 +135,16 @@ class Callers:
 
 
 @dataclass(frozen=True, slots=True)
+class Metrics:
+    """Names for the programs that callers use."""
+
+    client_header: str = _key("User-Agent", rules.HEADER, "header that names the program of a request")
+    clients: tuple[str, ...] = _key(
+        (), rules.CLIENTS, "programs that the label client tells apart; others are other"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Passthrough:
     """The rest of the API."""
 
@@ -170,6 +180,7 @@ class Settings:
     redis: Redis = Redis()
     quota: Quota = Quota()
     callers: Callers = Callers()
+    metrics: Metrics = Metrics()
     passthrough: Passthrough = Passthrough()
     security: Security = Security()
     log: Log = Log()

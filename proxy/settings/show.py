@@ -37,6 +37,8 @@ def _toml(key: Key, settings: Settings) -> str:
             return _quoted(mask(text) if key.rule.secret else text)
         case float(number) if number.is_integer():
             return str(int(number))
+        case tuple(names):
+            return f"[{', '.join(map(_quoted, names))}]"
         case other:
             return shown(other)
 

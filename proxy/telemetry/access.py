@@ -27,6 +27,7 @@ def access_log(which: Literal["all", "misses", "off"]) -> Callable[[RequestDone]
                 status=int(done.status),
                 cache=done.outcome,
                 caller=done.caller,
+                client=done.client,
                 milliseconds=round(done.seconds * 1000, 1),
                 request_id=done.request_id,
                 **why,

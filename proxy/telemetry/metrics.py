@@ -1,7 +1,8 @@
 """The metrics: their declarations, and one `observe` that counts every event record.
 
-The values of a label are a closed set, aliases included: nothing that a caller sends becomes one. A series
-whose labels are known exists at 0 from the start, so that a rate sees the first event.
+The values of a label are a closed set, aliases and clients included: nothing that a caller sends becomes
+one. A series whose labels are known exists at 0 from the start, so that a rate sees the first event;
+`pairs.py` says which those of callers and clients are.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ from proxy.core.events import (
 )
 from proxy.core.series import CALLED, CALLS, requests_of
 from proxy.telemetry.counts import Counters, Histograms
+from proxy.telemetry.pairs import Pairs
 
 _PREFIX = "snapshot_proxy_"
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
@@ -74,13 +76,13 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._requests = self._counter(
-            "requests", "Requests, each counted once.", "route", "cache", "status", "caller"
+            "requests", "Requests, each counted once.", "route", "cache", "status", "caller", "client"
         )
         self._request_seconds = self._histogram(
             "request_duration_seconds", "From a request's head to its answer.", _SECONDS, "cache"
         )
         self._upstream_requests = self._counter(
-            "upstream_requests", "Calls to the upstream.", "route", "status", "caller"
+            "upstream_requests", "Calls to the upstream.", "route", "status", "caller", "client"
         )
         self._upstream_seconds = self._histogram(
             "upstream_request_duration_seconds", "From a call to the end of its answer.", _SECONDS, "route"
@@ -116,10 +118,11 @@ class Metrics:
         build = Gauge(f"{_PREFIX}build_info", "The version that runs.", ("version",), registry=self._registry)
         build.labels(version).set(1)
         self._begin_at_zero()
-        self.expect((OTHER_CALLER,))
+        self._quotas.expect(OTHER_CALLER)
+        self._pairs = Pairs(self._begin)
 
     def _begin_at_zero(self) -> None:
-        """Make every series whose labels are known; `expect` makes those of a caller."""
+        """Make every series whose labels are known, but for those of callers and clients."""
         for outcome in Outcome:
             self._request_seconds.labels(outcome)
         for route in CALLED:
@@ -136,14 +139,18 @@ class Metrics:
         for operation, result in product(get_args(Operation), get_args(StoreOutcome)):
             self._store_operations.labels(operation, result)
 
-    def expect(self, callers: Iterable[str]) -> None:
-        """Make every series of these callers, at 0 if it is new."""
+    def expect(self, *, callers: Iterable[str] = (), clients: Iterable[str] = ()) -> None:
+        """Make the series of these callers and clients, at 0 where they are new, as `pairs.py` says."""
+        callers = tuple(callers)
         for caller in callers:
-            for route, outcome, status in requests_of(caller):
-                self._requests.labels(route, outcome, status, caller)
-            for route, status in product(CALLED, CALLS):
-                self._upstream_requests.labels(route, status, caller)
             self._quotas.expect(caller)
+        self._pairs.expect(callers=callers, clients=clients)
+
+    def _begin(self, caller: str, client: str) -> None:
+        for route, outcome, status in requests_of(caller):
+            self._requests.labels(route, outcome, status, caller, client)
+        for route, status in product(CALLED, CALLS):
+            self._upstream_requests.labels(route, status, caller, client)
 
     def watch(
         self,
@@ -174,8 +181,9 @@ class Metrics:
         """Count what happened."""
         match event:
             case RequestDone():
+                client = self._pairs.client(event.caller, event.client)
                 self._requests.labels(
-                    event.route, event.outcome, status_label(event.status), event.caller
+                    event.route, event.outcome, status_label(event.status), event.caller, client
                 ).inc()
                 self._request_seconds.labels(event.outcome).observe(event.seconds)
                 if event.avoided is not None:
@@ -184,7 +192,8 @@ class Metrics:
                     self._entry_age.observe(event.entry_age_s)
             case UpstreamCall():
                 status = event.status if isinstance(event.status, str) else status_label(event.status)
-                self._upstream_requests.labels(event.route, status, event.caller).inc()
+                client = self._pairs.client(event.caller, event.client)
+                self._upstream_requests.labels(event.route, status, event.caller, client).inc()
                 self._upstream_seconds.labels(event.route).observe(event.seconds)
             case StoreOperation():
                 self._store_operations.labels(event.operation, event.outcome).inc()
@@ -201,10 +210,11 @@ class Metrics:
                 assert_never(event)
 
     def hits(
-        self, route: Route, outcome: CachedOutcome, status: int, caller: str
+        self, route: Route, outcome: CachedOutcome, status: int, caller: str, client: str
     ) -> Callable[[float, float, str], None]:
         """Give what counts a hit with these labels as `observe` does: seconds, entry's age, request id."""
-        requests = self._requests.labels(route, outcome, status_label(status), caller)
+        client = self._pairs.client(caller, client)
+        requests = self._requests.labels(route, outcome, status_label(status), caller, client)
         request_seconds = self._request_seconds.labels(outcome)
         avoided = self._avoided.labels(outcome)
         entry_age = self._entry_age

@@ -40,18 +40,30 @@ class Observers:
                 self._incidents.settled(told)
 
     def hits(
-        self, route: Route, outcome: CachedOutcome, status: int, caller: str
+        self, route: Route, outcome: CachedOutcome, status: int, caller: str, client: str
     ) -> Callable[[float, float, str], None]:
         """Give the function to call for each hit with these labels: seconds, entry's age, request id.
 
         It does what `request` does, and makes a record only for the log.
         """
-        count, access = self._metrics.hits(route, outcome, status, caller), self._access
+        count, access = self._metrics.hits(route, outcome, status, caller, client), self._access
         if not self._logs_hits:
             return count
 
         def tell(seconds: float, age_s: float, request_id: str) -> None:
             count(seconds, age_s, request_id)
-            access(RequestDone(route, outcome, status, caller, seconds, request_id, age_s, avoided=outcome))
+            access(
+                RequestDone(
+                    route,
+                    outcome,
+                    status,
+                    caller,
+                    seconds,
+                    request_id,
+                    age_s,
+                    avoided=outcome,
+                    client=client,
+                )
+            )
 
         return tell

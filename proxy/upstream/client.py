@@ -136,7 +136,11 @@ class Upstream:
             status = "timeout"
             raise
         finally:
-            self._observe(UpstreamCall(call.route, status, call.caller.alias, time.perf_counter() - started))
+            self._observe(
+                UpstreamCall(
+                    call.route, status, call.caller.alias, time.perf_counter() - started, call.client
+                )
+            )
         return Answer(
             status=response.status,
             body=body,
@@ -222,7 +226,13 @@ class Upstream:
             raise
         finally:
             self._observe(
-                UpstreamCall(Route.PASSTHROUGH, status, request.caller.alias, time.perf_counter() - started)
+                UpstreamCall(
+                    Route.PASSTHROUGH,
+                    status,
+                    request.caller.alias,
+                    time.perf_counter() - started,
+                    request.client,
+                )
             )
 
     def _session(self, *, kept: bool) -> aiohttp.ClientSession:

@@ -77,6 +77,52 @@ async def test_aliases(
     assert not any(unused)
 
 
+async def test_clients(simulator: Simulator, token: Token, client: aiohttp.ClientSession) -> None:
+    """One token, several programs: each request and each call counts for the one that sent it."""
+    agents = ("Terraform/1.9.0 godo/1.118.0", "Terraform/1.9.0 godo/1.118.0", "doctl/1.1", "curl/8.5", "")
+    async with Serve(
+        f"upstream.base_url={simulator.url}",
+        "metrics.clients=terraform,doctl,idle",
+        "passthrough.enabled=true",
+        "log.access=all",
+    ) as service:
+        for path in (DROPLET_PATH, "/v2/account"):
+            for agent in agents:
+                headers = bearer(token.value) | {"User-Agent": agent}
+                async with client.get(service.api + path, headers=headers) as response:
+                    await response.read()
+        async with client.get(service.api, headers={"User-Agent": "doctl/1.1"}) as response:
+            assert response.status == 421
+        metrics = await scrape(service.admin)
+        await until(
+            lambda: len([0 for line in service.log if line["event"] == "request"]) == 11, "11 log lines"
+        )
+    clients = ("terraform", "doctl", "idle", "other")
+    assert {name: total(metrics, REQUESTS, client=name) for name in clients} == {
+        "terraform": 4,
+        "doctl": 3,
+        "idle": 0,
+        "other": 4,
+    }
+    assert {name: total(metrics, CALLS, client=name, route="snapshot") for name in clients} == {
+        "terraform": 1,
+        "doctl": 0,
+        "idle": 0,
+        "other": 0,
+    }
+    assert {name: total(metrics, CALLS, client=name, route="passthrough") for name in clients} == {
+        "terraform": 2,
+        "doctl": 1,
+        "idle": 0,
+        "other": 2,
+    }
+    assert [line["client"] for line in service.log if line["event"] == "request"][:3] == [
+        *("terraform", "terraform", "doctl"),
+    ]
+    idle = [value for series, value in metrics.items() if 'client="idle"' in series]
+    assert len(idle) > 100  # there from the start, so that a rate sees its first request
+
+
 async def test_without_a_file(simulator: Simulator, token: Token, client: aiohttp.ClientSession) -> None:
     """Everybody is `other`."""
     async with Serve(f"upstream.base_url={simulator.url}") as service:

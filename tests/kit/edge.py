@@ -7,6 +7,7 @@ from typing import Any
 
 from proxy.cache.readthrough import Failed, Served, _from_entry
 from proxy.core.cache_status import Forwarded, Fwd, Outcome
+from proxy.core.clients import Clients
 from proxy.core.entry import Entry
 from proxy.core.errors import ProxyError
 from proxy.core.events import RequestDone, Route
@@ -130,12 +131,14 @@ class Edge:
         self.done: list[tuple[Any, ...]] = []
         self.answered_fast = 0
         self.aliases: dict[str, str] = {}
+        self.clients = Clients()
         name = alias_of or (lambda token: self.aliases.get(token.reveal(), "other"))
         api = Api(
             memory,  # type: ignore[arg-type] # the two methods that it needs
             None,
             KEYRING,
             alias_of=name,
+            clients=lambda: self.clients,
             observe=self._observe,
             clock=lambda: memory.now,
         )
@@ -143,6 +146,7 @@ class Edge:
             memory,
             partition=KEYRING.partition,
             alias_of=name,
+            clients=lambda: self.clients,
             counter=lambda *labels: partial(self._tell, labels),
             clock=lambda: memory.now,
         )
@@ -166,14 +170,17 @@ class Edge:
                 done.request_id,
                 done.entry_age_s,
                 done.avoided,
+                done.client,
             )
         )
 
-    def _tell(self, labels: tuple[Route, Outcome, int, str], seconds: float, age_s: float, name: str) -> None:
-        route, outcome, status, caller = labels
+    def _tell(
+        self, labels: tuple[Route, Outcome, int, str, str], seconds: float, age_s: float, name: str
+    ) -> None:
+        route, outcome, status, caller, client = labels
         assert seconds >= 0
         self.answered_fast += 1
-        self.done.append((route, outcome, int(status), caller, name, age_s, outcome))
+        self.done.append((route, outcome, int(status), caller, name, age_s, outcome, client))
 
 
 async def turns(number: int = QUIET_TURNS) -> None:
