@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 # A file's tests run in one process: they share servers. The slowest files come first (tests/conftest.py).
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo quick test test-long simulate check lengths format bench clean
+.PHONY: help demo quick test test-long simulate check lengths format bench screenshot clean
 .DELETE_ON_ERROR:
 
 help:
@@ -75,6 +75,10 @@ else
 	$(BIN)/python -m benchmarks.day
 	$(BIN)/python -m benchmarks.documents
 endif
+
+# The picture of the status page in README, anew.
+screenshot: $(VENV)/.dev
+	SCREENSHOT=1 $(BIN)/python -m pytest tests/e2e/test_page.py -k screenshot
 
 clean:
 	rm -rf $(VENV) .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,7 +9,7 @@ settings is in `options.py`.
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +33,10 @@ from proxy.edge.listener import Listener
 from proxy.edge.passthrough import Passthrough
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots
-from proxy.gate.gate import UpstreamGate
 from proxy.logs import announce, configure, event
 from proxy.reload import CLIENTS, LOG, Following
-from proxy.settings.sections import Settings
+from proxy.report import Parts, report
+from proxy.settings.sections import UNTOLD, Loaded, Settings
 from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.servers import Servers
 from proxy.storage.store import Store
@@ -71,12 +71,20 @@ class Addresses:
 class App:
     """The service.
 
-    `clock_scale` shrinks the quota's minute and hour, for tests; `handed` are open sockets. `start` may raise
-    SettingsError, StartError, EmbeddedServerError or OSError.
+    `origins` says where settings came from; `clock_scale` shrinks the quota's minute and hour, for tests;
+    `handed` are open sockets. `start` may raise SettingsError, StartError, EmbeddedServerError or OSError.
     """
 
-    def __init__(self, settings: Settings, *, clock_scale: float = 1.0, handed: Handed = NONE) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        origins: Mapping[str, str] = UNTOLD,
+        clock_scale: float = 1.0,
+        handed: Handed = NONE,
+    ) -> None:
         self._settings = settings
+        self._origins = origins
         self._handed = handed
         self._clock_scale = clock_scale
         self._cleanup = AsyncExitStack()
@@ -196,7 +204,7 @@ class App:
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more could not be sent in time
         )
         self._cleanup.push_async_callback(flights.close)
-        invalidator = Invalidator(store, memory, self._metrics.observe)
+        invalidator = Invalidator(store, memory, self._observers.invalidation)
         readthrough = ReadThrough(
             store,
             gate,
@@ -233,7 +241,13 @@ class App:
             )
         server, limits = plain_server(api.respond), options.listener_limits(settings, files)
         self._listener = Listener(server, limits, api.malformed, self._fastpath)
-        self._watch(store, memory, gate, flights)
+        status = report(
+            self._metrics,
+            self._observers.recent,
+            Parts(self._listener, store, memory, gate, flights),
+            loaded=lambda: Loaded(self._settings, self._origins),
+            ready=lambda: self._ready,
+        )
 
         admin_url = await self._cleanup.enter_async_context(
             serve_admin(
@@ -242,13 +256,14 @@ class App:
                 ready=lambda: self._ready,
                 purge=partial(invalidator.invalidate, "purge"),
                 handed=self._handed.get("admin", ()),
+                status=status.document,
             )
         )
         addresses = Addresses(await self._serve_api(files), admin_url)
-        self._go_on(self._aliases.follow())
         if self._certificate is not None:
             self._go_on(self._certificate.follow())
-        self._go_on(self._incidents.follow())
+        for work in (self._aliases.follow(), self._incidents.follow(), status.follow()):
+            self._go_on(work)
         self._ready = True
         announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
         return addresses
@@ -280,7 +295,7 @@ class App:
             keyring,
             stamp_ttl_s=options.longest_use_s(self._settings) + fetch_s,
             guard_s=fetch_s,
-            observe=self._metrics.observe,
+            observe=self._observers.store,
             tier=memory,
             previous=previous,
             address=address_of(self._settings.redis.url),
@@ -294,22 +309,6 @@ class App:
         self._metrics.expect(callers=aliases)
         if self._fastpath is not None:
             self._fastpath.forget()
-
-    def _watch(self, store: Store, memory: Memory, gate: UpstreamGate, flights: FetchFlights) -> None:
-        """Tell the metrics where their gauges are read."""
-        self._metrics.watch(
-            connections=lambda: len(self._listener.connections),
-            flights=lambda: len(flights),
-            memory_bytes=lambda: memory.size,
-            memory_entries=lambda: len(memory),
-            store_up=lambda: store.up,
-            store_shared=lambda: self._settings.redis.url != "embedded",
-            secret_mismatch=lambda: store.secret_mismatch,
-            pending_invalidations=lambda: store.pending_invalidations,
-            upstream_breaker_open=lambda: gate.breaker_open,
-            standings=gate.standings,
-            per_minute=self._settings.quota.per_minute,
-        )
 
     async def _serve_api(self, files: OpenFiles) -> str:
         server = self._settings.server

@@ -145,7 +145,7 @@ def _serve(args: argparse.Namespace) -> int:
     process.ignore_signals()
     from proxy import serve
 
-    return _run(serve.serve(_load(args).settings, partial(_load_again, args)))
+    return _run(serve.serve(_load(args), partial(_load_again, args)))
 
 
 def _check(args: argparse.Namespace) -> int:

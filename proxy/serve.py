@@ -10,7 +10,7 @@ from collections.abc import Callable
 from proxy import logs
 from proxy.app import App
 from proxy.core.errors import SettingsError
-from proxy.settings.sections import Settings
+from proxy.settings.sections import Loaded, Settings
 from proxy.storage.embedded import EmbeddedServerError
 from proxy.system.activation import take_sockets
 from proxy.system.start import StartError
@@ -19,12 +19,13 @@ _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
 _LOG = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
+async def serve(loaded: Loaded, load_again: Callable[[], Settings]) -> int:
     """Run until SIGTERM (lame duck, then drain) or SIGINT (drain at once); a second signal ends it now.
 
     At SIGHUP the settings that `load_again` gives are followed, as far as they can be while it runs.
     Gives the exit status: 0 after a signal, 1 where it could not start.
     """
+    settings = loaded.settings
     logs.configure(settings.log.level, settings.log.format)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(logs.on_loop_error)
@@ -35,7 +36,7 @@ async def serve(settings: Settings, load_again: Callable[[], Settings]) -> int:
     loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)
 
     try:
-        app = App(settings, handed=take_sockets(os.environ, pid=os.getpid()))
+        app = App(settings, origins=loaded.origins, handed=take_sockets(os.environ, pid=os.getpid()))
         await app.start()
     except (StartError, EmbeddedServerError) as error:
         logs.event(_LOG, logging.ERROR, "cannot-start", cause=str(error), mend=_MEND)

@@ -1,16 +1,17 @@
-"""The admin listener: metrics, probes, purge. It sees no token of a caller, and no snapshot.
+"""The admin listener: metrics, probes, status page, purge. It sees no token of a caller, and no snapshot.
 
 Its connections are those of the API's listener: deadlines, a limit of 64, and no echo of what the parser
 refuses.
 """
 
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
+from proxy.admin.page import add_page
 from proxy.admin.purge import Purge
 from proxy.core.http import CACHE_NAME
 from proxy.core.invalidation import Scope
@@ -35,18 +36,22 @@ async def serve_admin(
     scrape: Callable[[str], Awaitable[tuple[bytes, str]]],
     ready: Callable[[], bool],
     purge: Callable[[Scope], Awaitable[bool]],
+    status: Callable[[], Mapping[str, Any]],
     handed: Sequence[socket.socket] = (),
 ) -> AsyncIterator[str]:
     """Serve it where `admin` says, give its URL, and close it in the end.
 
     `scrape` and `ready` are those of `admin_application`; `purge` invalidates, and gives whether all
-    replicas follow it by now. Sockets that were `handed` to this process replace the address. Raises
-    SettingsError for the token's file, and OSError for the address.
+    replicas follow it by now; `status` gives the status document. Sockets that were `handed` to this process
+    replace the address. Raises SettingsError for the token's file, and OSError for the address.
     """
     token = read_admin_token(admin.token_file)
     hosts = [each.getsockname()[0] for each in handed] or [admin.host]
-    handler = Purge(purge, token=token, on_loopback=all(map(is_loopback, hosts)))
-    runner = web.AppRunner(admin_application(scrape=scrape, ready=ready, purge=handler), access_log=None)
+    on_loopback = all(map(is_loopback, hosts))
+    handler = Purge(purge, token=token, on_loopback=on_loopback)
+    application = admin_application(scrape=scrape, ready=ready, purge=handler)
+    add_page(application, status, on_loopback=on_loopback)
+    runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     async with AsyncExitStack() as opened:
         opened.push_async_callback(runner.cleanup)

@@ -85,10 +85,15 @@ class UpstreamGate:
         """One for each route: slow lists say nothing about single reads."""
 
     @property
-    def breaker_open(self) -> bool:
-        """Tell whether the upstream fails so often, on any route, that it is only probed there."""
+    def breakers_open(self) -> tuple[Route, ...]:
+        """Give the routes on which the upstream fails so often that it is only probed there."""
         now = self._monotonic()
-        return any(breaker.is_news(now) for breaker in self._breakers.values())
+        return tuple(route for route, breaker in self._breakers.items() if breaker.is_news(now))
+
+    @property
+    def breaker_open(self) -> bool:
+        """Tell whether there is such a route."""
+        return bool(self.breakers_open)
 
     async def close(self) -> None:
         """Wait until the ledgers know of the last calls."""

@@ -7,6 +7,7 @@ compare with it).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
 
 from proxy.settings import rules
@@ -218,6 +219,9 @@ def _keys() -> Iterator[Key]:
 SECTIONS: Final = tuple(section.name for section in fields(Settings))
 KEYS: Final = {str(key): key for key in _keys()}
 """The table of all settings, by `section.name`."""
+
+UNTOLD: Final[Mapping[str, str]] = MappingProxyType(dict.fromkeys(KEYS, ""))
+"""The origins of settings that were not loaded."""
 
 
 @dataclass(frozen=True, slots=True)

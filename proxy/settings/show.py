@@ -5,7 +5,7 @@ No text made here holds a password: users and passwords of URLs are replaced by 
 
 import json
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.settings.rules import SOCKET
 from proxy.settings.sections import KEYS, SECTIONS, Key, Loaded, Settings
@@ -23,12 +23,28 @@ def to_toml(loaded: Loaded) -> str:
     Passwords are masked; `load` refuses the mask.
     """
     lines: list[str] = []
+    table = rows(loaded)
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
-        for name, key in KEYS.items():
-            if key.section == section:
-                lines.append(f"{key.name} = {_toml(key, loaded.settings)}  # {loaded.origins[name]}")
+        lines += [f"{row.name} = {row.value}  # {row.origin}" for row in table if row.section == section]
     return "\n".join(lines[1:]) + "\n"
+
+
+class Row(NamedTuple):
+    """One setting as it is shown: its value is TOML, its password masked."""
+
+    section: str
+    name: str
+    value: str
+    origin: str
+
+
+def rows(loaded: Loaded) -> list[Row]:
+    """Give every setting as it is shown."""
+    return [
+        Row(key.section, key.name, _toml(key, loaded.settings), loaded.origins[name])
+        for name, key in KEYS.items()
+    ]
 
 
 def _toml(key: Key, settings: Settings) -> str:

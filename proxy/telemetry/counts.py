@@ -75,6 +75,16 @@ class Counters(_Family[Count]):
     def _make(self) -> Count:
         return Count()
 
+    def sums(self, *labels: str) -> dict[tuple[str, ...], float]:
+        """Add up the series by the values of these labels, whatever the other labels are."""
+        places = [self._labels.index(label) for label in labels]
+        sums: dict[tuple[str, ...], float] = {}
+        for values, count in self._series.items():
+            if count.value:
+                chosen = tuple(values[place] for place in places)
+                sums[chosen] = sums.get(chosen, 0.0) + count.value
+        return sums
+
     def collect(self) -> Iterator[CounterMetricFamily]:
         """Give the family as it stands."""
         family = CounterMetricFamily(self._name, self._help, labels=self._labels)

@@ -7,14 +7,14 @@ one. A series whose labels are known exists at 0 from the start, so that a rate 
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from itertools import chain, product
 from typing import assert_never, get_args
 
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from proxy.core.cache_status import Avoided, CachedOutcome, Outcome
@@ -37,10 +37,12 @@ from proxy.core.events import (
 )
 from proxy.core.series import CALLED, CALLS, requests_of
 from proxy.telemetry.counts import Counters, Histograms
+from proxy.telemetry.history import Totals
 from proxy.telemetry.pairs import Pairs
+from proxy.telemetry.quotas import Quotas
 
 _PREFIX = "snapshot_proxy_"
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _WATCHED = {
     "connections": "Open connections of callers.",
@@ -64,6 +66,8 @@ _OWN_STATUSES = frozenset(
 )
 _CLASSES = {2: "2xx", 4: "4xx", 5: "5xx"}
 
+_NOT_CACHED = frozenset({Route.DELETE, Route.PASSTHROUGH, Route.OTHER})
+
 
 class Metrics:
     """All metrics of one process, in a registry of their own."""
@@ -79,13 +83,13 @@ class Metrics:
             "requests", "Requests, each counted once.", "route", "cache", "status", "caller", "client"
         )
         self._request_seconds = self._histogram(
-            "request_duration_seconds", "From a request's head to its answer.", _SECONDS, "cache"
+            "request_duration_seconds", "From a request's head to its answer.", BOUNDS_S, "cache"
         )
         self._upstream_requests = self._counter(
             "upstream_requests", "Calls to the upstream.", "route", "status", "caller", "client"
         )
         self._upstream_seconds = self._histogram(
-            "upstream_request_duration_seconds", "From a call to the end of its answer.", _SECONDS, "route"
+            "upstream_request_duration_seconds", "From a call to the end of its answer.", BOUNDS_S, "route"
         )
         self._avoided = self._counter(
             "upstream_avoided", "Requests that needed no call to the upstream.", "reason"
@@ -107,13 +111,13 @@ class Metrics:
             "unknown_values", "Values beyond an enum that the API documents, passed on as they are.", "field"
         )
         self._quota_wait = self._histogram(
-            "quota_wait_seconds", "For how long calls waited for the quota.", _SECONDS
+            "quota_wait_seconds", "For how long calls waited for the quota.", BOUNDS_S
         ).labels()
         self._watched = {
             name: Gauge(_PREFIX + name, help_text, registry=self._live)
             for name, help_text in _WATCHED.items()
         }
-        self._quotas = _Quotas()
+        self._quotas = Quotas()
         self._live.register(self._quotas)
         build = Gauge(f"{_PREFIX}build_info", "The version that runs.", ("version",), registry=self._registry)
         build.labels(version).set(1)
@@ -222,12 +226,38 @@ class Metrics:
         def count(seconds: float, age_s: float, _request_id: str) -> None:
             requests.value += 1
             avoided.value += 1
-            request_seconds.counts[bisect_left(_SECONDS, seconds)] += 1
+            request_seconds.counts[bisect_left(BOUNDS_S, seconds)] += 1
             request_seconds.sum += seconds
             entry_age.counts[bisect_left(_AGES_S, age_s)] += 1
             entry_age.sum += age_s
 
         return count
+
+    def totals(self) -> Totals:
+        """Give the counts that the status page's history is made of. Takes a millisecond with 64 aliases."""
+        requests = self._requests.sums("route", "cache", "status")
+        calls = self._upstream_requests.sums("status")
+        avoided = sum(self._avoided.labels(reason).value for reason in get_args(Avoided))
+        return Totals(
+            requests=sum(requests.values()),
+            cached=avoided - self._avoided.labels(Outcome.COLLAPSED).value,
+            failed=sum(count for (_, _, status), count in requests.items() if status in {"429", "5xx"}),
+            reads=sum(
+                count
+                for (route, outcome, _), count in requests.items()
+                if route not in _NOT_CACHED and outcome != Outcome.NONE
+            ),
+            avoided=avoided,
+            calls=sum(calls.values()),
+            calls_limited=calls.get(("429",), 0.0),
+            calls_failed=sum(calls.get((status,), 0.0) for status in ("5xx", "timeout", "error")),
+            latency=tuple(tuple(self._request_seconds.labels(outcome).counts) for outcome in Outcome),
+        )
+
+    @property
+    def callers(self) -> tuple[str, ...]:
+        """Give the aliases whose series exist, `other` included."""
+        return tuple(self._quotas.callers)
 
     def types(self) -> dict[str, str]:
         """Give the type of each of our metrics, by the name that queries use."""
@@ -275,52 +305,6 @@ class _Families(Collector):
     def describe(self) -> Sequence[Metric]:
         """Give no names to check: the registries that declared them did that."""
         return ()
-
-
-class _Quotas(Collector):
-    """The calls that callers have left, read at each scrape: windows roll without any event."""
-
-    def __init__(self) -> None:
-        self._standings: Callable[[], Mapping[str, Standing]] = dict
-        self._per_minute = 0
-        self._callers: dict[str, None] = {}
-
-    def expect(self, caller: str) -> None:
-        """Show a cool-down of 0 s for a caller that has not made a call yet."""
-        self._callers[caller] = None
-
-    def watch(self, standings: Callable[[], Mapping[str, Standing]], per_minute: int) -> None:
-        """Set what is read at a scrape, and the limit of the minute."""
-        self._standings = standings
-        self._per_minute = per_minute
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Give limit, calls left and cool-down of each caller; `other` is the worst of those without alias.
-
-        Before its first call a caller has no limit and no calls left: 0 would say that its quota is spent.
-        """
-        limit = GaugeMetricFamily(
-            f"{_PREFIX}quota_limit", "Calls that the API allows a caller.", labels=("caller", "window")
-        )
-        remaining = GaugeMetricFamily(
-            f"{_PREFIX}quota_remaining", "Calls that a caller has left.", labels=("caller", "window")
-        )
-        cooldown = GaugeMetricFamily(
-            f"{_PREFIX}quota_cooldown_seconds", "For how long a caller is not to call.", labels=("caller",)
-        )
-        standings = self._standings()
-        for caller in self._callers:
-            if caller not in standings:
-                cooldown.add_metric((caller,), 0)
-        for caller, standing in standings.items():
-            for window, left, most in (
-                ("minute", standing.minute, self._per_minute),
-                ("hour", standing.hour, standing.per_hour),
-            ):
-                limit.add_metric((caller, window), most)
-                remaining.add_metric((caller, window), left)
-            cooldown.add_metric((caller,), standing.cooldown_s)
-        yield from (limit, remaining, cooldown)
 
 
 def status_label(status: int) -> str:

@@ -1,13 +1,15 @@
 """Where records of requests and of calls go: to the metrics, the log of troubles, the access log."""
 
+import time
 from collections.abc import Callable
 from typing import Literal
 
 from proxy.core.cache_status import CachedOutcome
-from proxy.core.events import CallSettled, QuotaWait, RequestDone, Route
+from proxy.core.events import CallSettled, Invalidation, QuotaWait, RequestDone, Route, StoreOperation
 from proxy.telemetry.access import access_log
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.recent import Recent
 
 
 class Observers:
@@ -18,6 +20,8 @@ class Observers:
     ) -> None:
         self._metrics = metrics
         self._incidents = incidents
+        self.recent = Recent(time.time)
+        """The few that the status page names."""
         self.log(which)
 
     def log(self, which: Literal["all", "misses", "off"]) -> None:
@@ -38,6 +42,17 @@ class Observers:
                 self._metrics.observe(told)
             case CallSettled():
                 self._incidents.settled(told)
+                self.recent.settled(told)
+
+    def store(self, done: StoreOperation) -> None:
+        """Pass on the record of an operation on the store."""
+        self._metrics.observe(done)
+        self.recent.stored(done)
+
+    def invalidation(self, event: Invalidation) -> None:
+        """Pass on the record of an invalidation."""
+        self._metrics.observe(event)
+        self.recent.invalidated(event)
 
     def hits(
         self, route: Route, outcome: CachedOutcome, status: int, caller: str, client: str
