@@ -39,6 +39,7 @@ LABELS = {
     "cache": {"hit", "negative", "miss", "collapsed", "bypass", "none"},
     "status": {"2xx", "304", "401", "403", "404", "429", "4xx", "5xx"},
     "caller": {"other"},
+    "client": {"other"},
 }
 
 
