@@ -84,7 +84,6 @@ class App:
         handed: Handed = NONE,
     ) -> None:
         self._settings = settings
-        self._origins = origins
         self._handed = handed
         self._clock_scale = clock_scale
         self._cleanup = AsyncExitStack()
@@ -96,7 +95,7 @@ class App:
         self._keys = options.keys(settings)
         self._observers = Observers(self._metrics, self._incidents, settings.log.access)
         self._clients = Clients()
-        self._following = Following(settings)
+        self._following = Following(Loaded(settings, origins))
         self._fastpath: FastPath | None = None
         self._aliases: Aliases
         self._certificate: Certificate | None
@@ -138,13 +137,13 @@ class App:
         await self._listener.drain(0)
         await self._close()
 
-    def reload(self, settings: Settings) -> None:
-        """Read aliases and certificate again, and follow `settings` as far as that can be while it runs.
+    def reload(self, loaded: Loaded) -> None:
+        """Read aliases and certificate again, and follow `loaded` as far as that can be while it runs.
 
         Logs one line with what was read and what has to wait for a restart. Raises SettingsError where
         something cannot be used; then nothing has changed.
         """
-        change = self._following.plan(settings)
+        change = self._following.plan(loaded)
         aliases = self._aliases.read()
         if self._certificate is not None:
             self._certificate.load()
@@ -245,7 +244,7 @@ class App:
             self._metrics,
             self._observers.recent,
             Parts(self._listener, store, memory, gate, flights),
-            loaded=lambda: Loaded(self._settings, self._origins),
+            loaded=lambda: self._following.loaded,
             ready=lambda: self._ready,
         )
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from proxy import __version__
 from proxy.core.errors import SettingsError
 from proxy.settings.load import check_files, load
-from proxy.settings.sections import Loaded, Settings
+from proxy.settings.sections import Loaded
 from proxy.settings.show import to_toml
 from proxy.system import process
 
@@ -112,11 +112,11 @@ def _load(args: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def _load_again(args: argparse.Namespace) -> Settings:
+def _load_again(args: argparse.Namespace) -> Loaded:
     """Load what `_load` loaded; files with secrets are read once only, at the start."""
     if args.config is not None and Path(args.config).exists() and not Path(args.config).is_file():
         raise SettingsError(f"file {args.config}: is no regular file, and cannot be read a second time")
-    return load(config_file=args.config, overrides=args.overrides, environ=os.environ).settings
+    return load(config_file=args.config, overrides=args.overrides, environ=os.environ)
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from proxy.logs import event
-from proxy.settings.sections import KEYS, Settings
+from proxy.settings.sections import KEYS, Loaded, Settings
 
 LOG: Final = ("log.level", "log.format", "log.access")
 CLIENTS: Final = ("metrics.client_header", "metrics.clients")
@@ -23,43 +23,45 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a new configuration means: `settings` are the old ones with those that are followed.
+    """What a new configuration means: `loaded` is the old one with the settings that are followed.
 
     `followed` and `waiting` name the settings that differ.
     """
 
-    settings: Settings
+    loaded: Loaded
     followed: tuple[str, ...]
     waiting: tuple[str, ...]
 
 
 class Following:
-    """The settings in force, and the parts that follow them."""
+    """The settings in force, as `loaded`, and the parts that follow them."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
         self._parts: list[tuple[frozenset[str], Callable[[Settings], None]]] = []
 
     def part(self, names: Iterable[str], follow: Callable[[Settings], None]) -> None:
         """Call `follow` with the settings whenever one of these changes. It must not fail."""
         self._parts.append((frozenset(names), follow))
 
-    def plan(self, wanted: Settings) -> Change:
+    def plan(self, wanted: Loaded) -> Change:
         """Tell what changes if `wanted` is followed; nothing does yet."""
-        settings = self.settings
-        differ = [name for name, key in KEYS.items() if key.of(wanted) != key.of(settings)]
+        settings = self.loaded.settings
+        differ = [name for name, key in KEYS.items() if key.of(wanted.settings) != key.of(settings)]
         followed = tuple(name for name in differ if name in IN_FLIGHT)
         for key in map(KEYS.__getitem__, followed):
-            section = replace(getattr(settings, key.section), **{key.name: key.of(wanted)})
+            section = replace(getattr(settings, key.section), **{key.name: key.of(wanted.settings)})
             settings = replace(settings, **{key.section: section})
-        return Change(settings, followed, tuple(name for name in differ if name not in IN_FLIGHT))
+        origins = {**self.loaded.origins, **{name: wanted.origins[name] for name in followed}}
+        waiting = tuple(name for name in differ if name not in IN_FLIGHT)
+        return Change(Loaded(settings, origins), followed, waiting)
 
     def take(self, change: Change) -> None:
         """Follow it, and name in the log what waits."""
-        self.settings = change.settings
+        self.loaded = change.loaded
         for names, follow in self._parts:
             if not names.isdisjoint(change.followed):
-                follow(change.settings)
+                follow(change.loaded.settings)
         for name in change.waiting:
             event(
                 _LOG,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from proxy import logs
 from proxy.app import App
 from proxy.core.errors import SettingsError
-from proxy.settings.sections import Loaded, Settings
+from proxy.settings.sections import Loaded
 from proxy.storage.embedded import EmbeddedServerError
 from proxy.system.activation import take_sockets
 from proxy.system.start import StartError
@@ -19,7 +19,7 @@ _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
 _LOG = logging.getLogger(__name__)
 
 
-async def serve(loaded: Loaded, load_again: Callable[[], Settings]) -> int:
+async def serve(loaded: Loaded, load_again: Callable[[], Loaded]) -> int:
     """Run until SIGTERM (lame duck, then drain) or SIGINT (drain at once); a second signal ends it now.
 
     At SIGHUP the settings that `load_again` gives are followed, as far as they can be while it runs.
@@ -61,7 +61,7 @@ async def serve(loaded: Loaded, load_again: Callable[[], Settings]) -> int:
     return 0
 
 
-async def _follow(hangups: "asyncio.Queue[None]", app: App, load_again: Callable[[], Settings]) -> None:
+async def _follow(hangups: "asyncio.Queue[None]", app: App, load_again: Callable[[], Loaded]) -> None:
     """Read again at each SIGHUP what can be read again; what cannot be read or used changes nothing."""
     while True:
         await hangups.get()

@@ -48,6 +48,8 @@ def test_history_is_bounded_and_tells_the_last_minute() -> None:
         history.sample()
     assert len(history.steps()) == KEPT_S / STEP_S
     assert {step.rate(step.counts.requests) for step in history.steps()} == {1.0}
+    for one, other in zip(history.steps(), history.steps(), strict=True):
+        assert one is other  # subtracted once, when it was sampled: an open page asks every 2 s
     now[0] += 2
     assert history.recent().counts.requests == WINDOW_S + 2
     assert history.recent().seconds == WINDOW_S + 2

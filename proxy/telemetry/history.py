@@ -1,14 +1,13 @@
 """The last minutes of this process: what the counts stood at every `STEP_S`, kept for `KEPT_S`.
 
 A sample is read from counts that exist anyway, by a timer: a request costs nothing for it. Rates and shares
-are differences of two samples, so a page that is opened now has a past at once. The ring holds 181 samples of
-some 160 numbers each.
+are differences of two samples, so a page that is opened now has a past at once. The rings hold 181 samples,
+and the 180 differences between them, of some 160 numbers each.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 STEP_S: Final = 5.0
@@ -100,15 +99,18 @@ class History:
     def __init__(self, read: Callable[[], Totals], *, monotonic: Callable[[], float]) -> None:
         self._read = read
         self._monotonic = monotonic
-        self._samples: deque[Sample] = deque(maxlen=round(KEPT_S / STEP_S) + 1)
-        self.sample()
+        most = round(KEPT_S / STEP_S)
+        self._steps: deque[Span] = deque(maxlen=most)
+        self._samples: deque[Sample] = deque([self._now()], maxlen=most + 1)
 
     def _now(self) -> Sample:
         return Sample(self._monotonic(), self._read())
 
     def sample(self) -> None:
         """Keep what the counts stand at; to be called every `STEP_S`."""
-        self._samples.append(self._now())
+        now = self._now()
+        self._steps.append(Span.between(self._samples[-1], now))
+        self._samples.append(now)
 
     def recent(self) -> Span:
         """Give the last `WINDOW_S`, up to this moment; less where the process is younger."""
@@ -122,7 +124,7 @@ class History:
 
     def steps(self) -> Sequence[Span]:
         """Give one span for each step that was sampled, the earliest first."""
-        return [Span.between(one, other) for one, other in pairwise(self._samples)]
+        return [*self._steps]
 
 
 def quantile(counts: Sequence[int], bounds: Sequence[float], q: float) -> float | None:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import re
 import signal
 import ssl
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from typing import Any
 import aiohttp
 import pytest
 import trustme
-from kit.support import DROPLET_PATH, Serve, bearer, until
+from kit.support import DROPLET_PATH, Serve, bearer, scrape, total, until
 
+from proxy.reload import IN_FLIGHT
 from proxy.simulator import Simulator, Token
 
+OPERATING = Path(__file__).parents[2] / "docs/operating.md"
 RECENT_NS = 2_000_000_000_000_000_000
 
 
@@ -93,6 +96,37 @@ async def test_log_settings_change(
         assert b"event=request" not in service.raw
 
 
+async def test_clients_change(
+    upstream: str, tmp_path: Path, client: aiohttp.ClientSession, token: Token
+) -> None:
+    """The next request is counted for its program, also a hit from memory; the page shows the new list."""
+
+    async def counted(program: str) -> float:
+        async with client.get(service.api + DROPLET_PATH, headers=agent) as response:
+            assert response.status == 200
+        metrics = await scrape(service.admin)
+        return total(metrics, "snapshot_proxy_requests_total", route="snapshot", client=program)
+
+    agent = bearer(token.value) | {"User-Agent": "terraform/1.9"}
+    async with Reloaded(tmp_path, upstream) as service:
+        assert [await counted("other") for _ in range(3)] == [1, 2, 3]
+        service.file.write_text('[metrics]\nclients = ["terraform"]\n')
+        assert (await service.hang_up())["changed"] == ["metrics.clients"]
+        assert [await counted("terraform") for _ in range(2)] == [1, 2]
+        assert await counted("other") == 3
+        async with client.get(service.admin + "/status") as response:
+            rows = (await response.json())["configuration"]
+    (row,) = [each for each in rows if (each["section"], each["name"]) == ("metrics", "clients")]
+    assert row["value"] == '["terraform"]'
+    assert row["origin"] == f"file {service.file}"
+
+
+def test_the_list_of_what_changes_in_flight_is_true() -> None:
+    """`docs/operating.md` names the same settings as the program."""
+    (line,) = re.findall(r"^\| SIGHUP \|.*$", OPERATING.read_text(), re.MULTILINE)
+    assert {*re.findall(r"`([a-z]+\.[a-z_]+)`", line.partition("change at once")[0])} == IN_FLIGHT
+
+
 async def test_what_needs_a_restart_is_named(upstream: str, tmp_path: Path) -> None:
     """With the strength of the sources as at the start: --set wins over the file."""
     async with Reloaded(tmp_path, upstream, "cache.negative_s=3") as service:
@@ -101,6 +135,8 @@ async def test_what_needs_a_restart_is_named(upstream: str, tmp_path: Path) -> N
             line = await service.hang_up()
             assert line["level"] == "info"
             assert line["needs_restart"] == ["server.max_connections", "cache.fresh_s"]
+        named = [line["setting"] for line in service.said("needs-restart")]
+        assert named == 2 * ["server.max_connections", "cache.fresh_s"]
         service.file.write_text("")
         assert (await service.hang_up())["needs_restart"] == []
 
