@@ -80,6 +80,9 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
     which = purge.add_mutually_exclusive_group(required=True)
     which.add_argument("ids", nargs="*", default=[], metavar="ID", type=_snapshot_id, help="a snapshot")
     which.add_argument("--all", action="store_true", help="everything")
+    purge.add_argument(
+        "--soft", action="store_true", help="make it stale and not gone: it still covers an outage"
+    )
     for one in [*configured, purge]:
         one.add_argument("--config", metavar="FILE", help="the configuration, TOML")
         one.add_argument(
@@ -170,7 +173,7 @@ def _purge(args: argparse.Namespace) -> int:
     from proxy.admin import client
 
     loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
-    return client.purge(loaded.settings.admin, args.ids)
+    return client.purge(loaded.settings.admin, args.ids, soft=args.soft)
 
 
 def _demo(args: argparse.Namespace) -> int:

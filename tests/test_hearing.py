@@ -16,7 +16,7 @@ from proxy.cache.memory import Memory
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.conversation import DOUBT_S, LEASE_S, LONGEST_LEASE_S, Announcement, Conversation
 from proxy.storage.keys import Keys
@@ -50,6 +50,8 @@ SCOPES: tuple[Scope, ...] = (
     CallerScope(MINE),
     SnapshotsScope(("42", "7")),
     EverythingScope(),
+    SoftScope(SnapshotsScope(("42",))),
+    SoftScope(EverythingScope()),
 )
 ENTRY = Entry(200, b"body", '"0"', 1000.0, Lifetimes(60))
 

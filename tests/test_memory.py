@@ -10,7 +10,7 @@ from kit.scopes import covers
 from proxy.cache.memory import Memory, size_of
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.identity import Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
 pytestmark = [pytest.mark.G1, pytest.mark.G6, pytest.mark.G9]
@@ -111,6 +111,8 @@ SCOPES: tuple[Scope, ...] = (
     SnapshotsScope(("42", "43")),
     SnapshotsScope(("7",)),
     EverythingScope(),
+    SoftScope(SnapshotsScope(("42",))),
+    SoftScope(EverythingScope()),
 )
 
 
@@ -123,6 +125,8 @@ def test_an_invalidation_takes_what_it_covers(scope: Scope, key: Key) -> None:
     tier.fill(key)
     tier.memory.invalidate(scope)
     assert (tier.memory.get(key) is None) is covers(scope, key)
+    has_ended = covers(scope, key) and not isinstance(scope, SoftScope)
+    assert (tier.memory.ended(key) != on_its_way.ended) is has_ended  # else it may still answer stale
     tier.memory.keep(key, ENTRY, on_its_way)
     assert (tier.memory.get(key) is None) is covers(scope, key)
     tier.fill(key)

@@ -50,7 +50,7 @@ from proxy.core.errors import (
 from proxy.core.events import Invalidation, Refreshed, UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, etag_of
 from proxy.core.identity import Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
 from proxy.core.policy import Answer, Policy
 from proxy.core.quota import CallClass
 from proxy.core.refresh import PAGE
@@ -689,6 +689,26 @@ async def test_without_redis_nothing_invalidated_here_is_served_in_the_place_of_
     await path.invalidate("purge", EverythingScope())
     path.upstream.open.set()
     assert await asking == Failed(TIMEOUT, Forwarded(Fwd.STALE))
+
+
+async def test_without_redis_what_was_purged_softly_here_still_covers_an_error() -> None:
+    """It became stale, which it was before."""
+    path = Path(Store(Lookup(FALLBACK, BASIS), UNAVAILABLE, away=True), Upstream(TIMEOUT))
+    path.upstream.open.clear()
+    (asking,) = await started(path.get(call()))
+    await path.invalidate("purge", SoftScope(EverythingScope()))
+    path.upstream.open.set()
+    assert (await asking).cache_status.outcome is Outcome.STALE
+
+
+async def test_what_was_purged_softly_answers_stale_and_is_refreshed() -> None:
+    """However young it is."""
+    path = Path(Store(Lookup(replace(FRESH, purged_at=NOW), BASIS)), Upstream(said()))
+    answer = await path.get(call())
+    assert (answer.status, answer.cache_status) == (200, FromCache(0))
+    await settled()
+    assert [asked.call_class for asked in path.upstream.asked] == [CallClass.REFRESH]
+    assert path.store.changes == [("put", KEY, FILLED, BASIS)]
 
 
 # -- one fetch over all replicas -------------------------------------------------------------------

@@ -24,7 +24,7 @@ from proxy.core.entry import (
     Stamps,
 )
 from proxy.core.identity import Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.keys import EntryKeys, Keys
@@ -175,6 +175,8 @@ class MemoryStore:
                 stamps = [self._keys.lists, *map(self._keys.snapshot, snapshot_ids)]
             case EverythingScope():
                 stamps = [self._keys.everything]
+            case SoftScope():
+                raise NotImplementedError("no one purges softly on the simulated day")
         for name in stamps:
             self._stamps.pop(name, None)
         return True

@@ -34,8 +34,8 @@ def healthcheck(admin: Admin) -> int:
     return _failed(f"snapshot-proxy: {_listener(admin)} answers {status}, not 200: {_LOOK}")
 
 
-def purge(admin: Admin, ids: Sequence[str]) -> int:
-    """Purge these snapshots on every replica, everything where `ids` is empty.
+def purge(admin: Admin, ids: Sequence[str], *, soft: bool = False) -> int:
+    """Purge these snapshots on every replica, everything where `ids` is empty; `soft`: make it stale only.
 
     Gives 0 when it is done, else 1 and says why. Raises SettingsError for the token's file.
     """
@@ -43,7 +43,8 @@ def purge(admin: Admin, ids: Sequence[str]) -> int:
     if token := read_admin_token(admin.token_file):
         headers["Authorization"] = f"Bearer {token.decode()}"
     try:
-        body = json.dumps({"ids": list(ids)} if ids else {"all": True})
+        what = {"ids": list(ids)} if ids else {"all": True}
+        body = json.dumps(what | {"soft": True} if soft else what)
         with _asked(admin, "POST", "/purge", body, headers) as answer:
             status, said = answer.status, _parsed(answer.read())
     except _NoAnswer as error:

@@ -1,5 +1,7 @@
 """`POST /purge`: invalidate what is cached of some snapshots, or of all, for all callers, on every replica.
 
+A soft purge makes it stale instead: the next read refreshes it, and until then it still covers an outage.
+
 With `admin.token_file` a purge needs that token. Without it, only a program on this machine may purge, and
 not through another proxy on this machine.
 """
@@ -14,7 +16,7 @@ import orjson
 from aiohttp import web
 
 from proxy.core.errors import RETRY_AFTER_S, BadRequest, ProxyError, Unauthorized
-from proxy.core.invalidation import EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import EverythingScope, Purged, Scope, SnapshotsScope, SoftScope
 from proxy.core.resources import snapshot_target
 from proxy.edge.answers import error_response
 from proxy.settings.rules import is_loopback
@@ -52,7 +54,7 @@ class Purge:
     on_loopback: bool
 
     async def __call__(self, request: web.Request) -> web.Response:
-        """Answer `{"ids": […]}` or `{"all": true}` with how many snapshots were purged."""
+        """Answer `{"ids": […]}` or `{"all": true}`, soft or not, with how many snapshots were purged."""
         try:
             self._authorize(request)
             scope = await _scope(request)
@@ -60,7 +62,8 @@ class Purge:
                 raise InvalidationPending("Redis does not answer; the purge is kept, and done when it does")
         except ProxyError as error:
             return error_response(error)
-        purged = len(scope.snapshot_ids) if isinstance(scope, SnapshotsScope) else "all"
+        of = scope.of if isinstance(scope, SoftScope) else scope
+        purged = len(of.snapshot_ids) if isinstance(of, SnapshotsScope) else "all"
         return web.json_response({"purged": purged})
 
     def _authorize(self, request: web.Request) -> None:
@@ -78,7 +81,7 @@ class Purge:
             raise Forbidden("set admin.token_file to purge through another proxy")
 
 
-async def _scope(request: web.Request) -> SnapshotsScope | EverythingScope:
+async def _scope(request: web.Request) -> Purged | SoftScope:
     """Read what the request's body says to purge. Raises BadRequest."""
     if request.content_type != "application/json":
         raise BadRequest("send application/json")
@@ -87,12 +90,23 @@ async def _scope(request: web.Request) -> SnapshotsScope | EverythingScope:
     except orjson.JSONDecodeError:
         raise BadRequest("the body is not JSON") from None
     match asked:
+        case {"soft": bool(soft), **what}:
+            return SoftScope(_purged(what)) if soft else _purged(what)
+        case _:
+            return _purged(asked)
+
+
+def _purged(what: Any) -> Purged:
+    match what:
         case {"all": True, **rest} if not rest:
             return EverythingScope()
         case {"ids": [_, *_] as ids, **rest} if not rest and len(ids) <= MOST_IDS:
             return SnapshotsScope(tuple(map(_cached_id, ids)))
         case _:
-            raise BadRequest(f'send {{"ids": […]}} with 1 to {MOST_IDS} ids, or {{"all": true}}')
+            raise BadRequest(
+                f'send {{"ids": […]}} with 1 to {MOST_IDS} ids, or {{"all": true}}; each with "soft": true'
+                " to make it stale and not gone"
+            )
 
 
 def _cached_id(value: Any) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from proxy.core.entry import Entry
-from proxy.core.invalidation import InvalidationCounts, Scope
+from proxy.core.invalidation import InvalidationCounts, Scope, SoftScope
 from proxy.core.resources import Key
 
 FIXED_BYTES = 1000
@@ -30,11 +30,13 @@ FIXED_BYTES = 1000
 class Mark(NamedTuple):
     """When a lookup or a fetch was sent (monotonic), and the invalidation counts of its key at that time.
 
-    `emptied` is how often memory had been emptied by then.
+    `ended` are those of invalidations that were not soft. `emptied` is how often memory had been emptied by
+    then.
     """
 
     began: float
     counts: tuple[int, ...]
+    ended: tuple[int, ...]
     emptied: int
 
 
@@ -73,6 +75,7 @@ class Memory:
         self._reachable = reachable
         self._monotonic = monotonic
         self._counts = InvalidationCounts()
+        self._ended = InvalidationCounts()
         self._kept: OrderedDict[Key, _Kept] = OrderedDict()
         self._hears_until = -math.inf
         self._emptied = 0
@@ -105,11 +108,15 @@ class Memory:
 
     def mark(self, key: Key) -> Mark:
         """Make the mark that `keep` needs, before a lookup or a fetch of `key` is sent."""
-        return Mark(self._monotonic(), self._counts.of(key), self._emptied)
+        return Mark(self._monotonic(), self._counts.of(key), self._ended.of(key), self._emptied)
 
     def counts(self, key: Key) -> tuple[int, ...]:
         """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
         return self._counts.of(key)
+
+    def ended(self, key: Key) -> tuple[int, ...]:
+        """Give the counts without soft purges: equal ones mean that what was found may still answer stale."""
+        return self._ended.of(key)
 
     def keep(self, key: Key, entry: Entry, mark: Mark) -> None:
         """Keep what a verified lookup, or this replica's own fetch, brought; `mark` is from before it.
@@ -167,8 +174,13 @@ class Memory:
     # -- for invalidations and the channel -----------------------------------------------------
 
     def invalidate(self, scope: Scope) -> None:
-        """Serve nothing any more that `scope` covers, and keep nothing of it that was sent for before."""
+        """Serve nothing any more that `scope` covers, and keep nothing of it that was sent for before.
+
+        What a soft purge covers is not gone: Redis has it, and says that it is stale.
+        """
         self._counts.count(scope)
+        if not isinstance(scope, SoftScope):
+            self._ended.count(scope)
 
     def empty(self) -> None:
         """Evict everything, and keep nothing that was sent for before."""

@@ -140,7 +140,7 @@ class ReadThrough:
                 if fallback is None:
                     return await self._forward(call, fwd, lookup, mark.began, BLOCKING)
                 answer = await self._forward(call, fwd, lookup, mark.began, HAS_FALLBACK)
-                return await self._or_stale(call, answer, fallback, mark.counts)
+                return await self._or_stale(call, answer, fallback, mark.ended)
             case Unsatisfiable():
                 error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
                 return Failed(error, Forwarded(Fwd.REQUEST, begun=False))
@@ -210,18 +210,18 @@ class ReadThrough:
         )
 
     async def _or_stale(
-        self, call: Call, answer: Served | Failed, fallback: Entry, counts: tuple[int, ...]
+        self, call: Call, answer: Served | Failed, fallback: Entry, ended: tuple[int, ...]
     ) -> Served | Failed:
         """Give a stale entry instead of a failure (RFC 5861 §4), unless it was invalidated meanwhile.
 
         It is looked up again for that. If Redis does not answer now, `fallback` is served, which was found
-        before the fetch, unless this replica has invalidated it since `counts` was read.
+        before the fetch, unless this replica has invalidated it since `ended` was read, and not softly.
         """
         if not is_replaceable(answer.status):
             return answer
         lookup = await self._store.lookup(call.key)
         entry = lookup.entry
-        if lookup.unavailable and self._memory.counts(call.key) == counts:
+        if lookup.unavailable and self._memory.ended(call.key) == ended:
             entry = fallback
         now = self._clock()
         if entry is None or not entry.may_replace_error(now):

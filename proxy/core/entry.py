@@ -11,16 +11,25 @@ clocks or order. An evicted stamp is a miss. A stamp needs no secret: a writer w
 restore an older one. So replicas with different secrets, as during a rotation, share the stamps of snapshots
 and of everything.
 
+**Softened stamps** make entries stale and leave them there. A soft purge keeps the stamp's nonce and puts a
+second part behind it: another nonce, and the time. An entry is sealed with the *seal* of each stamp: its
+nonce and the last checksum. If both are the same the entry is as fresh as its age says; if only the nonce is,
+the stamp was softened since the entry's fill began, and it is stale from the time in the second part on,
+whatever its age and the clocks say. A version that knows no second parts takes such a stamp for a corrupt
+one: a miss.
+
     envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest
     rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · seeded u8 · stamps' number u8
                · stamps · etag's length u8 · etag · validator's length u8 · validator · gzip's length u32
                · gzip · body
     stamp      nonce 16 bytes · checksum 8 bytes over (key, nonce)
+    softened   stamp 24 bytes · nonce 8 bytes · time f64 · checksum 8 bytes over ("soft", key, nonce, time)
+    seal       a stamp's first 16 and last 8 bytes; for one that was never softened the stamp itself
 """
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from struct import Struct
 from typing import NamedTuple
@@ -28,6 +37,8 @@ from typing import NamedTuple
 from proxy.core.identity import Keyring
 
 NONCE_BYTES = 16
+STAMP_BYTES = 24
+SOFT_NONCE_BYTES = 8
 SEEN_BYTES = 17
 """The first bytes of an envelope (version and MAC), which are different in every envelope."""
 
@@ -35,7 +46,8 @@ CALLED_AT_BYTES = (SEEN_BYTES + 2, SEEN_BYTES + 9)
 """The first and the last byte of `called_at` in an envelope, for the store's scripts."""
 
 _VERSION = b"\x01"
-_STAMP_BYTES = 24
+_CHECKSUM_BYTES = STAMP_BYTES - NONCE_BYTES
+_TIME = Struct(">d")
 _FIXED = Struct(">HdIII?B")
 _LENGTH = Struct(">H")
 _LONG_LENGTH = Struct(">I")
@@ -71,7 +83,7 @@ class Lifetimes(NamedTuple):
 
 
 Stamps = tuple[bytes, ...]
-"""The stamps that an entry depends on, in the order of their keys in the store."""
+"""The seals of the stamps that an entry depends on, in the order of their keys in the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,8 @@ class Entry:
 
     `called_at` is when its upstream call started (Unix seconds): age counts from there, so that it is never
     too low. `gzip` is the compressed body of a list of 1 KiB or more; `seeded`: the entry came with a list;
-    `validator` is the upstream's own entity tag, if it sent one.
+    `validator` is the upstream's own entity tag, if it sent one. `purged_at` is when a soft purge made it
+    stale (Unix seconds): the stamps tell that, and it is not sealed.
     """
 
     status: int
@@ -91,6 +104,15 @@ class Entry:
     gzip: bytes = b""
     seeded: bool = False
     validator: str = ""
+    purged_at: float | None = field(default=None, compare=False)
+
+    @property
+    def max_age_s(self) -> int:
+        """For how many whole seconds from its call it counts as fresh: `max-age` of what a caller gets."""
+        fresh_s = self.lifetimes.fresh_s
+        if self.purged_at is None:
+            return fresh_s
+        return min(fresh_s, int(max(self.purged_at - self.called_at, 0)))
 
     @property
     def gzip_etag(self) -> str:
@@ -107,7 +129,7 @@ class Entry:
 
     def freshness(self, now: float) -> Freshness:
         """Classify the entry at `now` (Unix seconds). Source: RFC 9111 §4.2, RFC 5861 §3 and §4."""
-        staleness_s = self.age_s(now) - self.lifetimes.fresh_s
+        staleness_s = self._staleness_s(now)
         if staleness_s < 0:
             return Freshness.FRESH
         if staleness_s < self.lifetimes.stale_while_revalidate_s:
@@ -118,11 +140,23 @@ class Entry:
 
     def may_replace_error(self, now: float) -> bool:
         """Tell whether the entry may answer instead of a failure of the upstream (RFC 5861 §4)."""
-        return self.age_s(now) < self.lifetimes.fresh_s + self.lifetimes.stale_if_error_s
+        return self._staleness_s(now) < self.lifetimes.stale_if_error_s
 
     def ttl_s(self, now: float) -> int:
         """Whole seconds for which the entry is still fresh; 0 or less if it is stale (RFC 9211 §2.3)."""
-        return self.lifetimes.fresh_s - int(self.age_s(now))
+        ttl_s = self.lifetimes.fresh_s - int(self.age_s(now))
+        return ttl_s if self.purged_at is None else min(ttl_s, -int(self._staleness_s(now)))
+
+    def _staleness_s(self, now: float) -> float:
+        """Give for how long it has been stale; below 0 it is fresh.
+
+        A soft purge ends its freshness at once, also where the clock of the replica that purged is ahead; the
+        stale windows begin there.
+        """
+        staleness_s = self.age_s(now) - self.lifetimes.fresh_s
+        if self.purged_at is None:
+            return staleness_s
+        return max(staleness_s, now - max(self.purged_at, self.called_at), 0.0)
 
 
 class FillPrecondition(NamedTuple):
@@ -220,7 +254,7 @@ def unseal(value: bytes, key: bytes, keyring: Keyring) -> tuple[Entry, Stamps]:
     if value[:1] != _VERSION or not hmac.compare_digest(mac, _envelope_mac(key, rest, keyring)):
         raise CorruptValue
     status, called_at, fresh_s, swr_s, sie_s, seeded, number = _FIXED.unpack_from(rest)
-    etag_at = _FIXED.size + number * _STAMP_BYTES
+    etag_at = _FIXED.size + number * STAMP_BYTES
     validator_at = etag_at + 1 + rest[etag_at]
     gzip_at = validator_at + 1 + rest[validator_at]
     body_at = gzip_at + _LONG_LENGTH.size + _LONG_LENGTH.unpack_from(rest, gzip_at)[0]
@@ -235,19 +269,48 @@ def unseal(value: bytes, key: bytes, keyring: Keyring) -> tuple[Entry, Stamps]:
         validator=rest[validator_at + 1 : gzip_at].decode(),
     )
     return entry, tuple(
-        rest[start : start + _STAMP_BYTES] for start in range(_FIXED.size, etag_at, _STAMP_BYTES)
+        rest[start : start + STAMP_BYTES] for start in range(_FIXED.size, etag_at, STAMP_BYTES)
     )
 
 
 def make_stamp(key: bytes, nonce: bytes) -> bytes:
     """Make a stamp of 16 random bytes, for the store's `key`."""
     checksum = hashlib.sha256(key + nonce).digest()  # the nonce has a fixed length: no two pairs look alike
-    return nonce + checksum[: _STAMP_BYTES - NONCE_BYTES]
+    return nonce + checksum[:_CHECKSUM_BYTES]
+
+
+def make_second_part(key: bytes, nonce: bytes, now: float) -> bytes:
+    """Make what softens, at `now` (Unix seconds), the stamp that stands under `key`; 8 random bytes."""
+    said = nonce + _TIME.pack(now)
+    return said + hashlib.sha256(b"soft" + key + said).digest()[:_CHECKSUM_BYTES]
 
 
 def is_stamp(value: bytes, key: bytes) -> bool:
-    """Tell whether `make_stamp` made `value` for this very `key`."""
-    return value == make_stamp(key, value[:NONCE_BYTES])
+    """Tell whether `value` is a stamp that was made for this very `key`, softened or not."""
+    first, second = value[:STAMP_BYTES], value[STAMP_BYTES:]
+    if first != make_stamp(key, first[:NONCE_BYTES]):
+        return False
+    return not second or second == make_second_part(key, second[:SOFT_NONCE_BYTES], _time_of(second))
+
+
+def seal_of(stamp: bytes) -> bytes:
+    """Give what an entry that depends on `stamp` is sealed with."""
+    return stamp[:NONCE_BYTES] + stamp[-_CHECKSUM_BYTES:]
+
+
+def softened_at(stamp: bytes, sealed: bytes) -> float | None:
+    """Tell when the verified `stamp` was softened, if that is all that has changed since `sealed` was taken.
+
+    None: it is another stamp.
+    """
+    if len(stamp) == STAMP_BYTES or stamp[:NONCE_BYTES] != sealed[:NONCE_BYTES]:
+        return None
+    return _time_of(stamp[STAMP_BYTES:])
+
+
+def _time_of(second: bytes) -> float:
+    time: float = _TIME.unpack(second[SOFT_NONCE_BYTES : SOFT_NONCE_BYTES + _TIME.size].ljust(_TIME.size))[0]
+    return time
 
 
 def _envelope_mac(key: bytes, rest: bytes, keyring: Keyring) -> bytes:

@@ -41,7 +41,18 @@ class EverythingScope:
     """All entries of all callers."""
 
 
-Scope = EntryScope | CallerScope | SnapshotsScope | EverythingScope
+Purged = SnapshotsScope | EverythingScope
+"""What a purge may cover."""
+
+
+@dataclass(frozen=True, slots=True)
+class SoftScope:
+    """What `of` covers becomes stale instead of gone."""
+
+    of: Purged
+
+
+Scope = EntryScope | CallerScope | Purged | SoftScope
 
 
 def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
@@ -76,9 +87,9 @@ class InvalidationCounts:
         return self._for_all, get(key.partition, 0), get(own, 0), get(of_all_callers, 0)
 
     def count(self, scope: Scope) -> None:
-        """Count one invalidation."""
+        """Count one invalidation; a soft one like any other."""
         self.total += 1
-        match scope:
+        match scope.of if isinstance(scope, SoftScope) else scope:
             case EntryScope(key):
                 self._add(_names(key)[0], _lists(key.partition))
             case CallerScope(partition):
@@ -87,8 +98,8 @@ class InvalidationCounts:
                 self._add(_LISTS, *((snapshot_id,) for snapshot_id in snapshot_ids))
             case EverythingScope():
                 self._for_all += 1
-            case _:
-                assert_never(scope)
+            case other:
+                assert_never(other)
 
     def _add(self, *names: "_Name") -> None:
         for name in names:

@@ -203,7 +203,7 @@ class Policy:
         """
         if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
             lifetimes = self._lifetimes(target.resource, answer, draw)
-            return Keep(replace(validated, called_at=answer.called_at, lifetimes=lifetimes))
+            return Keep(replace(validated, called_at=answer.called_at, lifetimes=lifetimes, purged_at=None))
         if answer.status == HTTPStatus.OK:
             return self._keep(answer, target, draw)
         _raise_if_no_error_of_the_api(answer.status)

@@ -67,7 +67,7 @@ def served_response(
                 headers["Content-Encoding"] = "gzip"
         headers["ETag"] = etag
         headers["Age"] = str(int(entry.age_s(now)))
-        headers["Cache-Control"] = f"private, max-age={entry.lifetimes.fresh_s}"
+        headers["Cache-Control"] = f"private, max-age={entry.max_age_s}"
         # RFC 9110 §13.2.1: a condition counts only where the answer without it is a success.
         if (
             if_none_match is not None

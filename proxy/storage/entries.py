@@ -8,6 +8,7 @@ invalidation of what a key depends on is pending, this replica neither reads nor
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from proxy.core.entry import (
@@ -21,6 +22,8 @@ from proxy.core.entry import (
     Stamps,
     is_stamp,
     seal,
+    seal_of,
+    softened_at,
     unseal,
 )
 from proxy.core.events import StoreOperation
@@ -73,9 +76,14 @@ class Entries:
                 if value is not None:
                     entry, sealed = unseal(as_bytes(value), keys.entry, self._keyring)
                     seen = value[:SEEN_BYTES]
-                    if [*sealed] == stamps:
+                    if [*sealed] == stamps or _seals(stamps) == sealed:
                         self._observe(StoreOperation("lookup", "ok"))
                         return Lookup(entry, FillPrecondition(sealed, seen))
+                    purged_at = _softened_at(keys.stamps, stamps, sealed)
+                    if purged_at is not None:
+                        self._observe(StoreOperation("lookup", "ok"))
+                        entry = replace(entry, purged_at=purged_at)
+                        return Lookup(entry, FillPrecondition(_seals(stamps), seen))
             except CorruptValue:
                 corrupt.append(keys.entry)
             refusal = self._refusal(stamps[0], keys.stamps[0])
@@ -119,10 +127,10 @@ class Entries:
         Names the ids whose entries are now these or newer ones; none where nothing was stored. Never raises.
 
         What was invalidated since that lookup must not be stored again. An invalidation for all callers
-        deletes the stamp of all callers' lists first and the snapshot's own after it. So here the snapshots'
-        stamps are read first and the lists' after them, and nothing is stored where the lists' have changed.
-        An invalidation for one caller deletes the stamp of the caller's lists first: the script compares it
-        in the same step in which it stores.
+        deletes or softens the stamp of all callers' lists first and the snapshot's own after it. So here the
+        snapshots' stamps are read first and the lists' after them, and nothing is stored where the lists'
+        have changed. An invalidation for one caller deletes the stamp of the caller's lists first: the script
+        compares it in the same step in which it stores.
         """
         list_keys = self._keys.of(Key(SNAPSHOT_LIST, partition, ""))
         keys = {name: self._keys.of(Key(SNAPSHOT, partition, name)) for name in seeds}
@@ -134,7 +142,7 @@ class Entries:
         nothing = frozenset[str]()
         if not keys:
             return nothing
-        caller, lists, *_ = basis.stamps
+        caller = basis.stamps[0]
         try:
             ids = [self._keys.snapshot(name) for name in keys]
             make: list[Command] = [
@@ -143,7 +151,7 @@ class Entries:
             read: list[Command] = [("GET", name) for name in ids]
             again = await self._link.ask_in_turn([*make, *read], [("GET", name) for name in list_keys.stamps])
             made, stamps, now = again[: len(ids)], again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
-            if self._pending.covers(list_keys) or now != [*basis.stamps]:
+            if self._pending.covers(list_keys) or _seals(now) != basis.stamps:
                 return nothing
             arguments: list[bytes | int] = []
             for name, stamp in zip(keys, stamps, strict=True):
@@ -153,7 +161,7 @@ class Entries:
             (reply, *_) = await self._link.ask(
                 _SEED.call(
                     [self._keys.lists_of(partition), *(those.entry for those in keys.values())],
-                    lists,
+                    now[1],  # whole: it may have been softened
                     *arguments,
                 ),
                 *self._prolong([name for name, is_new in zip(ids, made, strict=True) if not is_new]),
@@ -229,3 +237,23 @@ class Entries:
     def _prolong(self, stamps: Sequence[bytes]) -> list[Command]:
         """Make stamps outlive the entries that now depend on them."""
         return [("EXPIRE", name, self._stamp_ttl_s, "GT") for name in stamps]
+
+
+def _softened_at(names: Sequence[bytes], stamps: Sequence[Any], sealed: Stamps) -> float | None:
+    """Tell when stamps of an entry were softened; None if one has changed in another way, or is none."""
+    latest: float | None = None
+    if len(sealed) != len(names):
+        return None
+    for name, stamp, before in zip(names, stamps, sealed, strict=True):
+        if not isinstance(stamp, bytes) or not is_stamp(stamp, name):
+            return None
+        if seal_of(stamp) != before:
+            at = softened_at(stamp, before)
+            if at is None:
+                return None
+            latest = at if latest is None else max(latest, at)
+    return latest
+
+
+def _seals(stamps: Sequence[Any]) -> Stamps:
+    return tuple([seal_of(stamp) if isinstance(stamp, bytes) else b"" for stamp in stamps])

@@ -1,8 +1,8 @@
 """What this replica asks Redis once a second, whether or not a request comes.
 
-In one round trip it deletes the stamps of pending invalidations, has all replicas empty their memory where
-there were some, registers itself, and compares its secret with those of the others. A connection that
-was closed unnoticed is found here, too.
+In one round trip it deletes or softens the stamps of pending invalidations, has all replicas empty their
+memory where there were some, registers itself, and compares its secret with those of the others. A connection
+that was closed unnoticed is found here, too.
 """
 
 import asyncio
@@ -69,8 +69,8 @@ class Heartbeat:
     async def _pulse(self) -> set[str] | None:
         now = self._clock()
         self._pending.follow(self._link.primaries)
-        names = self._pending.to_delete()
-        groups = in_order(names)
+        names = self._pending.to_send()
+        groups = in_order(names, now, self._pending.soft)
         if names and self.conversation is not None:
             groups.append([self.conversation.everything()])
         beat = self._members.heartbeat(now)

@@ -1,29 +1,38 @@
-"""Invalidation in Redis: which stamps are deleted, and those that Redis has not deleted yet.
+"""Invalidation in Redis: which stamps are deleted or softened, and what of that Redis has not done yet.
 
 An invalidation deletes stamps. From then on every entry that depends on one of them is a miss on all
-replicas, and a fetch that began before cannot store one that is not. If Redis does not take the deletion, the
-invalidation is **pending**: this replica neither reads nor stores what depends on its stamps, and sends the
-deletion again with each heartbeat, once a second, until Redis takes it.
+replicas, and a fetch that began before cannot store one that is not. A soft purge *softens* stamps instead:
+each entry whose fill began before is stale from then on (`core/entry.py` says how). If Redis does not take
+it, the invalidation is **pending**: this replica neither reads nor stores what depends on its stamps, and
+sends the same again with each heartbeat, once a second, until Redis takes it.
 
-A failover may lose a deletion that Redis had taken. So the stamps that a write, a 401 or a purge deleted
-within REMEMBERED_S are deleted once more when another server has become a primary.
+A failover may lose a change that Redis had taken. So the stamps that a write, a 401 or a purge deleted or
+softened within REMEMBERED_S are deleted or softened once more when another server has become a primary.
 """
 
 import logging
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Literal
 
-from proxy.core.entry import Entry, Lifetimes, seal
+from proxy.core.entry import SOFT_NONCE_BYTES, STAMP_BYTES, Entry, Lifetimes, make_second_part, seal
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition
 from proxy.core.incident import Incident
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import (
+    CallerScope,
+    EntryScope,
+    EverythingScope,
+    Scope,
+    SnapshotsScope,
+    SoftScope,
+)
 from proxy.core.resources import Key
 from proxy.logs import event
 from proxy.storage.channel import Channel
-from proxy.storage.commands import Command
+from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Unavailable
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.servers import Servers
@@ -35,11 +44,12 @@ MOST_PENDING = 1024
 REMEMBERED_S = 60.0
 """A primary that is cut off may take deletions in vain for about so long before it is left."""
 
+_SOFTEN = Script.load("soften", STAMP_BYTES=STAMP_BYTES)
 _LOG = logging.getLogger(__name__)
 
 
 class PendingInvalidations:
-    """The stamps whose deletion Redis has not taken yet.
+    """The stamps that Redis has not deleted or softened yet.
 
     `address` says in the log where Redis is, `monotonic` gives the seconds for how long they were pending.
     """
@@ -51,31 +61,35 @@ class PendingInvalidations:
         """Their keys, and whether a write, a 401 or a purge asked for it. False: a read's 403 or 404 did, and
         no answer promises it."""
 
+        self.soft: set[bytes] = set()
+        """Those of them that are to be softened. A stamp that is to be deleted, too, is deleted."""
+
         self._keys = keys
         self._address = address
         self._monotonic = monotonic
         self._incident = Incident()
         self._added: set[bytes] = set()
         """Stamps that were added after the last heartbeat was sent: its replies say nothing about these."""
-        self._deleted: OrderedDict[bytes, float] = OrderedDict()
-        """Stamps that Redis deleted, and when; the latest last, MOST_PENDING of them at most."""
+        self._done: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()
+        """Stamps that Redis deleted, or only softened, and when; the latest last, MOST_PENDING of them at
+        most."""
         self._primaries: tuple[str, ...] = ()
 
     @property
     def asked(self) -> int:
-        """Give the number of stamps that a write, a 401 or a purge asked to delete."""
+        """Give the number of stamps that a write, a 401 or a purge asked to delete or to soften."""
         return sum(self.stamps.values())
 
     def covers(self, keys: EntryKeys) -> bool:
         """Tell whether a stamp that the entry depends on is pending."""
         return bool(self.stamps) and not self.stamps.keys().isdisjoint(keys.stamps)
 
-    def add(self, names: Sequence[bytes], error: Unavailable, *, asked: bool) -> None:
-        """Add the stamps that Redis did not delete."""
+    def add(self, names: Sequence[bytes], error: Unavailable, *, asked: bool, soft: bool = False) -> None:
+        """Add the stamps that Redis did not delete, or did not soften."""
         for name in names:
             has_room = len(self.stamps) < MOST_PENDING or name in self.stamps
             stamp = name if has_room else self._keys.everything
-            self.stamps[stamp] = asked or self.stamps.get(stamp, False)
+            self._put(stamp, asked=asked, soft=soft)
             self._added.add(stamp)
         if asked and self._incident.sign(self._monotonic()):
             event(
@@ -88,27 +102,36 @@ class PendingInvalidations:
                 " this one before invalidations-done",
             )
 
-    def deleted(self, names: Sequence[bytes]) -> None:
-        """Remember stamps that Redis deleted, as was asked for."""
+    def _put(self, stamp: bytes, *, asked: bool, soft: bool) -> None:
+        if not soft:
+            self.soft.discard(stamp)
+        elif stamp not in self.stamps:
+            self.soft.add(stamp)
+        self.stamps[stamp] = asked or self.stamps.get(stamp, False)
+
+    def done(self, names: Sequence[bytes], *, soft: bool = False) -> None:
+        """Remember stamps that Redis deleted or softened, as was asked for."""
         for name in names:
-            if name not in self._deleted and len(self._deleted) >= MOST_PENDING:
+            only_softened = soft and self._done.get(name, (0.0, True))[1]
+            if name not in self._done and len(self._done) >= MOST_PENDING:
                 name = self._keys.everything  # noqa: PLW2901 # which stands for all others
-                self._deleted.clear()
-            self._deleted[name] = self._monotonic()
-            self._deleted.move_to_end(name)
+                only_softened = soft and all(others for _, others in self._done.values())
+                self._done.clear()
+            self._done[name] = (self._monotonic(), only_softened)
+            self._done.move_to_end(name)
 
     def follow(self, primaries: tuple[str, ...]) -> None:
-        """If these are others than before, let the next heartbeat delete again what was deleted lately."""
+        """If these are others than before, let the next heartbeat do again what was done lately."""
         before, self._primaries = self._primaries, primaries
         since = self._monotonic() - REMEMBERED_S
-        while self._deleted and next(iter(self._deleted.values())) < since:
-            self._deleted.popitem(last=False)
+        while self._done and next(iter(self._done.values()))[0] < since:
+            self._done.popitem(last=False)
         if before and primaries and before != primaries:
-            for name in self._deleted:
-                self.stamps.setdefault(name, False)
+            for name, (_, soft) in self._done.items():
+                self._put(name, asked=False, soft=soft)
 
-    def to_delete(self) -> list[bytes]:
-        """Give what the next heartbeat deletes.
+    def to_send(self) -> list[bytes]:
+        """Name the stamps that the next heartbeat deletes or softens.
 
         The stamp of all callers' lists comes first, as in every invalidation: `Entries.seed` relies on it.
         """
@@ -116,11 +139,12 @@ class PendingInvalidations:
         return sorted(self.stamps, key=lambda name: name != self._keys.lists)
 
     def settle(self, names: Sequence[bytes], replies: Sequence[Any]) -> None:
-        """Take the replies to the deletion of `names`. Raises Unavailable at the first that Redis refused."""
+        """Take the replies to what was sent of `names`. Raises Unavailable at the first refusal."""
         for name, reply in zip(names, replies, strict=True):
             refuse_error(reply)
             if name not in self._added:
                 del self.stamps[name]
+                self.soft.discard(name)
         if not self.asked and (over := self._incident.end(self._monotonic())):
             event(
                 _LOG,
@@ -132,10 +156,17 @@ class PendingInvalidations:
             )
 
 
-def in_order(stamps: Sequence[bytes]) -> list[Sequence[Command]]:
-    """Give what deletes `stamps`, the first one before all others: `Entries.seed` says why."""
-    deletions: list[Command] = [("DEL", name) for name in stamps]
-    return [each for each in (deletions[:1], deletions[1:]) if each]
+def in_order(stamps: Sequence[bytes], now: float, soft: Container[bytes] = ()) -> list[Sequence[Command]]:
+    """Give what deletes `stamps`, or at `now` (Unix seconds) makes stale what depends on the `soft` ones.
+
+    The first stamp comes before all others: `Entries.seed` says why.
+    """
+    commands = [_softening(name, now) if name in soft else ("DEL", name) for name in stamps]
+    return [each for each in (commands[:1], commands[1:]) if each]
+
+
+def _softening(stamp: bytes, now: float) -> Command:
+    return _SOFTEN.call([stamp], make_second_part(stamp, secrets.token_bytes(SOFT_NONCE_BYTES), now))
 
 
 class Invalidations:
@@ -174,7 +205,7 @@ class Invalidations:
         `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `refusal` comes with a
         CallerScope.
         """
-        stamps = self._stamps(scope)
+        stamps, soft = self._stamps(scope), isinstance(scope, SoftScope)
         groups: list[Sequence[Command]]
         match scope:
             case EntryScope(key):
@@ -182,7 +213,7 @@ class Invalidations:
             case CallerScope(partition) if refusal is not None:
                 groups = [[self._refuse(partition, refusal)]]
             case _:
-                groups = in_order(stamps)
+                groups = in_order(stamps, self._clock(), stamps if soft else ())
         operation: Literal["end", "drop"] = "drop" if by_read else "end"
         try:
             if self._channel is None:
@@ -191,15 +222,15 @@ class Invalidations:
                 await self._channel.invalidate(scope, *groups)
         except Unavailable as error:
             self._observe(StoreOperation(operation, error.outcome))
-            self._pending.add(stamps, error, asked=not by_read)
+            self._pending.add(stamps, error, asked=not by_read, soft=soft)
             return False
         if not by_read:
-            self._pending.deleted(stamps)
+            self._pending.done(stamps, soft=soft)
         self._observe(StoreOperation(operation, "ok"))
         return True
 
     def _stamps(self, scope: Scope) -> tuple[bytes, ...]:
-        """Name stamps whose deletion invalidates `scope`: an entry has none of its own, so all of its caller.
+        """Name stamps whose change invalidates `scope`: an entry has none of its own, so all of its caller.
 
         The stamp of all callers' lists comes first: `Entries.seed` relies on it.
         """
@@ -212,6 +243,8 @@ class Invalidations:
                 return (self._keys.lists, *map(self._keys.snapshot, snapshot_ids))
             case EverythingScope():
                 return (self._keys.everything,)
+            case SoftScope(of):
+                return self._stamps(of)
 
     def _replace(self, key: Key) -> list[Command]:
         """Delete the stamp of the caller's lists, and replace the entry by a tombstone, for `guard_s`.

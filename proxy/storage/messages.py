@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import orjson
 
 from proxy.core.identity import Keyring, Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.invalidation import (
+    CallerScope,
+    EntryScope,
+    EverythingScope,
+    Scope,
+    SnapshotsScope,
+    SoftScope,
+)
 from proxy.core.resources import RESOURCES, Key
 
 _MAC_BYTES = 16
@@ -100,6 +107,8 @@ def _written(scope: Scope) -> list[Any]:
             return ["snapshots", *snapshot_ids]
         case EverythingScope():
             return ["everything"]
+        case SoftScope(of):
+            return ["soft", *_written(of)]
 
 
 def _read(parts: list[Any]) -> Scope:
@@ -112,6 +121,16 @@ def _read(parts: list[Any]) -> Scope:
             return SnapshotsScope(tuple(snapshot_ids))
         case ["everything"]:
             return EverythingScope()
+        case ["soft", *of]:
+            return _read_soft(of)
+        case _:
+            raise Unintelligible
+
+
+def _read_soft(parts: list[Any]) -> SoftScope:
+    match _read(parts):
+        case (SnapshotsScope() | EverythingScope()) as of:
+            return SoftScope(of)
         case _:
             raise Unintelligible
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from proxy.core.entry import NONCE_BYTES, CorruptValue, is_stamp, make_stamp
+from proxy.core.entry import NONCE_BYTES, CorruptValue, is_stamp, make_stamp, seal_of
 from proxy.storage.connection import Unavailable
 
 TOMBSTONE = 0
@@ -23,11 +23,11 @@ def new_stamp(name: bytes) -> bytes:
 
 
 def as_stamp(reply: Any, name: bytes) -> bytes:
-    """Take the stamp that was read from the key `name`. Raises CorruptValue, Unavailable."""
+    """Take the stamp that was read from the key `name`, as its seal. Raises CorruptValue, Unavailable."""
     stamp = as_bytes(reply)
     if not is_stamp(stamp, name):
         raise CorruptValue
-    return stamp
+    return seal_of(stamp)
 
 
 def as_bytes(reply: Any) -> bytes:

@@ -23,8 +23,11 @@ from proxy.core.entry import (
     Record,
     Stamps,
     is_stamp,
+    make_second_part,
     make_stamp,
     seal,
+    seal_of,
+    softened_at,
     unseal,
 )
 from proxy.core.identity import Keyring
@@ -132,6 +135,62 @@ def test_retention_and_freshness_agree(lifetimes: Lifetimes, age_s: int) -> None
 def test_a_compressed_body_has_a_tag_of_its_own() -> None:
     """RFC 9110 §8.8.3.3: other bytes, another strong tag."""
     assert ENTRY.gzip_etag == '"etag-gzip"'
+
+
+PURGED = replace(ENTRY, purged_at=1_020.5)
+"""Called at 1000.5, fresh for 60 s, then stale for 30 s (on errors for 300 s); purged softly after 20 s."""
+
+
+@pytest.mark.parametrize(
+    ("now", "freshness", "ttl_s", "may_replace_error"),
+    [
+        pytest.param(1_020.5, Freshness.STALE_WHILE_REVALIDATE, 0, True, id="at-once"),
+        pytest.param(1_010.0, Freshness.STALE_WHILE_REVALIDATE, 0, True, id="the-purgers-clock-is-ahead"),
+        pytest.param(900.0, Freshness.STALE_WHILE_REVALIDATE, 0, True, id="clock-stepped-back"),
+        pytest.param(1_050.4, Freshness.STALE_WHILE_REVALIDATE, -29, True, id="last-of-the-window"),
+        pytest.param(1_050.5, Freshness.STALE_IF_ERROR, -30, True, id="only-on-errors"),
+        pytest.param(1_320.4, Freshness.STALE_IF_ERROR, -299, True, id="last-on-errors"),
+        pytest.param(1_320.5, Freshness.EXPIRED, -300, False, id="expired"),
+    ],
+)
+def test_a_soft_purge_ends_freshness(
+    now: float, freshness: Freshness, ttl_s: int, may_replace_error: bool
+) -> None:
+    """The stale windows begin where it ends: at the purge."""
+    assert PURGED.freshness(now) is freshness
+    assert not PURGED.is_fresh(now)
+    assert PURGED.ttl_s(now) == ttl_s
+    assert PURGED.may_replace_error(now) is may_replace_error
+
+
+@given(age_s=st.integers(-100, 1_000), purged_after_s=st.integers(-100, 1_000))
+def test_a_soft_purge_prolongs_nothing(age_s: int, purged_after_s: int) -> None:
+    """From the purge on it is stale, and of use for no longer than it would have been."""
+    now = ENTRY.called_at + age_s
+    purged = replace(ENTRY, purged_at=ENTRY.called_at + purged_after_s)
+    assert not purged.is_fresh(now)
+    assert purged.ttl_s(now) <= min(ENTRY.ttl_s(now), 0)
+    assert ENTRY.may_replace_error(now) or not purged.may_replace_error(now)
+
+
+@pytest.mark.parametrize(
+    ("purged_at", "max_age_s"),
+    [
+        pytest.param(None, 60, id="not-purged"),
+        pytest.param(1_020.5, 20, id="while-it-was-fresh"),
+        pytest.param(1_100.5, 60, id="when-it-was-stale"),
+        pytest.param(990.0, 0, id="the-purgers-clock-is-behind"),
+    ],
+)
+def test_what_a_callers_cache_is_told(purged_at: float | None, max_age_s: int) -> None:
+    """It was fresh until it was purged: a cache that hears that, and the age, takes it for stale."""
+    assert replace(ENTRY, purged_at=purged_at).max_age_s == max_age_s
+
+
+def test_a_purge_is_no_part_of_an_entry() -> None:
+    """The stamps tell it: what waits for another entry does not take the same one for it."""
+    assert PURGED == ENTRY
+    assert unseal(seal(PURGED, STAMPS, KEY, KEYRING), KEY, KEYRING)[0].purged_at is None
 
 
 # -- what the store says -----------------------------------------------------------------------
@@ -336,3 +395,46 @@ def test_no_byte_of_a_stamp_may_change() -> None:
 def test_nothing_else_is_a_stamp(value: bytes) -> None:
     """Whatever stands in a stamp's place is told from one."""
     assert not is_stamp(value, b"c1")
+
+
+FIRST = make_stamp(b"all", b"n" * NONCE_BYTES)
+SECOND = make_second_part(b"all", b"softened", 1_020.5)
+SOFTENED = FIRST + SECOND
+SOFTENED_AGAIN = FIRST + make_second_part(b"all", b"and more", 1_030.5)
+
+
+def test_a_softened_stamp_is_one_of_its_key() -> None:
+    """With every bit of it, and under no other key."""
+    assert is_stamp(SOFTENED, b"all")
+    assert not is_stamp(SOFTENED, b"lists")
+    assert not is_stamp(FIRST + make_second_part(b"lists", b"softened", 1_020.5), b"all")
+    for at in range(len(SOFTENED)):
+        assert not is_stamp(SOFTENED[:at] + bytes((SOFTENED[at] ^ 1,)) + SOFTENED[at + 1 :], b"all")
+    for at in range(len(FIRST) + 1, len(SOFTENED)):
+        assert not is_stamp(SOFTENED[:at], b"all")
+    assert not is_stamp(SOFTENED + SECOND, b"all")
+
+
+@pytest.mark.parametrize(
+    ("stamp", "before", "at"),
+    [
+        pytest.param(SOFTENED, FIRST, 1_020.5, id="softened"),
+        pytest.param(SOFTENED_AGAIN, SOFTENED, 1_030.5, id="softened-again"),
+        pytest.param(SOFTENED_AGAIN, FIRST, 1_030.5, id="softened-twice"),
+        pytest.param(make_stamp(b"all", b"m" * NONCE_BYTES), FIRST, None, id="replaced"),
+        pytest.param(
+            make_stamp(b"all", b"m" * NONCE_BYTES) + SECOND, FIRST, None, id="replaced-and-softened"
+        ),
+        pytest.param(FIRST, SOFTENED, None, id="lost-what-softened-it"),
+    ],
+)
+def test_what_has_become_of_a_stamp(stamp: bytes, before: bytes, at: float | None) -> None:
+    """The seal tells each state of it from each other one, and has the length of a stamp."""
+    assert seal_of(stamp) != seal_of(before)
+    assert len(seal_of(stamp)) == len(seal_of(before)) == len(FIRST)
+    assert softened_at(stamp, seal_of(before)) == at
+
+
+def test_the_seal_of_a_stamp_is_the_stamp() -> None:
+    """So what was sealed by a version without soft purges stays as it is."""
+    assert seal_of(FIRST) == FIRST

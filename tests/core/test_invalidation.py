@@ -11,6 +11,7 @@ from proxy.core.invalidation import (
     InvalidationCounts,
     Scope,
     SnapshotsScope,
+    SoftScope,
 )
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
@@ -40,6 +41,7 @@ KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE)
         ),
         pytest.param(SnapshotsScope(("1", "2")), {*KEYS}, id="snapshots-of-all-callers"),
         pytest.param(EverythingScope(), {*KEYS}, id="everything"),
+        pytest.param(SoftScope(EverythingScope()), {*KEYS}, id="everything-softly"),
     ],
 )
 def test_what_a_scope_covers(scope: Scope, covered: set[Key]) -> None:
@@ -59,6 +61,7 @@ def test_what_a_scope_covers(scope: Scope, covered: set[Key]) -> None:
             id="a-snapshot-of-all-callers",
         ),
         pytest.param(EverythingScope(), {*KEYS}, id="everything"),
+        pytest.param(SoftScope(EverythingScope()), {*KEYS}, id="everything-softly"),
     ],
 )
 def test_which_counts_an_invalidation_changes(scope: Scope, changed: set[Key]) -> None:

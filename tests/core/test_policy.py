@@ -357,8 +357,10 @@ def test_a_refusal_is_not_validated() -> None:
 def test_not_modified(target: Target, remaining_share: float, draw: float, lifetimes: Lifetimes) -> None:
     """RFC 9111 §4.3.4: what was validated is as good as new from this call on, and is otherwise as it was."""
     answer = Answer(304, b"", called_at=1_000.5, remaining_share=remaining_share)
-    decided = POLICY.on_answer(answer, target, request_id="ours", draw=draw, validated=VALIDATED)
-    assert decided == Keep(replace(VALIDATED, called_at=1_000.5, lifetimes=lifetimes))
+    for before in (VALIDATED, replace(VALIDATED, purged_at=900.0)):
+        decided = POLICY.on_answer(answer, target, request_id="ours", draw=draw, validated=before)
+        assert decided == Keep(replace(VALIDATED, called_at=1_000.5, lifetimes=lifetimes))
+        assert decided.entry.purged_at is None
 
 
 @pytest.mark.parametrize("target", [NUMBER, LIST], ids=["snapshot", "list"])

@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,30 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from kit.replicas import orders, shared, together
-from kit.support import DEADLINE_S, DROPLET_PATH, FROM_REDIS, Serve, Valkey, app, bearer, scrape, total
+from kit.support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    FROM_REDIS,
+    MANY_STRANGERS,
+    Serve,
+    Valkey,
+    app,
+    bearer,
+    scrape,
+    total,
+)
 from redis.asyncio import Redis
 
-from proxy.simulator import DROPLET_SNAPSHOT_ID, VOLUME_SNAPSHOT_ID, Limits, Simulator, Snapshot, Token
+from proxy.simulator import (
+    DROPLET_SNAPSHOT_ID,
+    VOLUME_SNAPSHOT_ID,
+    Fault,
+    FaultKind,
+    Limits,
+    Simulator,
+    Snapshot,
+    Token,
+)
 
 pytestmark = [pytest.mark.G6, pytest.mark.asyncio(loop_scope="module")]
 
@@ -84,6 +105,12 @@ class Cluster:
         admin = self.replicas[replica].admin
         return await purge(self.session, admin, what, Authorization=f"Bearer {ADMIN_TOKEN}")
 
+    async def purges(self) -> float:
+        """Tell how many purges were counted."""
+        return total(
+            await scrape(self.replicas[0].admin), "snapshot_proxy_invalidations_total", cause="purge"
+        )
+
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
@@ -97,7 +124,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clu
             await other_program.mset(FOREIGN)
         settings = (*shared(simulator.url, valkey.url, directory), f"admin.token_file={directory / 'admin'}")
         replicas = await stack.enter_async_context(
-            together(*(Serve(*settings, "log.access=off") for _ in range(3)))
+            together(*(Serve(*settings, MANY_STRANGERS, "log.access=off") for _ in range(3)))
         )
         session = await stack.enter_async_context(aiohttp.ClientSession())
         yield Cluster(simulator, valkey, list(replicas), session)
@@ -188,6 +215,119 @@ async def test_every_order(cluster: Cluster, kind: Kind, order: tuple[str, ...],
             assert json.loads(seen.body)["snapshot"]["name"] == "new"
 
 
+# -- a soft purge ------------------------------------------------------------------------------
+
+SOFT = [
+    pytest.param(lambda one: {"ids": [one], "soft": True}, id="ids"),
+    pytest.param(lambda _: {"all": True, "soft": True}, id="all"),
+]
+
+
+def ttl_of(seen: Seen) -> int | None:
+    """Give for how long a hit is still fresh; None for what is no hit."""
+    found = re.match(r"snapshot-proxy; hit; ttl=(-?\d+)", seen.cache)
+    return None if found is None else int(found[1])
+
+
+def name_in(seen: Seen) -> str:
+    """Give the snapshot's name."""
+    return str(json.loads(seen.body)["snapshot"]["name"])
+
+
+@pytest.mark.parametrize("what", SOFT)
+async def test_softly_purged_is_stale_on_every_replica(cluster: Cluster, what: Callable[[str], Any]) -> None:
+    """Each replica serves it stale at once, whatever it had in memory; one call refreshes it for all."""
+    simulator, snapshot, token = cluster.simulator, cluster.new_snapshot(), cluster.simulator.world.token()
+    path = f"{LIST}/{snapshot.id}"
+    for _ in range(2):
+        for replica in cluster.replicas:
+            seen = await ask(cluster.session, replica.api + path, token)
+    assert (ttl_of(seen) or 0) > 0
+    simulator.world.change(snapshot, name="new")
+    purges = await cluster.purges()
+    assert await cluster.purge(0, what(snapshot.id)) == {"purged": 1 if "ids" in what("") else "all"}
+    assert await cluster.purges() == purges + 1
+    before = simulator.count(path=path)
+    async with simulator.hold(path=path) as gate:
+        for replica in cluster.replicas:
+            seen = await ask(cluster.session, replica.api + path, token)
+            ttl_s = ttl_of(seen)
+            assert ttl_s is not None
+            assert ttl_s <= 0
+            assert name_in(seen) == "old"
+        await gate.arrived()
+        gate.release()
+    for replica in cluster.replicas:
+        async with asyncio.timeout(DEADLINE_S):
+            while name_in(seen := await ask(cluster.session, replica.api + path, token)) == "old":
+                assert (ttl_of(seen) or 0) <= 0, "the old state counts as fresh"
+        assert (ttl_of(seen) or 1) > 0
+    assert simulator.count(path=path) == before + 1
+
+
+@pytest.mark.parametrize("what", SOFT)
+async def test_softly_purged_still_covers_an_outage(cluster: Cluster, what: Callable[[str], Any]) -> None:
+    """Snapshot and list answer while the API fails; purged for good, they do not."""
+    simulator, snapshot, token = cluster.simulator, cluster.new_snapshot(), cluster.simulator.world.token()
+    paths = (f"{LIST}/{snapshot.id}", LIST)
+    at = cluster.replicas[1].api
+    fresh = {path: await ask(cluster.session, at + path, token) for path in paths}
+    simulator.faults.add(Fault(FaultKind.STATUS, status=500), times=None, token=token.label)
+    await cluster.purge(0, what(snapshot.id))
+    for path in paths:
+        seen = await ask(cluster.session, at + path, token)
+        assert (seen.status, seen.body) == (200, fresh[path].body)
+        stale = "snapshot-proxy; hit; ttl=" if path != LIST else "snapshot-proxy; fwd=stale; fwd-status=500;"
+        assert seen.cache.startswith(stale)
+    await cluster.purge(0, {"all": True})
+    assert [(await ask(cluster.session, at + path, token)).status for path in paths] == [500, 500]
+    simulator.faults.clear()
+
+
+@pytest.mark.parametrize("kind", ["single", "list", "seed"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(order, id="-".join(order))
+        for order in orders(("read", "answer", "write"), ("change", "purge"))
+    ],
+)
+async def test_every_order_of_a_soft_purge(cluster: Cluster, kind: Kind, order: tuple[str, ...]) -> None:
+    """Whatever a fetch was at when something changed and was purged: the old state is never fresh again."""
+    simulator, snapshot, token = cluster.simulator, cluster.new_snapshot(), cluster.simulator.world.token()
+    single = f"{LIST}/{snapshot.id}"
+    path = single if kind == "single" else LIST
+    query = "" if kind == "single" else "?per_page=200"
+    before = simulator.hold(path=path, token=token.label, stage="before")
+    after = simulator.hold(path=path, token=token.label, stage="after")
+    fill: asyncio.Task[Seen] | None = None
+    for step in order:
+        match step:
+            case "read":
+                fill = asyncio.create_task(
+                    ask(cluster.session, cluster.replicas[0].api + path + query, token)
+                )
+                await before.arrived()
+            case "answer":
+                before.release()
+                await after.arrived()
+            case "write":
+                after.release()
+                assert fill is not None
+                assert (await fill).status == 200
+            case "change":
+                simulator.world.change(snapshot, name="new")
+            case "purge":
+                await cluster.purge(1, {"ids": [snapshot.id], "soft": True})
+    for replica in cluster.replicas:
+        seen = await ask(cluster.session, replica.api + (LIST + query if kind == "list" else single), token)
+        if kind == "list":
+            listed = {one["id"]: one["name"] for one in json.loads(seen.body)["snapshots"]}
+            assert listed[snapshot.id] == "new"  # a list that is stale is asked for, and not served meanwhile
+        else:
+            assert name_in(seen) == "new" or (ttl_of(seen) or 0) <= 0
+
+
 # -- who may -----------------------------------------------------------------------------------
 
 
@@ -267,6 +407,10 @@ async def test_elsewhere_without_a_token(cluster: Cluster) -> None:
         pytest.param({"ids": []}, id="no-ids"),
         pytest.param({"ids": "1"}, id="ids-as-text"),
         pytest.param({"ids": ["1"], "more": 1}, id="ids-and-more"),
+        pytest.param({"soft": True}, id="soft-nothing"),
+        pytest.param({"ids": ["1"], "soft": 1}, id="soft-as-a-number"),
+        pytest.param({"all": True, "soft": "true"}, id="soft-as-text"),
+        pytest.param({"all": True, "ids": ["1"], "soft": False}, id="both-not-soft"),
         pytest.param({"ids": ["1", None]}, id="null-among-ids"),
         pytest.param({"ids": [True]}, id="true-as-id"),
         pytest.param({"ids": [1.0]}, id="fraction-as-id"),

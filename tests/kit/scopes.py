@@ -1,6 +1,6 @@
 """What an invalidation covers, stated apart from the counts and stamps by which the product does it."""
 
-from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
+from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope, SoftScope
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 
 
@@ -14,5 +14,7 @@ def covers(scope: Scope, key: Key) -> bool:
             return key.partition == partition
         case SnapshotsScope(snapshot_ids):
             return is_list or (key.resource is SNAPSHOT and key.name in snapshot_ids)
+        case SoftScope(of):
+            return covers(of, key)
         case _:
             return True

@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant(
         "the pending are never sent",
         invalidation.PendingInvalidations,
-        "to_delete",
+        "to_send",
         lambda *_: [],
         _of("left"),
         30,

@@ -9,7 +9,7 @@ import pytest
 from kit.support import Valkey, connecting
 from redis.asyncio import Redis
 
-from proxy.storage import entries, leases, ledger
+from proxy.storage import entries, invalidation, leases, ledger
 from proxy.storage.commands import Script
 from proxy.storage.connection import Link
 
@@ -18,6 +18,7 @@ FOLDER = ROOT / "proxy" / "storage"
 SCRIPTS = {
     "put": entries._PUT,
     "seed": entries._SEED,
+    "soften": invalidation._SOFTEN,
     "if_owner": leases._IF_OWNER,
     "ledger": ledger._LEDGER,
 }

@@ -15,7 +15,7 @@ from kit.scopes import covers
 from kit.support import Valkey, connecting, until
 from redis.asyncio import Redis
 
-from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes
+from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes, make_stamp
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition, Token
 from proxy.core.invalidation import (
@@ -24,6 +24,7 @@ from proxy.core.invalidation import (
     EverythingScope,
     Scope,
     SnapshotsScope,
+    SoftScope,
 )
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage import heartbeat, invalidation
@@ -31,6 +32,7 @@ from proxy.storage.connection import WORKERS, Command, Link, Unavailable
 from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.keys import Keys
 from proxy.storage.store import Store
+from proxy.storage.values import new_stamp
 
 KEYRING = Keyring(b"0123456789abcdef0123456789abcdef")
 ANOTHER = Keyring(b"another secret of thirty-two byte")
@@ -169,6 +171,8 @@ INVALIDATED = {
     "list": Invalidated(EntryScope(MY_LIST), MY_LISTS, MY_OWN, full=False),
     "snapshots": Invalidated(SnapshotsScope((MINE.name, "1")), FOR_ALL, FOR_ALL),
     "everything": Invalidated(EverythingScope(), ALL, ALL),
+    "soft-snapshots": Invalidated(SoftScope(SnapshotsScope((MINE.name, "1"))), FOR_ALL, FOR_ALL),
+    "soft-everything": Invalidated(SoftScope(EverythingScope()), ALL, ALL),
 }
 each_scope = pytest.mark.parametrize("it", INVALIDATED.values(), ids=INVALIDATED)
 
@@ -380,8 +384,8 @@ async def test_a_fill_ends_well_though_its_predecessor_was_evicted(one: Replica,
 
 
 async def hits(who: Replica) -> set[Key]:
-    """Look up everything, and give what there is."""
-    return {key for key in KEPT if await who.entry(key) is not None}
+    """Look up everything, and give what there is and no purge made stale."""
+    return {key for key in KEPT if (entry := await who.entry(key)) is not None and entry.purged_at is None}
 
 
 @pytest.mark.G6
@@ -447,18 +451,18 @@ async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, key: K
 
 @pytest.mark.G6
 @pytest.mark.parametrize("seed", range(6))
-async def test_no_order_of_events_brings_back_what_was_invalidated(
+async def test_no_order_of_events_brings_back_what_was_invalidated(  # noqa: C901 # one list of events
     one: Replica, two: Replica, redis: Redis, seed: int
 ) -> None:
     """At random: lookups, fills and seeds that land in any order, invalidations, evictions.
 
-    What began before an invalidation is gone. Each entry carries the number of invalidations that were done
-    when its fill began.
+    What began before an invalidation is gone, before a soft one stale at least. Each entry carries the number
+    of invalidations that were done when its fill began.
     """
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
     counts = dict.fromkeys(KEPT, 0)
     flying: list[Callable[[Store], Awaitable[object]]] = []
-    seen = dict.fromkeys(["snap", "list", "seed"], 0)
+    seen = dict.fromkeys(["snap", "list", "seed", "stale"], 0)
 
     def made(key: Key, step: int) -> Entry:
         return replace(ENTRY, body=f"{key} {counts[key]}".encode(), called_at=step)
@@ -469,7 +473,9 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(
         match chance.choice(["look", "land"] * 12 + ["invalidate", "evict"]):
             case "look":
                 entry, basis = await store.lookup(key)
-                if entry is not None:
+                if entry is not None and entry.purged_at is not None:
+                    seen["stale"] += 1
+                elif entry is not None:
                     assert entry.body == f"{key} {counts[key]}".encode()
                     seen["seed" if entry.seeded else key.resource.kind] += 1
                 assert basis is not None
@@ -487,7 +493,158 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(
                     counts[covered] += 1
             case "evict":
                 await redis.delete(chance.choice(names_of(key)[1:]))
-    assert min(seen.values()) > 10
+    assert min(seen.values()) > 1
+
+
+# -- soft purges -------------------------------------------------------------------------------
+
+SOFT = {
+    "snapshots": (SoftScope(SnapshotsScope((MINE.name,))), FOR_ALL),
+    "everything": (SoftScope(EverythingScope()), ALL),
+}
+each_soft = pytest.mark.parametrize(("scope", "covered"), SOFT.values(), ids=SOFT)
+
+
+async def stale(who: Replica) -> set[Key]:
+    """Look up everything, and give what a purge made stale."""
+    return {key for key in KEPT if (entry := await who.entry(key)) is not None and entry.purged_at}
+
+
+@pytest.mark.G6
+@each_soft
+async def test_what_was_purged_softly_is_stale_and_there(
+    one: Replica, two: Replica, redis: Redis, scope: SoftScope, covered: frozenset[Key]
+) -> None:
+    """On every replica, with its lifetimes; from the moment of the purge, however often it is repeated."""
+    for key in KEPT:
+        await one.fill(key)
+    kept_for = {key: await redis.ttl(names_of(key)[0]) for key in KEPT}
+    for _ in range(2):
+        before = time.time()
+        assert await one.store.invalidate(scope)
+        for who in (one, two):
+            assert await stale(who) == covered
+            assert await hits(who) == ALL - covered
+        for key in covered:
+            entry = await two.entry(key)
+            assert entry == ENTRY
+            assert entry.purged_at is not None
+            assert before <= entry.purged_at <= time.time()
+    for key in KEPT:
+        assert 0 <= kept_for[key] - await redis.ttl(names_of(key)[0]) <= 2
+        assert min([await redis.ttl(name) for name in names_of(key)]) > 0
+    for key in covered:
+        await two.fill(key, NEWER)
+    assert await hits(one) == ALL
+
+
+@pytest.mark.G6
+@each_soft
+async def test_a_hard_invalidation_after_a_soft_one_leaves_nothing(
+    one: Replica, two: Replica, scope: SoftScope, covered: frozenset[Key]
+) -> None:
+    """And a soft one after that brings nothing back."""
+    for key in KEPT:
+        await one.fill(key)
+    await one.store.invalidate(scope)
+    await one.store.invalidate(scope.of)
+    await one.store.invalidate(scope)
+    assert {key for key in KEPT if await two.entry(key) is not None} == ALL - covered
+
+
+async def test_a_soft_purge_makes_no_stamp(one: Replica, redis: Redis) -> None:
+    """Where nothing is kept there is nothing to make stale, and no key without an end to leave."""
+    assert await one.store.invalidate(SoftScope(SnapshotsScope(("42", "43"))))
+    assert await one.store.invalidate(SoftScope(EverythingScope()))
+    assert await redis.keys() == []
+
+
+@pytest.mark.G5
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda value: value[:-1], id="cut-off"),
+        pytest.param(lambda value: value + b"x", id="longer"),
+        pytest.param(lambda value: value[:30] + bytes([value[30] ^ 1]) + value[31:], id="another-nonce"),
+        pytest.param(lambda value: value[:38] + bytes([value[38] ^ 1]) + value[39:], id="another-time"),
+        pytest.param(lambda value: bytes([value[0] ^ 1]) + value[1:], id="another-stamp"),
+        pytest.param(lambda value: value[:24], id="as-it-was-before"),
+    ],
+)
+async def test_a_softened_stamp_that_is_not_ours(
+    one: Replica, redis: Redis, spoil: Callable[[bytes], bytes]
+) -> None:
+    """It says nothing: what was stale under it is a miss, and a new stamp is made."""
+    await one.fill(MINE)
+    await one.store.invalidate(SoftScope(EverythingScope()))
+    await one.store.put(MINE, ENTRY, await one.basis(MINE))
+    assert await hits(one) == {MINE}
+    await one.store.invalidate(SoftScope(EverythingScope()))
+    value = await redis.get(KEYS.everything)
+    await redis.set(KEYS.everything, spoil(value), ex=60)
+    assert await one.entry(MINE) is None
+    await one.fill(MINE, NEWER)
+
+
+@pytest.mark.G10
+async def test_to_a_version_without_soft_purges_a_softened_stamp_is_none(one: Replica, redis: Redis) -> None:
+    """It makes a new one, and so a miss of what depends on it: never a hit."""
+    await one.fill(MINE)
+    plain = await redis.get(KEYS.everything)
+    await one.store.invalidate(SoftScope(EverythingScope()))
+    softened = await redis.get(KEYS.everything)
+    assert softened != plain == make_stamp(KEYS.everything, plain[:16])  # what that version compares with
+    assert softened[:24] == plain
+    await redis.set(KEYS.everything, new_stamp(KEYS.everything), ex=60)  # what that version does
+    assert await one.entry(MINE) is None
+
+
+@pytest.mark.G6
+async def test_a_soft_purge_that_redis_did_not_hear_is_pending_as_a_soft_one(
+    valkey: Valkey, hasty: Replica, two: Replica
+) -> None:
+    """What it covers is there when it is done; where a hard one is pending, too, it is gone."""
+    for key in KEPT:
+        await hasty.fill(key)
+    valkey.pause()
+    assert not await hasty.store.invalidate(SoftScope(EverythingScope()))
+    assert not await hasty.store.invalidate(SnapshotsScope((MINE.name,)))
+    assert not await hasty.store.invalidate(SoftScope(SnapshotsScope((MINE.name, SIBLING.name))))
+    assert hasty.store.pending_invalidations == 4
+    valkey.resume()
+    await hasty.connected()
+    assert await hasty.store.lookup(SIBLING) == UNAVAILABLE
+    await hasty.store._heartbeat.pulse()
+    assert not hasty.store._pending.stamps
+    assert not hasty.store._pending.soft
+    assert await stale(hasty) == await stale(two) == {SIBLING}
+    assert await hits(two) == set()
+
+
+@pytest.mark.G6
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "and-hard"])
+async def test_a_soft_purge_that_a_failover_lost_is_made_again(
+    one: Replica, redis: Redis, *, hard: bool
+) -> None:
+    """As a soft one, unless a hard one was lost, too."""
+
+    class Moving(Link):
+        primaries = ("a",)
+
+    one.link.__class__ = Moving
+    await one.fill(MINE)
+    before = {name: await redis.get(name) for name in names_of(MINE)}
+    await one.store._heartbeat.pulse()
+    if hard:
+        assert await one.store.invalidate(SnapshotsScope((MINE.name,)))
+    assert await one.store.invalidate(SoftScope(SnapshotsScope((MINE.name,))))
+    for name, value in before.items():
+        await redis.set(name, value, ex=60)
+    assert await hits(one) == {MINE}
+    Moving.primaries = ("b",)
+    await one.store._heartbeat.pulse()
+    assert await stale(one) == (set() if hard else {MINE})
+    assert await hits(one) == set()
 
 
 # -- seeds -------------------------------------------------------------------------------------
@@ -934,15 +1091,26 @@ def test_what_may_be_lost_is_remembered_for_a_minute(monkeypatch: pytest.MonkeyP
     now = 0.0
     pending = PendingInvalidations(KEYS, monotonic=lambda: now)
     pending.follow(("a",))
-    pending.deleted([b"old"])
+    pending.done([b"old"])
     now = invalidation.REMEMBERED_S + 1
-    pending.deleted([b"new"])
+    pending.done([b"new"])
     pending.follow(("b",))
-    assert pending.to_delete() == [b"new"]
+    assert pending.to_send() == [b"new"]
     pending.stamps.clear()
-    pending.deleted([b"1", b"2", b"3"])
+    pending.done([b"1", b"2", b"3"])
     pending.follow(("c",))
-    assert pending.to_delete() == [KEYS.everything]
+    assert pending.to_send() == [KEYS.everything]
+    assert not pending.soft
+
+
+def test_soft_purges_that_may_be_lost_are_remembered_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are too many, everything is stale, and nothing is gone."""
+    monkeypatch.setattr(invalidation, "MOST_PENDING", 3)
+    pending = PendingInvalidations(KEYS, monotonic=lambda: 0.0)
+    pending.follow(("a",))
+    pending.done([b"1", b"2", b"3", b"4"], soft=True)
+    pending.follow(("b",))
+    assert pending.soft == {KEYS.everything} == set(pending.to_send())
 
 
 async def test_the_heart_goes_on_beating(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
