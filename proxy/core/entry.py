@@ -29,6 +29,7 @@ one: a miss.
 
 import hashlib
 import hmac
+import math
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from struct import Struct
@@ -290,7 +291,10 @@ def is_stamp(value: bytes, key: bytes) -> bool:
     first, second = value[:STAMP_BYTES], value[STAMP_BYTES:]
     if first != make_stamp(key, first[:NONCE_BYTES]):
         return False
-    return not second or second == make_second_part(key, second[:SOFT_NONCE_BYTES], _time_of(second))
+    if not second:
+        return True
+    softened = _time_of(second)
+    return math.isfinite(softened) and second == make_second_part(key, second[:SOFT_NONCE_BYTES], softened)
 
 
 def seal_of(stamp: bytes) -> bytes:
