@@ -118,7 +118,7 @@
       ["Invalidations", store.pending_invalidations ? word("bad", `${store.pending_invalidations} pending`) : "none pending"],
       ["Memory", `${bytes(process.memory_bytes)} of ${bytes(process.memory_max_bytes)}, ${number(process.memory_entries)} entries`],
       ["Connections", `${number(process.connections)} of ${number(process.max_connections)}, ${number(process.flights)} fetches in flight`],
-      ["Runs since", duration(uptime)],
+      ["Runs for", duration(uptime)],
     ];
     $("health").replaceChildren(...rows.flatMap(([term, ...said]) => [node("dt", {}, term), node("dd", {}, ...said)]));
   };
