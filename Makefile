@@ -40,7 +40,8 @@ endif
 # whole services again, without the memory in front of Redis: what callers see is the same.
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) -m long
-	TEST_MEMORY=off $(BIN)/python -m pytest $(PARALLEL) -m "not long" tests/e2e
+	TEST_MEMORY=off $(BIN)/python -m pytest $(PARALLEL) -m "not long" tests/e2e \
+	|| TEST_MEMORY=off $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not long" tests/e2e
 
 # The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first).
 simulate: $(VENV)/.dev

@@ -162,10 +162,6 @@ class ClusterSet:
     async def __aenter__(self) -> Self:
         for _ in range(self._count):
             self.servers.append(Valkey(*self._options))
-        for each in self.servers:
-            each.port = free_port()
-            if each.port > 55_000:  # the bus has the port 10,000 above
-                each.port -= 20_000
         await asyncio.gather(*(self._stack.enter_async_context(each) for each in self.servers))
         first, *others = self.servers
         share = 16384 // 3 + 1

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -222,9 +223,18 @@ class Valkey:
         self._directory.cleanup()
 
     async def start(self) -> None:
-        """Start it, and return when it takes connections."""
-        if not self.port:
+        """Start it, and return when it takes connections. If no port was named, a taken one is changed."""
+        if self.port:
+            await self._start()
+            return
+        while True:
             self.port = free_port()
+            with contextlib.suppress(EOFError):
+                await self._start()
+                return
+
+    async def _start(self) -> None:
+        """Raise EOFError if it stops before it takes connections: another process has taken its port."""
         self.process = await asyncio.create_subprocess_exec(
             str(get_binary_path()),
             *(() if self._config is None else (str(self._config),)),
@@ -240,6 +250,8 @@ class Valkey:
                 _, writer = await asyncio.open_connection("127.0.0.1", self.port)
             except OSError:
                 assert monotonic() < give_up, "Valkey does not start"
+                if self.process.returncode is not None:
+                    raise EOFError(f"Valkey stopped, status {self.process.returncode}") from None
                 await asyncio.sleep(0.005)
             else:
                 writer.close()
@@ -262,10 +274,19 @@ class Valkey:
 
 
 def free_port() -> int:
-    """Give a port of loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Give a port of loopback that was free a moment ago, as was the one 10,000 above: a Cluster node's bus.
+
+    Both are below the ports that the kernel gives to outgoing connections, so that none of those takes them.
+    """
+    while True:
+        port = _PORTS.randrange(10_000, 22_000)
+        with contextlib.suppress(OSError), socket.socket() as own, socket.socket() as bus:
+            own.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
+
+
+_PORTS = random.SystemRandom()  # two test processes with the same seed must not try the same ports
 
 
 async def introduce(client: aiohttp.ClientSession, api: str, *tokens: str) -> None:
