@@ -31,6 +31,7 @@ from proxy.edge.fastpath import FastPath
 from proxy.edge.handler import plain_server
 from proxy.edge.listener import Listener
 from proxy.edge.passthrough import Passthrough
+from proxy.edge.questions import Questions
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots
 from proxy.logs import announce, configure, event
@@ -231,13 +232,16 @@ class App:
         )
         if settings.memory.max_bytes:
             self._go_on(renew(store, memory, settings.memory.max_age_s))
-            self._fastpath = FastPath(
-                readthrough,
+        self._fastpath = FastPath(
+            readthrough,
+            Questions(
                 partition=keyring.partition,
                 alias_of=self._aliases.of,
                 clients=lambda: self._clients,
-                counter=self._observers.hits,
-            )
+            ),
+            counter=self._observers.hits,
+            observe=self._observers.request,
+        )
         server, limits = plain_server(api.respond), options.listener_limits(settings, files)
         self._listener = Listener(server, limits, api.malformed, self._fastpath)
         status = report(

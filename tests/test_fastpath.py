@@ -24,7 +24,8 @@ from proxy.core.http import etag_of
 from proxy.core.identity import Token
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, list_target
-from proxy.edge import fastpath as module, memo, prepared
+from proxy.edge import memo, prepared, questions
+from proxy.edge.fastpath import Asked
 from proxy.edge.handler import Handler, plain_server
 from proxy.edge.listener import Listener
 from proxy.edge.memo import Memo, Question
@@ -66,6 +67,12 @@ def memory() -> Memory:
             b"list of " + token.encode(), gzip=b"zipped " + token.encode()
         )
     held = Memory(entries, NOW)
+    for token in (ONE, OTHER):
+        partition = KEYRING.partition(Token(token))
+        held.in_redis |= {
+            Key(SNAPSHOT, partition, "8"): entry(snapshot(token, "8")),
+            Key(SNAPSHOT, partition, "9"): entry(snapshot(token, "9"), 61.0),  # stale
+        }
     held.quotas[KEYRING.partition(Token(ONE))] = quota = RateLimit()
     quota.tell(5000, 4990, 1_800_003_000)
     return held
@@ -370,7 +377,7 @@ NO_QUESTION = {
     "folded": request("/v2/snapshots/1", "X-A: b\r\n c"),
     "no-colon": request("/v2/snapshots/1", "nonsense"),
     "null": request("/v2/snapshots/1", "X-A: \0"),
-    "long": request("/v2/snapshots/1", "X-A: " + "a" * module.LONGEST_BYTES),
+    "long": request("/v2/snapshots/1", "X-A: " + "a" * questions.LONGEST_BYTES),
     "line-ends-without-cr": PLAIN.replace(b"\r\n", b"\n"),
     "empty": b"",
     "line-ends": b"\r\n\r\n",
@@ -381,18 +388,17 @@ NO_QUESTION = {
 async def test_any_doubt_is_the_handlers(data: bytes) -> None:
     """It is no question, whatever is in memory, and leaves the next one unharmed."""
     fast = Edge(memory(), fast=True).fastpath
-    assert fast.question(data) is None
-    assert fast.answer(request("/v2/snapshots/1", "X-Next: parsed")) is not None
     assert fast.answer(data) is None
-    assert fast.answer(request("/v2/snapshots/1", "X-Next: parsed too")) is not None
+    assert isinstance(fast.answer(request("/v2/snapshots/1", "X-Next: parsed")), bytes)
+    assert fast.answer(data) is None
+    assert isinstance(fast.answer(request("/v2/snapshots/1", "X-Next: parsed too")), bytes)
 
 
 @pytest.mark.parametrize("number", ["2", "3", "4", "6"], ids=["missing", "stale", "negative", "large"])
 async def test_what_is_no_small_fresh_success_is_the_handlers(number: str) -> None:
     """It is a question, and has no answer here."""
     edge = Edge(memory(), fast=True)
-    assert edge.fastpath.question(request(f"/v2/snapshots/{number}")) is not None
-    assert edge.fastpath.answer(request(f"/v2/snapshots/{number}")) is None
+    assert isinstance(edge.fastpath.answer(request(f"/v2/snapshots/{number}")), Asked)
     assert edge.done == []
 
 
@@ -419,6 +425,8 @@ STREAMS: dict[str, tuple[list[bytes], int]] = {
         [request("/v2/snapshots/1", "Content-Length: 6"), b"\r\n\r\n", b"{}", PLAIN, PLAIN],
         1,
     ),
+    "from-redis": ([request("/v2/snapshots/8"), PLAIN], 2),
+    "what-redis-has-stale": ([request("/v2/snapshots/9"), PLAIN], 1),
     "after-the-last": ([request("/v2/snapshots/1", "Connection: close"), PLAIN], 0),
     "after-what-is-no-request": ([b"nonsense\r\n\r\n", PLAIN], 0),
 }
@@ -428,6 +436,96 @@ STREAMS: dict[str, tuple[list[bytes], int]] = {
 def test_when_the_handler_rests(chunks: list[bytes], fast: int) -> None:
     """How many chunks are answered at once where all before was answered, and that nothing else differs."""
     run(same_bytes([[(chunk, 60) for chunk in chunks]], fast=fast))
+
+
+BEFORE_REDIS_REPLIES: dict[str, tuple[list[tuple[bytes | None, int]], int]] = {
+    "another-request": ([(PLAIN, 60)], 0),
+    "and-one-more": ([(PLAIN, 60), (PLAIN, 60)], 1),
+    "a-part-of-one": ([(PLAIN[:9], 60), (PLAIN[9:], 60), (PLAIN, 60)], 1),
+    "no-request": ([(b"nonsense\r\n\r\n", 60)], 0),
+    "a-half-close": ([(None, 60)], 0),
+}
+
+
+@pytest.mark.parametrize(("then", "fast"), BEFORE_REDIS_REPLIES.values(), ids=BEFORE_REDIS_REPLIES)
+@pytest.mark.parametrize("target", ["/v2/snapshots/8", "/v2/snapshots/9", "/v2/snapshots/2"])
+def test_what_comes_before_redis_replies(
+    target: str, then: list[tuple[bytes | None, int]], fast: int
+) -> None:
+    """The handler gets the request that Redis was asked for, and then this."""
+    run(same_bytes([[(request(target), 1), *then]], fast=fast, redis_turns=9))
+
+
+def test_redis_is_asked_once_for_a_request() -> None:
+    """Also for one that the handler has to answer: it is given what was found, and only for that one."""
+
+    async def work() -> None:
+        edge = Edge(memory(), fast=True)
+        wire = Wire(edge.listener)
+        for number in (8, 9, 2, 2, 1):
+            wire.send(request(f"/v2/snapshots/{number}"))
+            await turns()
+        assert edge.memory.looked == 4
+        assert [status for _, _, status, *_ in edge.done] == [200, 200, 404, 404, 200]
+        wire.close()
+        await turns(2)
+
+    run(work())
+
+
+@pytest.mark.parametrize("event", ["leaves", "drain", "does-not-read"])
+@pytest.mark.parametrize("target", ["/v2/snapshots/8", "/v2/snapshots/2"])
+def test_what_happens_before_redis_replies(target: str, event: str) -> None:
+    """It is answered, or not, and counted as if the handler had waited."""
+
+    async def work() -> None:
+        seen = []
+        for is_fast in (True, False):
+            edge = Edge(memory(), fast=is_fast)
+            edge.memory.redis_turns = 9
+            wire = Wire(edge.listener)
+            wire.send(request(target))
+            await turns(3)
+            match event:
+                case "leaves":
+                    wire.close()
+                case "drain":
+                    edge.listener.draining = True
+                    wire.protocol.close_if_idle()
+                case "does-not-read":
+                    wire.unread = 100_000
+                    wire.protocol.pause_writing()
+            await turns()
+            assert edge.answered_fast == 0
+            if event == "does-not-read":
+                wire.protocol.resume_writing()
+                await turns()
+            seen.append((edge.done, without_date(bytes(wire.received)), wire.closed))
+            wire.close()
+            await turns(2)
+        assert seen[0] == seen[1]
+        assert len(seen[0][0]) == 1
+
+    run(work())
+
+
+def test_a_bug_in_an_answer_is_the_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No caller waits for ever."""
+
+    async def work() -> None:
+        reported: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+        edge = Edge(memory(), fast=True)
+        monkeypatch.setattr(edge.fastpath, "_hit", None)
+        wire = Wire(edge.listener)
+        wire.send(request("/v2/snapshots/8"))
+        await turns()
+        assert wire.received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert len(reported) == 1
+        wire.close()
+        await turns(2)
+
+    run(work())
 
 
 def test_the_handlers_queue_comes_first() -> None:
@@ -506,7 +604,11 @@ def test_states_in_which_the_handler_answers(state: str) -> None:
 
 
 async def same_bytes(
-    callers: Iterable[list[tuple[bytes | None, int]]], *, fast: int | None = None, drain: bool = False
+    callers: Iterable[list[tuple[bytes | None, int]]],
+    *,
+    fast: int | None = None,
+    drain: bool = False,
+    redis_turns: int | None = 2,
 ) -> None:
     """Send each caller's chunks, each followed by so many turns of the loop, to both servers, and compare.
 
@@ -515,6 +617,7 @@ async def same_bytes(
     outcomes: list[list[tuple[bytes, bool]]] = []
     edges = [Edge(memory(), fast=True), Edge(memory(), fast=False)]
     for edge in edges:
+        edge.memory.redis_turns = redis_turns
         seen = []
         for chunks in callers:
             wire = Wire(edge.listener)
@@ -550,6 +653,7 @@ HEADERS = (
 )
 TARGETS = (
     *("/v2/snapshots/1", f"/v2/snapshots/{UUID}", "/v2/snapshots", "/v2/snapshots/2", "/v2/snapshots/3"),
+    *("/v2/snapshots/8", "/v2/snapshots/9"),
     *(
         "/v2/snapshots/4",
         "/v2/snapshots/1/?a=b",
@@ -569,7 +673,7 @@ REQUESTS = st.builds(
     version=st.sampled_from(("HTTP/1.1",) * 6 + ("HTTP/1.0", "HTTP/2.0")),
     body=st.sampled_from(BODIES),
 )
-PLAIN_ONES = st.builds(request, st.sampled_from(TARGETS[:6]), token=st.sampled_from((ONE, OTHER)))
+PLAIN_ONES = st.builds(request, st.sampled_from(TARGETS[:8]), token=st.sampled_from((ONE, OTHER)))
 BLANKS = st.sampled_from((b"\r\n", b"\r\n\r\n", b"\n", b"\r"))
 
 
@@ -606,14 +710,24 @@ def streams(draw: st.DrawFn) -> list[tuple[bytes | None, int]]:
     return sent
 
 
-@given(callers=st.lists(streams(), min_size=1, max_size=3), drain=st.booleans())
-@example(callers=[[(b"\r\n", 60), (PLAIN, 60)]], drain=False)
-@example(callers=[[(PLAIN + b"POST / HTTP/1.1\r\nHost: a\r\nX: ", 60), (PLAIN, 60)]], drain=False)
-@example(callers=[[(PLAIN, 0), (None, 0)], [(PLAIN, 0), (request(token=OTHER), 0)]], drain=True)
+@given(
+    callers=st.lists(streams(), min_size=1, max_size=3),
+    drain=st.booleans(),
+    redis_turns=st.sampled_from((None, 0, 1, 3, 9)),
+)
+@example(callers=[[(b"\r\n", 60), (PLAIN, 60)]], drain=False, redis_turns=0)
+@example(
+    callers=[[(PLAIN + b"POST / HTTP/1.1\r\nHost: a\r\nX: ", 60), (PLAIN, 60)]], drain=False, redis_turns=0
+)
+@example(
+    callers=[[(PLAIN, 0), (None, 0)], [(PLAIN, 0), (request(token=OTHER), 0)]], drain=True, redis_turns=0
+)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_stream(callers: list[list[tuple[bytes | None, int]]], *, drain: bool) -> None:
+def test_any_stream(
+    callers: list[list[tuple[bytes | None, int]]], *, drain: bool, redis_turns: int | None
+) -> None:
     """Whatever callers send, in whatever chunks: each byte of each answer is the same, and all is counted."""
-    run(same_bytes(callers, drain=drain))
+    run(same_bytes(callers, drain=drain, redis_turns=redis_turns))
 
 
 # -- bounds ----------------------------------------------------------------------------------------
@@ -687,7 +801,7 @@ async def test_an_answer_is_prepared_once_for_each_second_of_its_age(
     for at in (0.0, 0.4, 0.6, 1.0, 1.4, 1.6):  # its age is 18.5 s at first, and a whole number at 0.5
         now = NOW + at
         answer = fast.answer(PLAIN)
-        assert answer is not None
+        assert isinstance(answer, bytes)
         assert f"Age: {int(18.5 + at)}\r\n".encode() in answer
         assert f"Date: Fri, 15 Jan 2027 08:00:{int(0.25 + at):02d} GMT\r\n".encode() in answer
     assert prepared_at == pytest.approx([0.0, 0.6, 1.6])
@@ -697,9 +811,9 @@ async def test_a_request_with_an_id_is_not_remembered() -> None:
     """The next one will have another."""
     edge = Edge(memory(), fast=True)
     for number in range(3):
-        assert edge.fastpath.question(request("/v2/snapshots/1", f"X-Request-Id: {number}")) is not None
+        assert isinstance(edge.fastpath.answer(request("/v2/snapshots/1", f"X-Request-Id: {number}")), bytes)
     assert len(edge.fastpath._memo) == 0
-    edge.fastpath.question(PLAIN)
+    edge.fastpath.answer(PLAIN)
     assert len(edge.fastpath._memo) == 1
 
 
@@ -709,7 +823,8 @@ async def test_no_token_is_shown() -> None:
     edge = Edge(memory(), fast=True)
     edge.fastpath.answer(PLAIN)
     fast = edge.fastpath
-    assert ONE not in f"{fast!r} {fast._memo!r} {fast._shelf!r} {fast.question(PLAIN)!r}"
+    asked = fast.answer(request("/v2/snapshots/2"))
+    assert ONE not in f"{fast!r} {fast._memo!r} {fast._shelf!r} {asked!r}"
 
 
 def test_routes_and_outcomes_are_counted() -> None:

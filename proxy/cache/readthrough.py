@@ -65,6 +65,14 @@ class Failed:
         return self.error.status
 
 
+class Found(NamedTuple):
+    """What a lookup of `key` found, and the mark from before it."""
+
+    key: Key
+    lookup: Lookup
+    mark: Mark
+
+
 class ReadThrough:
     """Answers reads, and forwards deletions.
 
@@ -119,12 +127,17 @@ class ReadThrough:
         )
         self._refresher = Refresher(store, self._collapser, flights, observe=observe, clock=clock)
 
-    async def get(self, call: Call) -> Served | Failed:
-        """Answer one read. The whole program in one match."""
-        served = self.peek(call.key, self._clock(), call.directives) if call.target.cacheable else None
-        if served is not None:
-            return served
-        lookup, mark = await self._lookup(call)
+    async def get(self, call: Call, found: Found | None = None) -> Served | Failed:
+        """Answer one read. The whole program in one match.
+
+        `found` is what was looked up for this very request already.
+        """
+        if found is None or found.key != call.key:
+            served = self.peek(call.key, self._clock(), call.directives) if call.target.cacheable else None
+            if served is not None:
+                return served
+            found = await self._lookup(call)
+        _, lookup, mark = found
         now = self._clock()
         match on_lookup(lookup.entry, call.directives, now):
             case Hit(entry):
@@ -157,24 +170,51 @@ class ReadThrough:
             case _:
                 return None
 
+    def look(self, key: Key, then: Callable[[Found | None], None]) -> None:
+        """Look up what a read without directives asks for, and call `then` with it: no task waits for it.
+
+        None: this one takes longer, and `get` does it.
+        """
+        mark = self._memory.mark(key)
+
+        def looked(lookup: Lookup | None) -> None:
+            then(None if lookup is None else self._found(key, lookup, mark))
+
+        self._store.look(key, looked)
+
+    def hit(self, found: Found, now: float) -> Served | None:
+        """Answer a read without directives, if what was found for it just now is fresh, and record it."""
+        match on_lookup(found.lookup.entry, NO_DIRECTIVES, now):
+            case Hit(entry):
+                self._refresher.record_read(found.key, entry, now)
+                return _from_entry(entry, now)
+            case _:
+                return None
+
     def told(self, partition: Partition) -> RateLimit:
         """Give what the caller is told about its quota, as its ledger here knows it."""
         return self._gate.told(partition)
 
-    async def _lookup(self, call: Call) -> tuple[Lookup, Mark]:
-        """Look the entry up in the store, keep a fresh one in memory, and give the mark from before that.
+    async def _lookup(self, call: Call) -> Found:
+        """Look the entry up in the store, keep a fresh one in memory, and give the mark from before that."""
+        mark = self._memory.mark(call.key)
+        if not call.target.cacheable:
+            return Found(call.key, UNAVAILABLE, mark)
+        lookup = await self._store.lookup(call.key)
+        if call.directives.no_store:
+            return Found(call.key, lookup, mark)
+        return self._found(call.key, lookup, mark)
+
+    def _found(self, key: Key, lookup: Lookup, mark: Mark) -> Found:
+        """Keep a fresh entry in memory.
 
         A cached 401 has no `basis`, since nothing may be filled under it: it applies to all keys of the
         token, and is not kept in memory.
         """
-        mark = self._memory.mark(call.key)
-        if not call.target.cacheable:
-            return UNAVAILABLE, mark
-        lookup = await self._store.lookup(call.key)
         entry = lookup.to_keep(self._clock())
-        if entry is not None and not call.directives.no_store:
-            self._memory.keep(call.key, entry, mark)
-        return lookup, mark
+        if entry is not None:
+            self._memory.keep(key, entry, mark)
+        return Found(key, lookup, mark)
 
     async def delete(self, call: Call) -> Served | Failed:
         """Forward one DELETE, once. When it is answered, no cache serves that snapshot any more."""

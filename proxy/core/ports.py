@@ -6,7 +6,7 @@ and `Gate` in `gate/gate.py`; tests and the simulated day bring their own. Times
 of the composition root's monotonic clock. Pure: signatures only.
 """
 
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -33,6 +33,12 @@ class Store(Protocol):
 
     async def lookup(self, key: Key) -> Lookup:
         """Find an entry, and the stamps that a fill would be sealed with."""
+
+    def look(self, key: Key, found: Callable[[Lookup | None], None]) -> None:
+        """Do what `lookup` does, and call `found` with the result, at once or later.
+
+        No task waits for it. None: this one takes more than one round trip, and only `lookup` makes them.
+        """
 
     async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Store an entry, unless something was invalidated since the lookup that gave `basis`.

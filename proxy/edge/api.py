@@ -9,13 +9,13 @@ import time
 from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
 from multidict import MultiMapping
 
-from proxy.cache.readthrough import Failed, ReadThrough, Served
+from proxy.cache.readthrough import Failed, Found, ReadThrough, Served
 from proxy.core.cache_status import FROM_CACHE, Avoided, Outcome
 from proxy.core.clients import Clients
 from proxy.core.errors import (
@@ -47,6 +47,9 @@ from proxy.edge.answers import error_response, failed_response, new_request_id, 
 from proxy.edge.handler import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
 from proxy.edge.passthrough import Passthrough
 from proxy.logs import event
+
+if TYPE_CHECKING:
+    from proxy.edge.connection import Connection
 
 MAX_BODY_BYTES = 16_384
 """Real clients send `{}` and `null` with requests that need no body: so much is read and ignored."""
@@ -98,14 +101,15 @@ class Api:
 
     async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever it is."""
-        started = time.perf_counter()
+        asked = _connection(request).take_asked()
+        started = time.perf_counter() if asked is None else asked.started
         clients, headers = self._clients(), request.headers
         record = _Record(
             parse_request_id(headers.get("X-Request-Id")) or new_request_id(),
             clients.of(headers.get(clients.header)),
         )
         try:
-            response = await self._answer(request, record)
+            response = await self._answer(request, record, None if asked is None else asked.found)
             record.status = response.status
         except CancelledError:
             raise
@@ -129,7 +133,9 @@ class Api:
         """Count bytes that never became a request."""
         self._done(_Record(request_id, status=error.status, error=error), time.perf_counter())
 
-    async def _answer(self, request: web.BaseRequest, record: _Record) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.BaseRequest, record: _Record, found: Found | None
+    ) -> web.StreamResponse:
         if isinstance(request, ForeignRequest):
             raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
         check_head(request)
@@ -140,7 +146,7 @@ class Api:
         if call.method == "DELETE":
             answer = await self._readthrough.delete(call)
         else:
-            answer = await self._readthrough.get(call)
+            answer = await self._readthrough.get(call, found)
         record.outcome, record.avoided = answer.cache_status.outcome, answer.cache_status.avoided
         match answer:
             case Served():
@@ -171,7 +177,7 @@ class Api:
         caller = self._caller(request, record)
         if request.body_exists:
             await _skip_body(request)
-        _reading_ended(request)
+        _connection(request).reading_ended()
         headers = request.headers
         return Call(
             method=method,
@@ -193,7 +199,7 @@ class Api:
         record.route, record.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)
         caller = self._caller(request, record)
-        _reading_ended(request)  # a body has deadlines of its own: it may be long
+        _connection(request).reading_ended()  # a body has deadlines of its own: it may be long
         return await self._passthrough.forward(
             request,
             PassthroughRequest(
@@ -265,10 +271,10 @@ def check_head(request: Head) -> None:
         raise BadRequest("HTTP/1.0 has no Transfer-Encoding")  # RFC 9112 §6.1: its framing cannot be trusted
 
 
-def _reading_ended(request: web.BaseRequest) -> None:
+def _connection(request: web.BaseRequest) -> "Connection":
     protocol = request.protocol
     assert isinstance(protocol, Handler)
-    protocol.connection.reading_ended()
+    return protocol.connection
 
 
 async def _skip_body(request: web.BaseRequest) -> None:

@@ -5,8 +5,8 @@ A connection is
 
     IDLE     between requests: for `idle_timeout_s`
     READING  from the first byte of a request until all of it is here: for `header_timeout_s`
-    BUSY     while we owe an answer: as long as that takes, but a caller who does not read what we write
-             has `header_timeout_s` to go on reading
+    BUSY     while we owe an answer, or Redis is asked for it: as long as that takes, but a caller who does
+             not read what we write has `header_timeout_s` to go on reading
 
 One timer a connection looks at these deadlines now and then and is set for the next; requests only move a
 number. A deadline judges the caller: where the event loop was busy, bytes of the caller's may have arrived
@@ -19,9 +19,9 @@ look alike until something is written: a FIN later than that second counts as ab
 in ticks of the event loop, so that time in which it was busy does not count. Over TLS asyncio closes the
 connection at every FIN.
 
-The fast path is asked only while aiohttp's handler rests: all bytes that it was given are whole requests,
-and it has written each answer to its end. It rests from the start until it is given bytes. It rests again
-when these are answered, the connection is kept, and
+The fast path is asked only while it waits for no reply of Redis, and aiohttp's handler rests: all bytes that
+that was given are whole requests, and it has written each answer to its end. It rests from the start until
+it is given bytes. It rests again when these are answered, the connection is kept, and
 
 - what it was given was one whole request and nothing else: the fast path's parser said so; or
 - it ended as a request's head ends, so that there is no part of a request in the parser; the body of the last
@@ -36,6 +36,7 @@ from aiohttp import StreamReader
 
 from proxy.core.errors import Overloaded
 from proxy.edge.answers import new_request_id, response_bytes
+from proxy.edge.fastpath import Asked
 from proxy.edge.handler import Handler
 from proxy.tasks.listening import LAST_LOOKS
 
@@ -68,6 +69,7 @@ class Connection(asyncio.Protocol):
         "_eof",
         "_handler",
         "_heard_at",
+        "_looking",
         "_loop",
         "_more",
         "_phase",
@@ -78,6 +80,7 @@ class Connection(asyncio.Protocol):
         "_unread",
         "_whole",
         "_write_deadline",
+        "asked",
         "listener",
     )
 
@@ -96,6 +99,9 @@ class Connection(asyncio.Protocol):
         self._ends_head = False
         self._resting_soon: asyncio.Handle | None = None
         self._heard_at = listener.ticks
+        self._looking: tuple[bytes, Asked] | None = None  # a request for which Redis is asked
+        self.asked: Asked | None = None
+        """The request that was handed over to the handler, until that has read it."""
         self._body: StreamReader | None = None  # of the request that is handled now
         self._timer: asyncio.Handle | None = None
         self._after_eof: asyncio.Handle | None = None
@@ -120,18 +126,26 @@ class Connection(asyncio.Protocol):
         """Take a chunk of bytes: answer it at once, or give it to the handler."""
         listener = self.listener
         self._heard_at = listener.ticks
-        whole = False
+        asked = None
         if self._resting and not listener.draining and self._write_deadline == _NEVER:
             assert listener.fastpath is not None
             answer = listener.fastpath.answer(data)
-            if answer is not None:
+            if isinstance(answer, bytes):
                 self._transport.write(answer)
                 self._deadline = self._loop.time() + listener.limits.idle_timeout_s
                 return
-            whole = listener.fastpath.question(data) is not None
+            asked = answer
         if self._handler is None:
             self._refuse()
-            return
+        elif asked is not None:
+            self._ask_redis(data, asked)
+        else:
+            if self._looking is not None:
+                self._hand_over()
+            self._give(self._handler, data, whole=False)
+
+    def _give(self, handler: Handler, data: bytes, *, whole: bool) -> None:
+        """Give a chunk to aiohttp's handler; it is `whole` if the fast path's parser said so."""
         self._resting = False
         self._whole = whole
         self._ends_head = data.endswith(b"\r\n\r\n")
@@ -139,12 +153,47 @@ class Connection(asyncio.Protocol):
             self._enter(_Phase.READING)
         elif self._phase is _Phase.BUSY:
             self._more = True
-        self._handler.data_received(data)
+        handler.data_received(data)
+
+    def _ask_redis(self, data: bytes, asked: Asked) -> None:
+        """Have Redis asked for the answer to one whole request; `_looked` goes on when its reply is here."""
+        assert self.listener.fastpath is not None
+        self._resting = False
+        self._looking = data, asked
+        self._enter(_Phase.BUSY)
+        self.listener.fastpath.look(asked, self._looked)
+
+    def _looked(self, asked: Asked) -> None:
+        """Answer with what Redis has; where that is no answer, the request is the handler's."""
+        if self._looking is None or self._looking[1] is not asked:
+            return  # the handler has it already, or the caller has left
+        fastpath, answer = self.listener.fastpath, None
+        try:
+            if fastpath is not None and not self.listener.draining and self._write_deadline == _NEVER:
+                answer = fastpath.found(asked)
+        finally:
+            if answer is None:
+                self._hand_over()
+            else:
+                self._looking = None
+                self._transport.write(answer)
+                self._enter(_Phase.IDLE)
+                self._resting = True
+
+    def _hand_over(self) -> None:
+        """Give the handler the request for which Redis is or was asked, and what was found."""
+        assert self._looking is not None
+        assert self._handler is not None
+        (data, self.asked), self._looking = self._looking, None
+        self._phase = _Phase.IDLE
+        self._give(self._handler, data, whole=True)
 
     def eof_received(self) -> bool:
         """Handle the caller's FIN. True: keep the connection, to answer what has come."""
         if self._handler is None or self._transport.get_extra_info("sslcontext") is not None:
             return False
+        if self._looking is not None:
+            self._hand_over()
         self._handler.eof_received()
         if self._body is not None and not self._body.is_eof():
             return False  # the rest of the request will not come
@@ -162,6 +211,10 @@ class Connection(asyncio.Protocol):
             if handle is not None:
                 handle.cancel()
         self.listener.closed(self)
+        if self._looking is not None:
+            assert self.listener.fastpath is not None
+            self.listener.fastpath.left(self._looking[1])
+            self._looking = None
         if self._handler is not None:
             self._handler.connection_lost(exc)
 
@@ -191,6 +244,11 @@ class Connection(asyncio.Protocol):
         """Record that all of the request is here: the answer is due, and later bytes are the next one's."""
         self._more = False
         self._enter(_Phase.BUSY)
+
+    def take_asked(self) -> Asked | None:
+        """Give what is known already of the request that is handled now."""
+        asked, self.asked = self.asked, None
+        return asked
 
     def answered(self, *, goes_on: bool) -> None:
         """Record that the answer is written; bytes that came meanwhile are the next request's.

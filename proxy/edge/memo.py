@@ -32,6 +32,10 @@ class Memo:
         self._old: dict[bytes, Question] = {}
         self._bytes = 0
 
+    def clear(self) -> None:
+        """Forget all."""
+        self.young, self._old, self._bytes = {}, {}, 0
+
     def get(self, data: bytes) -> Question | None:
         """Give what these very bytes ask, if it is remembered."""
         question = self.young.get(data)

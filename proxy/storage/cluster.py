@@ -142,6 +142,10 @@ class Cluster:
                 break
         return replies
 
+    def send(self, commands: Sequence[Command]) -> "asyncio.Future[list[Any]]":
+        """Do what `ask` does, in a task."""
+        return asyncio.ensure_future(self.ask(*commands))
+
     async def ask_in_turn(self, *groups: Sequence[Command]) -> list[Any]:
         """Run groups of commands, each after the replies to the one before. Raises Unavailable."""
         replies: list[Any] = []

@@ -5,11 +5,12 @@ a miss. A failure of Redis is a miss, too, and counted with its reason: no metho
 invalidation of what a key depends on is pending, this replica neither reads nor stores under that key.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.core.entry import (
     CALLED_AT_BYTES,
@@ -65,38 +66,43 @@ class Entries:
 
     async def lookup(self, key: Key) -> Lookup:
         """Find the entry of `key`, and the basis that a fill of it needs. Never raises."""
-        keys = self._keys.of(key)
-        if self._pending.covers(keys):
+        reading = self._reading(key)
+        if self._pending.covers(reading.keys):
             return UNAVAILABLE
-        corrupt: list[bytes] = []
         try:
-            value, stamps = await self._read(key, keys)
-            seen = b""
-            try:
-                if value is not None:
-                    entry, sealed = unseal(as_bytes(value), keys.entry, self._keyring)
-                    seen = value[:SEEN_BYTES]
-                    if [*sealed] == stamps or _seals(stamps) == sealed:
-                        self._observe(StoreOperation("lookup", "ok"))
-                        return Lookup(entry, FillPrecondition(sealed, seen))
-                    purged_at = _softened_at(keys.stamps, stamps, sealed)
-                    if purged_at is not None:
-                        self._observe(StoreOperation("lookup", "ok"))
-                        entry = replace(entry, purged_at=purged_at)
-                        return Lookup(entry, FillPrecondition(_seals(stamps), seen))
-            except CorruptValue:
-                corrupt.append(keys.entry)
-            refusal = self._refusal(stamps[0], keys.stamps[0])
-            if refusal is not None:
+            found = self._read(reading, await self._link.ask(*reading.commands))
+            if isinstance(found, Lookup):
                 self._observe(StoreOperation("lookup", "ok"))
-                return Lookup(refusal, None)
-            # The entry was invalidated. A fill is sealed with the stamps as they are now.
-            current = await self._stamps(keys.stamps, stamps, corrupt)
+                return found
+            stamps = await self._mend(reading.keys.stamps, found)
         except Unavailable as error:
             self._observe(StoreOperation("lookup", error.outcome))
             return UNAVAILABLE
-        self._observe(StoreOperation("lookup", "corrupt" if corrupt else "ok"))
-        return Lookup(None, FillPrecondition(current, seen))
+        self._observe(StoreOperation("lookup", "corrupt" if found.corrupt else "ok"))
+        return Lookup(None, FillPrecondition(stamps, found.seen))
+
+    def look(self, key: Key, found: Callable[[Lookup | None], None]) -> None:
+        """Do what `lookup` does, and call `found` with the result: no task waits for it.
+
+        None: this one takes more than one round trip, or cannot be sent, which `lookup` tells.
+        """
+        reading = self._reading(key)
+        try:
+            replies = None if self._pending.covers(reading.keys) else self._link.send(reading.commands)
+        except Unavailable:
+            replies = None
+        if replies is None:
+            found(None)
+            return
+
+        def read(replies: "asyncio.Future[list[Any]]") -> None:
+            lookup = None
+            try:
+                lookup = self._looked(reading, replies)
+            finally:
+                found(lookup)
+
+        replies.add_done_callback(read)
 
     async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
         """Store `entry`, unless it was invalidated, or a newer one stored, since the lookup of `basis`.
@@ -179,49 +185,74 @@ class Entries:
 
     # -- helpers -------------------------------------------------------------------------------
 
-    async def _read(self, key: Key, keys: EntryKeys) -> tuple[Any, list[Any]]:
-        """Read an entry and its stamps, and make the snapshot's own stamp if that is missing.
+    def _reading(self, key: Key) -> "_Reading":
+        """Say how to read an entry and its stamps, and to make the snapshot's own stamp if that is missing.
 
-        It mostly is where the entry is: then a fill needs no second round trip. Raises Unavailable.
+        It mostly is where the entry is: then a fill needs no second round trip.
         """
-        own = self._keys.snapshot(key.name) if "snapshot" in key.resource.depends_on else None
-        proposal = b"" if own is None else new_stamp(own)
-        value, *stamps = await self._link.ask(
-            ("GET", keys.entry),
-            *(
-                ("SET", name, proposal, "NX", "GET", "EX", self._stamp_ttl_s)
-                if name == own
-                else ("GET", name)
-                for name in keys.stamps
-            ),
-        )
-        if own is not None and stamps[at := keys.stamps.index(own)] is None:
-            stamps[at] = proposal
-        return value, stamps
+        keys = self._keys.of(key)
+        commands: list[Command] = [("GET", name) for name in (keys.entry, *keys.stamps)]
+        if "snapshot" not in key.resource.depends_on:
+            return _Reading(keys, commands, None, b"")
+        own = key.resource.depends_on.index("snapshot")
+        name = keys.stamps[own]
+        proposal = new_stamp(name)
+        commands[own + 1] = ("SET", name, proposal, "NX", "GET", "EX", self._stamp_ttl_s)
+        return _Reading(keys, commands, own, proposal)
 
-    async def _stamps(self, names: Sequence[bytes], replies: Sequence[Any], corrupt: list[bytes]) -> Stamps:
-        """Take the stamps that were read. Delete what is `corrupt`, and make those that are missing.
+    def _looked(self, reading: "_Reading", replies: "asyncio.Future[list[Any]]") -> Lookup | None:
+        if replies.cancelled():
+            return None
+        try:
+            found = self._read(reading, replies.result())
+        except Unavailable as error:
+            self._observe(StoreOperation("lookup", error.outcome))
+            return UNAVAILABLE
+        if not isinstance(found, Lookup):
+            return None
+        self._observe(StoreOperation("lookup", "ok"))
+        return found
 
-        Adds corrupt stamps to `corrupt`. Raises Unavailable.
-        """
-        stamps: dict[bytes, bytes] = {}
-        for name, value in zip(names, replies, strict=True):
+    def _read(self, reading: "_Reading", replies: Sequence[Any]) -> "Lookup | _Incomplete":
+        """Tell what the replies to a lookup say. Raises Unavailable."""
+        keys, (value, *stamps) = reading.keys, replies
+        if reading.own is not None and stamps[reading.own] is None:
+            stamps[reading.own] = reading.proposal
+        seen, corrupt = b"", list[bytes]()
+        try:
             if value is not None:
-                try:
-                    stamps[name] = as_stamp(value, name)
-                except CorruptValue:
-                    corrupt.append(name)
+                entry, sealed = unseal(as_bytes(value), keys.entry, self._keyring)
+                seen = value[:SEEN_BYTES]
+                if [*sealed] == stamps or _seals(stamps) == sealed:
+                    return Lookup(entry, FillPrecondition(sealed, seen))
+                purged_at = _softened_at(keys.stamps, stamps, sealed)
+                if purged_at is not None:
+                    entry = replace(entry, purged_at=purged_at)
+                    return Lookup(entry, FillPrecondition(_seals(stamps), seen))
+        except CorruptValue:
+            corrupt.append(keys.entry)
+        refusal = self._refusal(stamps[0], keys.stamps[0])
+        if refusal is not None:
+            return Lookup(refusal, None)
+        # The entry was invalidated, or there is none. A fill is sealed with the stamps as they are now.
+        verified = _verified(keys.stamps, stamps, corrupt)
+        if corrupt or len(verified) < len(stamps):
+            return _Incomplete(verified, corrupt, seen)
+        return Lookup(None, FillPrecondition(tuple(verified.values()), seen))
+
+    async def _mend(self, names: Sequence[bytes], found: "_Incomplete") -> Stamps:
+        """Delete what is corrupt, make the stamps that are missing, and give all. Raises Unavailable."""
+        stamps = dict(found.stamps)
         missing = [name for name in names if name not in stamps]
-        commands: list[Command] = [("DEL", name) for name in corrupt]
+        commands: list[Command] = [("DEL", name) for name in found.corrupt]
         commands += [("SET", name, new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in missing]
         commands += [("GET", name) for name in missing]  # another replica may have made it first
-        if commands:
-            made = await self._link.ask(*commands)
-            for name, value in zip(missing, made[len(commands) - len(missing) :], strict=True):
-                try:
-                    stamps[name] = as_stamp(value, name)
-                except CorruptValue:
-                    raise Unavailable(too_slow=False) from None
+        made = await self._link.ask(*commands)
+        for name, value in zip(missing, made[len(commands) - len(missing) :], strict=True):
+            try:
+                stamps[name] = as_stamp(value, name)
+            except CorruptValue:
+                raise Unavailable(too_slow=False) from None
         return tuple(stamps[name] for name in names)
 
     def _refusal(self, value: Any, name: bytes) -> Entry | None:
@@ -237,6 +268,35 @@ class Entries:
     def _prolong(self, stamps: Sequence[bytes]) -> list[Command]:
         """Make stamps outlive the entries that now depend on them."""
         return [("EXPIRE", name, self._stamp_ttl_s, "GT") for name in stamps]
+
+
+class _Reading(NamedTuple):
+    """What one lookup sends. `own` is the place of the snapshot's stamp, for which it makes a `proposal`."""
+
+    keys: EntryKeys
+    commands: Sequence[Command]
+    own: int | None
+    proposal: bytes
+
+
+class _Incomplete(NamedTuple):
+    """There is no entry, and not all stamps that a fill needs: these are there, and those are `corrupt`."""
+
+    stamps: Mapping[bytes, bytes]
+    corrupt: Sequence[bytes]
+    seen: bytes
+
+
+def _verified(names: Sequence[bytes], stamps: Sequence[Any], corrupt: list[bytes]) -> dict[bytes, bytes]:
+    """Take the stamps that are there, by their names; add those that are none to `corrupt`."""
+    verified: dict[bytes, bytes] = {}
+    for name, stamp in zip(names, stamps, strict=True):
+        if stamp is not None:
+            try:
+                verified[name] = as_stamp(stamp, name)
+            except CorruptValue:
+                corrupt.append(name)
+    return verified
 
 
 def _softened_at(names: Sequence[bytes], stamps: Sequence[Any], sealed: Stamps) -> float | None:

@@ -5,6 +5,7 @@ and a Cluster (`cluster.Cluster`). They differ in which server a key is on, and 
 A command names its keys, and all of them have the same braces or are one key.
 """
 
+from asyncio import Future
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -43,6 +44,9 @@ class Servers(Protocol):
         Those with keys of the same braces run in their order; others may run on several servers at the same
         time. Raises Unavailable where one of the servers gave no reply: the others may have run theirs.
         """
+
+    def send(self, commands: Sequence[Command]) -> "Future[list[Any]]":
+        """Do what `ask` does, and give its result as a future. Raises Unavailable at once where it can."""
 
     async def ask_in_turn(self, *groups: Sequence[Command]) -> list[Any]:
         """Run groups of commands, so that each begins after the one before has been run."""

@@ -81,6 +81,7 @@ class Store:
             link, keys, keyring, self._pending, self._channel, guard_s=guard_s, observe=observe, clock=clock
         )
         self.lookup = entries.lookup
+        self.look = entries.look
         self.put = entries.put
         self.seed = entries.seed
         self.lease = leases.lease

@@ -2,13 +2,15 @@
 
 import json
 import logging
+from itertools import product
+from typing import Any
 
 import aiohttp
 import pytest
 from kit.support import DROPLET_PATH, IN_MEMORY, app, bearer, scrape, total
 
 from proxy.app import Addresses
-from proxy.edge.fastpath import FastPath
+from proxy.edge.fastpath import Asked, FastPath
 from proxy.logs import Formatter
 from proxy.simulator import Simulator, Token
 
@@ -19,31 +21,44 @@ CHANGING = {
 }
 
 
+Answered = list[bytes | Asked | None]
+
+HANDLED = {"Keep-Alive": "timeout=5"}
+"""A header that makes a request aiohttp's handler's."""
+
+
 @pytest.fixture
-def answered(monkeypatch: pytest.MonkeyPatch) -> list[bytes | None]:
-    """Watch what the fast path answers."""
-    answers: list[bytes | None] = []
-    answer = FastPath.answer
+def answered(monkeypatch: pytest.MonkeyPatch) -> Answered:
+    """Watch what the fast path answers, from memory or from Redis."""
+    answers: Answered = []
 
-    def watched(self: FastPath, data: bytes) -> bytes | None:
-        answers.append(answer(self, data))
-        return answers[-1]
+    def watch(name: str) -> None:
+        answer = getattr(FastPath, name)
 
-    monkeypatch.setattr(FastPath, "answer", watched)
+        def watched(self: FastPath, asked: Any) -> Any:
+            answers.append(answer(self, asked))
+            return answers[-1]
+
+        monkeypatch.setattr(FastPath, name, watched)
+
+    watch("answer")
+    watch("found")
     return answers
 
 
-async def hit(at: Addresses, client: aiohttp.ClientSession) -> dict[bytes, bytes]:
+async def hit(
+    at: Addresses, client: aiohttp.ClientSession, headers: dict[str, str] | None = None
+) -> dict[bytes, bytes]:
     """Ask for a snapshot that the cache has; give the answer's headers, in their order."""
-    async with client.get(at.api + DROPLET_PATH) as response:
+    async with client.get(at.api + DROPLET_PATH, headers=headers) as response:
         assert response.status == 200
         assert "; hit; " in response.headers["Cache-Status"]
         return dict(response.raw_headers)
 
 
-async def until_fast(at: Addresses, client: aiohttp.ClientSession, answered: list[bytes | None]) -> None:
-    """Ask until the fast path answers: memory keeps nothing before it hears its own beat on the channel."""
-    while not (answered and answered[-1]):
+async def until_fast(at: Addresses, client: aiohttp.ClientSession, answered: Answered) -> None:
+    """Ask until memory answers: it keeps nothing before it hears its own beat on the channel."""
+    while not (len(answered) > 1 and all(isinstance(each, bytes) for each in answered[-2:])):
         await hit(at, client)
 
 
@@ -52,10 +67,14 @@ async def test_hits(
     simulator: Simulator,
     token: Token,
     access: str,
-    answered: list[bytes | None],
+    answered: Answered,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Redis is not asked for them; each has an id of its own, one outcome, and a line if all have one."""
+    """From memory, from Redis and by the handler: the same headers.
+
+    Redis is not asked for what is in memory. Each has an id of its own, one outcome, and a line if all have
+    one.
+    """
     caplog.set_level(logging.INFO)
     upstream = f"upstream.base_url={simulator.url}"
     async with (
@@ -70,8 +89,9 @@ async def test_hits(
         before = await scrape(at.admin)
         hits = [await hit(at, client) for _ in range(HITS)]
         after = await scrape(at.admin)
-        assert all(answered[-HITS:])
-        other = await hit(handled, client)
+        assert all(isinstance(each, bytes) for each in answered[-HITS:])
+        others = [await hit(handled, client), await hit(handled, client, HANDLED)]
+        assert [type(each) for each in answered[-3:]] == [Asked, bytes, type(None)]
     for name, labels, more in (
         ("store_operations_total", {"operation": "lookup"}, 0),
         ("requests_total", {"cache": "hit", "status": "2xx", "route": "snapshot"}, HITS),
@@ -82,7 +102,7 @@ async def test_hits(
     ):
         series = f"snapshot_proxy_{name}"
         assert total(after, series, **labels) - total(before, series, **labels) == more
-    for headers in hits:
+    for headers, other in product(hits, others):
         assert list(headers) == list(other)
         assert all(headers[name] == other[name] for name in headers if name not in CHANGING)
     ids = {headers[b"X-Request-Id"].decode() for headers in hits}
@@ -92,7 +112,7 @@ async def test_hits(
 
 
 @pytest.mark.G6
-async def test_a_delete_ends_it(simulator: Simulator, token: Token, answered: list[bytes | None]) -> None:
+async def test_a_delete_ends_it(simulator: Simulator, token: Token, answered: Answered) -> None:
     """The next request on the same connection, with the same bytes, is a miss."""
     async with (
         app(f"upstream.base_url={simulator.url}", IN_MEMORY) as at,

@@ -18,7 +18,7 @@ import pytest_asyncio
 from kit.support import DEADLINE_S, DROPLET_PATH, MANY_STRANGERS, Serve, app, scrape, total, until
 
 from proxy import __version__
-from proxy.cache.readthrough import ReadThrough
+from proxy.cache.readthrough import Found, ReadThrough
 from proxy.core.request import Call
 from proxy.logs import Formatter
 from proxy.simulator import VOLUME_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token
@@ -930,7 +930,7 @@ async def test_a_bug_is_an_answer_too(
 ) -> None:
     """An exception that nobody foresaw is a 500 of ours; what it says is not shown, and it counts once."""
 
-    async def fail(_: ReadThrough, call: Call) -> None:
+    async def fail(_: ReadThrough, call: Call, _found: Found | None = None) -> None:
         raise ValueError(f"Authorization: Bearer {call.caller.token.reveal()}")
 
     monkeypatch.setattr(ReadThrough, "get", fail)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from proxy.cache.readthrough import Failed, Served, _from_entry
+from proxy.cache.memory import Mark
+from proxy.cache.readthrough import Failed, Found, Served, _from_entry
 from proxy.core.cache_status import Forwarded, Fwd, Outcome
 from proxy.core.clients import Clients
-from proxy.core.entry import Entry
+from proxy.core.entry import Entry, Lookup
 from proxy.core.errors import ProxyError
 from proxy.core.events import RequestDone, Route
 from proxy.core.identity import Keyring, Partition, Token
@@ -20,6 +21,7 @@ from proxy.edge.api import Api
 from proxy.edge.fastpath import FastPath
 from proxy.edge.handler import plain_server
 from proxy.edge.listener import ConnectionLimits, Listener
+from proxy.edge.questions import Questions
 
 KEYRING = Keyring(b"k" * 32)
 QUIET_TURNS = 60
@@ -84,10 +86,17 @@ class Wire(asyncio.Transport):
 
 
 class Memory:
-    """Entries by their keys, in the place of the cache below the edge; what is not there is a miss."""
+    """Entries by their keys, in the place of the cache below the edge; what is not there is a miss.
+
+    `in_redis` are further ones; Redis replies to the fast path after `redis_turns` of the loop, or is not
+    asked at all (None). `looked` counts the lookups.
+    """
 
     def __init__(self, entries: dict[Key, Entry], now: float) -> None:
         self.entries = entries
+        self.in_redis: dict[Key, Entry] = {}
+        self.redis_turns: int | None = 2
+        self.looked = 0
         self.now = now
         self.recorded: list[Key] = []
         self.quotas: dict[Partition, RateLimit] = {}
@@ -104,13 +113,49 @@ class Memory:
                 return _from_entry(entry, now)
         return None
 
+    def look(self, key: Key, then: Callable[[Found | None], None]) -> None:
+        """Look it up, as `get` does."""
+        if self.redis_turns is None:
+            then(None)
+            return
+        self.looked += 1
+        found = Found(key, Lookup(self._entry(key), None), Mark(self.now, (), (), 0))
+        left = self.redis_turns
+
+        def turn() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                then(found)
+            else:
+                asyncio.get_running_loop().call_soon(turn)
+
+        turn()
+
+    def _entry(self, key: Key) -> Entry | None:
+        return self.entries.get(key) or self.in_redis.get(key)
+
+    def hit(self, found: Found, now: float) -> Served | None:
+        """Answer what is fresh."""
+        match on_lookup(found.lookup.entry, NO_DIRECTIVES, now):
+            case Hit(entry):
+                self.recorded.append(found.key)
+                return _from_entry(entry, now)
+        return None
+
     def told(self, partition: Partition) -> RateLimit:
         """Tell what is known of the caller's quota."""
         return self.quotas.get(partition, UNKNOWN)
 
-    async def get(self, call: Call) -> Served | Failed:
+    async def get(self, call: Call, found: Found | None = None) -> Served | Failed:
         """Answer after a few turns of the loop, as every fetch does."""
-        match on_lookup(self.entries.get(call.key), call.directives, self.now):
+        if found is None and call.key not in self.entries:
+            self.looked += 1
+            for _ in range(self.redis_turns or 0):
+                await asyncio.sleep(0)
+        assert found is None or found.key == call.key
+        entry = self._entry(call.key) if found is None else found.lookup.entry
+        match on_lookup(entry, call.directives, self.now):
             case Hit(entry) | HitThenRevalidate(entry):
                 return _from_entry(entry, self.now)
         for _ in range(3):
@@ -128,6 +173,7 @@ class Edge:
     """The edge over such a memory, with a fast path or without. `done` tells what was counted, in order."""
 
     def __init__(self, memory: Memory, *, fast: bool, alias_of: Callable[[Token], str] | None = None) -> None:
+        self.memory = memory
         self.done: list[tuple[Any, ...]] = []
         self.answered_fast = 0
         self.aliases: dict[str, str] = {}
@@ -144,10 +190,9 @@ class Edge:
         )
         self.fastpath = FastPath(
             memory,
-            partition=KEYRING.partition,
-            alias_of=name,
-            clients=lambda: self.clients,
+            Questions(partition=KEYRING.partition, alias_of=name, clients=lambda: self.clients),
             counter=lambda *labels: partial(self._tell, labels),
+            observe=self._observe,
             clock=lambda: memory.now,
         )
         self.listener = Listener(

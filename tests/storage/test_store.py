@@ -15,7 +15,7 @@ from kit.scopes import covers
 from kit.support import Valkey, connecting, until
 from redis.asyncio import Redis
 
-from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes, make_stamp
+from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes, Lookup, make_stamp
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition, Token
 from proxy.core.invalidation import (
@@ -92,6 +92,12 @@ class Replica:
     async def entry(self, key: Key) -> Entry | None:
         """Look up what would be served."""
         return (await self.store.lookup(key)).entry
+
+    async def looked(self, key: Key) -> Lookup | None:
+        """Look up without a task."""
+        found: asyncio.Future[Lookup | None] = asyncio.get_running_loop().create_future()
+        self.store.look(key, found.set_result)
+        return await found
 
     async def basis(self, key: Key) -> FillPrecondition:
         """Look up what a fill would rest on."""
@@ -321,6 +327,33 @@ async def test_a_fresh_look_finds_the_same_stamps(one: Replica) -> None:
     first = await one.basis(MINE)
     assert await one.basis(MINE) == first
     assert await one.store.put(MINE, ENTRY, first)
+
+
+@pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["snapshot", "list"])
+async def test_a_look_without_a_task_finds_the_same(one: Replica, key: Key) -> None:
+    """What is there, what is not, what was purged; where stamps are missing, only `lookup` goes on."""
+
+    async def is_the_same() -> None:
+        looked = await one.looked(key)
+        assert looked == await one.store.lookup(key)
+        assert one.told[-2:] == [StoreOperation("lookup", "ok")] * 2
+
+    assert await one.looked(key) is None  # the caller's stamp is missing
+    await one.store.lookup(key)
+    await is_the_same()
+    await one.fill(key)
+    await is_the_same()
+    await one.store.invalidate(SoftScope(EverythingScope()))
+    await is_the_same()
+    looked = await one.looked(key)
+    assert looked is not None
+    assert looked.entry is not None
+    assert looked.entry.purged_at is not None
+    await one.store.invalidate(EntryScope(key))
+    refusal = replace(GUARDED, status=401, called_at=time.time())
+    await one.store.invalidate(CallerScope(key.partition), refusal=refusal)
+    await is_the_same()
+    assert await one.looked(key) == Lookup(refusal, None)
 
 
 async def test_an_entry_that_lives_for_no_time_is_not_stored(one: Replica, redis: Redis) -> None:
@@ -849,6 +882,9 @@ async def test_what_does_not_verify_is_a_miss(
     await damage(redis, name)
     damaged = await redis.dump(name)
     one.told.clear()
+    assert await one.looked(key) is None  # `lookup` mends it
+    assert one.told == []
+    assert await redis.dump(name) == damaged
     assert await one.entry(key) is None
     assert one.told == [StoreOperation("lookup", "corrupt")]
     assert await redis.dump(name) != damaged
@@ -911,6 +947,17 @@ async def test_redis_away_is_a_miss_with_a_reason(
         await (valkey.start() if how == "killed" else asyncio.to_thread(valkey.resume))
 
 
+async def test_a_look_that_redis_does_not_answer(valkey: Valkey, hasty: Replica) -> None:
+    """It has the same end as a lookup, and where it cannot be sent, a lookup tells why."""
+    await hasty.connected()
+    valkey.pause()
+    assert await hasty.looked(MINE) == UNAVAILABLE
+    assert hasty.told == [StoreOperation("lookup", "timeout")]
+    assert await hasty.looked(MINE) is None
+    assert len(hasty.told) == 1
+    valkey.resume()
+
+
 @pytest.mark.G6
 @each_scope
 async def test_an_invalidation_that_redis_did_not_hear_is_pending(
@@ -933,6 +980,7 @@ async def test_an_invalidation_that_redis_did_not_hear_is_pending(
     for key in KEPT:
         if key in it.unread:
             assert await hasty.store.lookup(key) == UNAVAILABLE
+            assert await hasty.looked(key) is None
             assert not await hasty.store.put(key, ENTRY, in_flight[key])
     assert await hits(hasty) == ALL - it.unread
 

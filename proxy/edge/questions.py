@@ -1,0 +1,208 @@
+"""What the bytes of a request ask: as a memo of the very same bytes says, else aiohttp's parser and `api.py`.
+
+No bytes are parsed here: see the top of `fastpath.py`, which says why a question is what the handler would
+read from the same bytes.
+"""
+
+from asyncio import get_running_loop
+from collections.abc import Callable
+from functools import lru_cache
+from operator import itemgetter
+from typing import NamedTuple
+
+from aiohttp import HttpVersion11
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http import HttpRequestParser, RawRequestMessage
+
+from proxy.core.clients import Clients
+from proxy.core.errors import ProxyError
+from proxy.core.events import OTHER_CLIENT
+from proxy.core.identity import Partition, Token
+from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
+from proxy.core.resources import Key, Target
+from proxy.edge.api import check_head
+from proxy.edge.handler import PARSER_OPTIONS
+from proxy.edge.memo import Memo, Question
+from proxy.edge.prepared import Place
+
+LONGEST_BYTES = 2048
+"""A longer request is the handler's."""
+
+MOST_CALLERS = 4096
+MOST_SUBJECTS = 32_768
+MOST_HEADS = 256
+MOST_CLIENTS = 1024
+MOST_COUNTERS = 4096
+"""What is remembered of parts of questions (who asks; who asks for what; which headers a request has; which
+program sends it), and what counts their answers."""
+
+_BEGIN = (b"GET /", b"HEAD /")
+_END = b"\r\n\r\n"
+_READ_BYTES = 65_536
+_NAME = itemgetter(0)
+
+_NOT_PLAIN = frozenset(
+    {
+        # How the request goes on; what `Connection` says, the parser tells.
+        *(b"content-length", b"transfer-encoding", b"content-encoding", b"trailer", b"te", b"expect"),
+        *(b"upgrade", b"proxy-connection", b"keep-alive", b"http2-settings"),
+        # Which answer is wanted.
+        *(b"cache-control", b"pragma", b"range", b"if-range", b"if-match"),
+        *(b"if-modified-since", b"if-unmodified-since"),
+    }
+)
+"""Headers of requests that are the handler's."""
+
+_HANDLED = frozenset({b"accept-encoding", b"if-none-match"})
+"""Headers on which the answer depends as it does in the handler."""
+
+
+class _Plain(NamedTuple):
+    """What the names of a plain request's headers say, in their order."""
+
+    authorization: int
+    """Where it stands among them."""
+
+    request_id: int | None
+    client: int | None
+    """Where the header stands that names the program, if it matters."""
+    conditional: bool
+    """One of `_HANDLED` is among them."""
+
+
+class Questions:
+    """What requests ask; `alias_of` and `clients` are as in `api.py`."""
+
+    def __init__(
+        self,
+        *,
+        partition: Callable[[Token], Partition],
+        alias_of: Callable[[Token], str],
+        clients: Callable[[], Clients],
+    ) -> None:
+        self._partition = partition
+        self._alias_of = alias_of
+        self._clients = clients
+        self.memo = Memo()
+        self._parser: HttpRequestParser | None = None
+        self._plain: dict[tuple[bytes, ...], _Plain] = {}
+        self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
+        self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
+        self._client = lru_cache(MOST_CLIENTS)(self._client_of)
+
+    def forget(self) -> None:
+        """Drop what depends on the aliases and clients."""
+        self.memo.clear()
+        self._plain.clear()
+        for cached in (self._caller, self._subject, self._client):
+            cached.cache_clear()
+
+    def of(self, data: bytes) -> tuple[Question, str | None] | None:
+        """Give the question, and the request's id where the caller gave one that is fit for logs.
+
+        None: `data` is not one whole plain request.
+        """
+        if len(data) > LONGEST_BYTES or not data.endswith(_END) or not data.startswith(_BEGIN):
+            return None
+        question = self.memo.get(data)
+        if question is not None:
+            return question, None
+        message = self._parsed(data)
+        if message is None or message.version != HttpVersion11:
+            return None
+        headers = message.raw_headers
+        names = tuple(map(_NAME, headers))
+        try:
+            plain = self._plain.get(names) or self._check_names(names, message)
+            if plain is None:
+                return None
+            question = self._subject(headers[plain.authorization][1], message.path, message.method)
+        except ProxyError:
+            return None
+        if question is None:
+            return None
+        if plain.client is not None or plain.conditional:
+            question = self._with_headers(question, plain, message)
+        if plain.request_id is not None:
+            request_id = parse_request_id(_text(headers[plain.request_id][1]))
+            if request_id is not None:  # the next one has another id
+                return question, request_id
+        self.memo.put(data, question)
+        return question, None
+
+    def _parsed(self, data: bytes) -> RawRequestMessage | None:
+        """Parse what has to be one request without a body, and nothing else."""
+        parser, self._parser = self._parser or _new_parser(), None
+        try:
+            messages, upgraded, tail = parser.feed_data(data)
+        except Exception:  # noqa: BLE001 # the handler's parser raises the same, and there it is dealt with
+            return None
+        if len(messages) != 1 or upgraded or tail:
+            return None
+        message, body = messages[0]
+        if not body.is_eof() or message.should_close or message.upgrade or message.chunked:
+            return None
+        self._parser = parser  # it is between two requests: any other one is not used again
+        return message
+
+    def _check_names(self, names: tuple[bytes, ...], message: RawRequestMessage) -> _Plain | None:
+        """Check headers' names as `api.py` does, and remember what they say. None: it is not plain.
+
+        May raise ProxyError. `check_head` looks at nothing else in a request this short: no line is too long.
+        """
+        lowered = [name.lower() for name in names]
+        if not _NOT_PLAIN.isdisjoint(lowered) or lowered.count(b"authorization") != 1:
+            return None
+        check_head(message)
+        clients = self._clients()
+        naming = clients.header.lower().encode()
+        plain = _Plain(
+            lowered.index(b"authorization"),
+            lowered.index(b"x-request-id") if b"x-request-id" in lowered else None,
+            lowered.index(naming) if clients.names and naming in lowered else None,
+            conditional=not _HANDLED.isdisjoint(lowered),
+        )
+        if len(self._plain) >= MOST_HEADS:
+            self._plain.clear()
+        self._plain[names] = plain
+        return plain
+
+    def _subject_of(self, authorization: bytes, path: str, method: str) -> Question | None:
+        """Tell who asks for what; None where that is not cached. May raise ProxyError."""
+        target = parse_target(method, path)
+        partition, caller = self._caller(_text(authorization))
+        if not isinstance(target, Target) or not target.cacheable:
+            return None
+        key = Key(target.resource, partition, target.name)
+        head = method == "HEAD"
+        return Question(Place(key, head, gzip=False, if_none_match=None, client=OTHER_CLIENT), caller)
+
+    def _caller_of(self, authorization: str) -> tuple[Partition, str]:
+        token = parse_authorization((authorization,))
+        return self._partition(token), self._alias_of(token)
+
+    def _with_headers(self, question: Question, plain: _Plain, message: RawRequestMessage) -> Question:
+        """Add what other headers than `Authorization` say."""
+        place = question.place
+        if plain.client is not None:
+            place = place._replace(client=self._client(message.raw_headers[plain.client][1]))
+        if plain.conditional:
+            conditions = message.headers.getall("If-None-Match", None)
+            place = place._replace(
+                gzip=accepts_gzip(message.headers.getall("Accept-Encoding", ())),
+                if_none_match=None if conditions is None else ",".join(conditions),
+            )
+        return question._replace(place=place)
+
+    def _client_of(self, value: bytes) -> str:
+        return self._clients().of(_text(value))
+
+
+def _text(raw: bytes) -> str:
+    """Read a header's value as aiohttp does for the handler."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _new_parser() -> HttpRequestParser:
+    loop = get_running_loop()
+    return HttpRequestParser(BaseProtocol(loop), loop, _READ_BYTES, **PARSER_OPTIONS)
