@@ -29,11 +29,13 @@ from storage.test_store import (  # noqa: F401 # the same
     Replica,
     test_a_fill_is_a_hit_on_every_replica,
     test_a_fill_that_began_before_an_invalidation_is_not_served,
+    test_a_hard_invalidation_after_a_soft_one_leaves_nothing,
     test_an_invalidation_counts_on_every_replica,
     test_racing_replicas_agree_on_stamps,
     test_seeds_are_hits_on_every_replica,
     test_seeds_that_an_invalidation_overtakes,
     test_seeds_that_began_before_an_invalidation_are_not_stored,
+    test_what_was_purged_softly_is_stale_and_there,
 )
 
 from proxy import options
