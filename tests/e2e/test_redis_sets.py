@@ -8,6 +8,7 @@ for longer than the contract allows; the replicas use Redis again within 5 s of 
 import asyncio
 import contextlib
 import json
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Self
 import aiohttp
 import pytest
 import pytest_asyncio
+import trustme
 from kit.redis_sets import ClusterSet, SentinelSet, tell, until_told
 from kit.replicas import shared, together
 from kit.support import NO_STALE, Serve, bearer, scrape, until
@@ -31,6 +33,7 @@ pytestmark = [pytest.mark.G4, pytest.mark.G5, pytest.mark.G6, pytest.mark.asynci
 PER_MINUTE = 400
 """Of each token: what the callers ask for in a minute is more, and far more than that without a cache."""
 
+AUTHORITY = trustme.CA()
 LIFETIME_S = 2
 CALLERS = 4
 MOST_S = 5.0
@@ -140,7 +143,7 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def fleet(url: str, directory: Path) -> AsyncIterator[tuple[Load, tuple[Serve, ...]]]:
+async def fleet(url: str, directory: Path, *more: str) -> AsyncIterator[tuple[Load, tuple[Serve, ...]]]:
     """Run three replicas on a set; nothing is served from memory that Redis could tell."""
     limits = Limits(per_minute=PER_MINUTE, per_hour=100_000)
     async with Simulator(limits=limits) as simulator, contextlib.AsyncExitStack() as stack:
@@ -149,6 +152,7 @@ async def fleet(url: str, directory: Path) -> AsyncIterator[tuple[Load, tuple[Se
             *(f"quota.per_minute={PER_MINUTE}", "quota.per_hour=100000", "quota.unknown_per_minute=1000000"),
             *(f"cache.fresh_s={LIFETIME_S}", f"cache.max_fresh_s={LIFETIME_S}", "cache.negative_s=1"),
             *(*NO_STALE, "redis.timeout_s=0.5", "server.lame_duck_s=0", "quota.max_wait_s=1"),
+            *more,
         )
         replicas = await stack.enter_async_context(together(*(Serve(*settings) for _ in range(3))))
         client = await stack.enter_async_context(
@@ -172,17 +176,35 @@ async def recovered(replicas: tuple[Serve, ...], what: str) -> float:
 # -- Sentinels -----------------------------------------------------------------------------------------
 
 
+def certificate() -> ssl.SSLContext:
+    """Issue one, for servers on loopback."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    AUTHORITY.issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+def trusting(directory: Path) -> str:
+    """Give the setting that makes a replica trust these certificates."""
+    path = directory / "ca.pem"
+    AUTHORITY.cert_pem.write_to_path(str(path))
+    return f"redis.ca_file={path}"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def sentinels() -> AsyncIterator[SentinelSet]:
-    """Run a set once."""
-    async with SentinelSet() as running:
+async def sentinels(request: pytest.FixtureRequest) -> AsyncIterator[SentinelSet]:
+    """Run a set once without TLS, and once with it."""
+    async with SentinelSet(tls=certificate() if request.param else None) as running:
         yield running
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
+@pytest.mark.parametrize(
+    ("sentinels", "how"),
+    [pytest.param(False, "hung", id="hung"), pytest.param(True, "killed", id="killed-with-tls")],
+    indirect=["sentinels"],
+)
 async def test_failover(sentinels: SentinelSet, tmp_path: Path, how: str) -> None:
     """The primary dies, or hangs and comes back later: nothing goes wrong, and the new one is used."""
-    async with fleet(sentinels.url, tmp_path) as (load, replicas), load:
+    async with fleet(sentinels.url, tmp_path, trusting(tmp_path)) as (load, replicas), load:
         before = await sentinels.primary()
         if how == "killed":
             await before.kill()
@@ -192,7 +214,7 @@ async def test_failover(sentinels: SentinelSet, tmp_path: Path, how: str) -> Non
         assert await recovered(replicas, how) < MOST_S
         await load.more()
         if how == "killed":
-            before._options = (*before._options, "--replicaof", f"127.0.0.1 {now.port}")
+            before._options = (*before._options, "--replicaof", f"127.0.0.1 {sentinels.announced(now)}")
             await before.start()
             await until_told(before.port, "connected", "ROLE")
         else:
@@ -204,24 +226,28 @@ async def test_failover(sentinels: SentinelSet, tmp_path: Path, how: str) -> Non
         for replica in replicas:
             assert (await replica.event("redis-topology"))["kind"] == "sentinel"
             last = [line for line in replica.log if line.get("event") == "redis-topology"][-1]
-            assert last["primaries"] == [f"127.0.0.1:{now.port}"]
+            assert last["primaries"] == [f"127.0.0.1:{sentinels.announced(now)}"]
 
 
 # -- a Cluster -------------------------------------------------------------------------------------------
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster() -> AsyncIterator[ClusterSet]:
-    """Run a Cluster once."""
-    async with ClusterSet() as running:
+async def cluster(request: pytest.FixtureRequest) -> AsyncIterator[ClusterSet]:
+    """Run a Cluster once without TLS, and once with it."""
+    async with ClusterSet(tls=certificate() if request.param else None) as running:
         yield running
 
 
-@pytest.mark.parametrize("how", ["killed", "hung"])
+@pytest.mark.parametrize(
+    ("cluster", "how"),
+    [pytest.param(False, "hung", id="hung"), pytest.param(True, "killed", id="killed-with-tls")],
+    indirect=["cluster"],
+)
 async def test_a_primary_is_lost_and_comes_back(cluster: ClusterSet, tmp_path: Path, how: str) -> None:
     """That of the stamp of everything: its replica takes over, and it comes back as a replica."""
     slot = slots.slot_of(Keys("snapshot-proxy").everything)
-    async with fleet(cluster.url, tmp_path) as (load, replicas), load:
+    async with fleet(cluster.url, tmp_path, trusting(tmp_path)) as (load, replicas), load:
         before = await cluster.owner(slot, cluster.servers[0])
         others = [each for each in cluster.servers if each is not before]
         if how == "killed":
@@ -245,6 +271,7 @@ async def test_a_primary_is_lost_and_comes_back(cluster: ClusterSet, tmp_path: P
         await load.more()
 
 
+@pytest.mark.parametrize("cluster", [pytest.param(False, id="plain")], indirect=True)
 async def test_slots_move_under_load(cluster: ClusterSet, tmp_path: Path) -> None:
     """Those of callers, of snapshots, of the channel and of the stamp of everything, there and back."""
     async with fleet(cluster.url, tmp_path) as (load, replicas):

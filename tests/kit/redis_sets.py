@@ -1,9 +1,12 @@
 """Real sets of Valkey servers on loopback: Sentinels with a primary and replicas, and a Cluster.
 
 All servers of a set are started at once. A set is ready in a second or two.
+
+With `tls` each server has a `Front` with that certificate, and announces its port.
 """
 
 import asyncio
+import ssl
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any, Self
 
 from redis.exceptions import RedisError
 
+from kit.front import Front
 from kit.support import DEADLINE_S, Valkey, free_port
 from proxy.storage.client import endpoint
 from proxy.storage.wire import Wire
@@ -50,28 +54,34 @@ async def until_told(port: int, expected: str, *command: str | int, within_s: fl
 class SentinelSet:
     """Three Sentinels, a primary and two replicas. `password` is that of the Sentinels themselves."""
 
-    def __init__(self, password: str = "") -> None:
+    def __init__(self, password: str = "", tls: ssl.SSLContext | None = None) -> None:
         self._password = password
+        self._tls = tls
         self._stack = AsyncExitStack()
         self.servers: list[Valkey] = []
         self.sentinels: list[Valkey] = []
+        self.fronts: dict[Valkey, Front] = {}
 
     @property
     def url(self) -> str:
         """What `redis.url` is."""
-        hosts = ",".join(f"127.0.0.1:{each.port}" for each in self.sentinels)
-        return f"redis+sentinel://{hosts}/{SERVICE}"
+        hosts = ",".join(f"127.0.0.1:{self.announced(each)}" for each in self.sentinels)
+        return f"redis{'s' * bool(self._tls)}+sentinel://{hosts}/{SERVICE}"
+
+    def announced(self, server: Valkey) -> int:
+        """Give the port at which a server is known to others."""
+        return self.fronts[server].port if server in self.fronts else server.port
 
     async def __aenter__(self) -> Self:
         primary = await self._start(*_LRU)
-        follow = ("--replicaof", f"127.0.0.1 {primary.port}")
+        follow = ("--replicaof", f"127.0.0.1 {self.announced(primary)}")
         await asyncio.gather(*(self._start(*_LRU, *follow) for _ in range(2)))
         await asyncio.gather(
             *(until_told(each.port, "connected", "ROLE") for each in self.servers if each is not primary)
         )
         folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="sentinels-")))
         watch = (
-            f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} 2\n"
+            f"sentinel monitor {SERVICE} 127.0.0.1 {self.announced(primary)} 2\n"
             f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER_MS}\n"
             f"sentinel failover-timeout {SERVICE} 3000\n"
         )
@@ -80,9 +90,13 @@ class SentinelSet:
         self.sentinels = [Valkey("--sentinel", config=folder / f"{number}.conf") for number in range(3)]
         for each in self.sentinels:
             each.port = free_port()
+            await self._give_front(each)
         # Told what they would find out within some seconds: each other, and the replicas.
         ids = {each: f"{each.port:040x}" for each in self.sentinels}
-        known = [f"sentinel known-replica {SERVICE} 127.0.0.1 {each.port}\n" for each in self.servers[1:]]
+        known = [
+            f"sentinel known-replica {SERVICE} 127.0.0.1 {self.announced(each)}\n"
+            for each in self.servers[1:]
+        ]
         for number, each in enumerate(self.sentinels):
             others = [
                 f"sentinel known-sentinel {SERVICE} 127.0.0.1 {other.port} {ids[other]}\n"
@@ -122,7 +136,7 @@ class SentinelSet:
             for each in self.sentinels
         ]
         port = max(ports, key=ports.count)
-        return next(each for each in self.servers if each.port == port)
+        return next(each for each in self.servers if self.announced(each) == port)
 
     async def another_primary(self, before: Valkey) -> Valkey:
         """Wait until all Sentinels name another server than `before`, and that says that it is primary."""
@@ -133,9 +147,19 @@ class SentinelSet:
         return now
 
     async def _start(self, *options: str) -> Valkey:
-        server = await self._stack.enter_async_context(Valkey(*options))
+        server = Valkey(*options)
+        if self._tls is not None:
+            server.port = free_port()
+            await self._give_front(server)
+            server._options += ("--replica-announce-port", str(self.announced(server)))
+        await self._stack.enter_async_context(server)
         self.servers.append(server)
         return server
+
+    async def _give_front(self, server: Valkey) -> None:
+        if self._tls is not None:
+            front = Front(server.port, self._tls)
+            self.fronts[server] = await self._stack.enter_async_context(front)
 
     async def _described(self, sentinel: Valkey) -> list[bytes]:
         told = await tell(sentinel.port, "SENTINEL", "MASTER", SERVICE, password=self._password)
@@ -145,23 +169,43 @@ class SentinelSet:
 class ClusterSet:
     """Three primaries with a replica each; a primary that is silent for `node_timeout_ms` is replaced."""
 
-    def __init__(self, *options: str, node_timeout_ms: int = 1000, replicas: int = 1) -> None:
+    def __init__(
+        self,
+        *options: str,
+        node_timeout_ms: int = 1000,
+        replicas: int = 1,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._options = (
             *(*_LRU, "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),
             *("--cluster-replica-validity-factor", "0", *options),
         )
         self._count = 3 * (1 + replicas)
+        self._tls = tls
         self._stack = AsyncExitStack()
         self.servers: list[Valkey] = []
+        self.fronts: dict[Valkey, Front] = {}
 
     @property
     def url(self) -> str:
         """What `redis.url` is: two of the nodes, the last one a replica."""
-        return f"redis+cluster://127.0.0.1:{self.servers[0].port},127.0.0.1:{self.servers[-1].port}"
+        hosts = ",".join(f"127.0.0.1:{self.announced(self.servers[place])}" for place in (0, -1))
+        return f"redis{'s' * bool(self._tls)}+cluster://{hosts}"
+
+    def announced(self, server: Valkey) -> int:
+        """Give the port at which a node is known to others."""
+        return self.fronts[server].port if server in self.fronts else server.port
 
     async def __aenter__(self) -> Self:
         for _ in range(self._count):
-            self.servers.append(Valkey(*self._options))
+            server = Valkey(*self._options)
+            self.servers.append(server)
+            if self._tls is not None:
+                server.port = free_port()
+                front = await self._stack.enter_async_context(Front(server.port, self._tls))
+                self.fronts[server] = front
+                ports = ("--cluster-announce-port", str(front.port))
+                server._options += (*ports, "--cluster-announce-bus-port", str(server.port + 10_000))
         await asyncio.gather(*(self._stack.enter_async_context(each) for each in self.servers))
         first, *others = self.servers
         share = 16384 // 3 + 1
@@ -203,7 +247,7 @@ class ClusterSet:
         """Give the node that serves a slot, as `asked` says."""
         for first, last, master, *_ in await tell(asked.port, "CLUSTER", "SLOTS"):
             if first <= slot <= last:
-                return next(each for each in self.servers if each.port == master[1])
+                return next(each for each in self.servers if self.announced(each) == master[1])
         raise AssertionError(slot)
 
     async def until_healthy(self, asked: Sequence[Valkey]) -> None:

@@ -139,10 +139,10 @@ async def real(connect: Callable[[], Any]) -> Store:
     )
 
 
-async def found(url: str, tmp_path: Any) -> list[str]:
+async def found(url: str, tmp_path: Any, *more: str) -> list[str]:
     """Give what `check` says of a store."""
     path = write_secret(tmp_path)
-    overrides = [f"redis.url={url}", f"security.secret_file={path}"]
+    overrides = [f"redis.url={url}", f"security.secret_file={path}", *more]
     settings = load(config_file=None, overrides=overrides, environ={}).settings
     return [str(each) async for each in store(settings, path.read_bytes(), None)]
 
