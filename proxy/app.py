@@ -217,10 +217,15 @@ class App:
             monotonic=time.monotonic,
             drain=self._drain,
         )
+        collections = frozenset(settings.cache.collections)
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
-                gate, invalidator, flights, read_timeout_s=settings.server.header_timeout_s
+                gate,
+                invalidator,
+                flights,
+                read_timeout_s=settings.server.header_timeout_s,
+                collections=collections,
             )
         api = Api(
             readthrough,
@@ -229,6 +234,7 @@ class App:
             alias_of=self._aliases.of,
             clients=lambda: self._clients,
             observe=self._observers.request,
+            collections=collections,
         )
         if settings.memory.max_bytes:
             self._go_on(renew(store, memory, settings.memory.max_age_s))
@@ -238,6 +244,7 @@ class App:
                 partition=keyring.partition,
                 alias_of=self._aliases.of,
                 clients=lambda: self._clients,
+                collections=collections,
             ),
             counter=self._observers.hits,
             observe=self._observers.request,
@@ -260,6 +267,7 @@ class App:
                 purge=partial(invalidator.invalidate, "purge"),
                 handed=self._handed.get("admin", ()),
                 status=status.document,
+                collections=collections,
             )
         )
         addresses = Addresses(await self._serve_api(files), admin_url)

@@ -74,11 +74,10 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
         add("config", _config, "print the effective configuration and where each value came from"),
         add("healthcheck", _healthcheck, "ask the running service whether it lives"),
     ]
-    purge = add(
-        "purge", _purge, "purge snapshots from the cache of every replica, through the admin listener"
-    )
+    purge = add("purge", _purge, "purge entries from the cache of every replica, through the admin listener")
     which = purge.add_mutually_exclusive_group(required=True)
     which.add_argument("ids", nargs="*", default=[], metavar="ID", type=_snapshot_id, help="a snapshot")
+    which.add_argument("--collection", metavar="NAME", help="all documents of a collection of the API")
     which.add_argument("--all", action="store_true", help="everything")
     purge.add_argument(
         "--soft", action="store_true", help="make it stale and not gone: it still covers an outage"
@@ -173,7 +172,10 @@ def _purge(args: argparse.Namespace) -> int:
     from proxy.admin import client
 
     loaded = load(config_file=args.config, overrides=args.overrides, environ=os.environ)
-    return client.purge(loaded.settings.admin, args.ids, soft=args.soft)
+    if args.collection is not None:
+        return client.purge(loaded.settings.admin, {"collection": args.collection}, soft=args.soft)
+    what = {"ids": args.ids} if args.ids else {"all": True}
+    return client.purge(loaded.settings.admin, what, soft=args.soft)
 
 
 def _demo(args: argparse.Namespace) -> int:

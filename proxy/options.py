@@ -22,7 +22,7 @@ from proxy.core.errors import SettingsError
 from proxy.core.identity import Keyring
 from proxy.core.policy import Policy
 from proxy.core.quota import QuotaLimits
-from proxy.core.resources import RESOURCES
+from proxy.core.resources import DOCUMENT, RESOURCES
 from proxy.edge.listener import ConnectionLimits
 from proxy.files import OpenFiles
 from proxy.settings.secrets import read_password, read_secret
@@ -57,12 +57,15 @@ def cache_policy(settings: Settings) -> Policy:
         max_fresh_s=cache.max_fresh_s,
         jitter=cache.jitter,
         public_url=settings.server.public_url,
+        collections=frozenset(cache.collections),
     )
 
 
 def _ttls_s(settings: Settings) -> dict[str, int]:
     """Give the TTLs of all kinds of resources, by the settings that they name."""
-    return {resource.ttl: getattr(settings.cache, resource.ttl) for resource in RESOURCES}
+    cache = settings.cache
+    ttls = {each.ttl: getattr(cache, each.ttl) for each in RESOURCES if each is not DOCUMENT}
+    return ttls | {f"collections.{name}": ttl_s for name, ttl_s in cache.collections.items()}
 
 
 def listener_limits(settings: Settings, files: OpenFiles) -> ConnectionLimits:

@@ -1,7 +1,6 @@
 """The command line as its users meet it: real processes, what they print, how they end."""
 
 import asyncio
-import os
 import re
 import signal
 import socket
@@ -11,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import fields
 from http.client import BadStatusLine, HTTPException
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import aiohttp
 import pytest
+from kit.commands import Ended, end, run, start
 from kit.servers import RawServer, says_once
 from kit.support import DEADLINE_S, TROUBLE, Serve, app, bearer, write_secret
 
@@ -34,39 +34,6 @@ from proxy.simulator import (
 
 TOKEN = "dop_v1_0123456789abcdef"
 LOOK = "see that serve runs, and that admin.host and admin.port are the ones that it was given"
-
-
-class Ended(NamedTuple):
-    """How a process ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-async def start(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
-    """Start Python with `arguments`."""
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=os.environ | environ,
-    )
-
-
-async def end(process: asyncio.subprocess.Process) -> Ended:
-    """Wait for the end of a process."""
-    async with asyncio.timeout(DEADLINE_S):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    return Ended(process.returncode, out.decode(), err.decode())
-
-
-async def run(*arguments: str, **environ: str) -> Ended:
-    """Run `snapshot-proxy` with `arguments` to its end."""
-    return await end(await start("-m", "proxy", *arguments, **environ))
 
 
 class Run(Protocol):

@@ -16,8 +16,16 @@ from proxy.cache.memory import Memory
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
-from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
+from proxy.core.invalidation import (
+    CallerScope,
+    CollectionsScope,
+    EntryScope,
+    EverythingScope,
+    Scope,
+    SnapshotsScope,
+    SoftScope,
+)
+from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.conversation import DOUBT_S, LEASE_S, LONGEST_LEASE_S, Announcement, Conversation
 from proxy.storage.keys import Keys
 from proxy.storage.membership import Membership
@@ -43,14 +51,18 @@ KEPT: tuple[Key, ...] = (
     Key(SNAPSHOT, MINE, "43"),
     Key(SNAPSHOT, THEIRS, "42"),
     Key(SNAPSHOT_LIST, MINE, "page=1"),
+    Key(DOCUMENT, MINE, "droplets/1"),
 )
 SCOPES: tuple[Scope, ...] = (
     EntryScope(KEY),
     EntryScope(Key(SNAPSHOT_LIST, MINE, "page=1")),
     CallerScope(MINE),
     SnapshotsScope(("42", "7")),
+    EntryScope(Key(DOCUMENT, MINE, "droplets/1")),
+    CollectionsScope(("droplets", "images")),
     EverythingScope(),
     SoftScope(SnapshotsScope(("42",))),
+    SoftScope(CollectionsScope(("droplets",))),
     SoftScope(EverythingScope()),
 )
 ENTRY = Entry(200, b"body", '"0"', 1000.0, Lifetimes(60))

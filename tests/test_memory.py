@@ -10,8 +10,16 @@ from kit.scopes import covers
 from proxy.cache.memory import Memory, size_of
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.identity import Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
-from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
+from proxy.core.invalidation import (
+    CallerScope,
+    CollectionsScope,
+    EntryScope,
+    EverythingScope,
+    Scope,
+    SnapshotsScope,
+    SoftScope,
+)
+from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
 
 pytestmark = [pytest.mark.G1, pytest.mark.G6, pytest.mark.G9]
 
@@ -102,6 +110,9 @@ KEYS: tuple[Key, ...] = (
     Key(SNAPSHOT_LIST, MINE, "page=1"),
     Key(SNAPSHOT_LIST, MINE, "page=2"),
     Key(SNAPSHOT_LIST, THEIRS, "page=1"),
+    Key(DOCUMENT, MINE, "droplets/1"),
+    Key(DOCUMENT, MINE, "regions"),
+    Key(DOCUMENT, THEIRS, "droplets"),
 )
 SCOPES: tuple[Scope, ...] = (
     EntryScope(KEY),
@@ -110,8 +121,12 @@ SCOPES: tuple[Scope, ...] = (
     SnapshotsScope(("42",)),
     SnapshotsScope(("42", "43")),
     SnapshotsScope(("7",)),
+    EntryScope(Key(DOCUMENT, MINE, "droplets/1")),
+    CollectionsScope(("droplets",)),
+    CollectionsScope(("regions", "images")),
     EverythingScope(),
     SoftScope(SnapshotsScope(("42",))),
+    SoftScope(CollectionsScope(("droplets",))),
     SoftScope(EverythingScope()),
 )
 

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from proxy.core.errors import SettingsError
 from proxy.settings.load import check_files, load
-from proxy.settings.rules import is_loopback
+from proxy.settings.rules import FrozenTable, is_loopback
 from proxy.settings.secrets import read_admin_token, read_password, read_secret
 from proxy.settings.sections import KEYS, SECTIONS, Loaded, Log, Redis, Settings
 from proxy.settings.show import mask, to_toml
@@ -112,6 +112,18 @@ def test_precedence(tmp_path: Path) -> None:
         pytest.param("metrics.clients=", (), id="no-client"),
         pytest.param("metrics.clients=terraform, doctl", ("terraform", "doctl"), id="clients"),
         pytest.param("metrics.client_header=X-Client-Name", "X-Client-Name", id="header"),
+        pytest.param("cache.collections={}", FrozenTable(), id="no-collection"),
+        pytest.param("cache.collections=", FrozenTable(), id="no-collection-and-no-braces"),
+        pytest.param(
+            "cache.collections={ regions = 86400, load_balancers=1 }",
+            FrozenTable(regions=86400, load_balancers=1),
+            id="collections",
+        ),
+        pytest.param(
+            "cache.collections=1-clicks=60,droplets = 15",
+            FrozenTable({"1-clicks": 60, "droplets": 15}),
+            id="collections-without-braces",
+        ),
     ],
 )
 def test_accepted(override: str, expected: object) -> None:
@@ -150,6 +162,11 @@ STORE = (
     " or with rediss for redis"
 )
 CLIENTS = "a list of at most 16 names of letters, digits and . _ - (63 at most)"
+COLLECTIONS = (
+    "a table of at most 64 collections and their TTLs, each a whole number of seconds from 1 to 86400:"
+    " {regions = 3600, droplets = 15}"
+)
+OF_SNAPSHOTS = "for cache.fresh_s and cache.list_fresh_s"
 EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or empty"
 
 
@@ -192,6 +209,28 @@ EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or em
                 ("client-twice", "doctl,Doctl", "a name is there twice; "),
                 ("client-other", "Other", "other is every program that is not in the list; "),
                 ("many-clients", ",".join(map(str, range(17))), ""),
+            )
+        ),
+        *(
+            pytest.param(
+                f"cache.collections={text}", f"a table or a list (--set): {why}must be {COLLECTIONS}", id=id_
+            )
+            for id_, text, why in (
+                ("collection-snapshots", "snapshots=1", f"snapshots are cached without it, {OF_SNAPSHOTS}; "),
+                ("collection-path", "droplets/1=15", "'droplets/1' is no first path segment behind /v2/; "),
+                ("collection-capitals", "Droplets=15", "'Droplets' is no first path segment behind /v2/; "),
+                ("collection-without-ttl", "droplets=", "droplets has '', no TTL; "),
+                ("collection-ttl-0", "droplets=0", "droplets has 0, no TTL; "),
+                ("collection-ttl-too-long", "{droplets = 86401}", "droplets has 86401, no TTL; "),
+                ("collection-ttl-word", "droplets=15s", "droplets has '15s', no TTL; "),
+                ("many-collections", ",".join(f"c{number}=1" for number in range(65)), ""),
+            )
+        ),
+        *(
+            pytest.param(f"cache.collections={text}", f'"{text}" (--set): must be {COLLECTIONS}', id=id_)
+            for id_, text in (
+                ("collection-twice", "droplets=15,droplets=16"),
+                ("collection-without-equals", "droplets"),
             )
         ),
         pytest.param(

@@ -24,7 +24,15 @@ from proxy.core.entry import (
     Stamps,
 )
 from proxy.core.identity import Partition
-from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope, SoftScope
+from proxy.core.invalidation import (
+    CallerScope,
+    CollectionsScope,
+    EntryScope,
+    EverythingScope,
+    Scope,
+    SnapshotsScope,
+    SoftScope,
+)
 from proxy.core.quota import Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage.keys import EntryKeys, Keys
@@ -173,6 +181,8 @@ class MemoryStore:
                 stamps = [self._keys.caller(partition)]
             case SnapshotsScope(snapshot_ids):
                 stamps = [self._keys.lists, *map(self._keys.snapshot, snapshot_ids)]
+            case CollectionsScope(collections):
+                stamps = [*map(self._keys.collection, collections)]
             case EverythingScope():
                 stamps = [self._keys.everything]
             case SoftScope():

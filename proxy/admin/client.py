@@ -5,7 +5,7 @@ By the standard library alone: containers run the health check every few seconds
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -34,8 +34,8 @@ def healthcheck(admin: Admin) -> int:
     return _failed(f"snapshot-proxy: {_listener(admin)} answers {status}, not 200: {_LOOK}")
 
 
-def purge(admin: Admin, ids: Sequence[str], *, soft: bool = False) -> int:
-    """Purge these snapshots on every replica, everything where `ids` is empty; `soft`: make it stale only.
+def purge(admin: Admin, what: Mapping[str, Any], *, soft: bool = False) -> int:
+    """Purge on every replica what the body of the request, `what`, names; `soft`: make it stale only.
 
     Gives 0 when it is done, else 1 and says why. Raises SettingsError for the token's file.
     """
@@ -43,8 +43,7 @@ def purge(admin: Admin, ids: Sequence[str], *, soft: bool = False) -> int:
     if token := read_admin_token(admin.token_file):
         headers["Authorization"] = f"Bearer {token.decode()}"
     try:
-        what = {"ids": list(ids)} if ids else {"all": True}
-        body = json.dumps(what | {"soft": True} if soft else what)
+        body = json.dumps({**what, "soft": True} if soft else what)
         with _asked(admin, "POST", "/purge", body, headers) as answer:
             status, said = answer.status, _parsed(answer.read())
     except _NoAnswer as error:

@@ -5,7 +5,7 @@ refuses.
 """
 
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
@@ -38,17 +38,19 @@ async def serve_admin(
     purge: Callable[[Scope], Awaitable[bool]],
     status: Callable[[], Mapping[str, Any]],
     handed: Sequence[socket.socket] = (),
+    collections: Collection[str] = (),
 ) -> AsyncIterator[str]:
     """Serve it where `admin` says, give its URL, and close it in the end.
 
     `scrape` and `ready` are those of `admin_application`; `purge` invalidates, and gives whether all
     replicas follow it by now; `status` gives the status document. Sockets that were `handed` to this process
-    replace the address. Raises SettingsError for the token's file, and OSError for the address.
+    replace the address. `collections` are those that are cached. Raises SettingsError for the token's file,
+    and OSError for the address.
     """
     token = read_admin_token(admin.token_file)
     hosts = [each.getsockname()[0] for each in handed] or [admin.host]
     on_loopback = all(map(is_loopback, hosts))
-    handler = Purge(purge, token=token, on_loopback=on_loopback)
+    handler = Purge(purge, token=token, on_loopback=on_loopback, collections=collections)
     application = admin_application(scrape=scrape, ready=ready, purge=handler)
     add_page(application, status, on_loopback=on_loopback)
     runner = web.AppRunner(application, access_log=None)

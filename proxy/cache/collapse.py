@@ -187,10 +187,15 @@ def _pauses_s() -> Iterator[float]:
 
 
 def _record(result: Fetched | ProxyError) -> Record | None:
-    """Make what waiting replicas may share; None for a stored entry, and for this replica's own refusals."""
+    """Make what waiting replicas may share.
+
+    None for a stored entry, for what is no JSON, and for this replica's own refusals.
+    """
     match result:
         case Fetched(stored=True) | NotSent() | UpstreamGivenUp():
             return None
+        case Fetched(content_type=str(other)) if other:
+            return None  # a record is JSON
         case Fetched():
             return Record(result.status, result.body, result.retry_after_s)
         case ProxyError():

@@ -94,6 +94,9 @@ class Fetched:
     outcome_unknown: bool = False
     """It answers a write, and does not say whether the write was carried out."""
 
+    content_type: str = ""
+    """What the body is, if it is not JSON: it is passed on as it came."""
+
 
 FetchFlights = Flights[Fetched | ProxyError]
 
@@ -174,6 +177,10 @@ class Fetcher:
                 await self._reject_token(call, refusal)
             case Denied():
                 await self._invalidator.invalidate("read", EntryScope(call.key))
+            case PassThrough(body, content_type) if content_type:
+                return Fetched(
+                    answer.status, body or b"", ratelimit=answer.ratelimit, content_type=content_type
+                )
             case PassThrough():
                 pass
         return _passed_on(answer, verdict.body)
@@ -265,7 +272,7 @@ class Fetcher:
         return Deletion(_passed_on(answer, verdict.body, writes=True), invalidated)
 
     async def _invalidate_deleted(self, call: Call) -> bool:
-        return await self._invalidator.invalidate("delete", *scopes_of_delete(call))
+        return await self._invalidator.invalidate("delete", *scopes_of_delete(call, self._policy.collections))
 
     async def _reject_token(self, call: Call, refusal: Entry | None) -> bool:
         scope = CallerScope(call.key.partition)

@@ -51,6 +51,9 @@ class Served(NamedTuple):
     outcome_unknown: bool = False
     """It answers a write, and it is unknown whether the write was carried out."""
 
+    content_type: str = ""
+    """What the body is; empty: JSON."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failed:
@@ -306,4 +309,5 @@ def _from_upstream(
                 result.retry_after_s,
                 result.ratelimit,
                 result.outcome_unknown,
+                result.content_type,
             )

@@ -24,6 +24,9 @@ MOST_VALUES = 20_000
 """Values in one document: 100 for each snapshot of the longest page that the API documents (200). A snapshot
 with 20 regions and 20 tags counts 50."""
 
+MOST_DOCUMENT_VALUES = 200_000
+"""Values in a document that is only written again. A Droplet counts some 150: a page of 200 has 30,000."""
+
 MOST_LONG_NUMBERS = 1_000
 """Numbers in one document that a double may not hold: five for each snapshot of the longest page. Each takes
 some 6 µs, however short it is."""
@@ -51,11 +54,11 @@ class Normalized(NamedTuple):
     seeds: Mapping[str, bytes] = MappingProxyType({})
 
 
-def parse(body: bytes) -> Any:
-    """Parse JSON of at most `MOST_VALUES` values. A number that orjson would change becomes an `Exact`."""
+def parse(body: bytes, most_values: int = MOST_VALUES) -> Any:
+    """Parse JSON of at most `most_values` values. A number that orjson would change becomes an `Exact`."""
     shape = body.translate(_SHAPE, b"+-")
-    if shape.count(b",") > MOST_VALUES:
-        raise UpstreamInvalid(f"it holds more than {MOST_VALUES:,} values")
+    if shape.count(b",") > most_values:
+        raise UpstreamInvalid(f"it holds more than {most_values:,} values")
     if any(number in shape for number in _LONG_NUMBERS):
         return _parse_exactly(body)
     try:

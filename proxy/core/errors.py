@@ -83,8 +83,8 @@ class MethodNotAllowed(RequestError):
     status = HTTPStatus.METHOD_NOT_ALLOWED
     id = "method_not_allowed"
 
-    def __init__(self, allow: str) -> None:
-        super().__init__(f"this path answers {allow}")
+    def __init__(self, allow: str, condition: str = "") -> None:
+        super().__init__(f"this path answers {allow} {condition}".rstrip())
         self.allow = allow
 
 

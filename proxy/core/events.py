@@ -18,6 +18,7 @@ class Route(StrEnum):
 
     SNAPSHOT = "snapshot"
     LIST = "list"
+    COLLECTION = "collection"
     DELETE = "delete"
     PASSTHROUGH = "passthrough"
     OTHER = "other"

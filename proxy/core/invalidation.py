@@ -4,9 +4,11 @@ A 401, 403 or 404, a write and a purge make scopes; the invalidator, the store a
 them. A new kind of scope is one more class here, and one more case where mypy then misses it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import assert_never
 
+from proxy.core.collections import changed_by, collection_of
 from proxy.core.identity import Partition
 from proxy.core.request import Call
 from proxy.core.resources import SNAPSHOT_LIST, Key
@@ -37,11 +39,18 @@ class SnapshotsScope:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectionsScope:
+    """The documents of these collections, of all callers."""
+
+    collections: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EverythingScope:
     """All entries of all callers."""
 
 
-Purged = SnapshotsScope | EverythingScope
+Purged = SnapshotsScope | CollectionsScope | EverythingScope
 """What a purge may cover."""
 
 
@@ -55,14 +64,24 @@ class SoftScope:
 Scope = EntryScope | CallerScope | Purged | SoftScope
 
 
-def scopes_of_delete(call: Call) -> tuple[Scope, ...]:
+def scopes_of_delete(call: Call, collections: Collection[str] = ()) -> tuple[Scope, ...]:
     """Tell what the DELETE `call` invalidates, if it deleted its snapshot or may have.
 
     An id in another form than the API documents invalidates all of the caller's entries, too: the upstream
-    may have taken it for another snapshot's, 06372321 for 6372321.
+    may have taken it for another snapshot's, 06372321 for 6372321. Documents of the cached `collections` may
+    show the snapshot, and on the path of a volume's what a write below that changes.
     """
-    named = SnapshotsScope((call.target.name,))
-    return (named,) if call.target.cacheable else (named, CallerScope(call.caller.partition))
+    scopes: list[Scope] = [SnapshotsScope((call.target.name,))]
+    if not call.target.cacheable:
+        scopes.append(CallerScope(call.caller.partition))
+    changed = {
+        each
+        for path in ("snapshots", call.target.path[len("/v2/") :])
+        for each in changed_by(collection_of(path), collections)
+    }
+    if changed:
+        scopes.append(CollectionsScope(tuple(sorted(changed))))
+    return tuple(scopes)
 
 
 class InvalidationCounts:
@@ -96,6 +115,8 @@ class InvalidationCounts:
                 self._add(partition)
             case SnapshotsScope(snapshot_ids):
                 self._add(_LISTS, *((snapshot_id,) for snapshot_id in snapshot_ids))
+            case CollectionsScope(collections):
+                self._add(*((_COLLECTION, each) for each in collections))
             case EverythingScope():
                 self._for_all += 1
             case other:
@@ -109,19 +130,21 @@ class InvalidationCounts:
             self._for_all += 1
 
 
-_Name = Partition | Key | tuple[str]
-"""A caller, a caller's entry, a caller's lists, one snapshot of all callers, or all lists of all callers."""
+_Name = Partition | Key | tuple[str, ...]
+"""A caller, a caller's entry, a caller's lists, one snapshot of all callers, all lists of all callers, or one
+collection of all callers."""
 
 _LISTS = ("lists",)
+_COLLECTION = "collection"
 
 
-def _names(key: Key) -> tuple[Key, tuple[str]]:
+def _names(key: Key) -> tuple[Key, tuple[str, ...]]:
     """Name what is counted for `key`: for its caller, and for all. Lists are invalidated together."""
-    return (_lists(key.partition), _LISTS) if _is_list(key) else (key, (key.name,))
-
-
-def _is_list(key: Key) -> bool:
-    return "caller-lists" in key.resource.depends_on
+    depends_on = key.resource.depends_on
+    own = _lists(key.partition) if "caller-lists" in depends_on else key
+    if "collection" in depends_on:
+        return own, (_COLLECTION, collection_of(key.name))
+    return own, _LISTS if "lists" in depends_on else (key.name,)
 
 
 def _lists(partition: Partition) -> Key:

@@ -5,16 +5,17 @@ documentation has them. What changes later than its request (a transfer, a destr
 """
 
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from proxy.core.collections import changed_by, check_target, collection_of
 from proxy.core.errors import BadRequest
 from proxy.core.events import OTHER_CLIENT
 from proxy.core.identity import Caller, Partition
-from proxy.core.invalidation import CallerScope, EntryScope, Scope, SnapshotsScope
+from proxy.core.invalidation import CallerScope, CollectionsScope, EntryScope, Scope, SnapshotsScope
 from proxy.core.resources import SNAPSHOT, Key, cached_id
 
 MOST_READ_BYTES = 65_536
@@ -26,9 +27,7 @@ MOST_NAMED = 100
 _NO_SNAPSHOTS = frozenset({"droplet", "volume", "database", "kubernetes"})
 """What can be tagged and is no snapshot. A kind beyond these may be one: kinds grow, too."""
 
-_SEGMENT = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._~:@!$&'()*+,=-]+")
-_QUERY = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?%\[\]|{}^`\"<>\\-]*")
-_OF_SNAPSHOTS = re.compile(r"snapshots(?![A-Za-z0-9_-])", re.IGNORECASE)  # snapshots.json too
+_OF_SNAPSHOTS = re.compile(r"/v2/snapshots(?![A-Za-z0-9_-])", re.IGNORECASE)  # snapshots.json too
 _HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -61,13 +60,9 @@ def passthrough_target(path: str, query: str) -> str:
     Raises BadRequest for a dot, empty or encoded segment, and for what could be read as a path of snapshots:
     two readings of one path are how a write slips past a cache.
     """
-    segments = path.removeprefix("/").removesuffix("/").split("/")
-    if not all(map(_SEGMENT.fullmatch, segments)):
-        raise BadRequest("dot, empty and encoded segments of a path are not forwarded")
-    if any(map(_OF_SNAPSHOTS.match, segments[1:2])):
+    check_target(path, query)
+    if _OF_SNAPSHOTS.match(path):
         raise BadRequest("snapshots are under /v2/snapshots, in lower case")
-    if not _QUERY.fullmatch(query):
-        raise BadRequest("the query holds characters that belong percent-encoded")
     return f"{path}?{query}" if query else path
 
 
@@ -139,13 +134,23 @@ _WRITES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 
 
-def scopes_of_write(method: str, target: str, partition: Partition, body: bytes | None) -> tuple[Scope, ...]:
+def scopes_of_write(
+    method: str, target: str, partition: Partition, body: bytes | None, collections: Collection[str] = ()
+) -> tuple[Scope, ...]:
     """Tell what this request to another path of the API invalidates, if it succeeds or may have succeeded.
 
-    `partition` is the caller's. Without its `body` (None: it was not read to its end) a request that names
-    snapshots there counts as naming all of the caller's.
+    `partition` is the caller's, `collections` are those that are cached. Without its `body` (None: it was not
+    read to its end) a request that names snapshots there counts as naming all of the caller's.
     """
     path = target.partition("?")[0].removesuffix("/")
+    changed = changed_by(collection_of(path[len("/v2/") :]), collections)
+    of_snapshots = _scopes_of_snapshots(method, path, partition, body)
+    return (*of_snapshots, CollectionsScope(changed)) if changed else of_snapshots
+
+
+def _scopes_of_snapshots(
+    method: str, path: str, partition: Partition, body: bytes | None
+) -> tuple[Scope, ...]:
     for methods, pattern in _WRITES:
         match = pattern.fullmatch(path)
         if match is None or method not in methods.split():

@@ -15,7 +15,7 @@ from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid, 
 from proxy.core.events import EnumField
 from proxy.core.http import etag_of
 from proxy.core.request import Directives
-from proxy.core.resources import SNAPSHOT, Resource, Target
+from proxy.core.resources import SNAPSHOT, Target
 from proxy.core.snapshot import error_envelope
 
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
@@ -105,6 +105,7 @@ class Answer:
     retry_after_s: int | None = None
     ratelimit: tuple[tuple[str, str], ...] = ()
     validator: str = ""
+    content_type: str = ""
     remaining_share: float = 1.0
     """The part of the token's calls that was left when this one was admitted, 0 to 1."""
 
@@ -142,9 +143,10 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class PassThrough:
-    """Serve `body`, and store nothing."""
+    """Serve `body`, and store nothing. It is JSON, or of `content_type`."""
 
     body: bytes | None
+    content_type: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +176,9 @@ _END_OF_STATUSES = 600  # RFC 9110 §15
 class Policy:
     """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL taken off at random.
 
-    `ttls_s` are the TTLs of the kinds of resources, each by the setting that its row in `resources.py` names.
-    The page links of lists begin with `public_url`, unless it is empty.
+    `ttls_s` are the TTLs of the kinds of resources, each by the setting that its row in `resources.py` names;
+    `collections` are those whose documents are cached. The page links of lists begin with `public_url`,
+    unless it is empty.
     """
 
     ttls_s: Mapping[str, int]
@@ -185,6 +188,7 @@ class Policy:
     max_fresh_s: int
     jitter: float
     public_url: str = ""
+    collections: frozenset[str] = frozenset()
 
     def on_answer(
         self,
@@ -202,10 +206,12 @@ class Policy:
         it.
         """
         if answer.status == HTTPStatus.NOT_MODIFIED and validated is not None:  # RFC 9111 §4.3.4
-            lifetimes = self._lifetimes(target.resource, answer, draw)
+            lifetimes = self._lifetimes(target, answer, draw)
             return Keep(replace(validated, called_at=answer.called_at, lifetimes=lifetimes, purged_at=None))
         if answer.status == HTTPStatus.OK:
             return self._keep(answer, target, draw)
+        if target.resource.opaque and HTTPStatus.OK < answer.status < HTTPStatus.MULTIPLE_CHOICES:
+            return PassThrough(answer.body, answer.content_type)
         _raise_if_no_error_of_the_api(answer.status)
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
@@ -255,14 +261,23 @@ class Policy:
         entry = _entry(answer, envelope, Lifetimes(_jittered(self.negative_s, self.jitter * draw)))
         return replace(entry, validator="")  # else a 304 would give it the lifetime of a snapshot
 
-    def _keep(self, answer: Answer, target: Target, draw: float) -> Keep:
+    def _keep(self, answer: Answer, target: Target, draw: float) -> Keep | PassThrough:
         """Keep a document; if it is a list, also each snapshot in it, with the lifetimes of a single read."""
         resource, name = target.resource, target.name if target.cacheable else None
-        normalized = resource.normalize(answer.body, name, self.public_url)
-        entry = _entry(answer, normalized.body, self._lifetimes(resource, answer, draw))
+        try:
+            normalized = resource.normalize(answer.body, name, self.public_url)
+        except UpstreamInvalid:
+            if resource.opaque:
+                return PassThrough(answer.body, answer.content_type)
+            raise
+        entry = _entry(answer, normalized.body, self._lifetimes(target, answer, draw))
         seeds = {
             snapshot_id: replace(
-                _entry(answer, body, self._lifetimes(SNAPSHOT, answer, (draw + place * _GOLDEN) % 1)),
+                _entry(
+                    answer,
+                    body,
+                    self._lifetimes(Target(SNAPSHOT, snapshot_id), answer, (draw + place * _GOLDEN) % 1),
+                ),
                 seeded=True,
                 validator="",
             )
@@ -270,9 +285,9 @@ class Policy:
         }
         return Keep(entry, seeds, normalized.unknown)
 
-    def _lifetimes(self, resource: Resource, answer: Answer, draw: float) -> Lifetimes:
+    def _lifetimes(self, target: Target, answer: Answer, draw: float) -> Lifetimes:
         """Give a 200 its lifetimes: where its kind stretches, longer ones as the token's calls run low."""
-        ttl_s = self.ttls_s[resource.ttl]
+        resource, ttl_s = target.resource, self.ttls_s[target.ttl]
         if resource.stretches:
             ttl_s = stretched(ttl_s, self.max_fresh_s, answer.remaining_share)
         stale_s = self.stale_while_revalidate_s if resource.stale_while_revalidate else 0

@@ -5,7 +5,7 @@ never reaches the upstream. Nothing in this file shows what it refuses.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,17 +66,22 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class ApiPath:
-    """A raw path of the API that no row answers with this method: only the passthrough may forward it."""
+    """A raw path of the API that no row answers with this method: only the passthrough may forward it.
+
+    `methods` are those with which a row answers the same path.
+    """
 
     path: str
     query: str
+    methods: tuple[str, ...] = ()
 
 
-def parse_target(method: str, target: str) -> Target | ApiPath:
+def parse_target(method: str, target: str, collections: Collection[str] = ()) -> Target | ApiPath:
     """Tell what the `method` and the raw `target` of a request line ask for.
 
-    The authority of an absolute-form target is ignored (RFC 9112 §3.2.2: the proxy is the origin that was
-    meant). Raises BadRequest for what is malformed, and NotProxied for what no correct base URL leads to.
+    `collections` are those that are cached. The authority of an absolute-form target is ignored (RFC 9112
+    §3.2.2: the proxy is the origin that was meant). Raises BadRequest for what is malformed, and NotProxied
+    for what no correct base URL leads to.
     """
     if not target.startswith("/"):
         authority = _ABSOLUTE_FORM.match(target)
@@ -84,10 +89,11 @@ def parse_target(method: str, target: str) -> Target | ApiPath:
             raise BadRequest("the request target is neither a path nor an absolute URL")
         target = target[authority.end() :]
     path, _, query = target.partition("?")
-    if found := find_target(method, path, query):
+    found = find_target(method, path, query, collections)
+    if isinstance(found, Target):
         return found
     if path.startswith("/v2/") and _API_PATH.match(path):
-        return ApiPath(path, query)
+        return ApiPath(path, query, found)
     raise NotProxied(
         "the API has no such path; set the client's base URL so that its requests are for /v2/snapshots/{id}:"
         " no slash or prefix more, and in lower case"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from proxy.core.document import Exact, Normalized, parse, write, write_sorted
+from proxy.core.document import MOST_DOCUMENT_VALUES, Exact, Normalized, parse, write, write_sorted
 from proxy.core.errors import UpstreamInvalid
 from proxy.core.events import EnumField
 
@@ -66,6 +66,33 @@ def normalize_list(body: bytes, public_url: str) -> Normalized:
         tuple(field for snapshot in snapshots for field in snapshot.unknown),
         {snapshot.id: snapshot.alone for snapshot in snapshots},
     )
+
+
+def normalize_list_of_droplet(body: bytes, public_url: str) -> Normalized:
+    """Turn the body of `GET /v2/droplets/{id}/snapshots` into the same JSON without white space.
+
+    Its elements have another schema than snapshots, and stay as they are. `public_url` as above.
+    """
+    match parse(body):
+        case {"snapshots": list(), "meta": {"total": int()}, **rest} as document:
+            links = rest.get("links")
+        case _:
+            raise UpstreamInvalid("there are no snapshots and meta.total in it")
+    if public_url and isinstance(links, dict):
+        document["links"] = _with_public_url(links, public_url)
+    return Normalized(write(document))
+
+
+def normalize_document(body: bytes, public_url: str) -> Normalized:
+    """Turn any other JSON of the API into the same without white space.
+
+    The page links of a list are rewritten as above. Raises UpstreamInvalid, also for more than
+    MOST_DOCUMENT_VALUES.
+    """
+    document = parse(body, MOST_DOCUMENT_VALUES)
+    if public_url and isinstance(document, dict) and isinstance(links := document.get("links"), dict):
+        document["links"] = _with_public_url(links, public_url)
+    return Normalized(write(document))
 
 
 def ids_in_list(body: bytes) -> frozenset[str]:

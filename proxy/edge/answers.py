@@ -78,7 +78,7 @@ def served_response(
             return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
     if served.status == HTTPStatus.NO_CONTENT:
         return web.Response(status=HTTPStatus.NO_CONTENT, headers=headers)
-    headers["Content-Type"] = JSON
+    headers["Content-Type"] = served.content_type or JSON
     if served.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if served.outcome_unknown:

@@ -7,7 +7,7 @@ request are counted in `malformed`.
 import logging
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -74,7 +74,7 @@ class _Record:
 
 
 class Api:
-    """Answers requests; without a `passthrough` only those about snapshots.
+    """Answers requests; without a `passthrough` only those about snapshots and the cached `collections`.
 
     `alias_of` gives a token's alias, `clients` the programs that are told apart; `observe` is called once for
     every request.
@@ -90,6 +90,7 @@ class Api:
         clients: Callable[[], Clients],
         observe: Callable[[RequestDone], None],
         clock: Callable[[], float] = time.time,
+        collections: Collection[str] = (),
     ) -> None:
         self._readthrough = readthrough
         self._passthrough = passthrough
@@ -98,6 +99,7 @@ class Api:
         self._clients = clients
         self._observe = observe
         self._clock = clock
+        self._collections = collections
 
     async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, whatever it is."""
@@ -139,7 +141,7 @@ class Api:
         if isinstance(request, ForeignRequest):
             raise HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
         check_head(request)
-        target = parse_target(request.method, request.raw_path)
+        target = parse_target(request.method, request.raw_path, self._collections)
         if isinstance(target, ApiPath):
             return await self._pass_through(request, target, record)
         call = await self._call(request, target, record)
@@ -191,6 +193,8 @@ class Api:
     async def _pass_through(
         self, request: web.BaseRequest, target: ApiPath, record: _Record
     ) -> web.StreamResponse:
+        if self._passthrough is None and target.methods:
+            raise MethodNotAllowed(", ".join(target.methods), "while passthrough.enabled is off")
         if self._passthrough is None:
             raise NotProxied(
                 "this proxy serves /v2/snapshots only, since passthrough.enabled is off;"

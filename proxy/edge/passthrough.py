@@ -8,7 +8,7 @@ more, over a new connection, if its connection was closed before the answer bega
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -52,7 +52,10 @@ from proxy.tasks.flights import Abandoned, Flights, Owner
 
 
 class Passthrough:
-    """Forwards requests. One is aborted if its caller sends nothing of its body for `read_timeout_s`."""
+    """Forwards requests. One is aborted if its caller sends nothing of its body for `read_timeout_s`.
+
+    A write invalidates the documents that it may change of `collections`, those that are cached.
+    """
 
     def __init__(
         self,
@@ -61,11 +64,13 @@ class Passthrough:
         flights: Flights[Fetched | ProxyError],
         *,
         read_timeout_s: float,
+        collections: Collection[str] = (),
     ) -> None:
         self._gate = gate
         self._invalidator = invalidator
         self._flights = flights
         self._read_timeout_s = read_timeout_s
+        self._collections = collections
 
     async def forward(self, request: web.BaseRequest, forwarded: PassthroughRequest) -> web.StreamResponse:
         """Answer `request` with what the upstream says to it. Raises ProxyError before the answer begins.
@@ -162,7 +167,9 @@ class Passthrough:
     async def _invalidate(self, forwarded: PassthroughRequest, body: "_Body | None") -> bool:
         """Invalidate what a write may have changed."""
         read = None if body is None else body.whole
-        scopes = scopes_of_write(forwarded.method, forwarded.target, forwarded.caller.partition, read)
+        scopes = scopes_of_write(
+            forwarded.method, forwarded.target, forwarded.caller.partition, read, self._collections
+        )
         return await self._invalidator.invalidate("passthrough", *scopes)
 
     async def _reject_token(self, forwarded: PassthroughRequest) -> bool:

@@ -5,7 +5,7 @@ read from the same bytes.
 """
 
 from asyncio import get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class _Plain(NamedTuple):
 
 
 class Questions:
-    """What requests ask; `alias_of` and `clients` are as in `api.py`."""
+    """What requests ask; `alias_of`, `clients` and `collections` are as in `api.py`."""
 
     def __init__(
         self,
@@ -79,10 +79,12 @@ class Questions:
         partition: Callable[[Token], Partition],
         alias_of: Callable[[Token], str],
         clients: Callable[[], Clients],
+        collections: Collection[str] = (),
     ) -> None:
         self._partition = partition
         self._alias_of = alias_of
         self._clients = clients
+        self._collections = collections
         self.memo = Memo()
         self._parser: HttpRequestParser | None = None
         self._plain: dict[tuple[bytes, ...], _Plain] = {}
@@ -169,7 +171,7 @@ class Questions:
 
     def _subject_of(self, authorization: bytes, path: str, method: str) -> Question | None:
         """Tell who asks for what; None where that is not cached. May raise ProxyError."""
-        target = parse_target(method, path)
+        target = parse_target(method, path, self._collections)
         partition, caller = self._caller(_text(authorization))
         if not isinstance(target, Target) or not target.cacheable:
             return None

@@ -38,7 +38,7 @@ _UNVERIFIED = Account(Partition("strangers"), "")
 """The account that all unverified tokens share: those that the upstream did not accept within a week. Tokens
 can be made up. Its partition is part of a key in Redis."""
 
-_LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.DELETE})
+_LIMITED_APART = frozenset({Route.PASSTHROUGH, Route.COLLECTION, Route.DELETE})
 """Routes with operations that have a limit of their own: a 429 with calls left is meant for one of these."""
 
 

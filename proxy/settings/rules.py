@@ -5,13 +5,21 @@ source. No error made here holds a password. Which setting has which rule is in 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Final, Generic, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 T = TypeVar("T")
+
+
+class FrozenTable(dict[str, int]):
+    """A table that is a value: it can be hashed, and is not changed."""
+
+    def __hash__(self) -> int:  # type: ignore[override] # a dict has none
+        return hash(frozenset(self.items()))
+
 
 _DAY_S: Final = 86_400
 _YEAR_S: Final = 365 * _DAY_S
@@ -248,6 +256,42 @@ def _clients() -> Rule[tuple[str, ...]]:
     )
 
 
+_COLLECTION: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MOST_COLLECTIONS: Final = 64
+NO_COLLECTIONS: Final[Mapping[str, int]] = FrozenTable()
+
+
+def _collections() -> Rule[Mapping[str, int]]:
+    def check(value: object) -> Mapping[str, int]:
+        if not isinstance(value, Mapping) or len(value) > MOST_COLLECTIONS:
+            raise ValueError
+        for name, ttl_s in value.items():
+            if not isinstance(name, str) or not _COLLECTION.fullmatch(name):
+                raise ValueError(f"{ascii(name)[:80]} is no first path segment behind /v2/")
+            if name == "snapshots":
+                raise ValueError("snapshots are cached without it, for cache.fresh_s and cache.list_fresh_s")
+            if isinstance(ttl_s, bool) or not isinstance(ttl_s, int) or not 1 <= ttl_s <= _DAY_S:
+                raise ValueError(f"{name} has {ascii(ttl_s)[:80]}, no TTL")
+        return FrozenTable(value)
+
+    def from_text(text: str) -> object:
+        inner = text.strip().removeprefix("{").removesuffix("}").strip()
+        table: dict[str, object] = {}
+        for pair in inner.split(",") if inner else ():
+            name, equals, ttl_s = (part.strip() for part in pair.partition("="))
+            if not equals or name in table:
+                return text
+            table[name] = _or_text(int)(ttl_s)
+        return table
+
+    return Rule(
+        f"a table of at most {MOST_COLLECTIONS} collections and their TTLs, each a whole number of seconds"
+        f" from 1 to {_DAY_S}: {{regions = 3600, droplets = 15}}",
+        check,
+        from_text,
+    )
+
+
 def _header(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", text):
         raise ValueError
@@ -262,6 +306,7 @@ FILE: Final = _text("the path of a readable file, or empty", is_file=True)
 FLAG: Final = _flag()
 PRINTABLE: Final = _text("printable text")
 CLIENTS: Final = _clients()
+COLLECTIONS: Final = _collections()
 HEADER: Final = _text("the name of a header: letters, digits and -, 64 at most", _header)
 KEY_PREFIX: Final = _text("letters, digits and . _ : - only, not empty", _key_prefix)
 SECONDS: Final = whole(0, _YEAR_S, " of seconds")

@@ -83,6 +83,11 @@ class Cache:
         600, rules.SECONDS, "longest TTL as quota runs low; the larger of it and fresh_s counts"
     )
     jitter: float = _key(0.1, rules.SHARE, "part of the TTL taken off at random")
+    collections: Mapping[str, int] = _key(
+        rules.NO_COLLECTIONS,
+        rules.COLLECTIONS,
+        "TTLs of other collections' documents, by the path's first segment",
+    )
 
 
 @dataclass(frozen=True, slots=True)

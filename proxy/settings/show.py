@@ -53,6 +53,8 @@ def _toml(key: Key, settings: Settings) -> str:
             return _quoted(mask(text) if key.rule.secret else text)
         case float(number) if number.is_integer():
             return str(int(number))
+        case dict(table):
+            return f"{{{', '.join(f'{name} = {ttl_s}' for name, ttl_s in table.items())}}}"
         case tuple(names):
             return f"[{', '.join(map(_quoted, names))}]"
         case other:

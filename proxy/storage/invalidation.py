@@ -23,6 +23,7 @@ from proxy.core.identity import Keyring, Partition
 from proxy.core.incident import Incident
 from proxy.core.invalidation import (
     CallerScope,
+    CollectionsScope,
     EntryScope,
     EverythingScope,
     Scope,
@@ -241,6 +242,8 @@ class Invalidations:
                 return (self._keys.caller(partition),)
             case SnapshotsScope(snapshot_ids):
                 return (self._keys.lists, *map(self._keys.snapshot, snapshot_ids))
+            case CollectionsScope(collections):
+                return tuple(map(self._keys.collection, collections))
             case EverythingScope():
                 return (self._keys.everything,)
             case SoftScope(of):

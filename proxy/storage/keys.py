@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
+from proxy.core.collections import collection_of
 from proxy.core.identity import Partition
 from proxy.core.resources import Dependency, Key
 
@@ -43,6 +44,8 @@ class Keys:
                 return self.lists_of(key.partition)
             case "lists":
                 return self.lists
+            case "collection":
+                return self.collection(collection_of(key.name))
             case "everything":
                 return self.everything
 
@@ -82,6 +85,10 @@ class Keys:
     def snapshot(self, snapshot_id: str) -> bytes:
         """Name the stamp of one snapshot, for all callers."""
         return f"{self.prefix}:1:ver:{snapshot_id}".encode()
+
+    def collection(self, name: str) -> bytes:
+        """Name the stamp of one collection's documents, for all callers."""
+        return f"{self.prefix}:1:col:{name}".encode()
 
     @property
     def lists(self) -> bytes:

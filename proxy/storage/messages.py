@@ -16,6 +16,7 @@ import orjson
 from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import (
     CallerScope,
+    CollectionsScope,
     EntryScope,
     EverythingScope,
     Scope,
@@ -105,6 +106,8 @@ def _written(scope: Scope) -> list[Any]:
             return ["caller", partition]
         case SnapshotsScope(snapshot_ids):
             return ["snapshots", *snapshot_ids]
+        case CollectionsScope(collections):
+            return ["collections", *collections]
         case EverythingScope():
             return ["everything"]
         case SoftScope(of):
@@ -119,6 +122,8 @@ def _read(parts: list[Any]) -> Scope:
             return CallerScope(Partition(partition))
         case ["snapshots", *snapshot_ids] if all(isinstance(each, str) for each in snapshot_ids):
             return SnapshotsScope(tuple(snapshot_ids))
+        case ["collections", *collections] if all(isinstance(each, str) for each in collections):
+            return CollectionsScope(tuple(collections))
         case ["everything"]:
             return EverythingScope()
         case ["soft", *of]:
@@ -129,7 +134,7 @@ def _read(parts: list[Any]) -> Scope:
 
 def _read_soft(parts: list[Any]) -> SoftScope:
     match _read(parts):
-        case (SnapshotsScope() | EverythingScope()) as of:
+        case (SnapshotsScope() | CollectionsScope() | EverythingScope()) as of:
             return SoftScope(of)
         case _:
             raise Unintelligible

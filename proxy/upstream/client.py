@@ -148,6 +148,7 @@ class Upstream:
             validator=_validator(response.headers.get("ETag", "")),
             retry_after_s=parse_retry_after(response.headers.get("Retry-After", ""), time.time()),
             ratelimit=_ratelimit(response.headers),
+            content_type=response.headers.get("Content-Type", ""),
         )
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:

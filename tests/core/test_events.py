@@ -16,7 +16,7 @@ from proxy.core.events import (
     UpstreamCall,
 )
 
-CONTRACT_ROUTES = {"snapshot", "list", "delete", "passthrough", "other"}
+CONTRACT_ROUTES = {"snapshot", "list", "collection", "delete", "passthrough", "other"}
 CONTRACT_CAUSES = {"delete", "purge", "unauthorized", "passthrough"}
 
 

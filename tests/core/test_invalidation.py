@@ -6,6 +6,7 @@ from kit.scopes import covers
 from proxy.core.identity import Partition
 from proxy.core.invalidation import (
     CallerScope,
+    CollectionsScope,
     EntryScope,
     EverythingScope,
     InvalidationCounts,
@@ -13,7 +14,7 @@ from proxy.core.invalidation import (
     SnapshotsScope,
     SoftScope,
 )
-from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
+from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
 
 pytestmark = pytest.mark.G6
 
@@ -25,21 +26,31 @@ THEIR_ONE, THEIR_TWO, THEIR_PAGE = (
     Key(SNAPSHOT, THEIRS, "2"),
     Key(SNAPSHOT_LIST, THEIRS, "page=1"),
 )
-KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE)
+MY_DROPLET, MY_REGIONS = Key(DOCUMENT, MINE, "droplets/1?a=b"), Key(DOCUMENT, MINE, "regions")
+THEIR_DROPLETS = Key(DOCUMENT, THEIRS, "droplets")
+MY_LISTS = {PAGE_1, PAGE_2, MY_DROPLET, MY_REGIONS}
+KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE, MY_DROPLET, MY_REGIONS, THEIR_DROPLETS)
+OF_SNAPSHOTS = {*KEYS} - {MY_DROPLET, MY_REGIONS, THEIR_DROPLETS}
 
 
 @pytest.mark.parametrize(
     ("scope", "covered"),
     [
-        pytest.param(EntryScope(ONE), {ONE, PAGE_1, PAGE_2}, id="an-entry-and-the-callers-lists"),
-        pytest.param(EntryScope(PAGE_1), {PAGE_1, PAGE_2}, id="a-list-and-the-callers-other-lists"),
-        pytest.param(CallerScope(MINE), {ONE, TWO, PAGE_1, PAGE_2}, id="a-caller"),
+        pytest.param(EntryScope(ONE), {ONE} | MY_LISTS, id="an-entry-and-the-callers-lists"),
+        pytest.param(EntryScope(PAGE_1), MY_LISTS, id="a-list-and-the-callers-other-lists"),
+        pytest.param(CallerScope(MINE), {ONE, TWO} | MY_LISTS, id="a-caller"),
+        pytest.param(EntryScope(MY_DROPLET), MY_LISTS, id="a-document-and-the-callers-lists"),
+        pytest.param(
+            CollectionsScope(("droplets", "images")),
+            {MY_DROPLET, THEIR_DROPLETS},
+            id="collections-of-all-callers",
+        ),
         pytest.param(
             SnapshotsScope(("1",)),
             {ONE, PAGE_1, PAGE_2, THEIR_ONE, THEIR_PAGE},
             id="a-snapshot-of-all-callers",
         ),
-        pytest.param(SnapshotsScope(("1", "2")), {*KEYS}, id="snapshots-of-all-callers"),
+        pytest.param(SnapshotsScope(("1", "2")), OF_SNAPSHOTS, id="snapshots-of-all-callers"),
         pytest.param(EverythingScope(), {*KEYS}, id="everything"),
         pytest.param(SoftScope(EverythingScope()), {*KEYS}, id="everything-softly"),
     ],
@@ -52,9 +63,15 @@ def test_what_a_scope_covers(scope: Scope, covered: set[Key]) -> None:
 @pytest.mark.parametrize(
     ("scope", "changed"),
     [
-        pytest.param(EntryScope(ONE), {ONE, PAGE_1, PAGE_2}, id="an-entry-and-the-callers-lists"),
-        pytest.param(EntryScope(PAGE_1), {PAGE_1, PAGE_2}, id="a-list-and-the-callers-other-lists"),
-        pytest.param(CallerScope(MINE), {ONE, TWO, PAGE_1, PAGE_2}, id="a-caller"),
+        pytest.param(EntryScope(ONE), {ONE} | MY_LISTS, id="an-entry-and-the-callers-lists"),
+        pytest.param(EntryScope(PAGE_1), MY_LISTS, id="a-list-and-the-callers-other-lists"),
+        pytest.param(CallerScope(MINE), {ONE, TWO} | MY_LISTS, id="a-caller"),
+        pytest.param(EntryScope(MY_DROPLET), MY_LISTS, id="a-document-and-the-callers-lists"),
+        pytest.param(
+            CollectionsScope(("droplets", "images")),
+            {MY_DROPLET, THEIR_DROPLETS},
+            id="collections-of-all-callers",
+        ),
         pytest.param(
             SnapshotsScope(("1",)),
             {ONE, PAGE_1, PAGE_2, THEIR_ONE, THEIR_PAGE},

@@ -74,6 +74,11 @@ def list_of(*snapshots: Any, **rest: Any) -> bytes:
             "page=2&per_page=5&resource_type=droplet",
             id="all-three",
         ),
+        pytest.param(
+            "region=nyc1&resource_type=volume",
+            "page=1&per_page=20&resource_type=volume&region=nyc1",
+            id="region",
+        ),
     ],
 )
 def test_cached_queries(query: str, canonical: str) -> None:

@@ -47,8 +47,8 @@ def forwarded(target: str) -> str:
         pytest.param(
             "/v2/droplets?next=/v2/snapshots/1", "/v2/droplets?next=/v2/snapshots/1", id="in-a-query"
         ),
-        pytest.param(f"/v2/volumes/snapshots/{UUID}", f"/v2/volumes/snapshots/{UUID}", id="of-volumes"),
-        pytest.param("/v2/droplets/1/snapshots", "/v2/droplets/1/snapshots", id="of-a-droplet"),
+        pytest.param(f"/v2/volumes/{UUID}", f"/v2/volumes/{UUID}", id="of-volumes"),
+        pytest.param("/v2/droplets/1/backups", "/v2/droplets/1/backups", id="of-a-droplet"),
         pytest.param("/v2/tags/env:prod/resources", "/v2/tags/env:prod/resources", id="colon"),
         pytest.param("/v2/a...b/c..", "/v2/a...b/c..", id="dots-within-a-segment"),
         pytest.param("/v2/snapshots-of-mine", "/v2/snapshots-of-mine", id="only-begins-so"),

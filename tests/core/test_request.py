@@ -82,7 +82,8 @@ def test_a_list_is_named(target: str, expected: Target) -> None:
         *(
             pytest.param(path, ApiPath(path, ""), id=name)
             for path, name in (
-                ("/v2/volumes/snapshots/42", "volume-snapshot"),
+                ("/v2/volumes/snapshots", "volume-snapshots-without-an-id"),
+                ("/v2/volumes/Snapshots/42", "capital-of-a-volume"),
                 ("/v2/snapshotsX/42", "longer-name"),
                 ("/v2/Snapshots/42", "capital"),
                 ("/v2/%73napshots/42", "encoded-collection"),

@@ -1,6 +1,7 @@
 """The table of what is cached: its rows, and the grammar of ids. `test_lists.py` has that of lists."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
@@ -12,9 +13,12 @@ from proxy.core.events import Route
 from proxy.core.identity import Partition
 from proxy.core.request import ApiPath, parse_target
 from proxy.core.resources import (
+    DOCUMENT,
+    DROPLET_SNAPSHOTS,
     RESOURCES,
     SNAPSHOT,
     SNAPSHOT_LIST,
+    VOLUME_SNAPSHOTS,
     Key,
     Resource,
     Target,
@@ -33,23 +37,37 @@ FIRST_PAGE = "page=1&per_page=20"
     ("target", "path"),
     [
         pytest.param(Target(SNAPSHOT, "42"), "/v2/snapshots/42", id="snapshot"),
-        pytest.param(Target(SNAPSHOT_LIST, "page=2"), "/v2/snapshots?page=2", id="list"),
+        pytest.param(Target(SNAPSHOT_LIST, FIRST_PAGE), f"/v2/snapshots?{FIRST_PAGE}", id="list"),
+        pytest.param(
+            Target(SNAPSHOT, UUID, prefix="/v2/volumes/snapshots/"),
+            f"/v2/volumes/snapshots/{UUID}",
+            id="by-volumes",
+        ),
+        pytest.param(
+            Target(VOLUME_SNAPSHOTS, f"{UUID}/snapshots?{FIRST_PAGE}"),
+            f"/v2/volumes/{UUID}/snapshots?{FIRST_PAGE}",
+            id="of-a-volume",
+        ),
+        pytest.param(
+            Target(DROPLET_SNAPSHOTS, f"42/snapshots?{FIRST_PAGE}"),
+            f"/v2/droplets/42/snapshots?{FIRST_PAGE}",
+            id="of-a-droplet",
+        ),
     ],
 )
 def test_what_goes_upstream_names_the_same(target: Target, path: str) -> None:
     """A target's path leads back to its row: what is stored under a key is what the key says."""
     assert target.path == path
     name, _, query = path.partition("?")
-    found = find_target("GET", name, query)
-    assert found is not None
-    assert found.resource is target.resource
+    assert find_target("GET", name, query) == target
 
 
 @pytest.mark.parametrize("resource", RESOURCES, ids=repr)
 def test_a_row_is_complete(resource: Resource) -> None:
     """Its kind is its own, its TTL a setting, its methods those of a read and perhaps DELETE."""
     assert [each.kind for each in RESOURCES].count(resource.kind) == 1
-    assert isinstance(getattr(Settings().cache, resource.ttl), int)
+    setting, _, rest = resource.ttl.partition(".")
+    assert isinstance(getattr(Settings().cache, setting), Mapping if rest == "*" else int)
     assert resource.methods[:2] == ("GET", "HEAD")
     assert set(resource.methods[2:]) <= {"DELETE"}
     assert resource.route not in (Route.DELETE, Route.PASSTHROUGH, Route.OTHER)
@@ -58,9 +76,11 @@ def test_a_row_is_complete(resource: Resource) -> None:
 @given(path=st.one_of(st.text(), st.text("snaphot/v2.%0a", max_size=30).map("/v2/{}".format)))
 @example(path="/v2/snapshots/")
 @example(path="/v2/snapshots//")
+@example(path="/v2/volumes/snapshots/snapshots")
 def test_no_path_is_of_two_kinds(path: str) -> None:
-    """The order of the rows makes no difference."""
-    assert sum(resource.path.fullmatch(path) is not None for resource in RESOURCES) <= 1
+    """The order of the rows makes no difference, but that documents are the last."""
+    assert RESOURCES[-1] is DOCUMENT
+    assert sum(resource.path.fullmatch(path) is not None for resource in RESOURCES[:-1]) <= 1
 
 
 IMAGE = replace(
@@ -79,8 +99,10 @@ IMAGE = replace(
     [
         pytest.param("GET", "/v2/images/7", Target(IMAGE, "7"), id="get"),
         pytest.param("HEAD", "/v2/images/7/", Target(IMAGE, "7"), id="head"),
-        pytest.param("PUT", "/v2/images/7", ApiPath("/v2/images/7", ""), id="put"),
-        pytest.param("DELETE", "/v2/images/7/?a=1", ApiPath("/v2/images/7/", "a=1"), id="delete"),
+        pytest.param("PUT", "/v2/images/7", ApiPath("/v2/images/7", "", IMAGE.methods), id="put"),
+        pytest.param(
+            "DELETE", "/v2/images/7/?a=1", ApiPath("/v2/images/7/", "a=1", IMAGE.methods), id="delete"
+        ),
         pytest.param("GET", "/v2/images/7/actions", ApiPath("/v2/images/7/actions", ""), id="get-below"),
         pytest.param("POST", "/v2/images/7/actions", ApiPath("/v2/images/7/actions", ""), id="post-below"),
         pytest.param("PUT", "/v2/snapshots/7", Target(SNAPSHOT, "7"), id="closed-row"),
@@ -161,6 +183,80 @@ def test_an_id_that_is_refused(segment: str) -> None:
     assert str(raised.value) == (
         "a snapshot id is a number or a UUID; nothing else, and nothing percent-encoded"
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        pytest.param(
+            f"snapshots/{UUID.upper()}/", Target(SNAPSHOT, UUID, prefix="/v2/volumes/snapshots/"), id="uuid"
+        ),
+        pytest.param(
+            "snapshots/42",
+            Target(SNAPSHOT, "42", cacheable=False, prefix="/v2/volumes/snapshots/"),
+            id="a-number-is-no-volume-snapshot",
+        ),
+        pytest.param(
+            "snapshots/snapshots",
+            Target(SNAPSHOT, "snapshots", cacheable=False, prefix="/v2/volumes/snapshots/"),
+            id="a-name",
+        ),
+        pytest.param(
+            f"{UUID.upper()}/snapshots/?per_page=5",
+            Target(VOLUME_SNAPSHOTS, f"{UUID}/snapshots?page=1&per_page=5"),
+            id="list",
+        ),
+        pytest.param(
+            f"{UUID}/snapshots?tag_name=a",
+            Target(VOLUME_SNAPSHOTS, f"{UUID}/snapshots?tag_name=a", cacheable=False),
+            id="list-by-another-parameter",
+        ),
+        pytest.param(
+            f"{UUID}/snapshots?resource_type=volume",
+            Target(VOLUME_SNAPSHOTS, f"{UUID}/snapshots?resource_type=volume", cacheable=False),
+            id="list-by-a-parameter-of-another-list",
+        ),
+        pytest.param(
+            "Data/snapshots", Target(VOLUME_SNAPSHOTS, "Data/snapshots", cacheable=False), id="list-of-a-name"
+        ),
+        pytest.param(
+            "42/snapshots", Target(VOLUME_SNAPSHOTS, "42/snapshots", cacheable=False), id="list-of-a-number"
+        ),
+    ],
+)
+def test_paths_of_volumes(path: str, target: Target) -> None:
+    """A volume and its snapshots have UUIDs; other short ids are forwarded as they came."""
+    assert parse_target("GET", f"/v2/volumes/{path}") == target
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        pytest.param("42/snapshots", Target(DROPLET_SNAPSHOTS, f"42/snapshots?{FIRST_PAGE}"), id="list"),
+        pytest.param(
+            f"{UUID}/snapshots",
+            Target(DROPLET_SNAPSHOTS, f"{UUID}/snapshots", cacheable=False),
+            id="of-a-uuid",
+        ),
+        pytest.param(
+            "42/snapshots?page=0",
+            Target(DROPLET_SNAPSHOTS, "42/snapshots?page=0", cacheable=False),
+            id="page-0",
+        ),
+    ],
+)
+def test_paths_of_droplets(path: str, target: Target) -> None:
+    """A Droplet has a number."""
+    assert parse_target("GET", f"/v2/droplets/{path}") == target
+
+
+@pytest.mark.parametrize(
+    "target", ["/v2/volumes/snapshots/4%32", "/v2/volumes/../snapshots", "/v2/droplets/4%32/snapshots"]
+)
+def test_an_id_on_another_path_that_is_refused(target: str) -> None:
+    """What might be read otherwise upstream is a bad request on these paths, too."""
+    with pytest.raises(BadRequest):
+        parse_target("GET", target)
 
 
 SEGMENTS = st.text(st.sampled_from("019afAFgZ-_./%\\?#;: \t\n\x00\u0661\u212a"), max_size=70)

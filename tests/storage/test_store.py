@@ -20,13 +20,14 @@ from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition, Token
 from proxy.core.invalidation import (
     CallerScope,
+    CollectionsScope,
     EntryScope,
     EverythingScope,
     Scope,
     SnapshotsScope,
     SoftScope,
 )
-from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key
+from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
 from proxy.storage import heartbeat, invalidation
 from proxy.storage.connection import WORKERS, Command, Link, Unavailable
 from proxy.storage.invalidation import PendingInvalidations
@@ -44,6 +45,9 @@ SIBLING = Key(SNAPSHOT, MINE.partition, "7372321")
 MY_LIST = Key(SNAPSHOT_LIST, MINE.partition, "page=1&per_page=20")
 MY_OTHER_LIST = Key(SNAPSHOT_LIST, MINE.partition, "page=2&per_page=20")
 THEIR_LIST = Key(SNAPSHOT_LIST, THEIRS.partition, MY_LIST.name)
+MY_DOCUMENT = Key(DOCUMENT, MINE.partition, "droplets/1?page=1")
+MY_OTHER_DOCUMENT = Key(DOCUMENT, MINE.partition, "regions")
+THEIR_DOCUMENT = Key(DOCUMENT, THEIRS.partition, "droplets")
 ENTRY = Entry(200, b'{"snapshot":{}}', '"etag"', 1_000.25, Lifetimes(60, 60, 300))
 NEWER = replace(ENTRY, body=b'{"snapshot":{"id":"6372321"}}', called_at=1_030.5)
 STAMP_TTL_S = 900
@@ -57,7 +61,10 @@ PATIENT_S = 10.0
 SHORT_S = 0.1
 
 
-KEPT: tuple[Key, ...] = (MINE, SIBLING, THEIRS, MY_LIST, MY_OTHER_LIST, THEIR_LIST)
+KEPT: tuple[Key, ...] = (
+    *(MINE, SIBLING, THEIRS, MY_LIST, MY_OTHER_LIST, THEIR_LIST),
+    *(MY_DOCUMENT, MY_OTHER_DOCUMENT, THEIR_DOCUMENT),
+)
 
 # -- helpers -----------------------------------------------------------------------------------
 
@@ -167,20 +174,27 @@ class Invalidated(NamedTuple):
     """Whether a Redis that is full does it."""
 
 
-MY_OWN = frozenset({MINE, SIBLING, MY_LIST, MY_OTHER_LIST})
+MY_DOCUMENTS = frozenset({MY_DOCUMENT, MY_OTHER_DOCUMENT})
 MY_LISTS = frozenset({MY_LIST, MY_OTHER_LIST})
+MY_OWN = frozenset({MINE, SIBLING}) | MY_LISTS | MY_DOCUMENTS
 FOR_ALL = frozenset({MINE, THEIRS, THEIR_LIST}) | MY_LISTS
+DROPLETS = frozenset({MY_DOCUMENT, THEIR_DOCUMENT})
 ALL = frozenset(KEPT)
 INVALIDATED = {
     "caller": Invalidated(CallerScope(MINE.partition), MY_OWN, MY_OWN),
-    "entry": Invalidated(EntryScope(MINE), MY_LISTS | {MINE}, MY_OWN, full=False),
-    "list": Invalidated(EntryScope(MY_LIST), MY_LISTS, MY_OWN, full=False),
+    "entry": Invalidated(EntryScope(MINE), MY_LISTS | MY_DOCUMENTS | {MINE}, MY_OWN, full=False),
+    "list": Invalidated(EntryScope(MY_LIST), MY_LISTS | MY_DOCUMENTS, MY_OWN, full=False),
+    "document": Invalidated(EntryScope(MY_DOCUMENT), MY_LISTS | MY_DOCUMENTS, MY_OWN, full=False),
     "snapshots": Invalidated(SnapshotsScope((MINE.name, "1")), FOR_ALL, FOR_ALL),
+    "collections": Invalidated(CollectionsScope(("droplets", "images")), DROPLETS, DROPLETS),
     "everything": Invalidated(EverythingScope(), ALL, ALL),
     "soft-snapshots": Invalidated(SoftScope(SnapshotsScope((MINE.name, "1"))), FOR_ALL, FOR_ALL),
+    "soft-collections": Invalidated(SoftScope(CollectionsScope(("droplets",))), DROPLETS, DROPLETS),
     "soft-everything": Invalidated(SoftScope(EverythingScope()), ALL, ALL),
 }
 each_scope = pytest.mark.parametrize("it", INVALIDATED.values(), ids=INVALIDATED)
+OF_MY_LIST = {name: it for name, it in INVALIDATED.items() if MY_LIST in it.covered}
+each_scope_of_my_list = pytest.mark.parametrize("it", OF_MY_LIST.values(), ids=OF_MY_LIST)
 
 
 @each_scope
@@ -213,6 +227,15 @@ def test_the_names_of_keys() -> None:
         (
             b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen",
             b"a:prefix:1:ver:42",
+            b"a:prefix:1:all",
+        ),
+    )
+    assert Keys("a:prefix").of(Key(DOCUMENT, partition, "droplets/1?a=b")) == (
+        b"a:prefix:1:{0123456789abcdef0123456789abcdef}:doc:droplets/1?a=b",
+        (
+            b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen",
+            b"a:prefix:1:{0123456789abcdef0123456789abcdef}:lists",
+            b"a:prefix:1:col:droplets",
             b"a:prefix:1:all",
         ),
     )
@@ -469,6 +492,7 @@ async def test_a_fill_that_began_before_an_invalidation_is_not_served(
         pytest.param(MY_LIST, 2, id="list-callers-lists"),
         pytest.param(MY_LIST, 3, id="list-everybodys-lists"),
         pytest.param(MY_LIST, 4, id="list-everything"),
+        pytest.param(MY_DOCUMENT, 3, id="document-collection"),
     ],
 )
 async def test_a_stamp_that_is_gone_is_a_miss(one: Replica, redis: Redis, key: Key, place: int) -> None:
@@ -495,12 +519,12 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(  # noqa: C90
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
     counts = dict.fromkeys(KEPT, 0)
     flying: list[Callable[[Store], Awaitable[object]]] = []
-    seen = dict.fromkeys(["snap", "list", "seed", "stale"], 0)
+    seen = dict.fromkeys(["snap", "list", "doc", "seed", "stale"], 0)
 
     def made(key: Key, step: int) -> Entry:
         return replace(ENTRY, body=f"{key} {counts[key]}".encode(), called_at=step)
 
-    for step in range(500):
+    for step in range(700):
         store = chance.choice((one, two)).store
         key = chance.choice(KEPT)
         match chance.choice(["look", "land"] * 12 + ["invalidate", "evict"]):
@@ -533,6 +557,7 @@ async def test_no_order_of_events_brings_back_what_was_invalidated(  # noqa: C90
 
 SOFT = {
     "snapshots": (SoftScope(SnapshotsScope((MINE.name,))), FOR_ALL),
+    "collections": (SoftScope(CollectionsScope(("images", "droplets"))), DROPLETS),
     "everything": (SoftScope(EverythingScope()), ALL),
 }
 each_soft = pytest.mark.parametrize(("scope", "covered"), SOFT.values(), ids=SOFT)
@@ -656,7 +681,7 @@ async def test_a_soft_purge_that_redis_did_not_hear_is_pending_as_a_soft_one(
     await hasty.store._heartbeat.pulse()
     assert not hasty.store._pending.stamps
     assert not hasty.store._pending.soft
-    assert await stale(hasty) == await stale(two) == {SIBLING}
+    assert await stale(hasty) == await stale(two) == {SIBLING} | MY_DOCUMENTS | {THEIR_DOCUMENT}
     assert await hits(two) == set()
 
 
@@ -755,7 +780,7 @@ async def test_a_seed_where_something_foreign_stands(
 
 
 @pytest.mark.G6
-@each_scope
+@each_scope_of_my_list
 async def test_seeds_that_began_before_an_invalidation_are_not_stored(
     one: Replica, two: Replica, it: Invalidated
 ) -> None:
@@ -1000,7 +1025,7 @@ async def test_an_invalidation_that_redis_did_not_hear_is_pending(
         await hasty.fill(key, NEWER)
 
 
-@each_scope
+@each_scope_of_my_list
 async def test_nothing_is_seeded_where_an_invalidation_is_pending(
     valkey: Valkey, hasty: Replica, two: Replica, it: Invalidated
 ) -> None:
