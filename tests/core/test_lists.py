@@ -24,7 +24,7 @@ from proxy.core.policy import (
 )
 from proxy.core.request import accepts_gzip
 from proxy.core.resources import SNAPSHOT_LIST, Target, list_target
-from proxy.core.snapshot import normalize_list, normalize_snapshot
+from proxy.core.snapshot import normalize_list, normalize_list_of_droplet, normalize_snapshot
 
 POLICY = Policy(
     ttls_s={"fresh_s": 60, "list_fresh_s": 10},
@@ -235,6 +235,28 @@ def test_not_a_list(body: bytes, fact: str) -> None:
         normalize_list(body, "")
     assert refused.value.fact.startswith(fact)
     assert "secret-value" not in str(refused.value)
+
+
+OF_DROPLET = b'{ "snapshots": [{"id": 7, "type": "snapshot", "min_disk_size": 25.0}], "meta": {"total": 1}}'
+
+
+def test_a_list_of_a_droplet() -> None:
+    """Its elements have another schema, and stay as they are; it seeds nothing."""
+    normalized = normalize_list_of_droplet(OF_DROPLET, "https://proxy.test")
+    assert normalized.body == OF_DROPLET.replace(b" ", b"")
+    assert not normalized.seeds
+    linked = (
+        OF_DROPLET[:-1] + b',"links":{"pages":{"last":"https://api.test/v2/droplets/7/snapshots?page=3"}}}'
+    )
+    moved = orjson.loads(normalize_list_of_droplet(linked, "https://proxy.test").body)
+    assert moved["links"] == {"pages": {"last": "https://proxy.test/v2/droplets/7/snapshots?page=3"}}
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"snapshots":[]}', b'{"snapshots":{},"meta":{"total":0}}'])
+def test_not_a_list_of_a_droplet(body: bytes) -> None:
+    """It is refused like another list."""
+    with pytest.raises(UpstreamInvalid):
+        normalize_list_of_droplet(body, "")
 
 
 @pytest.mark.parametrize(
