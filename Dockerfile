@@ -6,13 +6,15 @@
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
+# `fast,otel` for tracing, which OTEL_… variables then turn on.
+ARG EXTRAS=fast
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY proxy ./proxy
 # Wheels only, but for the proxy itself: nothing that would need a compiler.
 RUN python -m venv --without-pip /opt/snapshot-proxy \
  && python -m pip --python /opt/snapshot-proxy/bin/python install --no-cache-dir \
-    --only-binary :all: --constraint constraints.txt '.[fast]'
+    --only-binary :all: --constraint constraints.txt ".[${EXTRAS}]"
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0

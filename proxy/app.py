@@ -16,7 +16,7 @@ from functools import partial
 
 from proxy import __version__, options
 from proxy.admin.listener import serve_admin
-from proxy.assembly import make_gate
+from proxy.assembly import make_gate, open_link
 from proxy.cache.fetch import FetchFlights, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory
@@ -34,11 +34,10 @@ from proxy.edge.passthrough import Passthrough
 from proxy.edge.questions import Questions
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots
-from proxy.logs import announce, configure, event
+from proxy.logs import announce, configure
 from proxy.reload import CLIENTS, LOG, Following
 from proxy.report import Parts, report
 from proxy.settings.sections import UNTOLD, Loaded, Settings
-from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.servers import Servers
 from proxy.storage.store import Store
 from proxy.system.activation import NONE, Handed
@@ -50,6 +49,7 @@ from proxy.telemetry.aliases import Aliases
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.observers import Observers
+from proxy.tracing.parts import Tracing
 from proxy.upstream.client import Upstream
 
 _FETCHES_PER_CONNECTION = 2
@@ -57,6 +57,9 @@ _FETCHES_PER_CONNECTION = 2
 
 _LAST_WORDS_S = 2.0
 """The last part of the drain, in which no request waits: answers are written, invalidations sent to Redis."""
+
+_LAST_SPANS_S = 2.0
+"""How long a stop waits for the collector to take the last spans, within the drain."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +76,8 @@ class App:
     """The service.
 
     `origins` says where settings came from; `clock_scale` shrinks the quota's minute and hour, for tests;
-    `handed` are open sockets. `start` may raise SettingsError, StartError, EmbeddedServerError or OSError.
+    `handed` are open sockets; `tracing` makes spans, or none.
+    `start` may raise SettingsError, StartError, EmbeddedServerError or OSError.
     """
 
     def __init__(
@@ -83,9 +87,11 @@ class App:
         origins: Mapping[str, str] = UNTOLD,
         clock_scale: float = 1.0,
         handed: Handed = NONE,
+        tracing: Tracing | None = None,
     ) -> None:
         self._settings = settings
         self._handed = handed
+        self._tracing = tracing or Tracing()
         self._clock_scale = clock_scale
         self._cleanup = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
@@ -128,9 +134,11 @@ class App:
             await asyncio.sleep(settings.lame_duck_s)
         self._accepting.close()
         drain_s = settings.drain_s
-        self._drain.announce(time.monotonic() + drain_s - min(_LAST_WORDS_S, drain_s / 2))
+        over = time.monotonic() + drain_s
+        self._drain.announce(over - min(_LAST_WORDS_S, drain_s / 2))
         await self._listener.drain(drain_s)
         await self._close()
+        await self._tracing.close(min(_LAST_SPANS_S, max(0.0, over - time.monotonic())))
         announce(_LOG, "stopped")
 
     async def kill(self) -> None:
@@ -179,14 +187,19 @@ class App:
         self._aliases = Aliases(settings.callers.aliases_file, self._expect)
         self._certificate = certificate(settings.server)
 
-        upstream = Upstream(options.upstream_options(settings, files.upstream), self._metrics.observe)
+        tracing = self._tracing
+        upstream = Upstream(
+            options.upstream_options(settings, files.upstream),
+            tracing.called(self._metrics.observe),
+            tracing.middlewares,
+        )
         self._cleanup.push_async_callback(upstream.close)
-        link = await self._link()
+        link = await open_link(settings, self._cleanup)
         memory = options.memory(settings, link)
         store = await self._store(link, memory, keyring, previous)
         gate = make_gate(
             settings,
-            upstream,
+            tracing.upstream(upstream),
             ConnectionSlots(files.upstream),
             link,
             store,
@@ -202,12 +215,13 @@ class App:
             is_failure,
             monotonic=time.monotonic,
             most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more could not be sent in time
+            watch=tracing.watch,
         )
         self._cleanup.push_async_callback(flights.close)
         invalidator = Invalidator(store, memory, self._observers.invalidation)
         readthrough = ReadThrough(
-            store,
-            gate,
+            tracing.store(store),
+            tracing.gate(gate),
             flights,
             options.cache_policy(settings),
             invalidator,
@@ -221,7 +235,7 @@ class App:
         passthrough = None
         if settings.passthrough.enabled:
             passthrough = Passthrough(
-                gate,
+                tracing.gate(gate),
                 invalidator,
                 flights,
                 read_timeout_s=settings.server.header_timeout_s,
@@ -233,23 +247,24 @@ class App:
             keyring,
             alias_of=self._aliases.of,
             clients=lambda: self._clients,
-            observe=self._observers.request,
+            observe=tracing.done(self._observers.request),
             collections=collections,
         )
         if settings.memory.max_bytes:
             self._go_on(renew(store, memory, settings.memory.max_age_s))
-        self._fastpath = FastPath(
-            readthrough,
-            Questions(
-                partition=keyring.partition,
-                alias_of=self._aliases.of,
-                clients=lambda: self._clients,
-                collections=collections,
-            ),
-            counter=self._observers.hits,
-            observe=self._observers.request,
-        )
-        server, limits = plain_server(api.respond), options.listener_limits(settings, files)
+        if not tracing.on:  # of what it answers there would be no spans
+            self._fastpath = FastPath(
+                readthrough,
+                Questions(
+                    partition=keyring.partition,
+                    alias_of=self._aliases.of,
+                    clients=lambda: self._clients,
+                    collections=collections,
+                ),
+                counter=self._observers.hits,
+                observe=self._observers.request,
+            )
+        server, limits = plain_server(tracing.requests(api.respond)), options.listener_limits(settings, files)
         self._listener = Listener(server, limits, api.malformed, self._fastpath)
         status = report(
             self._metrics,
@@ -278,23 +293,6 @@ class App:
         self._ready = True
         announce(_LOG, "ready", api=addresses.api, admin=addresses.admin, version=__version__)
         return addresses
-
-    async def _link(self) -> Servers:
-        """Make the link to Redis; start the embedded server first where `redis.url` names it."""
-        redis = self._settings.redis
-        url = redis.url
-        if url == "embedded":
-            embedded = EmbeddedServer(redis.embedded_max_bytes)
-            await embedded.start()
-            self._cleanup.push_async_callback(embedded.stop)
-            url = embedded.url
-            event(
-                _LOG,
-                logging.WARNING,
-                "embedded-store",
-                consequence="for one replica only; set redis.url to share entries between replicas",
-            )
-        return options.link(self._settings, url)
 
     async def _store(
         self, link: Servers, memory: Memory, keyring: Keyring, previous: Keyring | None

@@ -1,10 +1,13 @@
-"""The gate, put together: the upstream behind it, and for each token the ledger on Redis and the one in here.
+"""Two parts that are put together of several: the link to Redis, and the gate.
 
-It is made of so many parts that the composition root would be hard to read with it. Nothing is started here.
+The gate has the upstream behind it, and for each token the ledger on Redis and the one in this process. With
+them here the composition root can be read.
 """
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from proxy import options
 from proxy.core.events import CallSettled, QuotaWait, StoreOperation
@@ -14,11 +17,36 @@ from proxy.core.quota import QuotaLimits
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
+from proxy.logs import event
 from proxy.settings.sections import Settings
+from proxy.storage.embedded import EmbeddedServer
 from proxy.storage.ledger import RedisLedger
 from proxy.storage.servers import Servers
 from proxy.storage.store import Store
 from proxy.tasks.drain import DrainDeadline
+
+_LOG = logging.getLogger(__name__)
+
+
+async def open_link(settings: Settings, cleanup: AsyncExitStack) -> Servers:
+    """Make the link to Redis; start the embedded server first where `redis.url` names it.
+
+    It is stopped with `cleanup`.
+    """
+    redis = settings.redis
+    url = redis.url
+    if url == "embedded":
+        embedded = EmbeddedServer(redis.embedded_max_bytes)
+        await embedded.start()
+        cleanup.push_async_callback(embedded.stop)
+        url = embedded.url
+        event(
+            _LOG,
+            logging.WARNING,
+            "embedded-store",
+            consequence="for one replica only; set redis.url to share entries between replicas",
+        )
+    return options.link(settings, url)
 
 
 def make_gate(

@@ -14,6 +14,7 @@ from proxy.settings.sections import Loaded
 from proxy.storage.embedded import EmbeddedServerError
 from proxy.system.activation import take_sockets
 from proxy.system.start import StartError
+from proxy.tracing.start import start_tracing
 
 _MEND = "snapshot-proxy check, with the same configuration, says how to mend it"
 _LOG = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ async def serve(loaded: Loaded, load_again: Callable[[], Loaded]) -> int:
     loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)
 
     try:
-        app = App(settings, origins=loaded.origins, handed=take_sockets(os.environ, pid=os.getpid()))
+        app = App(
+            settings,
+            origins=loaded.origins,
+            handed=take_sockets(os.environ, pid=os.getpid()),
+            tracing=start_tracing(os.environ),
+        )
         await app.start()
     except (StartError, EmbeddedServerError) as error:
         logs.event(_LOG, logging.ERROR, "cannot-start", cause=str(error), mend=_MEND)

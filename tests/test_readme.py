@@ -119,7 +119,7 @@ def test_extras() -> None:
     """Those that users can install are in the table, with what they bring."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     rows = re.findall(
-        r"^\| `(\w+)` \| (\w+)", README.partition("## Install")[2].partition("\n## ")[0], re.MULTILINE
+        r"^\| `(\w+)` \| ([\w-]+)", README.partition("## Install")[2].partition("\n## ")[0], re.MULTILINE
     )
     brought = {name: re.split("[>=]", extras[name][0])[0] for name in extras.keys() - {"dev"}}
     assert dict(rows) == brought

@@ -115,6 +115,24 @@ class Gate(Protocol):
         """Say why the quota would refuse a call now; None if it would not, or only until one is answered."""
 
 
+class StreamingGate(Gate, Protocol):
+    """The same way, also for requests that are passed through."""
+
+    def stream(
+        self,
+        request: PassthroughRequest,
+        body: AsyncIterable[bytes] | None,
+        *,
+        began: float = ...,
+        new_connection: bool = False,
+    ) -> AbstractAsyncContextManager[Streamed]:
+        """Send a request as it is, when the quota has room, and give its answer when that begins.
+
+        A repeat says when the first try of the request `began` (monotonic). Raises UpstreamError, NotSent,
+        and what `body` raises.
+        """
+
+
 # -- what the gate needs ---------------------------------------------------------------------------
 
 

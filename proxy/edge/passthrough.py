@@ -43,11 +43,11 @@ from proxy.core.passthrough import (
     returned_headers,
     scopes_of_write,
 )
+from proxy.core.ports import StreamingGate
 from proxy.core.snapshot import error_envelope
 from proxy.edge.answers import NO_RETRY
 from proxy.edge.handler import Handler
 from proxy.gate.beginning import read_beginning
-from proxy.gate.gate import UpstreamGate
 from proxy.tasks.flights import Abandoned, Flights, Owner
 
 
@@ -59,7 +59,7 @@ class Passthrough:
 
     def __init__(
         self,
-        gate: UpstreamGate,
+        gate: StreamingGate,
         invalidator: Invalidator,
         flights: Flights[Fetched | ProxyError],
         *,

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from proxy.core.errors import Overloaded
 from proxy.core.identity import Partition
@@ -49,6 +49,21 @@ class FlightResult(NamedTuple, Generic[T]):
 
     result: T
     collapsed: bool
+
+
+class Watch(Protocol):
+    """What flights tell of themselves: `tracing/spans.py` makes spans of it."""
+
+    def begun(
+        self, fetch: Callable[[], Awaitable[U]], *, awaited: bool
+    ) -> tuple[Callable[[], Awaitable[U]], object]:
+        """Give what is to run in the place of `fetch`, and what names this flight for those who join it.
+
+        `awaited`: a caller waits for it.
+        """
+
+    def joined(self, origin: object) -> AbstractContextManager[object]:
+        """Give a context for the wait of a caller for the flight of this name."""
 
 
 class Abandoned(Exception):
@@ -85,13 +100,15 @@ class _Aboard:
 
 
 class _Flight(Generic[T]):
-    __slots__ = ("aboard", "failed", "landed_at", "task")
+    __slots__ = ("aboard", "failed", "landed_at", "origin", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[T]
         self.aboard = _Aboard()
         self.landed_at: float | None = None
         self.failed = False
+        self.origin: object = None
+        """Its name for a `Watch`."""
 
     @property
     def abandoned(self) -> bool:
@@ -148,11 +165,13 @@ class Flights(Generic[T]):
         *,
         monotonic: Callable[[], float],
         most_of_one: int = MOST_OF_ONE,
+        watch: Watch | None = None,
     ) -> None:
         self._most = most
         self._most_of_one = most_of_one
         self._is_failure = is_failure
         self._monotonic = monotonic
+        self._watch = watch
         self._by_key: dict[Hashable, _Flight[T]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._owned: Counter[Owner] = Counter()
@@ -170,7 +189,8 @@ class Flights(Generic[T]):
         """
         flight = self._by_key.get(key)
         if flight is not None and flight.answers(since):
-            return FlightResult(await flight.landing(), collapsed=True)
+            with nullcontext() if self._watch is None else self._watch.joined(flight.origin):
+                return FlightResult(await flight.landing(), collapsed=True)
         return FlightResult(await self._take_off(owner, key, fetch).landing(), collapsed=False)
 
     def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
@@ -178,7 +198,7 @@ class Flights(Generic[T]):
         flight = self._by_key.get(key)
         if flight is None or flight.abandoned:
             with suppress(Overloaded):
-                flight = self._take_off(owner, key, fetch)
+                flight = self._take_off(owner, key, fetch, awaited=False)
                 flight.aboard.callers += 1  # counts as one that never leaves
                 flight.task.add_done_callback(_tell)
 
@@ -192,7 +212,7 @@ class Flights(Generic[T]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]]) -> _Flight[U]:
+    def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]], *, awaited: bool = True) -> _Flight[U]:
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; the API was not asked for this")
         if self._owned[owner] >= self._most_of_one:
@@ -200,6 +220,8 @@ class Flights(Generic[T]):
 
         flight: _Flight[U] = _Flight()
         aboard = flight.aboard
+        if self._watch is not None:
+            fetch, flight.origin = self._watch.begun(fetch, awaited=awaited)
 
         async def fly() -> U:
             _CURRENT.set(aboard)
@@ -220,14 +242,16 @@ class Flights(Generic[T]):
         if not self._owned[owner]:
             del self._owned[owner]
 
-    def _take_off(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> _Flight[T]:
+    def _take_off(
+        self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]], *, awaited: bool = True
+    ) -> _Flight[T]:
         async def fly() -> T:
             result = await fetch()
             # Here, and not by reading the task's exception: that would keep the loop from reporting it.
             flight.failed = self._is_failure(result)
             return result
 
-        flight = self._by_key[key] = self._start(owner, fly)
+        flight = self._by_key[key] = self._start(owner, fly, awaited=awaited)
         flight.task.add_done_callback(lambda _: self._land(key, flight))
         return flight
 

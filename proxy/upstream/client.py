@@ -68,10 +68,16 @@ class UpstreamOptions:
 class Upstream:
     """DigitalOcean's API: reads over kept connections, writes and repeats over connections of their own.
 
-    Raises SettingsError if `upstream.ca_file` is no file of certificates.
+    `middlewares` are put around each request. Raises SettingsError if `upstream.ca_file` is no file of
+    certificates.
     """
 
-    def __init__(self, options: UpstreamOptions, observe: Callable[[UpstreamCall], None]) -> None:
+    def __init__(
+        self,
+        options: UpstreamOptions,
+        observe: Callable[[UpstreamCall], None],
+        middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = (),
+    ) -> None:
         self._options = options
         self._observe = observe
         try:
@@ -89,7 +95,8 @@ class Upstream:
             )
             for keeps in (True, False)
         )
-        self._over_kept, self._over_new = _session(self._kept), _session(self._new)
+        around = (*middlewares, _say_once)
+        self._over_kept, self._over_new = _session(self._kept, around), _session(self._new, around)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -276,7 +283,7 @@ class Upstream:
             self._kept.distrust()
 
 
-def _session(pool: Pool) -> aiohttp.ClientSession:
+def _session(pool: Pool, middlewares: tuple[aiohttp.ClientMiddlewareType, ...]) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=pool,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -285,7 +292,7 @@ def _session(pool: Pool) -> aiohttp.ClientSession:
         raise_for_status=False,
         read_bufsize=BUFFER_BYTES,
         skip_auto_headers=("User-Agent",),
-        middlewares=(_say_once,),
+        middlewares=middlewares,
         timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
     )
 

@@ -24,6 +24,7 @@ from proxy.app import Addresses, App
 from proxy.settings.load import load
 from proxy.storage.client import endpoint
 from proxy.storage.wire import Wire
+from proxy.tracing.parts import Tracing
 
 DEADLINE_S = 15.0
 PATIENT = ("redis.timeout_s=2",)
@@ -77,14 +78,16 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def app(*overrides: str, clock_scale: float = 1.0) -> AsyncIterator[Addresses]:
+async def app(
+    *overrides: str, clock_scale: float = 1.0, tracing: Tracing | None = None
+) -> AsyncIterator[Addresses]:
     """Run the service in this process, on free ports, and well; `overrides` as after `--set`."""
     settings = load(
         config_file=None,
         overrides=["server.port=0", "admin.port=0", "server.lame_duck_s=0", *MEMORY, *PATIENT, *overrides],
         environ={},
     ).settings
-    service = App(settings, clock_scale=clock_scale)
+    service = App(settings, clock_scale=clock_scale, tracing=tracing)
     async with nothing_uncaught():
         addresses = await service.start()
         try:
