@@ -19,6 +19,10 @@ class Unsound(Exception):
     """A deployment file is not what it has to be; the message says which, and why."""
 
 
+class Skipped(Exception):
+    """A check cannot run here; the message says what is missing, and the command that installs it."""
+
+
 def run(tool: str, *arguments: str) -> str:
     """Run a tool of the development environment, or of the system (a path), and return what it printed."""
     command = [str(Path(sys.executable).parent / tool), *arguments]

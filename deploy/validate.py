@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import alerting
 import units
 import workloads
-import yaml
-from soundness import Unsound, run as _run
+from alerting import load as _yaml
+from soundness import Skipped, Unsound, run as _run
 
 from proxy.telemetry.metrics import Metrics
 
@@ -33,6 +34,8 @@ def main() -> int:
     for check in CHECKS:
         try:
             check(ROOT)
+        except Skipped as missing:
+            print(f"skip  {check.__doc__} {missing}")
         except Unsound as problem:
             failures += 1
             print(f"FAIL  {check.__doc__}\n{problem}")
@@ -63,7 +66,7 @@ def check_balancer(root: Path) -> None:
 
 def check_scrape_targets(root: Path) -> None:
     """prometheus.yml: scrapes exactly the proxies of compose.yaml."""
-    config = _yaml(root / "deploy/prometheus.yml")
+    config = _yaml(root / alerting.PROMETHEUS / "prometheus.yml")
     targets = [
         target
         for job in config["scrape_configs"]
@@ -89,11 +92,29 @@ def check_provisioning(root: Path) -> None:
             )
 
 
+def check_mounts(root: Path) -> None:
+    """compose.yaml: the files that services name are mounted there, rules included."""
+    rules = [path.name for path in alerting.rule_files(root)]
+    for name, service in resolved(root)["services"].items():
+        said = " ".join([*(service.get("command") or []), *map(str, service.get("environment", {}).values())])
+        named = re.findall(r"/[\w./-]+\.(?:yml|json)\b", said)
+        if name == "prometheus":
+            named += [str(Path(file).parent / each) for file in named for each in rules]
+            if not named:
+                raise Unsound("prometheus is given no --config.file")
+        for path in named:
+            if not any(
+                _inside(path, each).is_file() for each in service["volumes"] if each["type"] == "bind"
+            ):
+                raise Unsound(f"{name} reads {path}, which is not mounted")
+
+
 def check_metrics(root: Path) -> None:
-    """Dashboards and rules: every metric in them is one that the proxy has."""
-    known = set(_series(Metrics("").types()))
+    """Dashboards and rules: every metric in them is one that the proxy has, or that a rule records."""
+    recorded = {rule["record"] for rule in alerting.rules(root) if "record" in rule}
+    known = set(_series(Metrics("").types())) | recorded
     for path, expression in _expressions(root):
-        if unknown := set(re.findall(r"snapshot_proxy_\w+", expression)) - known:
+        if unknown := set(re.findall(r"[\w:]*snapshot_proxy_[\w:]+", expression)) - known:
             raise Unsound(f"{path.name} uses {', '.join(sorted(unknown))} in {expression!r}")
 
 
@@ -103,7 +124,9 @@ CHECKS = (
     check_balancer,
     check_scrape_targets,
     check_provisioning,
+    check_mounts,
     check_metrics,
+    *alerting.CHECKS,
     *workloads.CHECKS,
     *units.CHECKS,
 )
@@ -124,6 +147,12 @@ def proxies(root: Path) -> list[str]:
     return [name for name in resolved(root)["services"] if name.startswith("proxy-")]
 
 
+def _inside(path: str, mount: Mapping[str, Any]) -> Path:
+    """Return the file of the source tree that a mount shows at `path`; no file where it shows none."""
+    inside, shown = Path(path), Path(mount["target"])
+    return Path(mount["source"], inside.relative_to(shown)) if inside.is_relative_to(shown) else Path("/")
+
+
 def _series(types: Mapping[str, str]) -> Iterator[str]:
     """Yield the names that a query can use."""
     for name, kind in types.items():
@@ -137,12 +166,8 @@ def _expressions(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield each PromQL expression, with the file that it stands in."""
     for path, dashboard in _dashboards(root):
         yield from ((path, expression) for expression in _values(dashboard, "expr"))
-    for pattern in _yaml(root / "deploy/prometheus.yml").get("rule_files", []):
-        paths = list((root / "deploy").glob(pattern))
-        if not paths:
-            raise Unsound(f"prometheus.yml names the rules {pattern}, which are not there")
-        for path in paths:
-            yield from ((path, expression) for expression in _values(_yaml(path), "expr"))
+    for path in alerting.rule_files(root):
+        yield from ((path, expression) for expression in _values(_yaml(path), "expr"))
 
 
 def _dashboards(root: Path) -> Iterator[tuple[Path, Any]]:
@@ -162,13 +187,6 @@ def _values(node: Any, key: str) -> Iterator[Any]:
     if isinstance(node, list):
         for child in node:
             yield from _values(child, key)
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise Unsound(f"{path.name}: {error}") from None
 
 
 def _expect_same(found: list[str], expected: list[str]) -> None:

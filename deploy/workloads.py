@@ -6,10 +6,12 @@ version of Kubernetes judge each object. What no schema knows is compared here: 
 settings, times.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import alerting
 import helm_python as helm
 import kubernetes_validate
 import yaml
@@ -23,6 +25,7 @@ OPERATORS = {"monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1"}
 _SECRET = {"name": "snapshot-proxy", "key": "secret"}
 _NEEDED: dict[str, Any] = {"redis": {"url": "redis://redis:6379"}, "secret": _SECRET}
 _HTTPS = {"enabled": True, "host": "snapshots.example.com", "tlsSecret": "snapshot-proxy-tls"}
+_SOURCE = "https://git.example.com/proxy/"
 _RULES = [{"name": "example", "rules": [{"alert": "Away", "expr": "up == 0"}]}]
 
 VALUES: dict[str, dict[str, Any]] = {
@@ -57,7 +60,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "gateway": _HTTPS | {"className": "example"},
         "networkPolicy": {"from": [{"podSelector": {}}], "redisPorts": [6379, 26379]},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
-        "prometheusRule": {"enabled": True, "groups": _RULES},
+        "prometheusRule": {"enabled": True, "source": _SOURCE, "groups": _RULES},
         "image": {"repository": "registry.example.com/proxy", "tag": "0.1.0", "pullSecrets": ["pull"]},
     },
 }
@@ -72,7 +75,10 @@ def check_chart(root: Path) -> None:
         found = helm.lint(str(root / CHART), values, strict=True, kube_version=f"{KUBERNETES}.0")
         if found["errors"]:
             raise Unsound(f"{CHART}, with values {name!r}: {'; '.join(found['errors'])}")
-        expect_sound(rendered(root, values), f"{CHART}, with values {name!r}")
+        objects = rendered(root, values)
+        expect_sound(objects, f"{CHART}, with values {name!r}")
+        for rule in _of(objects, "PrometheusRule"):
+            _expect_rules(root, rule["spec"]["groups"], values["prometheusRule"])
 
 
 def check_kustomize(root: Path) -> None:
@@ -260,6 +266,21 @@ def _routes(objects: Objects) -> Iterator[tuple[str, str, Any]]:
         for rule in route["spec"]["rules"]:
             for backend in rule["backendRefs"]:
                 yield route["spec"]["hostnames"][0], backend["name"], backend["port"]
+
+
+def _expect_rules(root: Path, groups: list[Any], values: dict[str, Any]) -> None:
+    """Compare a PrometheusRule with the files of rules; its runbooks lead to the source."""
+    found = [rule for group in groups for rule in group["rules"]]
+    expected = [*alerting.rules(root), *(rule for group in values["groups"] for rule in group["rules"])]
+    for rule in expected:
+        if "runbook_url" in rule.get("annotations", {}):
+            rule["annotations"]["runbook_url"] = values["source"] + rule["annotations"]["runbook_url"]
+    if sorted(map(_canonical, found)) != sorted(map(_canonical, expected)):
+        raise Unsound(f"{CHART}: the PrometheusRule is not what {alerting.PROMETHEUS} has")
+
+
+def _canonical(rule: Any) -> str:
+    return json.dumps(rule, sort_keys=True)
 
 
 def _expect_selected(objects: Objects, deployment: dict[str, Any], where: str) -> None:

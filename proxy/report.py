@@ -42,6 +42,7 @@ def report(
     shared = configured.redis.url != "embedded"
     metrics.watch(
         connections=lambda: len(listener.connections),
+        connections_limit=lambda: listener.limits.max_connections,
         flights=lambda: len(flights),
         memory_bytes=lambda: memory.size,
         memory_entries=lambda: len(memory),

@@ -84,8 +84,9 @@ CONTRACT: dict[str, tuple[str, dict[str, set[str]]]] = {
 BEYOND: dict[str, tuple[str, dict[str, set[str]]]] = {
     "refreshes": ("counter", {"by": {*BY}}),
     "refreshed_snapshots": ("counter", {"by": {*BY}}),
+    "connections_limit": ("gauge", {}),
 }
-"""Decision 8."""
+"""Decision 8, and what an alert compares connections with."""
 
 DECLARED = CONTRACT | BEYOND
 
@@ -100,6 +101,7 @@ def metrics() -> Metrics:
     declared = Metrics("1.2.3")
     declared.watch(
         connections=lambda: 1,
+        connections_limit=lambda: 900,
         flights=lambda: 2,
         memory_bytes=lambda: 1300,
         memory_entries=lambda: 1,
@@ -355,7 +357,7 @@ def test_no_counter_or_histogram_begins_later() -> None:
     """Whatever is declared is in the table above, or is a gauge that shows a state."""
     kinds = {name: kind for name, (kind, _) in DECLARED.items()}
     states = {"store_up", "store_shared", "secret_mismatch", "upstream_breaker_open", "flights"}
-    states |= {"connections", "memory_bytes", "memory_entries", "build_info"}
+    states |= {"connections", "connections_limit", "memory_bytes", "memory_entries", "build_info"}
     assert kinds.keys() - FROM_THE_START.keys() == states | UNKNOWN_BEFORE_A_CALL
 
 
@@ -458,6 +460,7 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
     metrics = Metrics("1.2.3")
     metrics.watch(
         connections=lambda: len(open_connections),
+        connections_limit=lambda: 3,
         flights=lambda: 2,
         memory_bytes=lambda: 1300,
         memory_entries=lambda: 1,

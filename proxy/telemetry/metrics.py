@@ -46,6 +46,7 @@ BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 _AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _WATCHED = {
     "connections": "Open connections of callers.",
+    "connections_limit": "How many connections of callers may be open.",
     "flights": "Fetches in flight.",
     "memory_bytes": "Bytes that the entries in this process take, all counted.",
     "memory_entries": "Entries in this process, in front of Redis.",

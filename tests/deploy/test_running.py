@@ -58,7 +58,7 @@ class Scrape:
 
 def targets() -> list[Scrape]:
     """Read from prometheus.yml what is scraped, with the defaults of Prometheus."""
-    config = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_bytes())
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_bytes())
     return [
         Scrape(*_split(target), job.get("metrics_path", "/metrics"))
         for job in config["scrape_configs"]

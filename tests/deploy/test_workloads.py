@@ -114,10 +114,13 @@ def case(name: str, file: str, old: str, new: str, problem: str) -> Any:
         case("open-admin", f"{CHART}/networkpolicy.yaml", "[{ port: admin,", "[{ port: 8081,", "lets in"),
         case("no-https", f"{CHART}/networkpolicy.yaml", "port: 443", "port: 80", "lets out"),
         case(
+            "rules", f"{CHART}/monitoring.yaml", "rules/*.yml", "rules/a*.yml", "not what deploy/prometheus"
+        ),
+        case(
             "monitor",
             f"{CHART}/monitoring.yaml",
-            "port: admin, path",
-            "port: metrics, path",
+            "port: admin\n",
+            "port: metrics\n",
             "ServiceMonitor",
         ),
         case(
@@ -167,7 +170,7 @@ def test_mistake_in_the_chart(file: str, old: str, new: str, problem: str, tmp_p
             {"ingress": {"enabled": True, "host": "a.b"}}, "/ingress/tlsSecret", id="ingress-without-tls"
         ),
         pytest.param({"gateway": {"enabled": True, "host": "a.b"}}, "/gateway", id="gateway-without-tls"),
-        pytest.param({"prometheusRule": {"enabled": True}}, "/prometheusRule/groups", id="no-rules"),
+        pytest.param({"prometheusRule": {"source": "docs"}}, "/prometheusRule/source", id="no-address"),
         pytest.param({"networkPolicy": {"metricsFrom": []}}, "metricsFrom", id="admin-for-all"),
     ],
 )
