@@ -35,7 +35,7 @@ from proxy.edge.questions import Questions
 from proxy.files import OpenFiles, open_files
 from proxy.gate.connections import ConnectionSlots
 from proxy.logs import announce, configure
-from proxy.reload import CLIENTS, LOG, Following
+from proxy.reload import CLIENTS, LOG, RULES, Following, Rules
 from proxy.report import Parts, report
 from proxy.settings.sections import UNTOLD, Loaded, Settings
 from proxy.storage.servers import Servers
@@ -44,7 +44,7 @@ from proxy.system.activation import NONE, Handed
 from proxy.system.start import refuse_slow_parser
 from proxy.system.tls import Certificate, certificate
 from proxy.tasks.drain import DrainDeadline
-from proxy.tasks.flights import MOST_OF_ONE, Flights
+from proxy.tasks.flights import Flights
 from proxy.telemetry.aliases import Aliases
 from proxy.telemetry.incidents import Incidents
 from proxy.telemetry.metrics import Metrics
@@ -126,7 +126,7 @@ class App:
         When the drain begins, each request that waits gets a deadline for its answer, two seconds (or half)
         before the drain is over.
         """
-        settings = self._settings.server
+        settings = self._following.loaded.settings.server
         self._ready = False
         self._listener.draining = True
         announce(_LOG, "stopping")
@@ -214,7 +214,7 @@ class App:
             files.connections * _FETCHES_PER_CONNECTION,
             is_failure,
             monotonic=time.monotonic,
-            most_of_one=max(MOST_OF_ONE, settings.quota.per_minute),  # more could not be sent in time
+            most_of_one=options.flights_of_one(settings),
             watch=tracing.watch,
         )
         self._cleanup.push_async_callback(flights.close)
@@ -232,26 +232,23 @@ class App:
             drain=self._drain,
         )
         collections = frozenset(settings.cache.collections)
-        passthrough = None
-        if settings.passthrough.enabled:
-            passthrough = Passthrough(
-                tracing.gate(gate),
-                invalidator,
-                flights,
-                read_timeout_s=settings.server.header_timeout_s,
-                collections=collections,
-            )
+        passthrough = Passthrough(
+            tracing.gate(gate),
+            invalidator,
+            flights,
+            read_timeout_s=settings.server.header_timeout_s,
+            collections=collections,
+        )
         api = Api(
             readthrough,
-            passthrough,
+            passthrough if settings.passthrough.enabled else None,
             keyring,
             alias_of=self._aliases.of,
             clients=lambda: self._clients,
             observe=tracing.done(self._observers.request),
             collections=collections,
         )
-        if settings.memory.max_bytes:
-            self._go_on(renew(store, memory, settings.memory.max_age_s))
+        self._go_on(renew(store, memory))
         if not tracing.on:  # of what it answers there would be no spans
             self._fastpath = FastPath(
                 readthrough,
@@ -266,6 +263,9 @@ class App:
             )
         server, limits = plain_server(tracing.requests(api.respond)), options.listener_limits(settings, files)
         self._listener = Listener(server, limits, api.malformed, self._fastpath)
+        parts = (api, flights, gate, self._listener, memory, passthrough, readthrough, store, upstream)
+        rules = Rules(self._clock_scale, files.upstream, *parts)
+        self._following.part(RULES, rules.follow)
         status = report(
             self._metrics,
             self._observers.recent,
@@ -297,13 +297,12 @@ class App:
     async def _store(
         self, link: Servers, memory: Memory, keyring: Keyring, previous: Keyring | None
     ) -> Store:
-        fetch_s = options.longest_fetch_s(self._settings)
         store = Store(
             link,
             self._keys,
             keyring,
-            stamp_ttl_s=options.longest_use_s(self._settings) + fetch_s,
-            guard_s=fetch_s,
+            stamp_ttl_s=options.stamp_ttl_s(self._settings),
+            guard_s=options.longest_fetch_s(self._settings),
             observe=self._observers.store,
             tier=memory,
             previous=previous,

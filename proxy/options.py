@@ -37,6 +37,7 @@ from proxy.storage.sentinel import Primary, Sentinels
 from proxy.storage.servers import Servers
 from proxy.storage.slots import tag_in
 from proxy.storage.wire import Endpoint, Wire
+from proxy.tasks.flights import MOST_OF_ONE
 from proxy.upstream.client import UpstreamOptions
 
 _MINUTE_S: Final = 60.0
@@ -129,7 +130,7 @@ def unverified_limits(settings: Settings, clock_scale: float) -> QuotaLimits:
 
 
 def longest_call_s(settings: Settings) -> float:
-    """Give the longest that a call may take, its wait for a connection included."""
+    """Give the longest that a call may take, its wait for a connection included: as `rule` of the gate."""
     upstream = settings.upstream
     return settings.quota.max_wait_s + max(upstream.total_timeout_s, upstream.write_timeout_s)
 
@@ -226,6 +227,16 @@ def _redis_password(settings: Settings) -> str:
 def longest_fetch_s(settings: Settings) -> int:
     """Give the longest that a fetch may take, from its lookup to its entry in Redis."""
     return math.ceil(settings.upstream.total_timeout_s + settings.quota.max_wait_s) + _MARGIN_S
+
+
+def stamp_ttl_s(settings: Settings) -> int:
+    """Give for how long a stamp is kept: longer than any entry that is sealed with it."""
+    return longest_use_s(settings) + longest_fetch_s(settings)
+
+
+def flights_of_one(settings: Settings) -> int:
+    """Give how many fetches of one token may be in flight: more could not be sent in time."""
+    return max(MOST_OF_ONE, settings.quota.per_minute)
 
 
 def longest_use_s(settings: Settings) -> int:

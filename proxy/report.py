@@ -52,7 +52,7 @@ def report(
         pending_invalidations=lambda: store.pending_invalidations,
         upstream_breaker_open=lambda: gate.breaker_open,
         standings=gate.standings,
-        per_minute=configured.quota.per_minute,
+        per_minute=lambda: loaded().settings.quota.per_minute,
     )
 
     def machinery() -> Machinery:
@@ -71,8 +71,8 @@ def report(
         version=__version__,
         upstream_address=address_of(configured.upstream.base_url),
         store_address=address_of(configured.redis.url),
-        per_minute=configured.quota.per_minute,
-        memory_limit_bytes=configured.memory.max_bytes,
+        per_minute=lambda: loaded().settings.quota.per_minute,
+        memory_limit_bytes=lambda: loaded().settings.memory.max_bytes,
         bounds_s=BOUNDS_S,
         machinery=machinery,
         memory=lambda: (memory.size, len(memory)),

@@ -111,7 +111,7 @@ def metrics() -> Metrics:
         pending_invalidations=lambda: 7,
         upstream_breaker_open=lambda: False,
         standings=lambda: {"team-a": Standing(200, 4000, 0.0, 20_000), "other": Standing(0, 4999, 7.5, 5000)},
-        per_minute=250,
+        per_minute=lambda: 250,
     )
     return declared
 
@@ -470,7 +470,7 @@ def test_gauges_are_read_when_they_are_scraped() -> None:
         pending_invalidations=lambda: len(open_connections),
         upstream_breaker_open=lambda: bool(open_connections),
         standings=lambda: standings,
-        per_minute=250,
+        per_minute=lambda: 250,
     )
     assert values(metrics, "connections") == {}
     assert values(metrics, "upstream_breaker_open") == {}

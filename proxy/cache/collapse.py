@@ -50,7 +50,8 @@ class Collapser:
         self._gate = gate
         self._fetcher = fetcher
         self._memory = memory
-        self._total_timeout_s = total_timeout_s
+        self.total_timeout_s = total_timeout_s
+        """Another one counts from the next request on."""
         self._monotonic = monotonic
         self._drain = drain
         self._releasing: set[asyncio.Task[None]] = set()
@@ -70,7 +71,7 @@ class Collapser:
         wanted = call.directives
         if not call.target.cacheable or wanted.no_cache or wanted.no_store:
             return False
-        return wanted.max_age_s is None or wanted.max_age_s >= self._total_timeout_s
+        return wanted.max_age_s is None or wanted.max_age_s >= self.total_timeout_s
 
     # -- over all replicas ---------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class Collapser:
         replica may be waiting for the same quota.
         """
         now = self._monotonic()
-        last = due.began + STALE_PATIENCE_S if mode is HAS_FALLBACK else due.wait + self._total_timeout_s
+        last = due.began + STALE_PATIENCE_S if mode is HAS_FALLBACK else due.wait + self.total_timeout_s
         if now > min(last, self._drain.due):
             return UpstreamFailedElsewhere(
                 "another replica fetches this, and did not bring it in time; this one did not ask the API",

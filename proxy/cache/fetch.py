@@ -142,6 +142,10 @@ class Fetcher:
         self._monotonic = monotonic
         self._draw = draw
 
+    def rule(self, policy: Policy, *, total_timeout_s: float, max_wait_s: float) -> None:
+        """Fetch by other rules from the next fetch on."""
+        self._policy, self._total_timeout_s, self._max_wait_s = policy, total_timeout_s, max_wait_s
+
     def due(self) -> Due:
         """Give the deadlines of a fetch that begins now."""
         began = self._monotonic()
@@ -156,12 +160,12 @@ class Fetcher:
         `lookup` is what the store had: its entry is revalidated, if it has an entity tag. Without `due` the
         deadlines are those of a fetch that begins now.
         """
-        mark = self._memory.mark(call.key)
+        mark, policy = self._memory.mark(call.key), self._policy
         validated = lookup.entry
         validator = "" if validated is None else validated.validator
         try:
             answer = await self._ask(call, validator, mode, due or self.due())
-            verdict = self._policy.on_answer(
+            verdict = policy.on_answer(
                 answer,
                 call.target,
                 request_id=call.request_id,

@@ -71,7 +71,7 @@ class Memory:
         monotonic: Callable[[], float],
     ) -> None:
         self._max_bytes = max_bytes
-        self._max_age_s = max_age_s
+        self.max_age_s = max_age_s
         self._reachable = reachable
         self._monotonic = monotonic
         self._counts = InvalidationCounts()
@@ -84,6 +84,11 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def rule(self, max_bytes: int, max_age_s: float) -> None:
+        """Keep at most so much from now on, and what is kept next for so long."""
+        self._max_bytes, self.max_age_s = max_bytes, max_age_s
+        self._make_room(self._monotonic())
 
     # -- for requests --------------------------------------------------------------------------
 
@@ -125,7 +130,7 @@ class Memory:
         of a later call.
         """
         now = self._monotonic()
-        until = mark.began + self._max_age_s
+        until = mark.began + self.max_age_s
         old = self.get(key)
         if old is not None and old.called_at > entry.called_at:
             return

@@ -23,15 +23,15 @@ MOST = 1024
 
 _LOOKS = 8
 _SHORTEST_PAUSE_S = 0.1
+_OFF_PAUSE_S = 1.0
+"""Memory that is off may be turned on while the service runs."""
 
 
-async def renew(
-    store: Store, memory: Memory, max_age_s: float, clock: Callable[[], float] = time.time
-) -> None:
+async def renew(store: Store, memory: Memory, clock: Callable[[], float] = time.time) -> None:
     """Renew for ever. `clock` gives Unix seconds."""
-    ahead_s = max_age_s * AHEAD
     while True:
-        await asyncio.sleep(max(ahead_s / _LOOKS, _SHORTEST_PAUSE_S))
+        ahead_s = memory.max_age_s * AHEAD
+        await asyncio.sleep(max(ahead_s / _LOOKS, _SHORTEST_PAUSE_S) if ahead_s else _OFF_PAUSE_S)
         await renew_due(store, memory, ahead_s, clock)
 
 

@@ -21,6 +21,17 @@ class Admitted:
     probe: bool = False
     calls: int = 1
     """The number of calls that it counts as."""
+    call_s: float = 0.0
+    """The longest that it may take."""
+
+    @property
+    def asked_at(self) -> float:
+        """When it was admitted."""
+        return self.at - self.call_s
+
+    def waits_until(self, seconds: float) -> float:
+        """Say until when others wait for its answer, if that is `seconds` at most."""
+        return self.at - max(self.call_s - seconds, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from proxy.core.invalidation import Scope
 from proxy.core.operations import Operation
 from proxy.core.passthrough import PassthroughRequest, Streamed
 from proxy.core.policy import Answer
-from proxy.core.quota import Admitted, CallClass, Postponed
+from proxy.core.quota import Admitted, CallClass, Postponed, QuotaLimits
 from proxy.core.ratelimit import RateLimit
 from proxy.core.request import Call
 from proxy.core.resources import Key
@@ -185,6 +185,9 @@ class CommonLedger(Protocol):
 
     async def foresee(self, partition: Partition, call_class: CallClass, need: int) -> Postponed | None:
         """Ask when `need` calls will be admitted; None: now, or it cannot be asked."""
+
+    def rule(self, limits: QuotaLimits, call_s: float) -> None:
+        """Decide by other limits, and count calls of another longest time, from the next call on."""
 
     async def give_back(self, partition: Partition, admitted: Admitted) -> None:
         """Take back an admission whose call was not made."""

@@ -28,14 +28,7 @@ from proxy.core.admission import Admitted, Postponed
 from proxy.core.http import LONGEST_RETRY_AFTER_S
 from proxy.core.windows import CallClass, Count, QuotaLimits, Window
 
-__all__ = [
-    "Admitted",
-    "CallClass",
-    "Ledger",
-    "Postponed",
-    "QuotaLimits",
-    "Window",
-]
+__all__ = ["Admitted", "CallClass", "Ledger", "Postponed", "QuotaLimits", "Window"]
 
 PAUSES = 12
 """A token cools down for this part of a minute, 5 s, if a 429 does not say for how long. After 5 s, too, one
@@ -83,6 +76,14 @@ class Ledger:
         self._cool_until: float | None = None
         self._probe_until = 0.0
 
+    def rule(self, limits: QuotaLimits, call_s: float) -> None:
+        """Decide by other limits from the next call on; an hour's limit that the upstream told stays."""
+        minute = self._counts[0]
+        minute.window = minute.window._replace(limit=limits.per_minute)
+        if self.per_hour == self.limits.per_hour:
+            self._limit_hour(limits.per_hour)
+        self.limits, self._call_s = limits, call_s
+
     @property
     def per_hour(self) -> int:
         """The hour's limit: the one that the upstream reported last, before that the configured one."""
@@ -101,9 +102,9 @@ class Ledger:
         alone = self._goes_alone(now, call_class, calls)
         admitted = self.count(now, calls)
         if admitted.probe:
-            self._probe_until = self._probe_ends(admitted)
+            self._probe_until = admitted.waits_until(PROBE_S)
         elif alone:
-            self._alone_until = self._turn_ends(admitted)
+            self._alone_until = admitted.waits_until(TURN_S)
         return admitted
 
     def foresee(
@@ -166,14 +167,6 @@ class Ledger:
             return False
         return now - self._told_at > minute.window.bucket_s and call_class is not CallClass.REFRESH
 
-    def _turn_ends(self, admitted: Admitted) -> float:
-        """Say until when a serialized call holds the others back, if it is not answered."""
-        return admitted.at - max(self._call_s - TURN_S, 0.0)
-
-    def _probe_ends(self, admitted: Admitted) -> float:
-        """Say until when an admitted probe holds the others back, if it is not answered."""
-        return admitted.at - max(self._call_s - PROBE_S, 0.0)
-
     # -- what became of it -----------------------------------------------------------------------
 
     def count(self, now: float, calls: int = 1) -> Admitted:
@@ -182,15 +175,17 @@ class Ledger:
         at = now + self._call_s
         for count in self._counts:
             count.add(at, calls)
-        return Admitted(at, self.remaining(), self.per_hour, self._cool_until is not None, calls)
+        return Admitted(
+            at, self.remaining(), self.per_hour, self._cool_until is not None, calls, self._call_s
+        )
 
     def give_back(self, admitted: Admitted) -> None:
         """Take back an admission that was not used."""
         for count in self._counts:
             count.take(admitted.at, admitted.calls)
-        if self._alone_until == self._turn_ends(admitted):
+        if self._alone_until == admitted.waits_until(TURN_S):
             self._alone_until = 0.0
-        if self._probe_until == self._probe_ends(admitted):
+        if self._probe_until == admitted.waits_until(PROBE_S):
             self._probe_until = 0.0
 
     def settle(
@@ -210,10 +205,12 @@ class Ledger:
         self._forget(now)
         for count in self._counts:
             count.add(now, count.take(admitted.at, admitted.calls))
-        if admitted.probe and self._probe_until == self._probe_ends(admitted):  # else another 429 came since
+        if admitted.probe and self._probe_until == admitted.waits_until(
+            PROBE_S
+        ):  # else another 429 came since
             self._probe_until = 0.0 if answered else now + self._counts[0].window.length_s / PAUSES
             self._cool_until = None if answered else self._cool_until
-        if self._alone_until == self._turn_ends(admitted):
+        if self._alone_until == admitted.waits_until(TURN_S):
             self._alone_until = 0.0
         if limit_told is not None and self._is_credible(limit_told):
             self._limit_hour(limit_told)
@@ -223,7 +220,7 @@ class Ledger:
             self._fill(now)
         else:
             used_told = (limit_told or self.per_hour) - remaining_told
-            self._reconcile(now, used_told, admitted.at - self._call_s)
+            self._reconcile(now, used_told, admitted.asked_at)
 
     def cool(self, now: float, retry_after_s: float | None) -> None:
         """Stop all calls after a 429: as long as it says, or until a call can have left the minute.

@@ -93,7 +93,7 @@ class Api:
         collections: Collection[str] = (),
     ) -> None:
         self._readthrough = readthrough
-        self._passthrough = passthrough
+        self.passthrough = passthrough
         self._keyring = keyring
         self._alias_of = alias_of
         self._clients = clients
@@ -193,9 +193,10 @@ class Api:
     async def _pass_through(
         self, request: web.BaseRequest, target: ApiPath, record: _Record
     ) -> web.StreamResponse:
-        if self._passthrough is None and target.methods:
+        passthrough = self.passthrough
+        if passthrough is None and target.methods:
             raise MethodNotAllowed(", ".join(target.methods), "while passthrough.enabled is off")
-        if self._passthrough is None:
+        if passthrough is None:
             raise NotProxied(
                 "this proxy serves /v2/snapshots only, since passthrough.enabled is off;"
                 " send this request to the API itself"
@@ -204,7 +205,7 @@ class Api:
         checked = passthrough_target(target.path, target.query)
         caller = self._caller(request, record)
         _connection(request).reading_ended()  # a body has deadlines of its own: it may be long
-        return await self._passthrough.forward(
+        return await passthrough.forward(
             request,
             PassthroughRequest(
                 method=request.method,

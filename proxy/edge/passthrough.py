@@ -69,7 +69,7 @@ class Passthrough:
         self._gate = gate
         self._invalidator = invalidator
         self._flights = flights
-        self._read_timeout_s = read_timeout_s
+        self.read_timeout_s = read_timeout_s
         self._collections = collections
 
     async def forward(self, request: web.BaseRequest, forwarded: PassthroughRequest) -> web.StreamResponse:
@@ -154,7 +154,7 @@ class Passthrough:
             raise
 
     def _body_of(self, request: web.BaseRequest) -> "_Body | None":
-        return _Body(request, self._read_timeout_s) if request.body_exists else None
+        return _Body(request, self.read_timeout_s) if request.body_exists else None
 
     async def _invalidate_after(
         self, status: int, forwarded: PassthroughRequest, body: "_Body | None"

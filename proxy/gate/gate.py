@@ -84,6 +84,21 @@ class UpstreamGate:
         self._breakers: defaultdict[Route, Breaker] = defaultdict(Breaker)
         """One for each route: slow lists say nothing about single reads."""
 
+    def rule(
+        self,
+        limits: QuotaLimits,
+        unverified: QuotaLimits,
+        *,
+        max_wait_s: float,
+        total_timeout_s: float,
+        write_timeout_s: float,
+    ) -> None:
+        """Decide by other limits from the next call on; a call that was admitted keeps its deadline."""
+        self._limits, self._max_wait_s = limits, max_wait_s
+        self._total_timeout_s, self._write_timeout_s = total_timeout_s, write_timeout_s
+        self._accounts.rule(limits, max_wait_s + max(total_timeout_s, write_timeout_s))
+        self._unverified.rule(unverified, 0.0)
+
     @property
     def breakers_open(self) -> tuple[Route, ...]:
         """Give the routes on which the upstream fails so often that it is only probed there."""

@@ -100,6 +100,13 @@ class Accounts:
         self._clock = clock
         self._owns: OrderedDict[Partition, _Own] = OrderedDict()
 
+    def rule(self, limits: QuotaLimits, call_s: float) -> None:
+        """Decide by other limits, and count calls of another longest time, from the next call on."""
+        self._limits, self._call_s = limits, call_s
+        self._common.rule(limits, call_s)
+        for own in self._owns.values():
+            own.ledger.rule(limits, call_s)
+
     async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Permit | Postponed:
         """Ask for one call. A Postponed `operation` cools down by itself: other calls of the token do not."""
         own = self._own(account)

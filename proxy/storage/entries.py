@@ -60,7 +60,7 @@ class Entries:
         self._keys = keys
         self._keyring = keyring
         self._pending = pending
-        self._stamp_ttl_s = stamp_ttl_s
+        self.stamp_ttl_s = stamp_ttl_s
         self._observe = observe
         self._clock = clock
 
@@ -152,7 +152,7 @@ class Entries:
         try:
             ids = [self._keys.snapshot(name) for name in keys]
             make: list[Command] = [
-                ("SET", name, new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in ids
+                ("SET", name, new_stamp(name), "NX", "EX", self.stamp_ttl_s) for name in ids
             ]
             read: list[Command] = [("GET", name) for name in ids]
             again = await self._link.ask_in_turn([*make, *read], [("GET", name) for name in list_keys.stamps])
@@ -197,7 +197,7 @@ class Entries:
         own = key.resource.depends_on.index("snapshot")
         name = keys.stamps[own]
         proposal = new_stamp(name)
-        commands[own + 1] = ("SET", name, proposal, "NX", "GET", "EX", self._stamp_ttl_s)
+        commands[own + 1] = ("SET", name, proposal, "NX", "GET", "EX", self.stamp_ttl_s)
         return _Reading(keys, commands, own, proposal)
 
     def _looked(self, reading: "_Reading", replies: "asyncio.Future[list[Any]]") -> Lookup | None:
@@ -245,7 +245,7 @@ class Entries:
         stamps = dict(found.stamps)
         missing = [name for name in names if name not in stamps]
         commands: list[Command] = [("DEL", name) for name in found.corrupt]
-        commands += [("SET", name, new_stamp(name), "NX", "EX", self._stamp_ttl_s) for name in missing]
+        commands += [("SET", name, new_stamp(name), "NX", "EX", self.stamp_ttl_s) for name in missing]
         commands += [("GET", name) for name in missing]  # another replica may have made it first
         made = await self._link.ask(*commands)
         for name, value in zip(missing, made[len(commands) - len(missing) :], strict=True):
@@ -267,7 +267,7 @@ class Entries:
 
     def _prolong(self, stamps: Sequence[bytes]) -> list[Command]:
         """Make stamps outlive the entries that now depend on them."""
-        return [("EXPIRE", name, self._stamp_ttl_s, "GT") for name in stamps]
+        return [("EXPIRE", name, self.stamp_ttl_s, "GT") for name in stamps]
 
 
 class _Reading(NamedTuple):

@@ -193,7 +193,7 @@ class Invalidations:
         self._keyring = keyring
         self._pending = pending
         self._channel = channel
-        self._guard_s = guard_s
+        self.guard_s = guard_s
         self._observe = observe
         self._clock = clock
 
@@ -261,7 +261,7 @@ class Invalidations:
         return [
             ("DEL", self._keys.lists_of(key.partition)),
             ("DEL", name),  # a Redis that is full deletes, though it does not set
-            ("SET", name, value, "EX", self._guard_s),
+            ("SET", name, value, "EX", self.guard_s),
         ]
 
     def _refuse(self, partition: Partition, refusal: Entry) -> Command:

@@ -59,7 +59,7 @@ class Leases:
         self._link = link
         self._keys = keys
         self._keyring = keyring
-        self._guard_s = guard_s
+        self.guard_s = guard_s
         self._observe = observe
         self._clock = clock
 
@@ -82,7 +82,7 @@ class Leases:
                 ("SET", name, owner, "NX", "PX", LEASE_MS),
                 ("GET", name),
                 ("PTTL", name),
-                ("EXPIRE", entry, self._guard_s, "GT"),
+                ("EXPIRE", entry, self.guard_s, "GT"),
                 ("GETRANGE", entry, 0, SEEN_BYTES - 1),
             )
             refuse_error(taken)

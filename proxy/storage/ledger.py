@@ -70,13 +70,17 @@ class RedisLedger:
     ) -> None:
         self._link = link
         self._keys = keys
-        self._limits = limits
         self._observe = observe
-        self._rule = (
-            repr(call_s),
-            *(str(part) for window in limits.windows for part in window[1:]),
-        )
-        """The arguments of every question: the longest time of a call, and both windows."""
+        self._call_s: float
+        self._windows: tuple[str, ...]
+        """Both windows, as arguments of every question."""
+        self._shares: dict[CallClass, tuple[float, float]]
+        self.rule(limits, call_s)
+
+    def rule(self, limits: QuotaLimits, call_s: float) -> None:
+        """Decide by other limits, and count calls of another longest time, from the next call on."""
+        self._call_s = call_s
+        self._windows = tuple(str(part) for window in limits.windows for part in window[1:])
         self._shares = {each: shares(each, limits.reserve) for each in CallClass}
 
     async def admit(
@@ -88,9 +92,10 @@ class RedisLedger:
         now: float | None = None,
     ) -> Admission | Postponed | None:
         """Ask for one call, of an operation that may have a cool-down of its own."""
+        call_s = self._call_s
         match await self._admit("admit", partition, call_class, 1, now=now, operation=operation):
             case [1, at, minute, hour, probe, known, born, per_hour]:
-                admitted = Admitted(float(at), (minute, hour), per_hour, bool(probe))
+                admitted = Admitted(float(at), (minute, hour), per_hour, bool(probe), call_s=call_s)
                 return Admission(admitted, bool(known), born.decode())
             case [0, wait_s, window, minute, hour, per_hour]:
                 return Postponed(float(wait_s), window.decode(), (minute, hour), per_hour)
@@ -109,7 +114,7 @@ class RedisLedger:
 
     async def give_back(self, partition: Partition, admitted: Admitted, *, now: float | None = None) -> None:
         """Take back an admission that was not used."""
-        await self._ask("give back", partition, now, repr(admitted.at))
+        await self._ask("give back", partition, now, repr(admitted.at), call_s=admitted.call_s)
 
     async def settle(
         self,
@@ -138,6 +143,7 @@ class RedisLedger:
             "" if known is None else int(known),
             "" if limit_told is None else limit_told,
             repr(self._shares[CallClass.MISS][0]),
+            call_s=admitted.call_s,
         )
 
     async def cool(
@@ -188,7 +194,9 @@ class RedisLedger:
         now: float | None,
         *arguments: str | int,
         operation: str = "",
+        call_s: float | None = None,
     ) -> Any:
+        """Ask the script. A call that was admitted before keeps its own `call_s`."""
         replies = await self._run(
             _LEDGER.call(
                 [
@@ -200,7 +208,8 @@ class RedisLedger:
                 ],
                 question,
                 "" if now is None else repr(now),
-                *self._rule,
+                repr(self._call_s if call_s is None else call_s),
+                *self._windows,
                 *arguments,
             )
         )

@@ -73,11 +73,11 @@ class Store:
                 monotonic=monotonic,
             )
             self._heartbeat.conversation = conversation
-        entries = Entries(
+        entries = self._entries = Entries(
             link, keys, keyring, self._pending, stamp_ttl_s=stamp_ttl_s, observe=observe, clock=clock
         )
-        leases = Leases(link, keys, keyring, guard_s=guard_s, observe=observe, clock=clock)
-        invalidations = Invalidations(
+        leases = self._leases = Leases(link, keys, keyring, guard_s=guard_s, observe=observe, clock=clock)
+        invalidations = self._invalidations = Invalidations(
             link, keys, keyring, self._pending, self._channel, guard_s=guard_s, observe=observe, clock=clock
         )
         self.lookup = entries.lookup
@@ -88,6 +88,12 @@ class Store:
         self.renew = leases.renew
         self.release = leases.release
         self.invalidate = invalidations.invalidate
+
+    def outlast(self, *, stamp_ttl_s: int, guard_s: int) -> None:
+        """Keep stamps and guards for longer from now on, never shorter: what began before depends on them."""
+        self._entries.stamp_ttl_s = max(self._entries.stamp_ttl_s, stamp_ttl_s)
+        for each in (self._leases, self._invalidations):
+            each.guard_s = max(each.guard_s, guard_s)
 
     @property
     def replicas(self) -> int:

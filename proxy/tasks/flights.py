@@ -168,7 +168,7 @@ class Flights(Generic[T]):
         watch: Watch | None = None,
     ) -> None:
         self._most = most
-        self._most_of_one = most_of_one
+        self.most_of_one = most_of_one
         self._is_failure = is_failure
         self._monotonic = monotonic
         self._watch = watch
@@ -215,7 +215,7 @@ class Flights(Generic[T]):
     def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]], *, awaited: bool = True) -> _Flight[U]:
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; the API was not asked for this")
-        if self._owned[owner] >= self._most_of_one:
+        if self._owned[owner] >= self.most_of_one:
             raise Overloaded("too many requests of this token wait for the API; it was not asked for this")
 
         flight: _Flight[U] = _Flight()

@@ -161,7 +161,7 @@ class Metrics:
         self,
         standings: Callable[[], Mapping[str, Standing]],
         *,
-        per_minute: int,
+        per_minute: Callable[[], int],
         **gauges: Callable[[], float],
     ) -> None:
         """Set the functions that a scrape reads: each gauge of `_WATCHED`, and what callers have left.

@@ -15,14 +15,14 @@ class Quotas(Collector):
 
     def __init__(self) -> None:
         self._standings: Callable[[], Mapping[str, Standing]] = dict
-        self._per_minute = 0
+        self._per_minute: Callable[[], int] = int
         self.callers: dict[str, None] = {}
 
     def expect(self, caller: str) -> None:
         """Show a cool-down of 0 s for a caller that has not made a call yet."""
         self.callers[caller] = None
 
-    def watch(self, standings: Callable[[], Mapping[str, Standing]], per_minute: int) -> None:
+    def watch(self, standings: Callable[[], Mapping[str, Standing]], per_minute: Callable[[], int]) -> None:
         """Set what is read at a scrape, and the limit of the minute."""
         self._standings = standings
         self._per_minute = per_minute
@@ -47,7 +47,7 @@ class Quotas(Collector):
                 cooldown.add_metric((caller,), 0)
         for caller, standing in standings.items():
             for window, left, most in (
-                ("minute", standing.minute, self._per_minute),
+                ("minute", standing.minute, self._per_minute()),
                 ("hour", standing.hour, standing.per_hour),
             ):
                 limit.add_metric((caller, window), most)

@@ -27,8 +27,8 @@ class Sources:
     version: str
     upstream_address: str
     store_address: str
-    per_minute: int
-    memory_limit_bytes: int
+    per_minute: Callable[[], int]
+    memory_limit_bytes: Callable[[], int]
     bounds_s: tuple[float, ...]
     """The bounds of the histogram that latencies are read from."""
     machinery: Callable[[], Machinery]
@@ -123,7 +123,7 @@ class Status:
             "max_connections": machinery.max_connections,
             "flights": self._sources.flights(),
             "memory_bytes": memory_bytes,
-            "memory_max_bytes": self._sources.memory_limit_bytes,
+            "memory_max_bytes": self._sources.memory_limit_bytes(),
             "memory_entries": entries,
         }
 
@@ -141,7 +141,7 @@ class Status:
             yield {
                 "caller": caller,
                 "minute_left": None if standing is None else standing.minute,
-                "minute_limit": self._sources.per_minute,
+                "minute_limit": self._sources.per_minute(),
                 "hour_left": None if standing is None else standing.hour,
                 "hour_limit": None if standing is None else standing.per_hour,
                 "cooldown_s": 0.0 if standing is None else round(standing.cooldown_s, 1),

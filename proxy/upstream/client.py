@@ -98,6 +98,12 @@ class Upstream:
         around = (*middlewares, _say_once)
         self._over_kept, self._over_new = _session(self._kept, around), _session(self._new, around)
 
+    def rule(self, options: UpstreamOptions) -> None:
+        """Follow the times and the size in `options` from the next call on; nothing else may differ."""
+        self._options = options
+        for pool in (self._kept, self._new):
+            pool.connect_timeout_s = options.connect_timeout_s
+
     async def close(self) -> None:
         """Close all connections."""
         await self._over_kept.close()

@@ -80,7 +80,7 @@ class Pool(aiohttp.TCPConnector):
         super().__init__(limit=limit, ssl=context, force_close=not keeps)
         make: Callable[..., ResponseHandler] = _Protocol
         self._factory = partial(make, loop=self._loop)
-        self._connect_timeout_s = connect_timeout_s
+        self.connect_timeout_s = connect_timeout_s
         self._freed: WeakKeyDictionary[ResponseHandler, float] = WeakKeyDictionary()
         """When each connection was last given back, in monotonic seconds."""
         self._stale_until = 0.0
@@ -97,7 +97,7 @@ class Pool(aiohttp.TCPConnector):
     ) -> Connection:
         """Give a connection for one request. Raises UpstreamUnreachable: then the request was not sent."""
         try:
-            async with ListeningTimeout(self._connect_timeout_s):
+            async with ListeningTimeout(self.connect_timeout_s):
                 connection = await self._usable(req, traces, timeout)
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise self._unreachable(error) from None
@@ -138,7 +138,7 @@ class Pool(aiohttp.TCPConnector):
         if words := openssl_words(error):
             why = f"{why}: {words}"
         elif isinstance(error, TimeoutError):
-            why = f"{why} within {self._connect_timeout_s:g} s (upstream.connect_timeout_s)"
+            why = f"{why} within {self.connect_timeout_s:g} s (upstream.connect_timeout_s)"
         return UpstreamUnreachable(f"the upstream cannot be reached: {why}", proxy_error=proxy_error)
 
 

@@ -658,7 +658,7 @@ def test_doubts(told_at_s: float, lately: int) -> None:
     left = ledger.standing(now)[0]
     ledger.doubt()
     assert admitted(ledger, now, REFRESH) == 1
-    ledger.settle(Admitted(now + CALL_S, (0, 0), 5000), now, 4998 - 120)
+    ledger.settle(Admitted(now + CALL_S, (0, 0), 5000, call_s=CALL_S), now, 4998 - 120)
     assert ledger.remaining() == (left - 1 - lately, 4998 - 120)
     assert admitted(ledger, now) == 100
     assert admitted(ledger, now) == 237 - (250 - left) - 121 - 100 + (lately < 120)
@@ -677,6 +677,56 @@ def test_a_call_shorter_than_a_turn_is_all_of_it() -> None:
     ledger = Ledger(LIMITS, call_s=1.0)
     assert isinstance(ledger.admit(NOON, MISS), Admitted)
     assert ledger.admit(NOON, MISS) == Postponed(1.0, "turn")
+
+
+@pytest.mark.parametrize(
+    ("told_hour", "rule", "left"),
+    [
+        pytest.param(None, QuotaLimits(20, 80, 0.2), (19, 79), id="raised"),
+        pytest.param(None, QuotaLimits(5, 30, 0.2), (4, 29), id="lowered"),
+        pytest.param(None, QuotaLimits(1, 1, 0.2), (0, 0), id="below-what-was-called"),
+        pytest.param(60, QuotaLimits(20, 80, 0.2), (19, 59), id="the-hour-was-told"),
+    ],
+)
+def test_other_limits(told_hour: int | None, rule: QuotaLimits, left: tuple[int, int]) -> None:
+    """What was called counts on; the hour's limit that the upstream told is better than a setting."""
+    ledger = Ledger(LIMITS, call_s=CALL_S)
+    call = ledger.admit(NOON, WRITE)
+    assert isinstance(call, Admitted)
+    ledger.settle(call, NOON, (told_hour or 40) - 1, limit_told=told_hour)
+    ledger.rule(rule, CALL_S)
+    assert ledger.standing(NOON)[:2] == left
+    assert spend(ledger, NOON) == min(left)
+
+
+def test_another_reserve() -> None:
+    """It counts for the next call."""
+    ledger = told()
+    ledger.rule(QuotaLimits(10, 40, 0.5), CALL_S)
+    assert spend(ledger, NOON, MISS) == 4
+
+
+@pytest.mark.parametrize("call_s", [1.0, 30.0])
+def test_a_call_keeps_the_time_that_it_was_admitted_with(call_s: float) -> None:
+    """Its answer ends its turn, and its probe, though calls may last shorter or longer by now."""
+    ledger = Ledger(LIMITS, call_s=CALL_S)
+    alone = ledger.admit(NOON, MISS)
+    assert isinstance(alone, Admitted)
+    ledger.rule(LIMITS, call_s)
+    assert isinstance(ledger.admit(NOON, MISS), Postponed)
+    ledger.settle(alone, NOON + 0.5, 39)
+    assert ledger.foresee(NOON + 0.5, MISS) is None
+    ledger.rule(LIMITS, CALL_S)
+    ledger.cool(NOON + 1, 30)
+    probe = ledger.admit(NOON + 70, MISS)
+    assert isinstance(probe, Admitted)
+    ledger.rule(LIMITS, call_s)
+    assert isinstance(ledger.admit(NOON + 70, MISS), Postponed)
+    ledger.settle(probe, NOON + 71, 38)
+    assert ledger.foresee(NOON + 71, MISS) is None
+    last = ledger.admit(NOON + 72, MISS)
+    assert isinstance(last, Admitted)
+    assert (last.asked_at, last.at) == (NOON + 72, NOON + 72 + call_s)
 
 
 def test_following_another_ledger() -> None:

@@ -6,19 +6,37 @@ import os
 import re
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import trustme
-from kit.support import DROPLET_PATH, Serve, bearer, scrape, total, until
+from kit.support import (
+    DEADLINE_S,
+    DROPLET_PATH,
+    PATIENT,
+    Serve,
+    Valkey,
+    bearer,
+    nothing_uncaught,
+    scrape,
+    total,
+    until,
+    write_secret,
+)
+from redis.asyncio import Redis
 
+from proxy.app import Addresses, App
 from proxy.reload import IN_FLIGHT
-from proxy.simulator import Simulator, Token
+from proxy.settings.load import load
+from proxy.settings.sections import Loaded
+from proxy.simulator import VOLUME_SNAPSHOT_ID, Simulator, Token
 
 OPERATING = Path(__file__).parents[2] / "docs/operating.md"
+VOLUME_PATH = f"/v2/snapshots/{VOLUME_SNAPSHOT_ID}"
 RECENT_NS = 2_000_000_000_000_000_000
 
 
@@ -123,22 +141,209 @@ async def test_clients_change(
 
 def test_the_list_of_what_changes_in_flight_is_true() -> None:
     """`docs/operating.md` names the same settings as the program."""
-    (line,) = re.findall(r"^\| SIGHUP \|.*$", OPERATING.read_text(), re.MULTILINE)
-    assert {*re.findall(r"`([a-z]+\.[a-z_]+)`", line.partition("change at once")[0])} == IN_FLIGHT
+    section = OPERATING.read_text().partition("\n### Settings that follow SIGHUP\n")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| `.*?\|", section, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([a-z]+\.[a-z_]+)`", row)]
+    assert sorted(named) == sorted(IN_FLIGHT)
 
 
 async def test_what_needs_a_restart_is_named(upstream: str, tmp_path: Path) -> None:
     """With the strength of the sources as at the start: --set wins over the file."""
     async with Reloaded(tmp_path, upstream, "cache.negative_s=3") as service:
-        service.file.write_text("[cache]\nfresh_s = 5\nnegative_s = 4\n[server]\nmax_connections = 7\n")
-        for _ in range(2):
+        service.file.write_text(
+            "[cache]\nfresh_s = 5\nnegative_s = 4\n[server]\nmax_connections = 7\n"
+            "[redis]\ntimeout_s = 0.5\nconnect_timeout_s = 1\n"
+        )
+        waits = ["server.max_connections", "redis.connect_timeout_s"]  # redis.timeout_s is a --set
+        for changed in (["cache.fresh_s"], []):
             line = await service.hang_up()
             assert line["level"] == "info"
-            assert line["needs_restart"] == ["server.max_connections", "cache.fresh_s"]
-        named = [line["setting"] for line in service.said("needs-restart")]
-        assert named == 2 * ["server.max_connections", "cache.fresh_s"]
+            assert (line["changed"], line["needs_restart"]) == (changed, waits)
+        assert [line["setting"] for line in service.said("needs-restart")] == 2 * waits
         service.file.write_text("")
-        assert (await service.hang_up())["needs_restart"] == []
+        line = await service.hang_up()
+        assert (line["changed"], line["needs_restart"]) == (["cache.fresh_s"], [])
+
+
+class Live:
+    """A service in this process, that is given other settings while it runs; `--set` has them all."""
+
+    def __init__(self, app: App, settings: Sequence[str]) -> None:
+        self._app = app
+        self._settings = settings
+        self.at: Addresses
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, *settings: str) -> AsyncIterator["Live"]:
+        """Run it."""
+        always = ("server.port=0", "admin.port=0", "server.lame_duck_s=0", *PATIENT, *settings)
+        live = cls(App(loaded(*always).settings), always)
+        async with nothing_uncaught():
+            live.at = await live._app.start()
+            try:
+                yield live
+            finally:
+                await live._app.stop(lame_duck=True)
+
+    def follow(self, *settings: str) -> None:
+        """Reload with other values for some settings."""
+        self._app.reload(loaded(*self._settings, *settings))
+
+
+def loaded(*overrides: str) -> Loaded:
+    """Load settings, the last one of a name counts."""
+    given = dict(override.split("=", 1) for override in overrides)
+    return load(config_file=None, overrides=[f"{name}={value}" for name, value in given.items()], environ={})
+
+
+async def status_of(client: aiohttp.ClientSession, url: str, token: Token, **headers: str) -> int:
+    """Ask, and give the status."""
+    async with client.get(url, headers=bearer(token.value) | headers) as response:
+        await response.read()
+        return response.status
+
+
+async def test_lifetimes_change(upstream: str, client: aiohttp.ClientSession, token: Token) -> None:
+    """From the next fetch on; what is stored keeps those that it was stored with."""
+
+    async def max_age(path: str) -> str:
+        async with client.get(service.at.api + path, headers=bearer(token.value)) as response:
+            return response.headers["Cache-Control"].rpartition("=")[2]
+
+    async with Live.running(upstream, "cache.jitter=0") as service:
+        assert await max_age(DROPLET_PATH) == "60"
+        service.follow("cache.fresh_s=7", "cache.list_fresh_s=6", "cache.negative_s=5")
+        assert await max_age(DROPLET_PATH) == "60"
+        assert await max_age(VOLUME_PATH) == "7"
+        assert await max_age("/v2/snapshots") == "6"
+        assert await max_age("/v2/snapshots/999999") == "5"
+
+
+async def test_stamps_outlast_longer_lifetimes(
+    upstream: str, valkey: Valkey, client: aiohttp.ClientSession, token: Token, tmp_path: Path
+) -> None:
+    """A stamp that expired before its entries would end them; a shorter lifetime shortens no stamp."""
+    settings = (upstream, f"redis.url={valkey.url}", f"security.secret_file={write_secret(tmp_path)}")
+    async with Live.running(*settings) as service, Redis.from_url(valkey.url) as redis:
+        for change, longest_s in (
+            ("cache.stale_if_error_s=90000", 90_000),
+            ("cache.stale_if_error_s=1", 90_000),
+        ):
+            service.follow(change)
+            assert await status_of(client, service.at.api + DROPLET_PATH, token) == 200
+            assert await status_of(client, f"{service.at.api}/v2/snapshots?page=2", token) == 200
+            stamps = await redis.keys("snapshot-proxy:1:*gen") + await redis.keys("snapshot-proxy:1:all")
+            assert len(stamps) >= 2
+            for stamp in stamps:
+                assert await redis.ttl(stamp) > longest_s
+
+
+async def test_the_quota_changes(upstream: str, client: aiohttp.ClientSession, token: Token) -> None:
+    """A lower one counts the calls that were made; metrics and status page show it."""
+    no_wait = ("quota.max_wait_s=0", "cache.negative_s=0")
+    async with Live.running(upstream, *no_wait) as service:
+
+        async def minute_limit() -> tuple[float, float]:
+            metrics = await scrape(service.at.admin)
+            async with client.get(service.at.admin + "/status") as response:
+                (row,) = [each for each in (await response.json())["quotas"] if each["caller"] == "other"]
+            return total(metrics, "snapshot_proxy_quota_limit", window="minute"), row["minute_limit"]
+
+        async def asked(*numbers: int) -> list[int]:
+            """Ask for snapshots that are not there; a refusal would be shared by who asks for the same."""
+            return [
+                await status_of(client, f"{service.at.api}/v2/snapshots/99{number}", token)
+                for number in numbers
+            ]
+
+        assert await asked(1, 2, 3) == [404, 404, 404]
+        service.follow("quota.per_minute=4", "quota.reserve=0")
+        assert await minute_limit() == (4, 4)
+        assert await asked(4, 5) == [404, 429]
+        service.follow("quota.per_minute=5", "quota.reserve=0")
+        assert await asked(6, 7) == [404, 429]
+        service.follow()
+        assert await minute_limit() == (250, 250)
+        assert await asked(8) == [404]
+
+
+async def test_the_quota_of_unknown_tokens_changes(
+    upstream: str, simulator: Simulator, client: aiohttp.ClientSession
+) -> None:
+    """It is one for all of them."""
+    async with Live.running(upstream) as service:
+        service.follow("quota.unknown_per_minute=1")
+        tokens = [simulator.world.token(label=f"t{number}") for number in range(2)]
+        assert [await status_of(client, service.at.api + DROPLET_PATH, token) for token in tokens] == [
+            200,
+            503,
+        ]
+
+
+async def test_timeouts_change(
+    upstream: str, simulator: Simulator, client: aiohttp.ClientSession, token: Token
+) -> None:
+    """A request in flight keeps its deadline, the next one has the new one."""
+    other = simulator.world.token(label="other")
+    async with Live.running(upstream) as service:
+        for each in (token, other):
+            await status_of(client, service.at.api + VOLUME_PATH, each)
+        async with simulator.hold() as gate:
+            before = asyncio.create_task(status_of(client, service.at.api + DROPLET_PATH, token))
+            await gate.arrived()
+            service.follow("upstream.total_timeout_s=0.2")
+            assert await status_of(client, service.at.api + DROPLET_PATH, other) == 504
+            assert not before.done()
+            gate.release()
+            assert await before == 200
+
+
+async def test_passthrough_changes(upstream: str, client: aiohttp.ClientSession, token: Token) -> None:
+    """On, off, and on again."""
+    async with Live.running(upstream) as service:
+        for value, status in (("false", 421), ("true", 200), ("false", 421)):
+            service.follow(f"passthrough.enabled={value}")
+            assert await status_of(client, service.at.api + "/v2/account", token) == status
+
+
+async def test_connections_deadlines_change(upstream: str) -> None:
+    """A new connection has the new ones."""
+    async with Live.running(upstream) as service:
+        service.follow("server.idle_timeout_s=0.1", "server.header_timeout_s=0.2")
+        host, _, port = service.at.api.removeprefix("http://").partition(":")
+        for sent in (b"", b"GET / HT"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            async with asyncio.timeout(DEADLINE_S):
+                await reader.read()
+            writer.close()
+
+
+async def test_memory_changes(upstream: str, client: aiohttp.ClientSession, token: Token) -> None:
+    """Off it holds nothing at once, and on it fills again."""
+
+    async def is_kept() -> bool:
+        assert await status_of(client, service.at.api + DROPLET_PATH, token) == 200
+        return (await scrape(service.at.admin))["snapshot_proxy_memory_entries"] > 0
+
+    async with Live.running(upstream, "memory.max_bytes=67108864") as service:
+        for size, kept in ((67_108_864, True), (0, False), (1_000_000, True)):
+            service.follow(f"memory.max_bytes={size}")
+            async with asyncio.timeout(DEADLINE_S):
+                while await is_kept() is not kept:  # a replica that starts has to hear its own beat first
+                    assert kept
+
+
+async def test_the_stop_changes(upstream: str, tmp_path: Path) -> None:
+    """It is as the last configuration says."""
+    async with Reloaded(tmp_path, upstream) as service:
+        service.file.write_text("[server]\nlame_duck_s = 60\ndrain_s = 60\n")
+        await service.hang_up()
+        service.file.write_text("[server]\nlame_duck_s = 0\ndrain_s = 1\n")
+        assert (await service.hang_up())["changed"] == ["server.lame_duck_s", "server.drain_s"]
+        async with asyncio.timeout(DEADLINE_S):
+            assert await service.stop(signal.SIGTERM) == 0
 
 
 async def test_aliases_are_read_though_the_time_stands_still(

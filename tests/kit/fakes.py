@@ -53,6 +53,12 @@ class FakeLedger:
     _births: count = field(default_factory=count)
     _born: int = 0
 
+    def rule(self, limits: QuotaLimits, call_s: float) -> None:
+        """Decide by other limits from the next call on."""
+        self.limits, self.call_s = limits, call_s
+        for ledger in self._ledgers.values():
+            ledger.rule(limits, call_s)
+
     def lose(self) -> None:
         """Forget everything."""
         self._ledgers.clear()

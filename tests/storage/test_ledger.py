@@ -4,6 +4,7 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -369,6 +370,23 @@ async def test_a_ledger_that_was_lost_is_another_one(valkey: Valkey, links: list
     assert after.born != before.born
     assert after.admitted.remaining == (5, 19)
     assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Postponed)
+
+
+async def test_other_limits(links: list[Link]) -> None:
+    """They count from the next call on; one that was admitted before is settled by its own longest time."""
+    mine = ledger(links[0])
+    alone = await mine.admit(SOMEBODY, CallClass.MISS)
+    assert isinstance(alone, Admission)
+    mine.rule(replace(LIMITS, per_minute=3), CALL_S * 5)
+    assert isinstance(await mine.admit(SOMEBODY, CallClass.MISS), Postponed)
+    await mine.settle(SOMEBODY, alone.admitted, 19, answered=True, known=True)
+    second = await mine.admit(SOMEBODY, CallClass.WRITE)
+    assert isinstance(second, Admission)
+    assert second.admitted.remaining[0] == 1
+    assert second.admitted.at - alone.admitted.at > CALL_S * 3
+    await mine.give_back(SOMEBODY, second.admitted)
+    assert await mine.foresee(SOMEBODY, CallClass.WRITE, 2) is None
+    assert isinstance(await mine.foresee(SOMEBODY, CallClass.WRITE, 3), Postponed)
 
 
 async def test_without_redis_nothing_is_known(valkey: Valkey, links: list[Link]) -> None:
