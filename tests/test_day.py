@@ -4,14 +4,17 @@ import asyncio
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks.day import others
 from benchmarks.day.api import SINGLE_S, Meter
 from benchmarks.day.clock import VirtualLoop
 from benchmarks.day.fleet import HOUR_S, Day, Fleet, Poller, Readers
-from benchmarks.day.run import SYSTEMS, Outcome, run
+from benchmarks.day.run import SYSTEMS, Make, Outcome, run
 from benchmarks.day.systems import Ours, Plain
 from proxy.core.quota import CallClass, QuotaLimits
 from proxy.settings.sections import Settings
@@ -42,6 +45,21 @@ def test_all_systems_get_the_same_requests_and_each_has_one_outcome() -> None:
         assert sum(each.day.ages.values()) == each.day.answered
         assert 0 < each.day.calls <= requests
     assert outcomes["snapshot-proxy"].day.calls < outcomes["plain cache"].day.calls
+
+
+def test_documents_are_read_too() -> None:
+    """Cached by configuration, they cost fewer calls; passed through, each read is one."""
+    fleet = replace(others.team(), hours=1)
+    day = others.day_of(fleet)
+    systems: dict[str, Make] = {
+        "passed through": partial(Ours, settings=others.WITH, documents=False),
+        "cached": partial(Ours, settings=others.WITH),
+    }
+    passed, cached = run(fleet, day, systems=systems).values()
+    of_documents = sum(place > others.SNAPSHOTS for _, _, place, _ in day.hour(0))
+    assert passed.day.answered == cached.day.answered == day.requests()
+    assert of_documents < passed.day.calls < day.requests()
+    assert cached.day.calls < of_documents
 
 
 def test_equal_seeds_make_equal_days() -> None:

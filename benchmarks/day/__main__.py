@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from inspect import cleandoc
 from textwrap import fill
 from time import process_time
 
+from benchmarks.day import others
 from benchmarks.day.api import LIST_S, SINGLE_S
 from benchmarks.day.fleet import (
     AUTOSCALER_S,
@@ -19,8 +21,8 @@ from benchmarks.day.fleet import (
     Poller,
     Readers,
 )
-from benchmarks.day.run import Outcome, run
-from benchmarks.day.systems import Tally
+from benchmarks.day.run import Make, Outcome, run
+from benchmarks.day.systems import Direct, Ours, Tally
 from proxy.settings.sections import Settings
 from proxy.simulator.limits import Limits
 
@@ -94,6 +96,7 @@ def main() -> None:
     _shared()
     _scarce()
     _lone()
+    other_reads()
     print(f"\nComputed in {process_time():.0f} s of one core.")
 
 
@@ -164,6 +167,29 @@ def _lone() -> None:
     print("| --- |" + " ---: |" * len(LONE_S))
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(f"{outcomes[name].day.calls:,}" for outcomes in columns) + " |")
+
+
+def other_reads() -> None:
+    """Show a team whose one token is used by Terraform, a CSI driver and external-dns, too."""
+    fleet = others.team()
+    print("\n## A token that reads Droplets, volumes and records, too")
+    _say(f"""
+        {others.AUTOSCALERS} autoscalers ask for one of {others.SNAPSHOTS} snapshots each, every
+        {others.AUTOSCALER_S:g} s. Terraform plans {others.PLANS["in an hour of work"]} times in an hour of
+        work and once in another, and reads {others.DROPLETS} Droplets, {others.VOLUMES} volumes and
+        {others.RECORDS} records each time, {others.PARALLEL} at once. In each of {others.CLUSTERS} clusters
+        the CSI driver lists volumes and external-dns {others.DOMAINS} domains' records, of {others.PAGES}
+        pages each, every {others.RESYNC_S:g} s, and {others.ATTACHES} volumes an hour are attached. Nothing
+        is written meanwhile.
+        `cache.collections` is {", ".join(f"{name} = {ttl_s}" for name, ttl_s in others.COLLECTIONS.items())}.
+        """)
+    systems: dict[str, Make] = {
+        "without a proxy": lambda api, names, _: Direct(api, names),
+        "snapshot-proxy, the rest passed through": partial(Ours, settings=others.WITH, documents=False),
+        "snapshot-proxy with `cache.collections`": partial(Ours, settings=others.WITH),
+    }
+    outcomes = run(fleet, others.day_of(fleet), systems=systems)
+    _table({name: outcome.day for name, outcome in outcomes.items()})
 
 
 def _say(text: str) -> None:

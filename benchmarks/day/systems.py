@@ -22,7 +22,7 @@ from proxy.core.identity import Keyring, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import NO_DIRECTIVES, Call
-from proxy.core.resources import SNAPSHOT, snapshot_target
+from proxy.core.resources import SNAPSHOT_LIST, Target, cached_id, document_target, snapshot_target
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
@@ -34,6 +34,7 @@ from proxy.tasks.flights import Flights
 REPEAT_S = 5.0
 """For so long a replica that answered from a fresh entry is not asked again, while the entry stands there."""
 
+_DEFAULTS = Settings()
 _ANSWERS = frozenset({HTTPStatus.OK, HTTPStatus.NOT_FOUND})
 _AGES_A_SECOND = 10
 
@@ -195,10 +196,18 @@ class Ours:
     """This proxy: its main path and its gate as they are, on a Redis and an API in memory, in virtual time.
 
     Only what is fresh is not looked at again for `repeat_s` by the replica that just answered with it.
+    Without `documents` these are not cached: each read of one is a call, as the passthrough makes it.
     """
 
     def __init__(
-        self, api: Api, names: Sequence[Sequence[str]], fleet: Fleet, *, repeat_s: float = REPEAT_S
+        self,
+        api: Api,
+        names: Sequence[Sequence[str]],
+        fleet: Fleet,
+        *,
+        repeat_s: float = REPEAT_S,
+        settings: Settings = _DEFAULTS,
+        documents: bool = True,
     ) -> None:
         self.api = api
         self.tally = Tally()
@@ -206,11 +215,11 @@ class Ours:
         self._loop: VirtualLoop[Read] = VirtualLoop(self._arrive)
         self._random = Random(fleet.seed)  # noqa: S311 # no secret
         self._store = MemoryStore(self._loop.time)
-        self._calls = [_calls(token, known) for token, known in enumerate(names)]
+        self._calls = [_calls(token, known, documents=documents) for token, known in enumerate(names)]
         self._tokens = {calls[0].key.partition: token for token, calls in enumerate(self._calls)}
         self._fresh: list[dict[tuple[int, int], tuple[Kept, float]]] = [{} for _ in range(fleet.replicas)]
         self._waiting = 0
-        settings, now = Settings(), self._loop.time
+        now = self._loop.time
         drain = DrainDeadline(now)
         quota, call_s = settings.quota, settings.upstream.total_timeout_s
         limits = QuotaLimits(quota.per_minute, quota.per_hour, quota.reserve)
@@ -275,7 +284,7 @@ class Ours:
     ) -> Answer:
         """Be the shield's upstream: hand the call to the API, and wait for as long as it takes."""
         del deadline, validator, new_connection
-        single = call.target.resource is SNAPSHOT
+        single = call.target.resource is not SNAPSHOT_LIST
         called_at = self._loop.time()
         reply = self.api.read(
             self._tokens[call.key.partition], call.target.name if single else None, called_at
@@ -313,10 +322,17 @@ class Ours:
         begin(self._replicas[replica].get(call), done)
 
 
-def _calls(token: int, names: Iterable[str]) -> list[Call]:
-    """Make the calls that read each of a token's snapshots."""
+def _calls(token: int, names: Iterable[str], *, documents: bool) -> list[Call]:
+    """Make the calls that read each of a token's snapshots and documents, by name."""
     caller = _KEYRING.caller(Token(f"dop_v1_{token:064x}"), "other")
-    return [Call("GET", target, caller, NO_DIRECTIVES, "day") for target in map(snapshot_target, names)]
+
+    def target(name: str) -> Target:
+        if cached_id(name):
+            return snapshot_target(name)
+        path, _, query = name.partition("?")
+        return document_target(path, query)._replace(cacheable=documents)
+
+    return [Call("GET", target(name), caller, NO_DIRECTIVES, "day") for name in names]
 
 
 _KEYRING = Keyring(b"a day that nobody has to keep secret")
