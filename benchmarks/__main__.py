@@ -31,10 +31,11 @@ ROWS: Mapping[str, Callable[[Bench], Awaitable[None]]] = {
     "entries": growth.entries,
     "connections": growth.connections,
     "callers": growth.callers,
+    "documents": growth.documents,
     "memory": others.memory,
     "idle": others.idle,
 }
-NEED_LINUX = ("open-loop", "entries", "connections", "callers")
+NEED_LINUX = ("open-loop", "entries", "connections", "callers", "documents")
 """They read CPU times from /proc, or wait by epoll."""
 
 _READ = """

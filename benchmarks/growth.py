@@ -7,12 +7,13 @@ from benchmarks.bench import Bench, Round
 from benchmarks.figures import Spread, ratios, shown_ratio, table
 from benchmarks.rates import CONNECTIONS
 from benchmarks.subjects import Subject, valkey
-from benchmarks.traffic import Cycled, Traffic, identical, lists, uniform
+from benchmarks.traffic import Cycled, Traffic, document, identical, lists, uniform
 
 SNAPSHOTS = 1_000
 ENTRIES = (1_000, 100_000, 1_000_000)
 OPEN = (10, 100, 1_000)
 CALLERS = (1, 100, 10_000)
+DOCUMENTS = {"1 MiB": 1 << 20, "64 KiB": 1 << 16, "4 KiB": 1 << 12, "equally long": 240}
 DRAWN = 100_000
 """Requests that are drawn in advance."""
 
@@ -60,6 +61,23 @@ async def callers(bench: Bench) -> None:
             await bench.fill(subject, (), set(drawn))
             points[f"{number:,}"] = (subject, Cycled(drawn), CONNECTIONS)
         await _compare(bench, "callers", points)
+
+
+async def documents(bench: Bench) -> None:
+    """Ask for a snapshot, and for documents of another collection of ever fewer bytes."""
+    bench.say("\n## A hit of another collection's document, by its size\n")
+    bench.say("`cache.collections` has droplets. Up to 64 KiB the fast path answers, larger ones aiohttp.\n")
+    async with AsyncExitStack() as running:
+        redis_port, _ = await running.enter_async_context(valkey())
+        server = bench.serve(redis_port, "cache.collections={droplets = 3600}")
+        subject = await running.enter_async_context(server)
+        points: dict[str, Point] = {"a snapshot": (subject, identical(), CONNECTIONS)}
+        for name, size in DOCUMENTS.items():
+            points[name] = (subject, Cycled([document(0, size)]), CONNECTIONS)
+        for _, traffic, _ in points.values():
+            assert isinstance(traffic, Cycled)
+            await bench.fill(subject, (), traffic.requests)
+        await _compare(bench, "document", points)
 
 
 async def _compare(bench: Bench, what: str, points: Mapping[str, Point]) -> None:

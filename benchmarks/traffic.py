@@ -41,6 +41,11 @@ def single(caller: int, snapshot: int) -> bytes:
     return head(caller, f"/{FIRST + snapshot}").encode()
 
 
+def document(caller: int, size: int) -> bytes:
+    """Ask for a document of another collection that has so many bytes."""
+    return single(caller, 0).replace(b"/v2/snapshots/%d" % FIRST, b"/v2/droplets/%d" % size)
+
+
 @dataclass(frozen=True, slots=True)
 class Cycled:
     """Prepared requests, from a place on, again and again."""

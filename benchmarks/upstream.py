@@ -15,6 +15,9 @@ BODY = (
     b'"sfo3"],"min_disk_size":25,"size_gigabytes":2.34,"resource_id":"200776916","resource_type":"droplet",'
     b'"tags":["web","env:prod"]}}'
 )
+DOCUMENT = b'{"droplet":{"id":1,"name":"%s"}}'
+"""A document of another collection: the last segment of its path is the number of its bytes."""
+
 QUOTA = 1_000_000
 """Calls in any time: what is measured is not the quota, though it is asked each time."""
 
@@ -49,12 +52,18 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Answer."""
-        name = data.split(b" ", 2)[1].rpartition(b"/")[2]
+        path = data.split(b" ", 2)[1]
+        name = path.rpartition(b"/")[2]
         if name == b"calls":
             body = b"%d" % Upstream.calls
         else:
             Upstream.calls += 1
-            body = self._page(name) if name.startswith(b"snapshots?") else BODY % name
+            if name.startswith(b"snapshots?"):
+                body = self._page(name)
+            elif path.startswith(b"/v2/droplets/"):
+                body = DOCUMENT % (b"x" * (int(name) - len(DOCUMENT) + 2))
+            else:
+                body = BODY % name
         self.transport.write(HEAD % len(body) + body)
 
     def _page(self, name: bytes) -> bytes:
