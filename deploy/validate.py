@@ -85,7 +85,10 @@ def check_provisioning(root: Path) -> None:
         source["uid"] for source in _yaml(grafana / "provisioning/datasources/prometheus.yml")["datasources"]
     }
     for path, dashboard in _dashboards(root):
-        used = {source["uid"] for source in _values(dashboard, "datasource")}
+        chosen = {
+            f"${{{each['name']}}}": each["current"]["value"] for each in dashboard["templating"]["list"]
+        }
+        used = {chosen.get(each["uid"], each["uid"]) for each in _values(dashboard, "datasource")}
         if not used or used - declared:
             raise Unsound(
                 f"{path.name} uses the data sources {sorted(used)}, declared are {sorted(declared)}"

@@ -241,7 +241,7 @@ def test_files_are_sound(capsys: pytest.CaptureFixture[str]) -> None:
             "metrics", "{dashboard}", "_seconds_bucket", "_seconds", "in 'hist", id="histogram-itself"
         ),
         pytest.param(
-            "provisioning", "{dashboard}", '"uid": "prometheus"', '"uid": "x"', "'x'", id="data-source"
+            "provisioning", "{dashboard}", '"value": "prometheus"', '"value": "x"', "'x'", id="data-source"
         ),
         pytest.param(
             "provisioning", "{dashboard}", '"panels": [', '"panels": ', "snapshot-proxy.json", id="bad-json"

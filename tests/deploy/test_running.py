@@ -5,16 +5,14 @@ stay what the other files say they are; each replica has a loopback address of i
 """
 
 import importlib.util
-import json
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -173,37 +171,3 @@ async def test_targets_of_prometheus_answer(
         assert samples["snapshot_proxy_store_up"] == 1
         assert samples["snapshot_proxy_store_shared"] == 1
         assert samples["snapshot_proxy_secret_mismatch"] == 0
-
-
-async def test_dashboard_shows_what_is_there(
-    replicas: dict[str, Serve], token: Token, client: aiohttp.ClientSession
-) -> None:
-    """After a miss, a hit and a refusal there is a sample for every metric of the Grafana dashboard."""
-    service = replicas[PROXIES[0]]
-    for path, status in ((DROPLET_PATH, 200), (DROPLET_PATH, 200), ("/v2/snapshots/1", 404), ("/v2/", 421)):
-        async with client.get(service.api + path, headers=bearer(token.value)) as response:
-            assert response.status == status
-    samples = await scraped(client, targets()[0])
-    wanted = {
-        name
-        for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")
-        for expression in expressions(json.loads(path.read_bytes()))
-        for name in re.findall(r"snapshot_proxy_\w+", expression)
-    }
-    assert len(wanted) >= 8
-    assert not wanted - samples.keys()
-
-
-def expressions(node: Any) -> Iterator[str]:
-    """Yield the PromQL of a dashboard, at whatever depth."""
-    match node:
-        case {"expr": str(expression)}:
-            yield expression
-        case dict():
-            for child in node.values():
-                yield from expressions(child)
-        case list():
-            for child in node:
-                yield from expressions(child)
-        case _:
-            pass
