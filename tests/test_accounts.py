@@ -414,6 +414,9 @@ def test_what_a_caller_is_told() -> None:
             b"\r\nratelimit-limit: 5000\r\nratelimit-remaining: 4321\r\n"
         )
         assert told(other) == {}
+        until = one.told(SOMEBODY).until
+        assert until == pytest.approx(first["reset"], abs=1)
+        assert until <= first["reset"]
         await asyncio.sleep(2 * LIMITS.hour_s)
         assert told(one)["remaining"] == 5000
 

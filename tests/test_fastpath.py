@@ -6,6 +6,7 @@ counted.
 
 import asyncio
 import re
+import tracemalloc
 from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 from itertools import product
@@ -16,12 +17,13 @@ from aiohttp import web
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from kit.edge import KEYRING, Edge, Memory, Wire, turns
 
+from proxy.cache.memory import PREPARED_BYTES
 from proxy.core.cache_status import Outcome
 from proxy.core.clients import Clients
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.events import Route
 from proxy.core.http import etag_of
-from proxy.core.identity import Token
+from proxy.core.identity import Partition, Token
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, list_target
 from proxy.edge import memo, prepared, questions
@@ -29,7 +31,7 @@ from proxy.edge.fastpath import Asked
 from proxy.edge.handler import Handler, plain_server
 from proxy.edge.listener import Listener
 from proxy.edge.memo import Memo, Question
-from proxy.edge.prepared import Place, Prepared, Shelf, Written
+from proxy.edge.prepared import Form, Prepared, prepare
 
 NOW = 1_800_000_000.25
 ONE, OTHER = "dop_v1_one", "dop_v1_other"
@@ -170,25 +172,46 @@ def test_the_answer_is_the_handlers(data: bytes) -> None:
         assert received[0] == received[1]
         assert fast.done == slow.done
         assert (fast.answered_fast, len(slow.done)) == (2, 2)
-        assert len(held.recorded) == 1  # by the fast path's `peek`; once in a second is enough
+        assert len(held.recorded) == 1  # by the fast path's `peek`, once in a while
 
     run(work())
 
 
-def test_the_date_is_todays() -> None:
+def no_count(*_: object) -> None:
+    """Count nothing."""
+
+
+def prepared_of(one: Entry) -> Prepared | None:
+    """Prepare a plain answer from it."""
+    return prepare(one, Form(), NOW, told=UNKNOWN, counter=lambda _: no_count)
+
+
+@pytest.mark.parametrize(("later_s", "shown"), [(0.0, "00"), (0.7, "00"), (0.8, "01"), (5.0, "05")])
+async def test_the_date_is_todays(later_s: float, shown: str) -> None:
     """The one header that the comparison leaves out."""
-    written = prepared.write(
-        memory_answer(), entry(b"x"), Place(Key(SNAPSHOT, "", "1"), False, False, None, "other"), NOW
-    )
-    assert written is not None
-    ready = prepared.date(written, entry(b"x"), UNKNOWN, lambda *_: None, NOW)
-    assert b"\r\nDate: Fri, 15 Jan 2027 08:00:00 GMT\r\n" in ready.rest
-    assert (ready.since, ready.until) == (NOW, NOW + 0.5)  # then its age is 19 s
+    edge = Edge(memory(), fast=True)
+    edge.fastpath.answer(PLAIN)
+    edge.memory.now += later_s
+    answer = edge.fastpath.answer(PLAIN)
+    assert isinstance(answer, bytes)
+    assert f"\r\nDate: Fri, 15 Jan 2027 08:00:{shown} GMT\r\n\r\n".encode() in answer
 
 
-def memory_answer() -> Any:
-    """Let the memory answer for snapshot 1."""
-    return memory().peek(Key(SNAPSHOT, KEYRING.partition(Token(ONE)), "1"), NOW)
+@pytest.mark.parametrize(
+    ("age_s", "fresh_s", "until"),
+    [
+        pytest.param(0.0, 60, NOW + 6, id="a-tenth-of-its-lifetime"),
+        pytest.param(58.0, 60, NOW + 2, id="its-lifetime"),
+        pytest.param(0.5, 5, NOW + 1, id="a-second-at-least"),
+        pytest.param(60.0, 60, None, id="stale"),
+    ],
+)
+def test_for_how_long_an_answer_is_prepared(age_s: float, fresh_s: int, until: float | None) -> None:
+    """For no longer than the policy calls its entry fresh."""
+    fresh = entry(b"x", age_s, lifetimes=Lifetimes(fresh_s, 60, 300))
+    ready = prepared_of(fresh)
+    assert (None if ready is None else (ready.since, ready.until)) == (until and (NOW, until))
+    assert until is None or fresh.is_fresh(until - 0.001)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +286,15 @@ def test_the_quota_is_the_last_known() -> None:
         wire.received.clear()
         wire.send(request(token=OTHER))
         assert b"ratelimit" not in wire.received
-        assert edge.answered_fast == 3
+        held.quotas[KEYRING.partition(Token(OTHER))] = other = RateLimit()
+        other.tell(5000, 7, 1_800_003_000, until=NOW)  # known now, and from then on asked for each time
+        wire.send(request(token=OTHER))
+        assert b"ratelimit-remaining: 7\r\n" in wire.received
+        held.quotas[KEYRING.partition(Token(OTHER))] = RateLimit()
+        wire.received.clear()
+        wire.send(request(token=OTHER))
+        assert b"ratelimit-remaining" not in wire.received
+        assert edge.answered_fast == 5
 
     run(work())
 
@@ -735,7 +766,7 @@ def test_any_stream(
 
 def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In questions and in bytes; what is asked again and again stays."""
-    question = Question(Place(Key(SNAPSHOT, "", "1"), False, False, None, "other"), "other")
+    question = Question(Key(SNAPSHOT, Partition(""), "1"), Form(), "other")
     for most, most_bytes in ((10, 1_000_000), (1_000_000, 100)):
         monkeypatch.setattr(memo, "MOST_QUESTIONS", most)
         monkeypatch.setattr(memo, "MOST_BYTES", most_bytes)
@@ -748,63 +779,50 @@ def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert remembered.get(b"%10d" % 1) is None
 
 
-def shelved(at: float, rest: bytes = b"") -> Prepared:
-    """Make what is prepared for a second."""
-    written = Written(200, b"", b"", b"", at + 1)
-    return Prepared(entry(b""), at, at + 1, b"", rest, written, UNKNOWN, lambda *_: None)
+async def test_few_forms_are_prepared_of_an_entry() -> None:
+    """The latest ones; each is answered all the same."""
+    edge = Edge(memory(), fast=True)
+    for number in (*range(10), 9, 8):
+        answer = edge.fastpath.answer(request("/v2/snapshots/1", f'If-None-Match: "{number}"'))
+        assert isinstance(answer, bytes)
+    (kept,) = edge.memory.kept.values()
+    assert [ready.form.if_none_match for ready in kept.prepared] == ['"9"', '"8"', '"7"', '"6"']
+    assert len(edge.memory.recorded) == 10
 
 
-@pytest.mark.parametrize(("changed", "value"), [("MOST_PREPARED", 10), ("MOST_PREPARED_BYTES", 100)])
-def test_what_is_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch, changed: str, value: int) -> None:
-    """In answers and in bytes."""
-    monkeypatch.setattr(prepared, changed, value)
-    shelf = Shelf()
-    for number in range(100):
-        place = Place(Key(SNAPSHOT, "", str(number)), False, False, None, "other")
-        ready = shelved(NOW, b"x" * 10)
-        shelf.put(place, ready, NOW)
-        assert shelf.young[place] is ready
-        assert len(shelf) <= 10
+def test_what_a_prepared_answer_takes_is_counted() -> None:
+    """Measured: the estimate is not below what Python really takes, and at most half again as much."""
+    many = 1000
+    entries = [entry(b"x" * 240 + b"%d" % number, number / 100) for number in range(many)]
+    kept = [prepared_of(one) for one in entries]  # what all share is there by now
+    tracemalloc.start()
+    try:
+        kept = [(prepared_of(one),) for one in entries]
+        taken = tracemalloc.get_traced_memory()[0] - 8 * many
+    finally:
+        tracemalloc.stop()
+    assert len(kept) == many
+    assert taken <= PREPARED_BYTES * many <= taken * 1.5
 
 
-@pytest.mark.parametrize(
-    ("later_s", "left"),
-    [
-        pytest.param((0.9,), "12", id="within-a-second"),
-        pytest.param((1.0,), "12", id="the-older-half"),
-        pytest.param((1.0, 1.9), "123", id="still-the-older-half"),
-        pytest.param((1.0, 2.0), "23", id="after-two-seconds"),
-        pytest.param((100.0,), "2", id="later"),
-        pytest.param((-0.1,), "2", id="the-clock-stepped-back"),
-    ],
-)
-def test_what_is_prepared_goes_after_two_seconds(later_s: tuple[float, ...], left: str) -> None:
-    """No body is held by it for longer, once the next answer is prepared."""
-    shelf = Shelf()
-    places = [Place(Key(SNAPSHOT, "", number), False, False, None, "other") for number in "123"]
-    for place, at in zip(places, (NOW, *(NOW + each for each in later_s)), strict=False):
-        shelf.put(place, shelved(at), at)
-    kept = [place.key.name for place in places if place in shelf.young or shelf.older(place)]
-    assert "".join(kept) == left
-
-
-async def test_an_answer_is_prepared_once_for_each_second_of_its_age(
+async def test_the_policy_is_asked_again_after_a_tenth_of_the_lifetime(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whichever half it is in, and whatever second `Date` shows: here a quarter of one is over."""
+    """And so it hears that the entry is read; `Age`, `ttl` and `Date` follow the clock meanwhile."""
     edge = Edge(memory(), fast=True)
-    fast, prepared_at = edge.fastpath, []
+    fast, asked_at = edge.fastpath, []
     now = NOW
     monkeypatch.setattr(fast, "_clock", lambda: now)
     peek = fast._peek
-    monkeypatch.setattr(fast, "_peek", lambda key, at: (prepared_at.append(at - NOW), peek(key, at))[1])
-    for at in (0.0, 0.4, 0.6, 1.0, 1.4, 1.6):  # its age is 18.5 s at first, and a whole number at 0.5
+    monkeypatch.setattr(fast, "_peek", lambda key, at: (asked_at.append(at - NOW), peek(key, at))[1])
+    for at in (0.0, 0.4, 0.6, 1.0, 5.9, 6.0, 6.1, 12.1):  # its age is 18.5 s at first
         now = NOW + at
         answer = fast.answer(PLAIN)
         assert isinstance(answer, bytes)
+        assert f"; ttl={60 - int(18.5 + at)}\r\n".encode() in answer
         assert f"Age: {int(18.5 + at)}\r\n".encode() in answer
         assert f"Date: Fri, 15 Jan 2027 08:00:{int(0.25 + at):02d} GMT\r\n".encode() in answer
-    assert prepared_at == pytest.approx([0.0, 0.6, 1.6])
+    assert asked_at == pytest.approx([0.0, 6.0, 12.1])
 
 
 async def test_a_request_with_an_id_is_not_remembered() -> None:
@@ -824,7 +842,7 @@ async def test_no_token_is_shown() -> None:
     edge.fastpath.answer(PLAIN)
     fast = edge.fastpath
     asked = fast.answer(request("/v2/snapshots/2"))
-    assert ONE not in f"{fast!r} {fast._memo!r} {fast._shelf!r} {asked!r}"
+    assert ONE not in f"{fast!r} {fast._memo!r} {edge.memory.kept!r} {asked!r}"
 
 
 def test_routes_and_outcomes_are_counted() -> None:

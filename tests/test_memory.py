@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from kit.scopes import covers
 
-from proxy.cache.memory import Memory, size_of
+from proxy.cache.memory import PREPARED_BYTES, Memory, size_of
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.identity import Partition
 from proxy.core.invalidation import (
@@ -241,6 +241,33 @@ def test_the_first_that_was_kept_goes_first() -> None:
     for key in (KEY, *keys):
         tier.memory.forget(key)
     assert (len(tier.memory), tier.memory.size) == (0, 0)
+
+
+def test_what_is_prepared_goes_with_its_entry() -> None:
+    """It is counted, and stays where Redis gives the same entry again; another entry has none."""
+    tier = Tier()
+    tier.fill()
+    size = tier.memory.size
+    kept = tier.memory.held(KEY)
+    assert kept is not None
+    tier.memory.lay(kept, ("plain", "gzipped"))
+    assert tier.memory.size == size + 2 * PREPARED_BYTES
+    tier.fill(entry=replace(ENTRY))
+    again = tier.memory.held(KEY)
+    assert again is not None
+    assert again is not kept
+    assert (again.entry is ENTRY, again.prepared) == (True, ("plain", "gzipped"))
+    assert tier.memory.size == size + 2 * PREPARED_BYTES
+    tier.memory.unprepare()
+    assert (again.prepared, tier.memory.size) == ((), size)
+    tier.memory.lay(again, ("plain",))
+    tier.fill(entry=replace(ENTRY, called_at=ENTRY.called_at + 1))
+    newer = tier.memory.held(KEY)
+    assert newer is not None
+    assert (newer.prepared, tier.memory.size) == ((), size)
+    tier.memory.lay(newer, ("plain",))
+    tier.memory.forget(KEY)
+    assert tier.memory.size == 0
 
 
 def test_what_is_too_old_makes_room() -> None:

@@ -17,7 +17,7 @@ The laws of this file:
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proxy.core.entry import Entry
 from proxy.core.invalidation import InvalidationCounts, Scope, SoftScope
@@ -25,6 +25,9 @@ from proxy.core.resources import Key
 
 FIXED_BYTES = 1000
 """What an entry takes besides the characters of its body, tags and name: objects and places in tables."""
+
+PREPARED_BYTES = 500
+"""What one prepared answer takes: it shares the entry's body."""
 
 
 class Mark(NamedTuple):
@@ -40,14 +43,16 @@ class Mark(NamedTuple):
     emptied: int
 
 
-class _Kept:
+class Kept:
     """An entry in memory, and until when it answers."""
 
-    __slots__ = ("entry", "mark", "read", "seen", "size", "until")
+    __slots__ = ("entry", "mark", "prepared", "read", "seen", "size", "until")
 
     def __init__(self, entry: Entry, mark: Mark, seen: int, size: int, until: float) -> None:
         self.entry = entry
         self.mark = mark
+        self.prepared: tuple[Any, ...] = ()
+        """What the edge has prepared of answers from it: a few at most, which go with it."""
         self.read = False
         """It has answered since it was kept, or since it was last due."""
         self.seen = seen
@@ -76,7 +81,7 @@ class Memory:
         self._monotonic = monotonic
         self._counts = InvalidationCounts()
         self._ended = InvalidationCounts()
-        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self._kept: OrderedDict[Key, Kept] = OrderedDict()
         self._hears_until = -math.inf
         self._emptied = 0
         self.size = 0
@@ -93,7 +98,12 @@ class Memory:
     # -- for requests --------------------------------------------------------------------------
 
     def get(self, key: Key) -> Entry | None:
-        """Give the entry of `key` if it may answer without asking Redis; the caller checks its freshness.
+        """Give the entry of `key`, as `held` does."""
+        kept = self.held(key)
+        return None if kept is None else kept.entry
+
+    def held(self, key: Key) -> Kept | None:
+        """Give what is kept of `key` if it may answer without asking Redis; the caller checks its freshness.
 
         The clock is read here, after the request has come: a process that was stopped knows that it is late.
         """
@@ -109,7 +119,7 @@ class Memory:
                 return None
             kept.seen = self._counts.total
         kept.read = True
-        return kept.entry
+        return kept
 
     def mark(self, key: Key) -> Mark:
         """Make the mark that `keep` needs, before a lookup or a fetch of `key` is sent."""
@@ -131,8 +141,8 @@ class Memory:
         """
         now = self._monotonic()
         until = mark.began + self.max_age_s
-        old = self.get(key)
-        if old is not None and old.called_at > entry.called_at:
+        old = self.held(key)
+        if old is not None and old.entry.called_at > entry.called_at:
             return
         self.forget(key)
         size = size_of(key, entry)
@@ -144,9 +154,24 @@ class Memory:
             or not self._may_answer(mark.began, now)
         ):
             return
-        self._kept[key] = _Kept(entry, mark, self._counts.total, size, until)
+        kept = self._kept[key] = Kept(entry, mark, self._counts.total, size, until)
         self.size += size
+        if old is not None and old.entry == entry:
+            kept.entry = old.entry
+            self.lay(kept, old.prepared)
         self._make_room(now)
+
+    def lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
+        """Replace what the edge has prepared of an entry, and count it."""
+        more = PREPARED_BYTES * (len(prepared) - len(kept.prepared))
+        kept.prepared = prepared
+        kept.size += more
+        self.size += more
+
+    def unprepare(self) -> None:
+        """Drop all that the edge has prepared."""
+        for kept in self._kept.values():
+            self.lay(kept, ())
 
     def forget(self, key: Key) -> None:
         """Evict one entry: Redis has a newer one."""

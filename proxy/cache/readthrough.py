@@ -103,8 +103,12 @@ class ReadThrough:
         self._store = store
         self._gate = gate
         self._memory = memory
-        self.held = memory.get
-        """Give the entry that this replica's memory may answer with now, fresh or not."""
+        self.held = memory.held
+        """Give what this replica's memory may answer with now, fresh or not."""
+        self.lay = memory.lay
+        """Lay what is prepared of answers beside the entry."""
+        self.unprepare = memory.unprepare
+        """Drop all that was laid there."""
         self._flights = flights
         self._clock = clock
         self._fetcher = Fetcher(
@@ -171,7 +175,7 @@ class ReadThrough:
 
         None is no miss: Redis may have a fresh or a stale entry.
         """
-        match on_lookup(self.held(key), directives, now):
+        match on_lookup(self._memory.get(key), directives, now):
             case Hit(entry):
                 self._refresher.record_read(key, entry, now)
                 return _from_entry(entry, now)

@@ -13,9 +13,9 @@ that is not handled here, is no question: the handler gets the very same bytes, 
 is among them. So the memo cannot be wrong for another caller. It outlives no invalidation: each question is
 put to memory. Only the names in it (a caller's alias, a client) can change; then `forget` drops all of it.
 
-**The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer counts
-while memory holds the very same entry, and until its age shows another second: the policy would say the same
-again.
+**The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer lies
+with the very entry in memory and goes with it, and counts for no longer than that is fresh: the policy would
+say the same again, but for two numbers and the date, which are put in each time.
 
 **What Redis has.** If memory has no fresh entry, the very lookup that the handler would make is made for it
 here, for this request alone: its mark is taken after the request has come. If what it finds is fresh, `hit`
@@ -32,17 +32,20 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
 
+from proxy.cache.memory import Kept
 from proxy.cache.readthrough import Found, Served
 from proxy.core.cache_status import CachedOutcome, FromCache, Outcome
-from proxy.core.entry import Entry
 from proxy.core.events import GIVEN_UP_BY_CALLER, RequestDone, Route
 from proxy.core.identity import Partition
 from proxy.core.ratelimit import RateLimit
 from proxy.core.resources import Key
 from proxy.edge.answers import new_request_id
 from proxy.edge.memo import Question
-from proxy.edge.prepared import Prepared, Shelf, date, write
+from proxy.edge.prepared import TTL, Prepared, date, prepare
 from proxy.edge.questions import Questions
+
+MOST_FORMS = 4
+"""Answers that are prepared of one entry: with or without a body, gzipped, to a condition, for a program."""
 
 MOST_COUNTERS = 4096
 """Kinds of answers that are counted without looking their counters up."""
@@ -51,8 +54,14 @@ MOST_COUNTERS = 4096
 class Reads(Protocol):
     """What can be answered without waiting."""
 
-    def held(self, key: Key) -> Entry | None:
-        """Give the entry that memory may answer with at this moment, fresh or not."""
+    def held(self, key: Key) -> Kept | None:
+        """Give what memory may answer with at this moment, fresh or not."""
+
+    def lay(self, kept: Kept, prepared: tuple[Prepared, ...]) -> None:
+        """Lay what is prepared of answers beside the entry."""
+
+    def unprepare(self) -> None:
+        """Drop all that was laid there."""
 
     def peek(self, key: Key, now: float) -> Served | None:
         """Answer a read without directives at `now` (Unix seconds) from memory, and record it.
@@ -105,6 +114,8 @@ class FastPath:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._held = reads.held
+        self._lay = reads.lay
+        self._unprepare = reads.unprepare
         self._peek = reads.peek
         self._look = reads.look
         self._hit = reads.hit
@@ -113,13 +124,13 @@ class FastPath:
         self._memo = questions.memo
         self._observe = observe
         self._clock = clock
-        self._shelf = Shelf()
+        self._second, self._date = 0, b""
         self._counter = lru_cache(MOST_COUNTERS)(counter)
 
     def forget(self) -> None:
         """Drop what depends on the aliases and clients, and on what is logged."""
         self._questions.forget()
-        self._shelf = Shelf()
+        self._unprepare()
         self._counter.cache_clear()
 
     def answer(self, data: bytes) -> bytes | Asked | None:
@@ -136,15 +147,16 @@ class FastPath:
             question, request_id = asked
         if request_id is None:
             request_id = new_request_id()
-        place = question.place
-        entry = self._held(place.key)
-        if entry is not None:
+        kept = self._held(question.key)
+        if kept is not None:
             now = self._clock()
-            ready = self._shelf.young.get(place)
-            if ready is None or ready.entry is not entry or not ready.since <= now < ready.until:
-                ready = self._ready(question, entry, now)
+            for ready in kept.prepared:
+                if ready.form == question.form and ready.since <= now < ready.until:
+                    return self._counted(question, ready, request_id, started, now)
+            ready = self._prepare(question, self._peek(question.key, now), now)
             if ready is not None:
-                return _written(ready, request_id, started, now)
+                self._put(kept, ready)
+                return self._counted(question, ready, request_id, started, now)
         return Asked(question, request_id, started)
 
     def look(self, asked: Asked, then: Callable[[Asked], None]) -> None:
@@ -154,7 +166,7 @@ class FastPath:
             asked.found = found
             then(asked)
 
-        self._look(asked.question.place.key, found)
+        self._look(asked.question.key, found)
 
     def found(self, asked: Asked) -> bytes | None:
         """Give the whole answer and count it, if that is what Redis had. None: it is the handler's."""
@@ -164,56 +176,67 @@ class FastPath:
         ready = self._prepare(asked.question, self._hit(asked.found, now), now)
         if ready is None:
             return None
-        place = asked.question.place
-        if self._held(place.key) is ready.entry:
-            self._shelf.put(place, ready, now)
-        return _written(ready, asked.request_id, asked.started, now)
+        kept = self._held(asked.question.key)
+        if kept is not None and kept.entry is asked.found.lookup.entry:
+            self._put(kept, ready)
+        return self._counted(asked.question, ready, asked.request_id, asked.started, now)
 
     def left(self, asked: Asked) -> None:
         """Count a request whose caller left before it was answered."""
-        place, caller = asked.question.place, asked.question.caller
+        question = asked.question
         self._observe(
             RequestDone(
-                place.key.resource.route,
+                question.key.resource.route,
                 Outcome.NONE,
                 GIVEN_UP_BY_CALLER,
-                caller,
+                question.caller,
                 time.perf_counter() - asked.started,
                 asked.request_id,
-                client=place.client,
+                client=question.form.client,
             )
         )
 
-    def _ready(self, question: Question, entry: Entry, now: float) -> Prepared | None:
-        """Prepare the answer, and keep it for those who ask the same in this second."""
-        place, shelf = question.place, self._shelf
-        last = shelf.young.get(place) or shelf.older(place)
-        ready: Prepared | None
-        if last is not None and last.entry is entry and last.since <= now < last.written.until:
-            told = self._told(place.key.partition)
-            ready = date(last.written, entry, told, last.tell, now)  # all else is as it was
-        else:
-            ready = self._prepare(question, self._peek(place.key, now), now)
-            if ready is None:
-                return None
-        shelf.put(place, ready, now)
-        return ready
-
     def _prepare(self, question: Question, served: Served | None, now: float) -> Prepared | None:
-        """Write what was `served` from the cache."""
+        """Prepare what was `served` from the cache; None where it has no fresh success."""
         if served is None or served.entry is None or not isinstance(served.cache_status, FromCache):
             return None
-        place, entry = question.place, served.entry
-        written = write(served, entry, place, now)
-        if written is None:
-            return None
-        outcome = served.cache_status.outcome
-        tell = self._counter(place.key.resource.route, outcome, written.status, question.caller, place.client)
-        return date(written, entry, self._told(place.key.partition), tell, now)
+        key, form, outcome = question.key, question.form, served.cache_status.outcome
 
+        def counter(status: int) -> Callable[[float, float, str], None]:
+            return self._counter(key.resource.route, outcome, status, question.caller, form.client)
 
-def _written(ready: Prepared, request_id: str, started: float, now: float) -> bytes:
-    """Put an answer together, and count it."""
-    age_s = now - ready.entry.called_at
-    ready.tell(time.perf_counter() - started, age_s if age_s > 0 else 0.0, request_id)
-    return b"".join((ready.opening, request_id.encode(), ready.told.lines, ready.rest))
+        told = self._told(key.partition)
+        return prepare(served.entry, form, now, told=told, counter=counter)
+
+    def _put(self, kept: Kept, ready: Prepared) -> None:
+        """Keep what is prepared: the latest form first, and few of them."""
+        others = [other for other in kept.prepared if other.form != ready.form]
+        self._lay(kept, (ready, *others[: MOST_FORMS - 1]))
+
+    def _counted(
+        self, question: Question, ready: Prepared, request_id: str, started: float, now: float
+    ) -> bytes:
+        """Put one answer together, and count it."""
+        told, age_s = ready.told, now - ready.called_at
+        if now >= told.until:
+            told = self._told(question.key.partition)
+        if age_s < 0:  # a clock that stepped back
+            age_s = 0.0
+        age, second = int(age_s), int(now)
+        if second != self._second:
+            self._second, self._date = second, date(second)
+        ready.tell(time.perf_counter() - started, age_s, request_id)
+        return b"".join(
+            (
+                ready.opening,
+                request_id.encode(),
+                told.lines,
+                TTL,
+                b"%d" % (ready.fresh_s - age),
+                ready.middle,
+                b"%d" % age,
+                ready.end,
+                self._date,
+                ready.body,
+            )
+        )

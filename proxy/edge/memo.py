@@ -3,19 +3,22 @@
 It holds questions and never answers. The token is among the bytes: no other caller's request finds them.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from proxy.edge.prepared import Place
+from proxy.core.resources import Key
+from proxy.edge.prepared import Form
 
 MOST_QUESTIONS = 65_536
 MOST_BYTES = 16_777_216
 """Questions that are remembered, and the bytes of the requests that ask them."""
 
 
-class Question(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Question:
     """What a request asks; `caller` is the name for metrics and logs."""
 
-    place: Place
+    key: Key
+    form: Form
     caller: str
 
 

@@ -16,14 +16,13 @@ from aiohttp.http import HttpRequestParser, RawRequestMessage
 
 from proxy.core.clients import Clients
 from proxy.core.errors import ProxyError
-from proxy.core.events import OTHER_CLIENT
 from proxy.core.identity import Partition, Token
 from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
 from proxy.core.resources import Key, Target
 from proxy.edge.api import check_head
 from proxy.edge.handler import PARSER_OPTIONS
 from proxy.edge.memo import Memo, Question
-from proxy.edge.prepared import Place
+from proxy.edge.prepared import Form
 
 LONGEST_BYTES = 2048
 """A longer request is the handler's."""
@@ -32,9 +31,9 @@ MOST_CALLERS = 4096
 MOST_SUBJECTS = 32_768
 MOST_HEADS = 256
 MOST_CLIENTS = 1024
-MOST_COUNTERS = 4096
-"""What is remembered of parts of questions (who asks; who asks for what; which headers a request has; which
-program sends it), and what counts their answers."""
+MOST_FORMS = 1024
+"""What is remembered of parts of questions: who asks; who asks for what; which headers a request has; which
+program sends it; in which form."""
 
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"
@@ -53,6 +52,7 @@ _NOT_PLAIN = frozenset(
 )
 """Headers of requests that are the handler's."""
 
+_FORMS = (Form(), Form(head=True))
 _HANDLED = frozenset({b"accept-encoding", b"if-none-match"})
 """Headers on which the answer depends as it does in the handler."""
 
@@ -91,6 +91,7 @@ class Questions:
         self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
         self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
         self._client = lru_cache(MOST_CLIENTS)(self._client_of)
+        self._form = lru_cache(MOST_FORMS)(Form)
 
     def forget(self) -> None:
         """Drop what depends on the aliases and clients."""
@@ -176,8 +177,7 @@ class Questions:
         if not isinstance(target, Target) or not target.cacheable:
             return None
         key = Key(target.resource, partition, target.name)
-        head = method == "HEAD"
-        return Question(Place(key, head, gzip=False, if_none_match=None, client=OTHER_CLIENT), caller)
+        return Question(key, _FORMS[method == "HEAD"], caller)
 
     def _caller_of(self, authorization: str) -> tuple[Partition, str]:
         token = parse_authorization((authorization,))
@@ -185,16 +185,15 @@ class Questions:
 
     def _with_headers(self, question: Question, plain: _Plain, message: RawRequestMessage) -> Question:
         """Add what other headers than `Authorization` say."""
-        place = question.place
+        form = question.form
+        client, gzip, conditions = form.client, form.gzip, None
         if plain.client is not None:
-            place = place._replace(client=self._client(message.raw_headers[plain.client][1]))
+            client = self._client(message.raw_headers[plain.client][1])
         if plain.conditional:
             conditions = message.headers.getall("If-None-Match", None)
-            place = place._replace(
-                gzip=accepts_gzip(message.headers.getall("Accept-Encoding", ())),
-                if_none_match=None if conditions is None else ",".join(conditions),
-            )
-        return question._replace(place=place)
+            gzip = accepts_gzip(message.headers.getall("Accept-Encoding", ()))
+        condition = None if conditions is None else ",".join(conditions)
+        return Question(question.key, self._form(form.head, gzip, condition, client), question.caller)
 
     def _client_of(self, value: bytes) -> str:
         return self._clients().of(_text(value))

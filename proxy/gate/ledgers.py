@@ -241,8 +241,9 @@ class Accounts:
             now = self._monotonic()
             _, remaining, _, limit = own.ledger.standing(now)
             own.told_until = own.ledger.frees_at()
-            wait_s = 0.0 if math.isinf(own.told_until) else max(own.told_until - now, 0.0)
-            own.told.tell(limit, remaining, math.ceil(self._clock() + wait_s))
+            wait_s = max(own.told_until - now, 0.0)
+            until = self._clock() + wait_s
+            own.told.tell(limit, remaining, math.ceil(self._clock() if math.isinf(wait_s) else until), until)
 
     def cooldown_s(self, account: Account) -> float:
         """Give the seconds for which the account's calls stop, by this replica's own ledger."""

@@ -1,11 +1,12 @@
 """Connections to a listener without sockets: chunks go in as a transport gives them, bytes come out."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from proxy.cache.memory import Mark
+from proxy.cache.memory import Kept, Mark
 from proxy.cache.readthrough import Failed, Found, Served, _from_entry
 from proxy.core.cache_status import Forwarded, Fwd, Outcome
 from proxy.core.clients import Clients
@@ -98,12 +99,27 @@ class Memory:
         self.redis_turns: int | None = 2
         self.looked = 0
         self.now = now
+        self.kept: dict[Key, Kept] = {}
         self.recorded: list[Key] = []
         self.quotas: dict[Partition, RateLimit] = {}
 
-    def held(self, key: Key) -> Entry | None:
-        """Give what is there."""
-        return self.entries.get(key)
+    def held(self, key: Key) -> Kept | None:
+        """Give what is there; what was laid beside an entry goes with it."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        kept = self.kept.get(key)
+        if kept is None or kept.entry is not entry:
+            kept = self.kept[key] = Kept(entry, Mark(0.0, (), (), 0), 0, 0, math.inf)
+        return kept
+
+    def lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
+        """Lay what is prepared beside it."""
+        kept.prepared = prepared
+
+    def unprepare(self) -> None:
+        """Drop what is prepared."""
+        self.kept.clear()
 
     def peek(self, key: Key, now: float) -> Served | None:
         """Answer as `get` does, or not at all."""
