@@ -49,7 +49,10 @@ def event(
 
     `exc` adds `error`, the exception's type, and `traceback`, its places, outermost first.
     """
-    logger.log(level, name, exc_info=exc, extra={"fields": fields}, stacklevel=2)
+    if logger.isEnabledFor(level):
+        told = None if exc is None else (type(exc), exc, exc.__traceback__)
+        # Not `logger.log`, which looks for the line of the caller: no line of ours shows it.
+        logger.handle(logger.makeRecord(logger.name, level, "", 0, name, (), told, extra={"fields": fields}))
 
 
 def announce(logger: logging.Logger, name: str, /, **fields: object) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,7 @@ def key(number: int = 1) -> Key:
 class Redis:
     """A store that finds the same for every key, while a lookup invalidates what it is told to."""
 
-    def __init__(self, found: Lookup = FOUND) -> None:
+    def __init__(self, found: Lookup | None = FOUND) -> None:
         self.now = 0.0
         self.memory = Memory(1 << 30, MAX_AGE_S, reachable=lambda: True, monotonic=lambda: self.now)
         self.memory.hears(math.inf)
@@ -38,16 +39,19 @@ class Redis:
         self.asked: list[Key] = []
         self.on_their_way = self.most_on_their_way = 0
 
-    async def lookup(self, key: Key) -> Lookup:
+    def look(self, key: Key, found: Callable[[Lookup | None], None]) -> None:
         """Find it, a turn of the loop later."""
         self.asked.append(key)
         self.on_their_way += 1
         self.most_on_their_way = max(self.most_on_their_way, self.on_their_way)
-        await asyncio.sleep(0)
-        self.on_their_way -= 1
-        if self.invalidates is not None:
-            self.memory.invalidate(EntryScope(self.invalidates))
-        return self.found
+
+        def reply() -> None:
+            self.on_their_way -= 1
+            if self.invalidates is not None:
+                self.memory.invalidate(EntryScope(self.invalidates))
+            found(self.found)
+
+        asyncio.get_running_loop().call_soon(reply)
 
     def fill(self, *numbers: int, read: bool = True) -> None:
         """Keep an entry of each, and read it."""
@@ -91,12 +95,13 @@ async def test_what_is_renewed(at_s: float, *, read: bool, asked: bool) -> None:
     "found",
     [
         pytest.param(UNAVAILABLE, id="redis-is-away"),
+        pytest.param(None, id="redis-was-not-asked"),
         pytest.param(Lookup(None, BASIS), id="evicted-from-redis"),
         pytest.param(Lookup(replace(NEWER, called_at=NOW - 61), BASIS), id="stale"),
         pytest.param(Lookup(replace(NEWER, status=401), None), id="the-token-was-refused"),
     ],
 )
-async def test_what_redis_does_not_give_is_not_prolonged(found: Lookup) -> None:
+async def test_what_redis_does_not_give_is_not_prolonged(found: Lookup | None) -> None:
     """It answers until it is too old, as without a renewal, and no longer."""
     redis = Redis(found)
     redis.fill(1)

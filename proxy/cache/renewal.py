@@ -8,9 +8,11 @@ looked up, and what Redis does not give stays as it is until it is too old.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from proxy.cache.memory import Memory
+from proxy.cache.memory import Mark, Memory
+from proxy.core.entry import Lookup
 from proxy.core.ports import Store
 from proxy.core.resources import Key
 
@@ -37,14 +39,29 @@ async def renew(store: Store, memory: Memory, clock: Callable[[], float] = time.
 
 async def renew_due(store: Store, memory: Memory, ahead_s: float, clock: Callable[[], float]) -> None:
     """Renew what was read, and answers for less than `ahead_s` more."""
-
-    async def look(key: Key) -> None:
-        mark = memory.mark(key)
-        lookup = await store.lookup(key)
-        entry = lookup.to_keep(clock())
-        if entry is not None:
-            memory.keep(key, entry, mark)
-
     due = memory.due(ahead_s, MOST)
     for start in range(0, len(due), MOST_AT_ONCE):
-        await asyncio.gather(*map(look, due[start : start + MOST_AT_ONCE]))
+        await _look(store, memory, due[start : start + MOST_AT_ONCE], clock)
+
+
+def _look(
+    store: Store, memory: Memory, keys: Sequence[Key], clock: Callable[[], float]
+) -> "asyncio.Future[None]":
+    """Look these up together, without a task for each; the future is done when all are here."""
+    here = asyncio.get_running_loop().create_future()
+    missing = len(keys)
+
+    def found(key: Key, mark: Mark, lookup: Lookup | None) -> None:
+        nonlocal missing
+        missing -= 1
+        try:
+            entry = None if lookup is None else lookup.to_keep(clock())
+            if entry is not None:
+                memory.keep(key, entry, mark)
+        finally:
+            if not missing and not here.done():
+                here.set_result(None)
+
+    for key in keys:
+        store.look(key, partial(found, key, memory.mark(key)))
+    return here

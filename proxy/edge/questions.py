@@ -119,7 +119,9 @@ class Questions:
             plain = self._plain.get(names) or self._check_names(names, message)
             if plain is None:
                 return None
-            question = self._subject(headers[plain.authorization][1], message.path, message.method)
+            # Where each request has another id, the memo cannot hold what they have in common.
+            subject = self._subject_of if plain.request_id is None else self._subject
+            question = subject(headers[plain.authorization][1], message.path, message.method)
         except ProxyError:
             return None
         if question is None:

@@ -5,8 +5,6 @@ streams that are passed through for it, leave the other half to all other tokens
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 from proxy.core.identity import Partition
@@ -20,9 +18,38 @@ class ConnectionSlots:
         self._most_of_one = (most + 1) // 2
         self._of_one: WeakValueDictionary[Partition, asyncio.Semaphore] = WeakValueDictionary()
 
-    @asynccontextmanager
-    async def one(self, partition: Partition) -> AsyncIterator[None]:
-        """Wait for one, and hold it."""
-        of_one = self._of_one.setdefault(partition, asyncio.Semaphore(self._most_of_one))
-        async with of_one, self._all:
-            yield
+    def one(self, partition: Partition) -> "Slot":
+        """Make the place of one call; it waits for a connection."""
+        of_one = self._of_one.get(partition)
+        if of_one is None:
+            of_one = self._of_one[partition] = asyncio.Semaphore(self._most_of_one)
+        return Slot(of_one, self._all)
+
+
+class Slot:
+    """One call's place."""
+
+    __slots__ = ("_all", "_of_one")
+
+    def __init__(self, of_one: asyncio.Semaphore, all_: asyncio.Semaphore) -> None:
+        self._of_one = of_one
+        self._all = all_
+
+    @property
+    def is_free(self) -> bool:
+        """Tell whether `take` would not wait: most calls need no deadline for it."""
+        return not self._of_one.locked() and not self._all.locked()
+
+    async def take(self) -> None:
+        """Wait for a connection."""
+        await self._of_one.acquire()
+        try:
+            await self._all.acquire()
+        except BaseException:
+            self._of_one.release()
+            raise
+
+    def give_back(self) -> None:
+        """Let another call have it."""
+        self._all.release()
+        self._of_one.release()

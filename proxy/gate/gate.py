@@ -26,13 +26,13 @@ from proxy.core.quota import CallClass, QuotaLimits
 from proxy.core.ratelimit import RateLimit
 from proxy.core.request import Call
 from proxy.gate.beginning import read_beginning
-from proxy.gate.connections import ConnectionSlots
+from proxy.gate.connections import ConnectionSlots, Slot
 from proxy.gate.context import CallContext
 from proxy.gate.ledgers import Account, Accounts, Permit
 from proxy.gate.line import Asker, Line, Turns, spent
 from proxy.gate.settling import Settler
 from proxy.tasks.drain import DrainDeadline
-from proxy.tasks.flights import while_awaited
+from proxy.tasks.flights import end_if_abandoned, while_awaited
 
 _UNVERIFIED = Account(Partition("strangers"), "")
 """The account that all unverified tokens share: those that the upstream did not accept within a week. Tokens
@@ -240,13 +240,13 @@ class UpstreamGate:
             # A call that is passed through may last: unverified tokens share the connections of one token.
             own = permit.known or route is not Route.PASSTHROUGH
             owner = caller.partition if own else _UNVERIFIED.partition
-            async with AsyncExitStack() as held:
-                try:
-                    await self._connect(held, owner, give_up, spare_s=call_s)
-                    self._refuse_while_paused(breaker)
-                except BaseException:  # also if it is cancelled: the permit was not used
-                    await self._accounts.give_back(account, permit)
-                    raise
+            slot = self._connections.one(owner)
+            try:
+                await self._connect(slot, breaker, give_up, spare_s=call_s)
+            except BaseException:  # also if it is cancelled: the permit was not used
+                await self._accounts.give_back(account, permit)
+                raise
+            try:
                 context = CallContext(
                     min(self._monotonic() + call_s, answer_by),
                     self._share_of(permit),
@@ -259,6 +259,8 @@ class UpstreamGate:
                 settled = self._settler.settled(route, account, permit, context, breaker, is_write=is_write)
                 async with settled:
                     yield context
+            finally:
+                slot.give_back()
         finally:
             line.calls -= 1
             if not line.calls:
@@ -291,16 +293,25 @@ class UpstreamGate:
         if not admitted:
             raise Overloaded("too many tokens that the API does not know; it was not asked for this")
 
-    async def _connect(
-        self, held: AsyncExitStack, owner: Partition, give_up: float, *, spare_s: float
-    ) -> None:
-        """Take a connection, and keep it until `held` is closed. Raises Overloaded."""
+    async def _connect(self, slot: Slot, breaker: Breaker, give_up: float, *, spare_s: float) -> None:
+        """Take a connection, unless the breaker has opened meanwhile. Raises Overloaded or UpstreamPaused."""
+        if slot.is_free:
+            end_if_abandoned()
+            await slot.take()
+        else:
+            try:
+                with while_awaited():
+                    async with self._drain.timeout(give_up - self._monotonic(), spare_s=spare_s):
+                        await slot.take()
+            except TimeoutError:
+                raise Overloaded(
+                    "all connections to the upstream are busy; it was not asked for this"
+                ) from None
         try:
-            with while_awaited():
-                async with self._drain.timeout(give_up - self._monotonic(), spare_s=spare_s):
-                    await held.enter_async_context(self._connections.one(owner))
-        except TimeoutError:
-            raise Overloaded("all connections to the upstream are busy; it was not asked for this") from None
+            self._refuse_while_paused(breaker)
+        except UpstreamPaused:
+            slot.give_back()
+            raise
 
     def _lines_of(self, account: Account) -> Iterator[Line]:
         for is_write in (False, True):

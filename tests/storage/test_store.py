@@ -15,7 +15,7 @@ from kit.scopes import covers
 from kit.support import Valkey, connecting, until
 from redis.asyncio import Redis
 
-from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes, Lookup, make_stamp
+from proxy.core.entry import UNAVAILABLE, Entry, FillPrecondition, Lifetimes, Lookup, is_stamp, make_stamp
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition, Token
 from proxy.core.invalidation import (
@@ -218,6 +218,13 @@ def seed_of(entry: Entry) -> Entry:
 
 
 @pytest.mark.G10
+def test_no_stamp_is_made_twice() -> None:
+    """Many are made of one draw."""
+    stamps = [new_stamp(KEYS.everything) for _ in range(1000)]
+    assert len(set(stamps)) == len(stamps)
+    assert all(is_stamp(stamp, KEYS.everything) for stamp in stamps)
+
+
 def test_the_names_of_keys() -> None:
     """The layout is DESIGN.md's: one caller's keys in one slot of a Cluster, what all share outside."""
     partition = Partition("0123456789abcdef0123456789abcdef")
