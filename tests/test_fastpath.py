@@ -25,7 +25,7 @@ from proxy.core.events import Route
 from proxy.core.http import etag_of
 from proxy.core.identity import Partition, Token
 from proxy.core.ratelimit import UNKNOWN, RateLimit
-from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, list_target
+from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key, list_target
 from proxy.edge import memo, prepared, questions
 from proxy.edge.fastpath import Asked
 from proxy.edge.handler import Handler, plain_server
@@ -68,6 +68,7 @@ def memory() -> Memory:
         entries[Key(SNAPSHOT_LIST, partition, LISTED)] = entry(
             b"list of " + token.encode(), gzip=b"zipped " + token.encode()
         )
+        entries[Key(DOCUMENT, partition, "droplets/1?a&b=2&b=1")] = entry(b"droplet of " + token.encode())
     held = Memory(entries, NOW)
     for token in (ONE, OTHER):
         partition = KEYRING.partition(Token(token))
@@ -124,6 +125,9 @@ ANSWERED = {
     "head": request(method="HEAD"),
     "seeded-uuid": request(f"/v2/snapshots/{UUID}"),
     "uuid-in-capitals": request(f"/v2/snapshots/{UUID.upper()}"),
+    "by-the-path-of-volumes": request(f"/v2/volumes/snapshots/{UUID}"),
+    "document": request("/v2/droplets/1/?b=2&a&b=1"),
+    "document-head": request("/v2/droplets/1?a&b=2&b=1", method="HEAD"),
     "trailing-slash-and-query": request("/v2/snapshots/1/?per_page=200"),
     "clock-stepped-back": request("/v2/snapshots/5"),
     "last-fresh-moment": request("/v2/snapshots/7"),

@@ -86,6 +86,10 @@ class Wire(asyncio.Transport):
         """Go on."""
 
 
+COLLECTIONS = ("droplets",)
+"""What `cache.collections` names."""
+
+
 class Memory:
     """Entries by their keys, in the place of the cache below the edge; what is not there is a miss.
 
@@ -203,10 +207,16 @@ class Edge:
             clients=lambda: self.clients,
             observe=self._observe,
             clock=lambda: memory.now,
+            collections=COLLECTIONS,
         )
         self.fastpath = FastPath(
             memory,
-            Questions(partition=KEYRING.partition, alias_of=name, clients=lambda: self.clients),
+            Questions(
+                partition=KEYRING.partition,
+                alias_of=name,
+                clients=lambda: self.clients,
+                collections=COLLECTIONS,
+            ),
             counter=lambda *labels: partial(self._tell, labels),
             observe=self._observe,
             clock=lambda: memory.now,
