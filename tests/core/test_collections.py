@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 from hypothesis import given, strategies as st
-from kit.collections import DOCUMENTED, SHOWN
+from kit.api_collections import DOCUMENTED, SHOWN
 
 from proxy.core import collections
 from proxy.core.collections import LONGEST_NAME, changed_by, collection_of, in_one_order

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 from aiohttp import web
-from kit.collections import DOCUMENTED, SHOWN
+from kit.api_collections import DOCUMENTED, SHOWN
 from kit.commands import run
 from kit.replicas import shared
 from kit.servers import http_server
