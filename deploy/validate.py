@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import alerting
+import composition
 import units
 import workloads
 from alerting import load as _yaml
+from composition import resolved
 from soundness import Skipped, Unsound, run as _run
 
 from proxy.telemetry.metrics import Metrics
@@ -130,6 +132,7 @@ CHECKS = (
     check_mounts,
     check_metrics,
     *alerting.CHECKS,
+    *composition.CHECKS,
     *workloads.CHECKS,
     *units.CHECKS,
 )
@@ -138,16 +141,9 @@ CHECKS = (
 # -- what they read ----------------------------------------------------------------------------
 
 
-def resolved(root: Path) -> dict[str, Any]:
-    """Return compose.yaml as Docker Compose understands it: anchors, defaults and paths filled in."""
-    text = _run("docker-compose", "--file", str(root / "deploy/compose.yaml"), "config", "--format", "json")
-    config: dict[str, Any] = json.loads(text)
-    return config
-
-
 def proxies(root: Path) -> list[str]:
     """Return the names of the services that are proxies."""
-    return [name for name in resolved(root)["services"] if name.startswith("proxy-")]
+    return composition.proxies(resolved(root)["services"])
 
 
 def _inside(path: str, mount: Mapping[str, Any]) -> Path:

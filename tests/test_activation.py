@@ -7,13 +7,17 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
+from kit.replicas import shared
+from kit.support import DROPLET_PATH, Serve, Valkey, scrape, total, until
+from kit.wire import raw_exchange
 
+from proxy.simulator import Simulator, Token
 from proxy.system.activation import take_sockets
 from proxy.system.start import StartError
 
@@ -130,3 +134,101 @@ async def test_program_serves_on_sockets_of_its_supervisor() -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+# -- several processes on one socket ---------------------------------------------------------------
+
+
+class Instance(Serve):
+    """One process on the socket of all; a new one on a free port is its operators'."""
+
+    def __init__(self, api: socket.socket, *settings: str) -> None:
+        super().__init__(*settings)
+        self._admin = socket.create_server(("127.0.0.1", 0))
+        self.handed = (api.fileno(), self._admin.fileno())
+        server, admin = self.handed
+        launcher = str(Path(__file__).parent / "kit/supervisor.py")
+        self.command = (launcher, f"server={server}", f"admin={admin}", "--", sys.executable, *self.command)
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; the operators' socket goes with the process."""
+        self._admin.close()
+        return await super().stop(number)
+
+    async def requests(self) -> float:
+        """Count what it has answered."""
+        return total(await scrape(self.admin), "snapshot_proxy_requests_total", route="snapshot")
+
+
+class Callers:
+    """Each asks again and again, with a connection for each request, as those behind a TCP balancer do."""
+
+    def __init__(self, url: str, token: Token) -> None:
+        self._url = url
+        self._request = (
+            f"GET {DROPLET_PATH} HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n"
+            f"Authorization: Bearer {token.value}\r\n\r\n"
+        ).encode()
+        self.answers = 0
+        self.lost: list[str] = []
+
+    @asynccontextmanager
+    async def asking(self) -> AsyncIterator[None]:
+        """Let six of them ask."""
+        tasks = [asyncio.create_task(self._ask_on()) for _ in range(6)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def more(self, answers: int = 100) -> None:
+        """Return after so many more answers."""
+        target = self.answers + answers
+        await until(lambda: self.answers >= target or self.lost, f"{answers} more answers")
+
+    async def _ask_on(self) -> None:
+        while True:
+            try:
+                answer = await raw_exchange(self._url, self._request)
+            except OSError as error:
+                self.lost.append(repr(error))
+            else:
+                if not answer.startswith(b"HTTP/1.1 200 "):
+                    self.lost.append(answer[:60].decode() or "closed without an answer")
+                self.answers += 1
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.G8
+async def test_processes_share_a_socket(
+    valkey: Valkey, simulator: Simulator, token: Token, tmp_path: Path
+) -> None:
+    """Three serve side by side, one is replaced, then all stop: no connection is refused or lost.
+
+    The supervisor keeps the socket open, so a caller who comes while none runs waits for the next one.
+    """
+    settings = (*shared(simulator.url, valkey.url, tmp_path), "server.lame_duck_s=0.2")
+    async with AsyncExitStack() as stack:
+        api = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+
+        async def started() -> Instance:
+            return await stack.enter_async_context(Instance(api, *settings))
+
+        running = [await started()]
+        running += await asyncio.gather(started(), started())
+        callers = Callers(running[0].api, token)
+        async with callers.asking():
+            while not all([await each.requests() for each in running]):
+                await callers.more()
+            assert await running.pop(0).stop() == 0
+            running.append(await started())
+            await callers.more()
+            assert await asyncio.gather(*(each.stop() for each in running)) == [0, 0, 0]
+            assert not callers.lost
+            last = await started()
+            await callers.more()
+            assert await last.requests()
+        assert not callers.lost
+        assert {each.api for each in running} == {last.api}

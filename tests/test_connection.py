@@ -181,3 +181,38 @@ def test_a_connection_that_asks_replaces_a_silent_one(loop: Loop) -> None:
                 each.close()
 
     run(loop, work())
+
+
+# -- the drain -------------------------------------------------------------------------------------
+
+
+def test_a_new_connection_may_still_ask_when_the_drain_begins(loop: Loop) -> None:
+    """Its caller came before the port was closed; one that has been answered is closed at once."""
+
+    async def work() -> None:
+        async with listening(ConnectionLimits(60, 60, 10)) as (listener, at):
+            with await connected(listener, at) as asked, await connected(listener, at) as new:
+                asked.send(REQUEST)
+                assert b"ok" in await received(asked)
+                drained = asyncio.create_task(listener.drain(60))
+                assert await received(asked) == b""
+                new.send(REQUEST)
+                assert b"ok" in await received(new)
+                assert await received(new) == b""
+                await drained
+
+    run(loop, work())
+
+
+def test_a_new_connection_that_does_not_ask_is_closed(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment later, long before the drain is over."""
+    monkeypatch.setattr(listeners, "FIRST_REQUEST_S", 0.05)
+
+    async def work() -> None:
+        async with listening(ConnectionLimits(60, 60, 10)) as (listener, at):
+            with await connected(listener, at) as new:
+                drained = asyncio.create_task(listener.drain(60))
+                assert await received(new) == b""
+                await drained
+
+    run(loop, work())

@@ -526,7 +526,7 @@ def test_what_happens_before_redis_replies(target: str, event: str) -> None:
                     wire.close()
                 case "drain":
                     edge.listener.draining = True
-                    wire.protocol.close_if_idle()
+                    wire.protocol.close_if_idle(unasked=True)
                 case "does-not-read":
                     wire.unread = 100_000
                     wire.protocol.pause_writing()

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 PROMPT_TICKS = 4
 """A FIN that comes later than this after the last bytes counts as abandoned: the caller gave up waiting."""
 
+_NOTHING_YET = -1
+"""In the place of the tick at which bytes came last."""
+
 _REST_LOOKS = 4
 """Turns of the event loop: aiohttp takes the next request of its queue one or two after an answer."""
 
@@ -98,7 +101,7 @@ class Connection(asyncio.Protocol):
         self._whole = False  # what the handler has is one whole request
         self._ends_head = False
         self._resting_soon: asyncio.Handle | None = None
-        self._heard_at = listener.ticks
+        self._heard_at = _NOTHING_YET
         self._looking: tuple[bytes, Asked] | None = None  # a request for which Redis is asked
         self.asked: Asked | None = None
         """The request that was handed over to the handler, until that has read it."""
@@ -284,9 +287,9 @@ class Connection(asyncio.Protocol):
 
     # -- deadlines -----------------------------------------------------------------------------
 
-    def close_if_idle(self) -> None:
-        """Close between two requests; one that has begun is answered first."""
-        if self._phase is _Phase.IDLE:
+    def close_if_idle(self, *, unasked: bool) -> None:
+        """Close between two requests, and before the first if `unasked`; one that has begun is answered."""
+        if self._phase is _Phase.IDLE and (unasked or self._heard_at != _NOTHING_YET):
             self._transport.close()
 
     def abort(self) -> None:

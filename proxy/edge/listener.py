@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from aiohttp import StreamReader, web
@@ -17,10 +18,14 @@ from proxy.edge.connection import Connection
 from proxy.edge.fastpath import FastPath
 from proxy.edge.handler import PARSER_OPTIONS, Handler, NoAccessLog
 from proxy.logs import event
+from proxy.tasks.listening import LAST_LOOKS
 
 MOST_REFUSED = 100
 """Connections over the limit that are held until they have asked and are answered 503. For one more, the
 oldest is dropped, which has not asked yet."""
+
+FIRST_REQUEST_S = 1.0
+"""In a drain: how long a connection may take that has not sent anything yet."""
 
 TICK_S = 0.25
 
@@ -122,10 +127,20 @@ class Listener:
             self._quiet.set()
 
     async def drain(self, within_s: float) -> None:
-        """Let running requests finish, within `within_s`; then close the connections that are still open."""
+        """Let running requests finish, within `within_s`; then close the connections that are still open.
+
+        Where several processes accept from one socket, callers connect until the last moment: a connection
+        that was accepted and not asked yet has `FIRST_REQUEST_S` for its request.
+        """
         self.draining = True
-        for connection in list(self.connections):
-            connection.close_if_idle()
+        for _ in range(LAST_LOOKS):
+            await asyncio.sleep(
+                0
+            )  # what was accepted last becomes a connection, and what has arrived is read
+        self._close_idle(unasked=False)
+        last = self._loop.call_later(
+            min(FIRST_REQUEST_S, within_s / 2), partial(self._close_idle, unasked=True)
+        )
         self._quiet.clear()
         try:
             if self.connections:
@@ -133,7 +148,12 @@ class Listener:
                     await self._quiet.wait()
         except TimeoutError:
             event(_LOG, logging.WARNING, "drain-incomplete", connections=len(self.connections))
+        last.cancel()
         for connection in [*self.connections, *self.refused]:
             connection.abort()
         self._ticking.cancel()
         await self._server.shutdown(0)
+
+    def _close_idle(self, *, unasked: bool) -> None:
+        for connection in list(self.connections):
+            connection.close_if_idle(unasked=unasked)

@@ -82,7 +82,8 @@ def test_only_loopback_is_published(services: dict[str, Any]) -> None:
 def test_redis_is_a_cache_that_only_the_proxies_reach(services: dict[str, Any]) -> None:
     """Bounded, evicting, keeping nothing, on a network without a way out."""
     assert " ".join(services["redis"]["command"]) == (
-        "redis-server --maxmemory 256mb --maxmemory-policy allkeys-lru --save  --appendonly no"
+        "redis-server --maxmemory 256mb --maxmemory-policy allkeys-lru --save  --appendonly no "
+        "--replica-announce-ip redis --min-replicas-to-write 0"
     )
     assert {name for name, service in services.items() if "store" in service.get("networks", {})} == {
         "redis",

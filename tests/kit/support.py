@@ -117,6 +117,8 @@ class Serve:
     """`snapshot-proxy serve` as a process of its own: `async with Serve("cache.fresh_s=5") as service`."""
 
     command: tuple[str, ...] = ("-m", "proxy", "serve")
+    handed: tuple[int, ...] = ()
+    """Descriptors that it inherits."""
 
     def __init__(self, *overrides: str, environ: Mapping[str, str] | None = None) -> None:
         self.overrides = overrides
@@ -146,6 +148,7 @@ class Serve:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | dict(self.environ),
+            pass_fds=self.handed,
         )
         self._reader = asyncio.create_task(self._read())
         try:
