@@ -11,7 +11,8 @@ from kit.virtual import now, run
 from proxy.core.identity import Partition
 from proxy.core.operations import Operation
 from proxy.core.quota import CallClass, Postponed, QuotaLimits
-from proxy.gate.ledgers import Account, Accounts, Permit, Settlement
+from proxy.gate.account import Account, Permit, Settlement
+from proxy.gate.ledgers import Accounts
 
 pytestmark = pytest.mark.G4
 
@@ -298,6 +299,27 @@ def test_during_a_rotation_both_ledgers_hear_of_the_limit() -> None:
         turn = await one.admit(both, CallClass.MISS)
         assert isinstance(turn, Permit)
         assert (turn.remaining, turn.per_hour) == ((58, 998), 1000)
+
+    run(main())
+
+
+def test_a_cool_down_outlives_the_previous_secret() -> None:
+    """One that was made before the rotation, by a replica that knew the old secret alone."""
+
+    async def main() -> None:
+        fleet = Fleet(replicas=2)
+        before, after = Account(Partition("b" * 32), "other"), ACCOUNT
+        during = Account(after.partition, "other", before.partition)
+        first, second = fleet.replicas
+        turn = await first.admit(before, CallClass.MISS)
+        assert isinstance(turn, Permit)
+        await first.settle(before, turn, Settlement(refused=True, retry_after_s=30))
+        await asyncio.sleep(5)
+        assert await second.admit(during, CallClass.MISS) == Postponed(25.0, "cooldown")
+        await asyncio.sleep(5)
+        assert await first.admit(after, CallClass.MISS) == Postponed(20.0, "cooldown")
+        await asyncio.sleep(20)
+        assert isinstance(await first.admit(after, CallClass.MISS), Permit)
 
     run(main())
 

@@ -202,7 +202,7 @@ class CommonLedger(Protocol):
         answered: bool,
         known: bool | None,
     ) -> None:
-        """Count a call as answered: the parameters are those of `gate.ledgers.Settlement`."""
+        """Count a call as answered: the parameters are those of `gate.account.Settlement`."""
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:
         """Begin a cool-down of the token. Give the seconds that it lasts."""

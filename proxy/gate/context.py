@@ -12,7 +12,7 @@ from typing import TypeVar
 from proxy.core.errors import UpstreamGivenUp
 from proxy.core.http import parse_limit, parse_remaining
 from proxy.core.operations import Operation, is_of_operation
-from proxy.gate.ledgers import Settlement
+from proxy.gate.account import Settlement
 from proxy.tasks.drain import DrainDeadline
 
 T = TypeVar("T")

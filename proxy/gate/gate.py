@@ -25,10 +25,11 @@ from proxy.core.ports import Upstream
 from proxy.core.quota import CallClass, QuotaLimits
 from proxy.core.ratelimit import RateLimit
 from proxy.core.request import Call
+from proxy.gate.account import Account, Permit
 from proxy.gate.beginning import read_beginning
 from proxy.gate.connections import ConnectionSlots, Slot
 from proxy.gate.context import CallContext
-from proxy.gate.ledgers import Account, Accounts, Permit
+from proxy.gate.ledgers import Accounts
 from proxy.gate.line import Asker, Line, Turns, spent
 from proxy.gate.settling import Settler
 from proxy.tasks.drain import DrainDeadline

@@ -13,7 +13,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
@@ -21,62 +20,13 @@ from proxy.core.operations import Operation, Operations
 from proxy.core.ports import CommonLedger
 from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.ratelimit import UNKNOWN, RateLimit
+from proxy.gate.account import Account, Permit, Settlement
 
 _FOLLOWS_S = 1.0
 """A reply of the common ledger counts as current for so long."""
 
 MOST_ACCOUNTS = 4096
 """Tokens that this replica keeps a ledger of; the least recently used are evicted."""
-
-
-class Account(NamedTuple):
-    """One token. During a rotation of the secret it has a second partition, where its calls count, too."""
-
-    partition: Partition
-    caller: str
-    previous: Partition | None = None
-
-    @property
-    def partitions(self) -> tuple[Partition, ...]:
-        """The partitions under which the common ledger counts the token's calls; the current one last."""
-        return (self.partition,) if self.previous is None else (self.previous, self.partition)
-
-
-class Permit(NamedTuple):
-    """A call that may be made. `common` are the common ledger's admissions; none if Redis did not answer.
-
-    `remaining` are the calls left after it in the minute and in the hour, whose limit is `per_hour`.
-    """
-
-    own: Admitted
-    common: tuple[Admitted, ...]
-    known: bool
-    remaining: tuple[int, int]
-    per_hour: int
-
-
-class Settlement(NamedTuple):
-    """The outcome of a call, as the ledgers count it."""
-
-    remaining_told: int | None = None
-    """The upstream's `ratelimit-remaining`, where it can mean the hour."""
-
-    limit_told: int | None = None
-    """The upstream's `ratelimit-limit`, where it can be the hour's."""
-
-    answered: bool = False
-    """There was an answer other than 429."""
-
-    known: bool | None = None
-    """Whether the upstream accepted the token; None: its answer does not say."""
-
-    refused: bool = False
-    """The answer was 429, and was meant for the token."""
-
-    refused_operation: Operation | None = None
-    """The answer was 429, and was meant for this operation only."""
-
-    retry_after_s: int | None = None
 
 
 class Accounts:
@@ -286,6 +236,8 @@ class Accounts:
             if reply is None or isinstance(reply, Postponed):
                 await self._give_back_in_common(account, admissions)
                 if reply is not None and reply.window == "cooldown":
+                    if partition != account.partition:
+                        await self._cool_the_current_one(own, account, reply.wait_s)
                     own.ledger.stop(self._monotonic(), reply.wait_s)
                 return reply
             admissions.append(reply.admitted)
@@ -293,6 +245,11 @@ class Accounts:
             if partition == account.partition and own.misses(self._monotonic(), reply.born):
                 self._doubt(own)
         return tuple(admissions)
+
+    async def _cool_the_current_one(self, own: "_Own", account: Account, wait_s: float) -> None:
+        """Write a cool-down under the current partition, too, once: it outlives the previous secret."""
+        if wait_s > own.ledger.standing(self._monotonic())[2] + _FOLLOWS_S:
+            await self._common.cool(account.partition, wait_s)
 
     def _own(self, account: Account) -> "_Own":
         own = self._owns.get(account.partition)

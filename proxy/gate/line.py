@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from proxy.core.errors import QuotaSpent, TokenRefused
 from proxy.core.quota import CallClass, Postponed
-from proxy.gate.ledgers import Account, Accounts, Permit
+from proxy.gate.account import Account, Permit
+from proxy.gate.ledgers import Accounts
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import end_if_abandoned, while_awaited
 

@@ -22,8 +22,9 @@ from proxy.core.errors import (
     tells_outcome,
 )
 from proxy.core.events import GIVEN_UP, CallSettled, Route
+from proxy.gate.account import Account, Permit
 from proxy.gate.context import CallContext
-from proxy.gate.ledgers import Account, Accounts, Permit
+from proxy.gate.ledgers import Accounts
 from proxy.gate.line import Line
 
 _TOLD_FIRST = frozenset({None, HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS})
