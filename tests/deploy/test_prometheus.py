@@ -20,7 +20,7 @@ import alerting
 import pytest
 from kit.prometheus import PROMETHEUS, ROOT, Prometheus, Vector
 from kit.replicas import shared, together
-from kit.support import DROPLET_PATH, Serve, Valkey, bearer
+from kit.support import DROPLET_PATH, Serve, Valkey, bearer, until_metrics
 
 from proxy.simulator import Fault, FaultKind, Limits, Simulator
 
@@ -31,7 +31,7 @@ VOLUME_PATH = "/v2/snapshots/fbe805e8-866b-11e6-96bf-000f53315a41"
 PER_HOUR = 60
 """The API's limit of an hour: the caller `team` spends its own."""
 
-VARIABLES = {"$job": ".*", "$__rate_interval": "1m"}
+VARIABLES = {"$job": "snapshot-proxy", "$__rate_interval": "1m"}
 """What Grafana puts into a query."""
 
 VALUES = {
@@ -62,6 +62,7 @@ class Seen:
     after: dict[str, Vector] = field(default_factory=dict)
     values: dict[str, Vector] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    alerts_while_redis_hangs: Vector = ()
 
     def value(self, name: str, **labels: str) -> float:
         """Give the one value among `values[name]` with these labels."""
@@ -103,24 +104,49 @@ async def _observe(folder: Path) -> Seen:
             f"callers.aliases_file={aliases}",
             "metrics.clients=godo,terraform",
             "passthrough.enabled=true",
+            "redis.timeout_s=0.5",
         )
-        async with (
-            together(Serve(*settings), Serve(*settings)) as replicas,
-            Prometheus(folder, [each.admin.removeprefix("http://") for each in replicas]) as prometheus,
-        ):
-            await prometheus.until("count(snapshot_proxy_build_info) == 2")
-            await prometheus.until_evaluated(2)
-            seen.at_rest = {query: await prometheus.query(query) for query in queries()}
-            await _drive(seen, client, replicas, tokens, simulator)
-            total = sum(seen.answers.values())
-            await prometheus.until(f"sum(snapshot_proxy_requests_total) == {total}")
-            await prometheus.until_evaluated(3)
-            for query in {*queries(), *rules(), *selectors()}:
-                seen.after[query] = await prometheus.query(query)
-            seen.values = {name: await prometheus.query(query) for name, query in VALUES.items()}
-            seen.groups = await prometheus.groups()
-        seen.calls.update(call.token for call in simulator.calls)
+        async with together(Serve(*settings), Serve(*settings)) as replicas:
+            targets = [each.admin.removeprefix("http://") for each in replicas]
+            async with Prometheus(folder / "well", targets) as prometheus:
+                await prometheus.until("count(snapshot_proxy_build_info) == 2")
+                await prometheus.until_evaluated(2)
+                at = await prometheus.good_moment()
+                seen.at_rest = {query: await prometheus.query(query, at) for query in queries()}
+                await _drive(seen, client, replicas, tokens, simulator)
+                total = sum(seen.answers.values())
+                await prometheus.until(f"sum(snapshot_proxy_requests_total) == {total}")
+                await prometheus.until_evaluated(3)
+                at = await prometheus.good_moment()
+                for query in {*queries(), *rules(), *selectors()}:
+                    seen.after[query] = await prometheus.query(query, at)
+                seen.values = {name: await prometheus.query(query, at) for name, query in VALUES.items()}
+                seen.groups = await prometheus.groups()
+            seen.calls.update(call.token for call in simulator.calls)
+            valkey.pause()
+            try:
+                await _delete_while_it_hangs(client, replicas, tokens["ci"])
+                async with Prometheus(folder / "hangs", targets) as prometheus:
+                    await prometheus.until('ALERTS{alertstate="firing"}')
+                    await prometheus.until_evaluated(3)
+                    seen.alerts_while_redis_hangs = await prometheus.query("ALERTS")
+            finally:
+                valkey.resume()
     return seen
+
+
+async def _delete_while_it_hangs(
+    client: aiohttp.ClientSession, replicas: tuple[Serve, ...], token: str
+) -> None:
+    """Leave an invalidation pending on each replica, which both know by then that Redis is away."""
+    for replica in replicas:
+        async with client.delete(replica.api + DROPLET_PATH, headers=bearer(token)) as response:
+            await response.read()
+        await until_metrics(
+            replica.admin,
+            lambda seen: seen["snapshot_proxy_pending_invalidations"] and not seen["snapshot_proxy_store_up"],
+            "an invalidation is pending",
+        )
 
 
 async def _drive(
@@ -196,9 +222,15 @@ def rules() -> Iterator[str]:
 
 
 def selectors() -> Iterator[str]:
-    """Yield each selector of a series in a query or a rule, with its labels."""
+    """Yield each selector of a series in a query or a rule, and one for each value that its labels name."""
     for expression in [*queries(), *(rule["expr"] for rule in alerting.rules(ROOT))]:
-        yield from re.findall(r"[\w:]*(?:snapshot_proxy|process)_[\w:]+(?:\{[^}]*\})?", expression)
+        for selector in re.findall(r"[\w:]*(?:snapshot_proxy|process)_[\w:]+(?:\{[^}]*\})?", expression):
+            yield selector
+            name = selector.partition("{")[0]
+            for matcher, label, how, values in re.findall(r'((\w+)(=~|!~|!=)"([^"]*)")', selector):
+                for value in values.split("|"):
+                    one = f'{label}="{value}"'
+                    yield selector.replace(matcher, one) if how == "=~" else f"{name}{{{one}}}"
 
 
 # -- what has to come of it --------------------------------------------------------------------------
@@ -260,4 +292,14 @@ def test_objectives_count_what_callers_got(seen: Seen) -> None:
         ("SnapshotProxyBudgetBurnsFast", None),
         ("SnapshotProxyQuotaSpent", "team"),
         ("SnapshotProxyQuotaForecast", "ci"),
+    }
+
+
+def test_redis_that_hangs_raises_one_page(seen: Seen) -> None:
+    """What it causes raises nothing of its own: nothing times out, since nothing is tried; deletions wait."""
+    assert {
+        (has["alertname"], has["severity"], has["alertstate"]) for has, _ in seen.alerts_while_redis_hangs
+    } == {
+        ("SnapshotProxyRedisDown", "page", "firing"),
+        ("SnapshotProxyQuotaLow", "ticket", "pending"),  # of the caller that spent it before
     }

@@ -17,7 +17,8 @@ from kit.support import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = shutil.which("prometheus")
-INTERVAL = "500ms"
+INTERVAL = "1s"
+GOOD_S = 4
 
 Vector = Sequence[tuple[Mapping[str, str], float]]
 
@@ -26,6 +27,7 @@ class Prometheus:
     """The server, configured as `deploy/prometheus/prometheus.yml` says, but for targets and intervals."""
 
     def __init__(self, folder: Path, targets: Sequence[str]) -> None:
+        folder.mkdir()
         config = alerting.load(ROOT / alerting.PROMETHEUS / "prometheus.yml")
         config["global"] = {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL}
         config["rule_files"] = [str(path) for path in alerting.rule_files(ROOT)]
@@ -62,10 +64,17 @@ class Prometheus:
         assert answer["status"] == "success", f"{parameters}: {answer.get('error')}"
         return answer["data"]
 
-    async def query(self, expression: str) -> Vector:
-        """Evaluate PromQL now: the labels and the value of each sample."""
-        data = await self.get("query", query=expression)
+    async def query(self, expression: str, at: float | None = None) -> Vector:
+        """Evaluate PromQL `at` (Unix seconds), or now: the labels and the value of each sample."""
+        time = {} if at is None else {"time": str(at)}
+        data = await self.get("query", query=expression, **time)
         return [(each["metric"], float(each["value"][1])) for each in data["result"]]
+
+    async def good_moment(self) -> float:
+        """Wait until no scrape of the last seconds came too late, as on a busy machine; give that time."""
+        await self.until(f"min(min_over_time(up[{GOOD_S}s])) == 1")
+        ((_, at),) = await self.query("min(timestamp(up))")
+        return at
 
     async def until(self, expression: str) -> None:
         """Wait until a query has an answer."""
