@@ -16,7 +16,7 @@ from functools import partial
 
 from proxy import __version__, options
 from proxy.admin.listener import serve_admin
-from proxy.assembly import make_gate, open_link
+from proxy.assembly import make_gate, open_servers
 from proxy.cache.fetch import FetchFlights, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory
@@ -194,14 +194,14 @@ class App:
             tracing.middlewares,
         )
         self._cleanup.push_async_callback(upstream.close)
-        link = await open_link(settings, self._cleanup)
-        memory = options.memory(settings, link)
-        store = await self._store(link, memory, keyring, previous)
+        servers = await open_servers(settings, self._cleanup)
+        memory = options.memory(settings, servers)
+        store = await self._store(servers, memory, keyring, previous)
         gate = make_gate(
             settings,
             tracing.upstream(upstream),
             ConnectionSlots(files.upstream),
-            link,
+            servers,
             store,
             previous=previous,
             drain=self._drain,
@@ -295,10 +295,10 @@ class App:
         return addresses
 
     async def _store(
-        self, link: Servers, memory: Memory, keyring: Keyring, previous: Keyring | None
+        self, servers: Servers, memory: Memory, keyring: Keyring, previous: Keyring | None
     ) -> Store:
         store = Store(
-            link,
+            servers,
             self._keys,
             keyring,
             stamp_ttl_s=options.stamp_ttl_s(self._settings),

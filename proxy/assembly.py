@@ -1,4 +1,4 @@
-"""Two parts that are put together of several: the link to Redis, and the gate.
+"""Two parts that are put together of several: the servers of the store, and the gate.
 
 The gate has the upstream behind it, and for each token the ledger on Redis and the one in this process. With
 them here the composition root can be read.
@@ -28,8 +28,8 @@ from proxy.tasks.drain import DrainDeadline
 _LOG = logging.getLogger(__name__)
 
 
-async def open_link(settings: Settings, cleanup: AsyncExitStack) -> Servers:
-    """Make the link to Redis; start the embedded server first where `redis.url` names it.
+async def open_servers(settings: Settings, cleanup: AsyncExitStack) -> Servers:
+    """Make what commands go to; start the embedded server first where `redis.url` names it.
 
     It is stopped with `cleanup`.
     """
@@ -46,14 +46,14 @@ async def open_link(settings: Settings, cleanup: AsyncExitStack) -> Servers:
             "embedded-store",
             consequence="for one replica only; set redis.url to share entries between replicas",
         )
-    return options.link(settings, url)
+    return options.servers(settings, url)
 
 
 def make_gate(
     settings: Settings,
     upstream: Upstream,
     connections: ConnectionSlots,
-    link: Servers,
+    servers: Servers,
     store: Store,
     *,
     previous: Keyring | None,
@@ -68,7 +68,7 @@ def make_gate(
 
     def accounts(limits: QuotaLimits, call_s: float) -> Accounts:
         return Accounts(
-            RedisLedger(link, keys, limits, call_s=call_s, observe=observe_store),
+            RedisLedger(servers, keys, limits, call_s=call_s, observe=observe_store),
             limits,
             call_s=call_s,
             replicas=lambda: store.replicas,

@@ -84,12 +84,12 @@ def clients(settings: Settings) -> Clients:
     return Clients(settings.metrics.client_header, settings.metrics.clients)
 
 
-def memory(settings: Settings, link: Servers) -> Memory:
+def memory(settings: Settings, servers: Servers) -> Memory:
     """Give the tier in this process; it is on its own while the store cannot be reached."""
     return Memory(
         settings.memory.max_bytes,
         settings.memory.max_age_s,
-        reachable=lambda: link.channel_up,
+        reachable=lambda: servers.channel_up,
         monotonic=time.monotonic,
     )
 
@@ -174,7 +174,7 @@ def where_redis_is(settings: Settings, url: str) -> Location:
     )
 
 
-def link(settings: Settings, url: str) -> Servers:
+def servers(settings: Settings, url: str) -> Servers:
     """Make what commands go to: the server, the primary or the Cluster at `url`.
 
     Raises SettingsError as `where_redis_is` does.

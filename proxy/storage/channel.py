@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Channel:
-    """The channel of the Redis behind `link`, from which everything is also published.
+    """The channel of the store's `servers`, from which everything is also published.
 
     `register` writes this replica into the membership and gives the others there that publish; None where
     that is unknown. It may raise Unavailable. `address` says in the log where Redis is.
@@ -39,7 +39,7 @@ class Channel:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         keys: Keys,
         conversation: Conversation,
         *,
@@ -48,7 +48,7 @@ class Channel:
         address: str = "",
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._link = link
+        self._servers = servers
         self._name = keys.channel
         self._conversation = conversation
         self._register = register
@@ -77,7 +77,7 @@ class Channel:
         """
         announcement = self._conversation.announce(scope)
         try:
-            refuse_errors(await self._link.ask_in_turn(*groups, [announcement.command]))
+            refuse_errors(await self._servers.ask_in_turn(*groups, [announcement.command]))
             published = self._monotonic()
             while (left_s := self._conversation.left_s(announcement, published)) > 0:
                 announcement.changed.clear()
@@ -94,7 +94,7 @@ class Channel:
         while True:
             wire: Wire | None = None
             try:
-                wire = self._link.listener()
+                wire = self._servers.listener()
                 await self._converse(wire)
             except Exception as error:  # noqa: BLE001 # whatever it is: without the channel memory would stay off
                 self._note(words(error, "" if wire is None else wire.password))
@@ -107,7 +107,7 @@ class Channel:
 
     async def _converse(self, wire: Wire) -> None:
         """Listen until the connection ends, or is silent for too long; beat meanwhile. Raises OSError."""
-        pubsub = self._link.pubsub
+        pubsub = self._servers.pubsub
         async with ListeningTimeout(SILENCE_S) as silence:
 
             def hear(message: object) -> None:
@@ -145,7 +145,7 @@ class Channel:
                 if not is_registered:
                     self._conversation.registered(await self._register())
                     is_registered = True
-                await self._link.ask(*self._conversation.to_say())
+                await self._servers.ask(*self._conversation.to_say())
             except Unavailable:
                 self._conversation.say_nothing()  # the replica that waits for it waits no longer than a lease
                 await asyncio.sleep(BEAT_S)
@@ -169,7 +169,7 @@ class Channel:
 
     def _note(self, reason: str) -> None:
         """Log that this replica is deaf, unless the log says already that Redis is not usable."""
-        if self._link.channel_up and self._deaf.sign(self._monotonic()):
+        if self._servers.channel_up and self._deaf.sign(self._monotonic()):
             event(
                 _LOG,
                 logging.WARNING,

@@ -47,7 +47,7 @@ class Entries:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         keys: Keys,
         keyring: Keyring,
         pending: PendingInvalidations,
@@ -56,7 +56,7 @@ class Entries:
         observe: Callable[[StoreOperation], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._link = link
+        self._servers = servers
         self._keys = keys
         self._keyring = keyring
         self._pending = pending
@@ -70,7 +70,7 @@ class Entries:
         if self._pending.covers(reading.keys):
             return UNAVAILABLE
         try:
-            found = self._read(reading, await self._link.ask(*reading.commands))
+            found = self._read(reading, await self._servers.ask(*reading.commands))
             if isinstance(found, Lookup):
                 self._observe(StoreOperation("lookup", "ok"))
                 return found
@@ -88,7 +88,7 @@ class Entries:
         """
         reading = self._reading(key)
         try:
-            replies = None if self._pending.covers(reading.keys) else self._link.send(reading.commands)
+            replies = None if self._pending.covers(reading.keys) else self._servers.send(reading.commands)
         except Unavailable:
             replies = None
         if replies is None:
@@ -114,7 +114,7 @@ class Entries:
             return False
         value = seal(entry, basis.stamps, keys.entry, self._keyring)
         try:
-            stored, *_ = await self._link.ask(
+            stored, *_ = await self._servers.ask(
                 _PUT.call([keys.entry], basis.seen, value, entry.lifetimes.retention_s),
                 *self._prolong(keys.stamps),
             )
@@ -155,7 +155,9 @@ class Entries:
                 ("SET", name, new_stamp(name), "NX", "EX", self.stamp_ttl_s) for name in ids
             ]
             read: list[Command] = [("GET", name) for name in ids]
-            again = await self._link.ask_in_turn([*make, *read], [("GET", name) for name in list_keys.stamps])
+            again = await self._servers.ask_in_turn(
+                [*make, *read], [("GET", name) for name in list_keys.stamps]
+            )
             made, stamps, now = again[: len(ids)], again[len(ids) : 2 * len(ids)], again[2 * len(ids) :]
             if self._pending.covers(list_keys) or _seals(now) != basis.stamps:
                 return nothing
@@ -164,7 +166,7 @@ class Entries:
                 entry, (key, stamp_names) = seeds[name], keys[name]
                 sealed = (caller, as_stamp(stamp, stamp_names[1]), basis.stamps[-1])
                 arguments += (seal(entry, sealed, key, self._keyring), entry.lifetimes.retention_s)
-            (reply, *_) = await self._link.ask(
+            (reply, *_) = await self._servers.ask(
                 _SEED.call(
                     [self._keys.lists_of(partition), *(those.entry for those in keys.values())],
                     now[1],  # whole: it may have been softened
@@ -247,7 +249,7 @@ class Entries:
         commands: list[Command] = [("DEL", name) for name in found.corrupt]
         commands += [("SET", name, new_stamp(name), "NX", "EX", self.stamp_ttl_s) for name in missing]
         commands += [("GET", name) for name in missing]  # another replica may have made it first
-        made = await self._link.ask(*commands)
+        made = await self._servers.ask(*commands)
         for name, value in zip(missing, made[len(commands) - len(missing) :], strict=True):
             try:
                 stamps[name] = as_stamp(value, name)

@@ -28,7 +28,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         pending: PendingInvalidations,
         members: Membership,
         *,
@@ -36,7 +36,7 @@ class Heartbeat:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._link = link
+        self._servers = servers
         self.conversation: Conversation | None = None
         """Where the other replicas hear of pending invalidations that Redis has taken, if they do."""
         self._pending = pending
@@ -59,7 +59,7 @@ class Heartbeat:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         with suppress(Unavailable):
-            await self._link.ask(self._members.farewell())
+            await self._servers.ask(self._members.farewell())
 
     async def pulse(self) -> set[str] | None:
         """Send one heartbeat. Give what `Membership.heard` gives of other replicas. Raises Unavailable."""
@@ -68,18 +68,18 @@ class Heartbeat:
 
     async def _pulse(self) -> set[str] | None:
         now = self._clock()
-        self._pending.follow(self._link.primaries)
+        self._pending.follow(self._servers.primaries)
         names = self._pending.to_send()
         groups = in_order(names, now, self._pending.soft)
         if names and self.conversation is not None:
             groups.append([self.conversation.everything()])
         beat = self._members.heartbeat(now)
-        replies = await self._link.ask_in_turn(*groups, beat)
+        replies = await self._servers.ask_in_turn(*groups, beat)
         self._pending.settle(names, replies[: len(names)])
         others, more = self._members.heard(replies[-len(beat) :], now)
         self._tell_of_secrets()
         if more:
-            await self._link.ask(*more)
+            await self._servers.ask(*more)
         return others
 
     async def _beat(self) -> None:

@@ -178,7 +178,7 @@ class Invalidations:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         keys: Keys,
         keyring: Keyring,
         pending: PendingInvalidations,
@@ -188,7 +188,7 @@ class Invalidations:
         observe: Callable[[StoreOperation], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._link = link
+        self._servers = servers
         self._keys = keys
         self._keyring = keyring
         self._pending = pending
@@ -218,7 +218,7 @@ class Invalidations:
         operation: Literal["end", "drop"] = "drop" if by_read else "end"
         try:
             if self._channel is None:
-                refuse_errors(await self._link.ask_in_turn(*groups))
+                refuse_errors(await self._servers.ask_in_turn(*groups))
             else:
                 await self._channel.invalidate(scope, *groups)
         except Unavailable as error:

@@ -48,7 +48,7 @@ class Leases:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         keys: Keys,
         keyring: Keyring,
         *,
@@ -56,7 +56,7 @@ class Leases:
         observe: Callable[[StoreOperation], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._link = link
+        self._servers = servers
         self._keys = keys
         self._keyring = keyring
         self.guard_s = guard_s
@@ -78,7 +78,7 @@ class Leases:
         name = self._keys.lease(key, digest)
         owner = new_stamp(name)
         try:
-            taken, holder, ttl_ms, _, seen = await self._link.ask(
+            taken, holder, ttl_ms, _, seen = await self._servers.ask(
                 ("SET", name, owner, "NX", "PX", LEASE_MS),
                 ("GET", name),
                 ("PTTL", name),
@@ -126,14 +126,14 @@ class Leases:
                 entry, _ = unseal(held, name, self._keyring)
                 return _as_record(entry)
         if isinstance(value, bytes):  # unless another replica deleted it and holds a lease now
-            await self._link.ask(_IF_OWNER.call([name], value, "DEL"))
+            await self._servers.ask(_IF_OWNER.call([name], value, "DEL"))
         else:
-            await self._link.ask(("DEL", name))
+            await self._servers.ask(("DEL", name))
         return None
 
     async def _if_owner(self, lease: Leased, *command: str | bytes | int) -> None:
         with suppress(Unavailable):
-            await self._link.ask(_IF_OWNER.call([lease.name], lease.owner, *command))
+            await self._servers.ask(_IF_OWNER.call([lease.name], lease.owner, *command))
 
 
 def _as_entry(record: Record, now: float) -> Entry:

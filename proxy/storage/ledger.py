@@ -61,14 +61,14 @@ class RedisLedger:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         keys: Keys,
         limits: QuotaLimits,
         *,
         call_s: float,
         observe: Callable[[StoreOperation], None],
     ) -> None:
-        self._link = link
+        self._servers = servers
         self._keys = keys
         self._observe = observe
         self._call_s: float
@@ -218,7 +218,7 @@ class RedisLedger:
     async def _run(self, *commands: Command) -> list[Any] | None:
         """Run commands in one round trip. None where Redis did not answer, or refused one of them."""
         try:
-            replies = await self._link.ask(*commands)
+            replies = await self._servers.ask(*commands)
         except Unavailable as error:
             self._observe(StoreOperation("quota", error.outcome))
             return None

@@ -33,7 +33,7 @@ class Store:
 
     def __init__(
         self,
-        link: Servers,
+        servers: Servers,
         keys: Keys,
         keyring: Keyring,
         *,
@@ -46,11 +46,11 @@ class Store:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._link = link
+        self._servers = servers
         self._pending = PendingInvalidations(keys, address=address, monotonic=monotonic)
         self._members = Membership(keys, keyring, previous)
         self._heartbeat = Heartbeat(
-            link, self._pending, self._members, address=address, clock=clock, monotonic=monotonic
+            servers, self._pending, self._members, address=address, clock=clock, monotonic=monotonic
         )
         self._channel = None
         if tier is not None:
@@ -61,10 +61,10 @@ class Store:
                 tier,
                 observe=observe,
                 monotonic=monotonic,
-                pubsub=link.pubsub,
+                pubsub=servers.pubsub,
             )
             self._channel = Channel(
-                link,
+                servers,
                 keys,
                 conversation,
                 register=self._heartbeat.pulse,
@@ -74,11 +74,18 @@ class Store:
             )
             self._heartbeat.conversation = conversation
         entries = self._entries = Entries(
-            link, keys, keyring, self._pending, stamp_ttl_s=stamp_ttl_s, observe=observe, clock=clock
+            servers, keys, keyring, self._pending, stamp_ttl_s=stamp_ttl_s, observe=observe, clock=clock
         )
-        leases = self._leases = Leases(link, keys, keyring, guard_s=guard_s, observe=observe, clock=clock)
+        leases = self._leases = Leases(servers, keys, keyring, guard_s=guard_s, observe=observe, clock=clock)
         invalidations = self._invalidations = Invalidations(
-            link, keys, keyring, self._pending, self._channel, guard_s=guard_s, observe=observe, clock=clock
+            servers,
+            keys,
+            keyring,
+            self._pending,
+            self._channel,
+            guard_s=guard_s,
+            observe=observe,
+            clock=clock,
         )
         self.lookup = entries.lookup
         self.look = entries.look
@@ -113,11 +120,11 @@ class Store:
     @property
     def up(self) -> bool:
         """Tell whether Redis answers."""
-        return self._link.up
+        return self._servers.up
 
     async def start(self) -> None:
         """Connect, and try again and again if that fails."""
-        await self._link.start()
+        await self._servers.start()
         self._heartbeat.start()
         if self._channel is not None:
             self._channel.start()
@@ -127,4 +134,4 @@ class Store:
         if self._channel is not None:
             await self._channel.stop()
         await self._heartbeat.stop()
-        await self._link.close()
+        await self._servers.close()

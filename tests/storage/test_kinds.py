@@ -57,7 +57,7 @@ Set = SentinelSet | ClusterSet
 def servers_at(url: str, tmp_path: Any, *more: str) -> Servers:
     """Make what `serve` makes of a URL; what is silent for 5 s is away."""
     overrides = [f"redis.url={url}", f"security.secret_file={write_secret(tmp_path)}", "redis.timeout_s=5"]
-    return options.link(load(config_file=None, overrides=[*overrides, *more], environ={}).settings, url)
+    return options.servers(load(config_file=None, overrides=[*overrides, *more], environ={}).settings, url)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[SentinelSet, ClusterSet])
