@@ -150,7 +150,20 @@ def uniform(callers: int, snapshots: int, length: int) -> list[bytes]:
 
 def lists(callers: int, snapshots: int) -> Iterator[bytes]:
     """Ask for every snapshot of every caller by lists: each of them fills as many as one page has."""
-    pages = range(1, -(-snapshots // PAGE) + 1)
+    size = min(PAGE, snapshots)
+    pages = range(1, -(-snapshots // size) + 1)
     return (
-        head(caller, f"?page={page}&per_page={PAGE}").encode() for caller in range(callers) for page in pages
+        head(caller, f"?page={page}&per_page={size}").encode() for caller in range(callers) for page in pages
     )
+
+
+def own_lists(callers: int, snapshots: int) -> Iterator[bytes]:
+    """Ask for the snapshots of callers each of whom sees others: one page each."""
+    return (head(caller, f"?page={caller + 1}&per_page={snapshots}").encode() for caller in range(callers))
+
+
+def own(callers: int, snapshots: int, length: int) -> list[bytes]:
+    """Draw callers and what such a list brought them, each as often as the other. The same each time."""
+    chance = Random(1)  # noqa: S311 # the same
+    drawn = (chance.randrange(callers * snapshots) for _ in range(length))
+    return [single(number // snapshots, number) for number in drawn]

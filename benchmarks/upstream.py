@@ -29,21 +29,23 @@ HEAD = (
 
 FIRST = 1_000_000
 PAGE = 200
+MOST_KEPT = 100
+"""So many pages are made once."""
 
 
-def page(number: int) -> bytes:
+def page(number: int, size: int = PAGE) -> bytes:
     """Make one page of the list: `number` counts from 1."""
-    first = FIRST + (number - 1) * PAGE
-    each = (BODY % str(first + place).encode() for place in range(PAGE))
+    first = FIRST + (number - 1) * size
+    each = (BODY % str(first + place).encode() for place in range(size))
     snapshots = b",".join(body.removeprefix(b'{"snapshot":')[:-1] for body in each)
-    return b'{"snapshots":[%s],"links":{},"meta":{"total":%d}}' % (snapshots, PAGE)
+    return b'{"snapshots":[%s],"links":{},"meta":{"total":%d}}' % (snapshots, size)
 
 
 class Upstream(asyncio.Protocol):
     """One connection. A request comes in one piece here: it has no body, and no second one follows."""
 
     calls = 0
-    pages: ClassVar[dict[int, bytes]] = {}
+    pages: ClassVar[dict[tuple[int, int], bytes]] = {}
     transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,10 +70,13 @@ class Upstream(asyncio.Protocol):
 
     def _page(self, name: bytes) -> bytes:
         query = dict(pair.split(b"=") for pair in name.partition(b"?")[2].split(b"&"))
-        number = int(query[b"page"])
-        if number not in Upstream.pages:
-            Upstream.pages[number] = page(number)
-        return Upstream.pages[number]
+        wanted = int(query[b"page"]), int(query[b"per_page"])
+        if wanted in Upstream.pages:
+            return Upstream.pages[wanted]
+        made = page(*wanted)
+        if len(Upstream.pages) < MOST_KEPT:
+            Upstream.pages[wanted] = made
+        return made
 
 
 async def main() -> None:

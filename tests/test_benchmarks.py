@@ -96,13 +96,35 @@ def test_drawn_requests_are_the_same_in_each_run() -> None:
     assert list(islice(traffic.Cycled(drawn, 499), 3)) == [drawn[499], drawn[0], drawn[1]]
 
 
-def test_lists_name_the_snapshots_that_are_asked_for() -> None:
-    """So that what a list filled is what a load finds."""
-    (request, *_), number = traffic.lists(1, 400), 250
-    assert b"?page=1&per_page=200 " in request
-    ids = [each["id"] for page in (1, 2) for each in json.loads(upstream.page(page))["snapshots"]]
-    assert len(set(ids)) == 400
-    assert traffic.single(0, number).split()[1].decode() == f"/v2/snapshots/{ids[number]}"
+@pytest.mark.parametrize(("number", "pages"), [(400, [(1, 200), (2, 200)]), (100, [(1, 100)])])
+def test_lists_name_the_snapshots_that_are_asked_for(number: int, pages: list[tuple[int, int]]) -> None:
+    """So that what a list filled is what a load finds: these, and no others."""
+    requests = [*traffic.lists(1, number)]
+    assert [re.findall(rb"\?page=(\d+)&per_page=(\d+) ", each)[0] for each in requests] == [
+        (b"%d" % page, b"%d" % size) for page, size in pages
+    ]
+    ids = [each["id"] for page in pages for each in json.loads(upstream.page(*page))["snapshots"]]
+    assert len(set(ids)) == number
+    for place in (0, number - 1):
+        assert traffic.single(0, place).split()[1].decode() == f"/v2/snapshots/{ids[place]}"
+
+
+def test_callers_with_snapshots_of_their_own_ask_for_what_their_list_brought() -> None:
+    """And no two of them for the same."""
+    listed: dict[bytes, set[bytes]] = {}
+    for request in traffic.own_lists(5, 100):
+        page = json.loads(upstream.page(*map(int, re.findall(rb"=(\d+)", request)[:2])))
+        listed[token_of(request)] = {each["id"].encode() for each in page["snapshots"]}
+    assert len(set().union(*listed.values())) == 500
+    drawn = traffic.own(5, 100, 500)
+    assert {token_of(request) for request in drawn} == set(listed)
+    for request in drawn:
+        assert request.split()[1].rpartition(b"/")[2] in listed[token_of(request)]
+
+
+def token_of(request: bytes) -> bytes:
+    """Give the token in a request."""
+    return request.partition(b"Bearer ")[2].partition(b"\r")[0]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,20 @@ def test_a_sample_has_the_load_of_all() -> None:
     assert fleet.day(chosen).requests() * 10 == pytest.approx(whole, rel=0.05)
 
 
+def test_many_fleets_are_alike_but_for_chance() -> None:
+    """A token of each kind, from one after the other: as many readers and snapshots, at other times."""
+    many = replace(FEW, fleets=2)
+    chosen = many.one_of_each()
+    assert chosen == [0, 4, 2]
+    assert [len(names) for names in many.names(chosen).values()] == [len(FEW.names([n])[n]) for n in range(3)]
+    one, other = many.day([1]), many.day([4])
+    assert one.requests() == pytest.approx(other.requests(), rel=0.1)
+    assert [read[0] for read in one.hour(0)] != [read[0] for read in other.hour(0)]
+    assert one.hour(0) == FEW.day([1]).hour(0)
+    outcome = run(many, many.day(chosen))["snapshot-proxy"].day
+    assert outcome.answered == outcome.requests == many.day(chosen).requests()
+
+
 def test_the_limits_are_exact() -> None:
     """Each call is admitted if, and only if, both windows before it have room: counted call by call."""
     limits = Limits(per_minute=5, per_hour=40, minute_s=6.0, hour_s=100.0)

@@ -19,5 +19,6 @@ What is simpler than the world:
 - The day begins with empty caches; the API took all tokens before.
 - A replica that just answered from a fresh entry answers again for `systems.REPEAT_S` without being asked, as
   long as that entry stands in the store: a test shows that this changes nothing.
-- Some tokens stand for all. They share nothing but the replicas' breakers, so what becomes of them is scaled.
+- Some tokens stand for all. They share nothing but the replicas' breakers, so what becomes of them is scaled;
+  for 1,000 fleets, one token for each 1,000 that have as many readers and snapshots, drawn apart.
 """

@@ -1,4 +1,4 @@
-"""The day's figures, as a part of a Markdown page: `python -m benchmarks.day`. Takes about two minutes."""
+"""The day's figures, as a part of a Markdown page: `python -m benchmarks.day`. Takes about five minutes."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -28,6 +28,12 @@ from proxy.simulator.limits import Limits
 
 SAMPLES = {1: 200, 10: 20, 100: 10}
 """By how many times the readers: so many tokens are simulated."""
+
+FLEETS, FLEETS_REPLICAS = 1_000, 16
+"""So many fleets at once, and as many replicas as docs/sizing.md gives their tokens, at least."""
+
+REPLICAS = (1, 3, 10, 30, 100)
+REPLICAS_SAMPLE = 20
 
 OUTAGE_HOUR = 14
 OUTAGE = (OUTAGE_HOUR * HOUR_S + 600, OUTAGE_HOUR * HOUR_S + 900)
@@ -89,15 +95,20 @@ def main() -> None:
                 """)
         _table({name: outcome.day for name, outcome in outcomes.items()}, scale)
         if times == 1:
-            print(f"\nThe hour from {OUTAGE_HOUR}:00 alone:")
-            hours = {name: outcome.hours[OUTAGE_HOUR] for name, outcome in outcomes.items()}
-            _table(hours, scale)
+            _hour(outcomes)
     _growth(days)
+    _replicas()
+    _fleets()
     _shared()
     _scarce()
     _lone()
     other_reads()
     print(f"\nComputed in {process_time():.0f} s of one core.")
+
+
+def _hour(outcomes: Mapping[str, Outcome], scale: int = 1) -> None:
+    print(f"\nThe hour from {OUTAGE_HOUR}:00 alone:")
+    _table({name: outcome.hours[OUTAGE_HOUR] for name, outcome in outcomes.items()}, scale)
 
 
 def _table(rows: Mapping[str, Tally], scale: int = 1) -> None:
@@ -124,6 +135,47 @@ def _growth(days: Mapping[int, Mapping[str, Outcome]]) -> None:
             outcomes[name].day.calls * (fleet.tokens // SAMPLES[times]) for times, outcomes in days.items()
         ]
         print(f"| {name} | " + " | ".join(f"{each:,} ({each / calls[0]:.1f} x)" for each in calls) + " |")
+
+
+def _fleets() -> None:
+    """Show many fleets, each with readers of its own, behind as many replicas as they need."""
+    fleet = Fleet(fleets=FLEETS, replicas=FLEETS_REPLICAS)
+    print(f"\n## {FLEETS:,} times the fleet")
+    _say(f"""
+        {FLEETS * fleet.tokens:,} tokens with {FLEETS:,} times the readers and snapshots, behind
+        {fleet.replicas} replicas. Of each of the {fleet.tokens} kinds of tokens, from the busiest to the
+        idlest, {FLEETS:,} have as many readers, each drawn apart; one of them is simulated, and counts are
+        times {FLEETS:,}. That is exact for each token, as tokens share nothing: no entry, no ledger, no
+        lease. What they do share is not simulated: the replicas' breakers are those of the {fleet.tokens},
+        and the time of cores, connections and Redis is arithmetic (docs/sizing.md).
+        """)
+    outcomes = run(fleet, fleet.day(fleet.one_of_each()), down=OUTAGE)
+    _table({name: outcome.day for name, outcome in outcomes.items()}, FLEETS)
+    _hour(outcomes, FLEETS)
+
+
+def _replicas() -> None:
+    """Show what more replicas cost: each knows only of its own readers what a list would refresh."""
+    print("\n## Upstream calls as the replicas grow")
+    _say(f"""
+        {REPLICAS_SAMPLE} of {Fleet().tokens} tokens are simulated, and counts are times
+        {Fleet().tokens // REPLICAS_SAMPLE}: in the day, and in the hour from {OUTAGE_HOUR}:00. Which
+        snapshots one list would refresh at once, a replica knows of its own readers only.
+        """)
+    days: list[int] = []
+    hours: list[int] = []
+    for number in REPLICAS:
+        fleet = Fleet(replicas=number)
+        scale = fleet.tokens // REPLICAS_SAMPLE
+        (outcome,) = run(
+            fleet, fleet.day(fleet.sample(REPLICAS_SAMPLE)), down=OUTAGE, systems={"snapshot-proxy": Ours}
+        ).values()
+        days.append(outcome.day.calls * scale)
+        hours.append(outcome.hours[OUTAGE_HOUR].calls * scale)
+    print("\n| replicas | " + " | ".join(f"{number:,}" for number in REPLICAS) + " |")
+    print("| --- |" + " ---: |" * len(REPLICAS))
+    print("| the day | " + " | ".join(f"{calls:,}" for calls in days) + " |")
+    print("| its busiest hour | " + " | ".join(f"{calls:,}" for calls in hours) + " |", flush=True)
 
 
 def _shared() -> None:

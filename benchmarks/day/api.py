@@ -5,7 +5,7 @@ What comes of a call is decided in the instant in which it is made; whoever make
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from proxy.simulator.limits import Limits
@@ -73,7 +73,7 @@ class Api:
 
     def __init__(
         self,
-        tokens: Sequence[Token],
+        tokens: Mapping[int, Token],
         limits: Limits,
         *,
         down: tuple[float, float],
@@ -82,7 +82,7 @@ class Api:
         self._tokens = tokens
         self._others_every_s = others_every_s
         self._others_at = dict.fromkeys(others_every_s, 0.0)
-        self._meters = [Meter(limits) for _ in tokens]
+        self._meters = {token: Meter(limits) for token in tokens}
         self._down_from, self._down_to = down
         self.calls = 0
         self.refused = 0

@@ -7,7 +7,7 @@ from all others', so that a few tokens can be simulated without the rest, and re
 import math
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -64,7 +64,11 @@ ALL = Readers()
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """How many there are of everything; `times` as many readers."""
+    """How many there are of everything; `times` as many readers.
+
+    `fleets` of these are alike but for what chance decides: the tokens of the second one are numbered from
+    `tokens` on, and so forth.
+    """
 
     tokens: int = 200
     snapshots: int = 2_500
@@ -72,28 +76,33 @@ class Fleet:
     times: int = 1
     hours: int = 24
     replicas: int = 3
+    fleets: int = 1
     seed: int = 2026
 
     def sizes(self) -> list[int]:
         """Give how many snapshots each token sees; at least two."""
         return [2 + more for more in _dealt(self.snapshots - 2 * self.tokens, self.tokens)]
 
-    def world(self) -> list[Token]:
-        """Make what each token sees."""
-        return [self._sees(token, size) for token, size in enumerate(self.sizes())]
+    def world(self, tokens: Iterable[int]) -> dict[int, Token]:
+        """Make what each of these tokens sees."""
+        sizes = self.sizes()
+        return {token: self._sees(token, sizes[token % self.tokens]) for token in tokens}
 
-    def names(self) -> list[list[str]]:
-        """Name each token's snapshots, by number; the last one is none: who asks for it errs."""
-        return [
-            [_name(token, number) for number in range(size + 1)] for token, size in enumerate(self.sizes())
-        ]
+    def names(self, tokens: Iterable[int]) -> dict[int, list[str]]:
+        """Name the snapshots of each of these, by number; the last one is none: who asks for it errs."""
+        sizes = self.sizes()
+        return {
+            token: [_name(token, number) for number in range(sizes[token % self.tokens] + 1)]
+            for token in tokens
+        }
 
     def day(self, tokens: Sequence[int]) -> "Day":
         """Draw all that the readers of some tokens will do."""
         day = Day(self)
         sizes, readers = self.sizes(), self._of_each()
         for token in tokens:
-            day.draw(token, sizes[token], readers[token])
+            rank = token % self.tokens
+            day.draw(token, sizes[rank], readers[rank])
         return day
 
     def loads(self) -> list[float]:
@@ -124,6 +133,10 @@ class Fleet:
             chosen.append(nearest)
         return chosen
 
+    def one_of_each(self) -> list[int]:
+        """Choose a token of each kind, from one fleet after the other: together they stand for all."""
+        return [kind + kind % self.fleets * self.tokens for kind in range(self.tokens)]
+
     def _of_each(self) -> list[Readers]:
         """Deal the readers to the tokens."""
         dealt = (_dealt(self.times * number, self.tokens) for number in self.readers)
@@ -148,9 +161,12 @@ class Day:
         self._fleet = fleet
         self._pollers: list[Poller] = []
         self._once: list[list[Read]] = [[] for _ in range(fleet.hours)]
+        self.tokens: dict[int, None] = {}
+        """Those that are used, in the order in which they came."""
 
     def draw(self, token: int, size: int, readers: Readers) -> None:
         """Add one token's readers."""
+        self.tokens[token] = None
         fleet = self._fleet
         rng = random.Random(f"{fleet.seed}/{token}/{fleet.times}")  # noqa: S311 # no secret
         ends = fleet.hours * HOUR_S
@@ -175,10 +191,12 @@ class Day:
 
     def poll(self, poller: Poller) -> None:
         """Add somebody who asks again and again."""
+        self.tokens[poller.token] = None
         self._pollers.append(poller)
 
     def read(self, read: Read) -> None:
         """Add one request; it is left out where the day is over by then."""
+        self.tokens[read[1]] = None
         hour = int(read[0] // HOUR_S)
         if hour < self._fleet.hours:
             self._once[hour].append(read)

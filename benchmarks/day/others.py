@@ -5,7 +5,7 @@ document is invalidated before its TTL is over.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import orjson
 
@@ -40,15 +40,17 @@ _PAGE = "page={}&per_page=200"
 class Team(Fleet):
     """A team of one token that sees some snapshots, and the documents that its programs read."""
 
-    def names(self) -> list[list[str]]:
+    def names(self, tokens: Iterable[int] = (0,)) -> dict[int, list[str]]:
         """Name the snapshots, then the documents."""
-        return [[*super().names()[0], *_documents()]]
+        return {token: [*names, *_documents()] for token, names in Fleet.names(self, tokens).items()}
 
-    def world(self) -> list[Token]:
+    def world(self, tokens: Iterable[int] = (0,)) -> dict[int, Token]:
         """Make what the token sees."""
-        (of_snapshots,) = super().world()
         documents = {name: orjson.dumps({"of": name, "pad": "x" * 200}) for name in _documents()}
-        return [Token(of_snapshots.snapshots | documents, of_snapshots.page)]
+        return {
+            token: Token(sees.snapshots | documents, sees.page)
+            for token, sees in Fleet.world(self, tokens).items()
+        }
 
 
 def team() -> Team:
@@ -60,7 +62,7 @@ def day_of(fleet: Team) -> Day:
     """Draw what its programs read in a day."""
     rng = random.Random(fleet.seed)  # noqa: S311 # no secret
     day, ends = Day(fleet), fleet.hours * HOUR_S
-    (names,) = fleet.names()
+    names = fleet.names()[0]
     places = {name: place for place, name in enumerate(names)}
     for _ in range(AUTOSCALERS):
         day.poll(Poller(rng.uniform(0, AUTOSCALER_S), ends, AUTOSCALER_S, 0, rng.randrange(SNAPSHOTS)))

@@ -8,7 +8,7 @@ from benchmarks.day.fleet import HOUR_S, Day, Fleet
 from benchmarks.day.systems import Direct, Ours, Plain, System, Tally
 from proxy.simulator.limits import Limits
 
-Names = Sequence[Sequence[str]]
+Names = Mapping[int, Sequence[str]]
 Make = Callable[[Api, Names, Fleet], System]
 
 SYSTEMS: Mapping[str, Make] = {
@@ -35,7 +35,7 @@ def run(
     systems: Mapping[str, Make] = SYSTEMS,
 ) -> dict[str, Outcome]:
     """Run the day. Raises AssertionError where requests or calls do not add up."""
-    world, names = fleet.world(), fleet.names()
+    world, names = fleet.world(day.tokens), fleet.names(day.tokens)
     made: dict[str, System] = {}
     for name, make in systems.items():
         api = Api(world, Limits(), down=down, others_every_s=others_every_s or {})

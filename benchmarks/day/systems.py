@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import accumulate
@@ -102,7 +102,7 @@ class System(Protocol):
 class Direct:
     """Each reader asks the API."""
 
-    def __init__(self, api: Api, names: Sequence[Sequence[str]]) -> None:
+    def __init__(self, api: Api, names: Mapping[int, Sequence[str]]) -> None:
         self.api = api
         self.tally = Tally()
         self._names = names
@@ -141,7 +141,7 @@ class Plain:
     long as it is read every ten minutes. Kinder than nginx: who waits for a call shares its failure.
     """
 
-    def __init__(self, api: Api, names: Sequence[Sequence[str]], replicas: int, *, stale: bool) -> None:
+    def __init__(self, api: Api, names: Mapping[int, Sequence[str]], replicas: int, *, stale: bool) -> None:
         cache = Settings().cache
         self.api = api
         self.tally = Tally()
@@ -202,7 +202,7 @@ class Ours:
     def __init__(
         self,
         api: Api,
-        names: Sequence[Sequence[str]],
+        names: Mapping[int, Sequence[str]],
         fleet: Fleet,
         *,
         repeat_s: float = REPEAT_S,
@@ -215,8 +215,8 @@ class Ours:
         self._loop: VirtualLoop[Read] = VirtualLoop(self._arrive)
         self._random = Random(fleet.seed)  # noqa: S311 # no secret
         self._store = MemoryStore(self._loop.time)
-        self._calls = [_calls(token, known, documents=documents) for token, known in enumerate(names)]
-        self._tokens = {calls[0].key.partition: token for token, calls in enumerate(self._calls)}
+        self._calls = {token: _calls(token, known, documents=documents) for token, known in names.items()}
+        self._tokens = {calls[0].key.partition: token for token, calls in self._calls.items()}
         self._fresh: list[dict[tuple[int, int], tuple[Kept, float]]] = [{} for _ in range(fleet.replicas)]
         self._waiting = 0
         now = self._loop.time
