@@ -39,6 +39,7 @@ from proxy.storage.values import TOMBSTONE, as_bytes, as_stamp, new_stamp, refus
 
 _CALLED_AT = {"CALLED_AT_FIRST": CALLED_AT_BYTES[0], "CALLED_AT_LAST": CALLED_AT_BYTES[1]}
 _PUT = Script.load("put", SEEN_BYTES=SEEN_BYTES, TOMBSTONE=TOMBSTONE, **_CALLED_AT)
+_IF_OWNER = Script.load("if_owner")
 _SEED = Script.load("seed", **_CALLED_AT)
 
 
@@ -115,7 +116,9 @@ class Entries:
         value = seal(entry, basis.stamps, keys.entry, self._keyring)
         try:
             stored, *_ = await self._servers.ask(
-                _PUT.call([keys.entry], basis.seen, value, entry.lifetimes.retention_s),
+                _PUT.call(
+                    [keys.entry, self._keys.ended(key)], basis.seen, value, entry.lifetimes.retention_s
+                ),
                 *self._prolong(keys.stamps),
             )
             refuse_error(stored)
@@ -220,7 +223,7 @@ class Entries:
         keys, (value, *stamps) = reading.keys, replies
         if reading.own is not None and stamps[reading.own] is None:
             stamps[reading.own] = reading.proposal
-        seen, corrupt = b"", list[bytes]()
+        seen, corrupt = b"", dict[bytes, Any]()
         try:
             if value is not None:
                 entry, sealed = unseal(as_bytes(value), keys.entry, self._keyring)
@@ -232,7 +235,7 @@ class Entries:
                     entry = replace(entry, purged_at=purged_at)
                     return Lookup(entry, FillPrecondition(_seals(stamps), seen))
         except CorruptValue:
-            corrupt.append(keys.entry)
+            corrupt[keys.entry] = value
         refusal = self._refusal(stamps[0], keys.stamps[0])
         if refusal is not None:
             return Lookup(refusal, None)
@@ -243,11 +246,25 @@ class Entries:
         return Lookup(None, FillPrecondition(tuple(verified.values()), seen))
 
     async def _mend(self, names: Sequence[bytes], found: "_Incomplete") -> Stamps:
-        """Delete what is corrupt, make the stamps that are missing, and give all. Raises Unavailable."""
+        """Delete what is corrupt, make the stamps that are missing, and give all. Raises Unavailable.
+
+        Another replica that read the same may have put a stamp there since: that one stays, so that both
+        fetch on the same basis, under one lease.
+        """
         stamps = dict(found.stamps)
         missing = [name for name in names if name not in stamps]
-        commands: list[Command] = [("DEL", name) for name in found.corrupt]
-        commands += [("SET", name, new_stamp(name), "NX", "EX", self.stamp_ttl_s) for name in missing]
+        if found.corrupt:  # in a round trip of its own: a script may be sent once more, after all others
+            await self._servers.ask(
+                *(
+                    _IF_OWNER.call([name], value, "DEL") if isinstance(value, bytes) else ("DEL", name)
+                    for name, value in found.corrupt.items()
+                )
+            )
+        if not missing:
+            return tuple(stamps[name] for name in names)
+        commands: list[Command] = [
+            ("SET", name, new_stamp(name), "NX", "EX", self.stamp_ttl_s) for name in missing
+        ]
         commands += [("GET", name) for name in missing]  # another replica may have made it first
         made = await self._servers.ask(*commands)
         for name, value in zip(missing, made[len(commands) - len(missing) :], strict=True):
@@ -285,11 +302,12 @@ class _Incomplete(NamedTuple):
     """There is no entry, and not all stamps that a fill needs: these are there, and those are `corrupt`."""
 
     stamps: Mapping[bytes, bytes]
-    corrupt: Sequence[bytes]
+    corrupt: Mapping[bytes, Any]
+    """What was read there, by its key."""
     seen: bytes
 
 
-def _verified(names: Sequence[bytes], stamps: Sequence[Any], corrupt: list[bytes]) -> dict[bytes, bytes]:
+def _verified(names: Sequence[bytes], stamps: Sequence[Any], corrupt: dict[bytes, Any]) -> dict[bytes, bytes]:
     """Take the stamps that are there, by their names; add those that are none to `corrupt`."""
     verified: dict[bytes, bytes] = {}
     for name, stamp in zip(names, stamps, strict=True):
@@ -297,7 +315,7 @@ def _verified(names: Sequence[bytes], stamps: Sequence[Any], corrupt: list[bytes
             try:
                 verified[name] = as_stamp(stamp, name)
             except CorruptValue:
-                corrupt.append(name)
+                corrupt[name] = stamp
     return verified
 
 

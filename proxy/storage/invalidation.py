@@ -253,13 +253,15 @@ class Invalidations:
         """Delete the stamp of the caller's lists, and replace the entry by a tombstone, for `guard_s`.
 
         The tombstone is sealed with stamps that were never in Redis, so it answers no lookup. No fetch in
-        flight saw it in its lookup, so none is stored over it.
+        flight saw it in its lookup, so none is stored over it, nor over what takes its place: the mark says
+        that something was ended here, whatever the replicas' clocks say about which fetch began first.
         """
         name, stamps = self._keys.of(key)
         nothing = Entry(TOMBSTONE, b"", "", self._clock(), Lifetimes(0))
         value = seal(nothing, tuple(map(new_stamp, stamps)), name, self._keyring)
         return [
             ("DEL", self._keys.lists_of(key.partition)),
+            ("SET", self._keys.ended(key), b"1", "EX", self.guard_s),
             ("DEL", name),  # a Redis that is full deletes, though it does not set
             ("SET", name, value, "EX", self.guard_s),
         ]

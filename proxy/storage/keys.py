@@ -61,6 +61,10 @@ class Keys:
         """Name the lease of the fetch that rests on `basis`, a digest of what its lookup saw."""
         return f"{self._mine(key.partition)}:lease:{key.resource.kind}:{key.name}:{basis}".encode()
 
+    def ended(self, key: Key) -> bytes:
+        """Name the mark of an entry that was invalidated by itself while fetches of it may be in flight."""
+        return f"{self._mine(key.partition)}:ended:{key.resource.kind}:{key.name}".encode()
+
     def quota(self, partition: Partition) -> bytes:
         """Name the ledger of one caller's calls."""
         return f"{self._mine(partition)}:quota".encode()

@@ -1,6 +1,7 @@
 -- Store one entry, unless something newer stands in its place since the lookup that its fetch rests on.
 --
 -- KEYS  1  the entry
+--       2  the mark that an entry was invalidated here while fetches may have been in flight
 -- ARGV  1  the first SEEN_BYTES of what the lookup saw there; empty: nothing
 --       2  the sealed entry
 --       3  for how many seconds it is kept
@@ -13,6 +14,8 @@
 local seen = redis.call('GETRANGE', KEYS[1], 0, SEEN_BYTES - 1)
 if seen ~= '' and seen ~= ARGV[1] then
   local head = redis.call('GETRANGE', KEYS[1], SEEN_BYTES, CALLED_AT_LAST)
+  -- Which fetch began first is then not for clocks to say: only one that looked since may be stored.
+  if redis.call('GET', KEYS[2]) then return 0 end
   if #head < 10 or struct.unpack('>H', head) == TOMBSTONE then return 0 end
   if struct.unpack('>d', head, 3) >= struct.unpack('>d', ARGV[2], CALLED_AT_FIRST + 1) then return 0 end
 end

@@ -425,6 +425,21 @@ async def test_put_replaces_what_is_older(
 
 
 @pytest.mark.G6
+async def test_a_clock_that_is_ahead_brings_nothing_back(one: Replica, two: Replica) -> None:
+    """A fill that began before an invalidation is not stored over one from after it, whatever its time says.
+
+    Found by a simulated world: the replica of the older fetch had the later clock. The newer fill had taken
+    the tombstone's place, and what a 404 or a 403 had ended was back.
+    """
+    slow = await one.basis(MINE)
+    assert await two.store.invalidate(EntryScope(MINE))
+    await two.fill(MINE, ENTRY)
+    assert not await one.store.put(MINE, replace(NEWER, called_at=4e9), slow)
+    assert await two.entry(MINE) == ENTRY
+    assert await one.store.put(MINE, NEWER, await one.basis(MINE))
+
+
+@pytest.mark.G6
 @pytest.mark.parametrize("key", [MINE, MY_LIST], ids=["single", "list"])
 async def test_put_replaces_no_tombstone(one: Replica, two: Replica, key: Key) -> None:
     """Where something was invalidated since its lookup, no fill is stored, whenever its call began."""
@@ -941,6 +956,27 @@ async def test_an_entry_of_another_secret_is_never_read(valkey: Valkey, one: Rep
     await redis.copy(KEYS.of(foreign).entry, KEYS.of(MINE).entry)
     assert await one.entry(MINE) is None
     assert StoreOperation("lookup", "corrupt") in one.told
+
+
+@pytest.mark.G3
+async def test_replicas_that_mend_the_same_stamp_agree(one: Replica, two: Replica, redis: Redis) -> None:
+    """Both read what is no stamp, both mend it, one after the other: both have the stamp that is there then.
+
+    Found by a simulated world: a cached 401 had just expired by the replicas' clocks, and not yet in Redis.
+    The second deleted the first one's new stamp. Each had a lease of its own, and each asked the API.
+    """
+    await redis.set(names_of(MINE)[1], b"no stamp", ex=60)
+    entries = [each.store.lookup.__self__ for each in (one, two)]
+    readings = [each._reading(MINE) for each in entries]
+    found = [
+        of._read(reading, await each.link.ask(*reading.commands))
+        for of, reading, each in zip(entries, readings, (one, two), strict=True)
+    ]
+    stamps = [
+        await of._mend(reading.keys.stamps, each)
+        for of, reading, each in zip(entries, readings, found, strict=True)
+    ]
+    assert stamps[0] == stamps[1] == (await one.basis(MINE)).stamps
 
 
 async def test_a_stamp_that_somebody_else_makes_meanwhile(one: Replica, redis: Redis) -> None:
