@@ -35,6 +35,9 @@ WIRE = [
 ]
 """Directories and files whose tests start processes or open sockets."""
 
+LONG_RUNS = [f"simulation/test_{name}.py" for name in ("many", "mutants")]
+"""Files whose tests need neither, and half a minute."""
+
 SLOWEST = [
     *(f"e2e/test_{name}.py" for name in ("quota", "lifecycle", "secrets", "passthrough", "store_failures")),
     *(f"e2e/test_{name}.py" for name in ("faults", "leases", "process", "collapsing", "deletion")),
@@ -48,7 +51,9 @@ _reached_out: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--quick`."""
-    parser.addoption("--quick", action="store_true", help="run what starts no process and opens no socket")
+    parser.addoption(
+        "--quick", action="store_true", help="run what is short, starts no process and opens no socket"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,9 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--quick`, leave out what is in `WIRE`."""
-    wire = collection_path.is_relative_to(TESTS) and str(collection_path.relative_to(TESTS)) in WIRE
-    return True if wire and config.getoption("--quick") else None
+    """With `--quick`, leave out what is in `WIRE` and in `LONG_RUNS`."""
+    left_out = {*WIRE, *LONG_RUNS}
+    out = collection_path.is_relative_to(TESTS) and str(collection_path.relative_to(TESTS)) in left_out
+    return True if out and config.getoption("--quick") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,9 +8,10 @@ far they differ.
     age          no body is older than its longest lifetime when its request begins
     deleted      no request that begins after a DELETE or a purge was answered gets what was there before
     refused      the same after the API refused a token (401), or said 403 or 404 of this document; a 403 is
-                 meant for the token's lists, too
-    limits       the API never gets more calls of a token than it allows in a minute or an hour, but for one
-                 call each time that Redis has lost the ledger
+                 meant for the token's lists, too. After a 404 to a read other replicas may still serve what
+                 their memory has
+    limits       the API never gets more calls of a token than it allows in a minute or an hour, but for the
+                 worst cases in docs/quota.md
     cool-down    after a 429 that names a time, no call before it
     one call     one call for a document at a time
     answered     each request is answered within its bound, once
@@ -21,14 +22,18 @@ far they differ.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.cache.readthrough import Failed, Served
+from proxy.core.entry import STAMP_BYTES
+from proxy.storage.conversation import LONGEST_LEASE_S
+from proxy.storage.leases import LEASE_MS
 from simulation.loop import START
-from simulation.plan import OF_REDIS, Ask, Fault
-from simulation.replica import SETTINGS, Replica
+from simulation.plan import AT_ONE_REPLICA, OF_REDIS, Ask, Fault
+from simulation.replica import Replica
 from simulation.upstream import Made
 
 if TYPE_CHECKING:
@@ -38,15 +43,6 @@ ANSWER = re.compile(rb"answer-(\d+)")
 _SLACK_S = 0.2
 _AFTERMATH_S = 3.0
 """For so long after a fault of Redis, or of a replica, what depends on both may still be off."""
-
-_CACHE = SETTINGS.cache
-OLDEST_S = {
-    HTTPStatus.OK: _CACHE.max_fresh_s + max(_CACHE.stale_while_revalidate_s, _CACHE.stale_if_error_s),
-    HTTPStatus.NOT_FOUND: _CACHE.negative_s,
-    HTTPStatus.UNAUTHORIZED: _CACHE.negative_s,
-}
-LONGEST_READ_S = SETTINGS.quota.max_wait_s + SETTINGS.upstream.total_timeout_s + 2
-LONGEST_WRITE_S = SETTINGS.quota.max_wait_s + SETTINGS.upstream.write_timeout_s + 2
 
 
 class Violation(Exception):
@@ -62,6 +58,9 @@ class Ended:
     """From when on an invalidation that was answered covers which answers of the API."""
 
     cause: str
+    by: Replica | None
+    """The replica that invalidated; None: it is unknown by now."""
+
     answered_at: float
     before: float
     """Answers that the API decided before are covered."""
@@ -72,8 +71,8 @@ class Ended:
     name: str | None
     """Of which snapshot; None: of all documents."""
 
-    pending_at: Replica | None = None
-    """The replica that said `invalidation-pending`."""
+    pending: bool = False
+    """Redis did not take it, and where an answer can say so, it did: `invalidation-pending`."""
 
 
 @dataclass(slots=True)
@@ -88,6 +87,17 @@ class Request:
     done: bool = False
 
 
+class Alone(NamedTuple):
+    """A call that a replica made without Redis."""
+
+    made: Made
+    is_stranger: bool
+    """The replica did not know all others yet."""
+
+    is_apart: bool
+    """Another replica could reach Redis."""
+
+
 @dataclass(slots=True)
 class Checks:
     """The invariants of one world."""
@@ -95,8 +105,27 @@ class Checks:
     world: "World"
     ended: list[Ended] = field(default_factory=list)
     violated: list[Violation] = field(default_factory=list)
-    exceeded: dict[str, int] = field(default_factory=dict)
-    """How many calls of each token were one too many."""
+    exceeded: Counter[tuple[object, ...]] = field(default_factory=Counter)
+    """How many calls were one too many, by the worst case that allows them."""
+
+    alone: list["Alone"] = field(default_factory=list)
+    """The calls that were made without Redis."""
+
+    _oldest_s: dict[HTTPStatus, float] = field(init=False)
+    _memory_s: float = field(init=False)
+    _minute_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.world.size.settings
+        cache = settings.cache
+        longest_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
+        self._oldest_s = {
+            HTTPStatus.OK: cache.max_fresh_s + longest_s,
+            HTTPStatus.NOT_FOUND: cache.negative_s,
+            HTTPStatus.UNAUTHORIZED: cache.negative_s,
+        }
+        self._memory_s = settings.memory.max_age_s
+        self._minute_s = 60 * self.world.size.scale
 
     def _fail(self, name: str, words: str) -> None:
         self.violated.append(Violation(name, words))
@@ -106,10 +135,12 @@ class Checks:
     def made(self, made: Made) -> None:
         """Check a call that a replica makes now; `flying` are the others."""
         world, now = self.world, self.world.loop.now
+        self._note_if_alone(made)
         for before in world.api.made[:-1]:
             if before.token == made.token and before.retry_until > now and before.told_at is not None:
                 same = before.replica == made.replica
-                if now - before.told_at > (0 if same else _SLACK_S) and (same or not self._redis_is_off(now)):
+                untold = self._redis_is_off(now) or self._redis_is_off(before.told_at)
+                if now - before.told_at > (0 if same else _SLACK_S) and (same or not untold):
                     self._fail(
                         "cool-down",
                         f"call {made.number} of {made.token} is made {before.retry_until - now:.3f} s early",
@@ -123,7 +154,10 @@ class Checks:
         ]
         if not others or any(self._ended_since(each.sent_at - 1, made) for each in others):
             return
-        most = max(2, world.plan.replicas) if self._is_off(now) else 1
+        # Where Redis is out of order, or was while a fetch waited for the quota, a replica may make two: one
+        # that began with it, and one without.
+        wait_s = world.size.settings.quota.max_wait_s
+        most = 2 * world.plan.replicas if self._is_off(now, _AFTERMATH_S + wait_s) else 1
         if len(others) + 1 > most:
             self._fail(
                 "one call",
@@ -134,15 +168,78 @@ class Checks:
     def over(self, made: Made) -> None:
         """Check a call whose outcome its replica knows now."""
         minute, hour = made.counted
-        if minute > SETTINGS.quota.per_minute or hour > SETTINGS.quota.per_hour:
-            # docs/quota.md: after Redis lost the ledger, one call at most finds that out.
-            self.exceeded[made.token] = self.exceeded.get(made.token, 0) + 1
-            if self.exceeded[made.token] <= len(self.world.redis.lost_ledgers_at):
-                return
+        quota = self.world.size.settings.quota
+        if minute <= quota.per_minute and hour <= quota.per_hour:
+            return
+        if not (
+            self._is_new_to_an_empty_redis(made)
+            or self._is_of_strangers(made)
+            or self._is_the_first_alone(made)
+            or self._is_of_a_share(made, minute - quota.per_minute)
+        ):
             self._fail(
                 "limits",
                 f"call {made.number} is number {minute} of {made.token} in a minute, {hour} in an hour",
             )
+
+    # -- the worst cases of docs/quota.md, each in its words -----------------------------------
+
+    def _is_new_to_an_empty_redis(self, made: Made) -> bool:
+        """Redis comes back empty: one 429 at most, for all replicas without a ledger together."""
+        self.exceeded["empty", made.token] += 1
+        return self.exceeded["empty", made.token] <= len(self.world.redis.lost_ledgers_at)
+
+    def _is_of_strangers(self, made: Made) -> bool:
+        """Redis goes down before a replica's second heartbeat: it counts as if it did not have the others."""
+        return any(each.is_stranger for each in self._alone_lately(made))
+
+    def _is_the_first_alone(self, made: Made) -> bool:
+        """Redis goes down, and the callers move to other replicas: one 429 a replica at most.
+
+        Not for a replica that followed the ledger within the last second, as with a call of its own; while
+        it doubts the common one, because of a call without Redis, it does not follow that.
+        """
+        outages = sum(START + fault.at <= made.sent_at for fault in self.world.plan.faults)
+        case = ("first", made.token, made.replica, outages)
+        self.exceeded[case] += 1
+        if self.exceeded[case] > 1:
+            return False
+        alone = [each.made for each in self._alone_lately(made) if each.made.replica == made.replica]
+        if made not in alone:
+            return False
+        doubts = any(each.sent_at < made.sent_at for each in alone)
+        return doubts or not any(
+            each.replica == made.replica
+            and each.token == made.token
+            and made.sent_at - _FOLLOWS_S < each.sent_at < made.sent_at
+            for each in self.world.api.made
+        )
+
+    def _is_of_a_share(self, made: Made, exceeding: int) -> bool:
+        """One replica alone cannot reach Redis: its share at most is exceeded."""
+        apart = sum(each.is_apart for each in self._alone_lately(made))
+        share = self.world.size.settings.quota.per_minute // max(self.world.plan.replicas, 1)
+        return 0 < exceeding <= min(apart, share)
+
+    def _alone_lately(self, made: Made) -> list[Alone]:
+        """Give the calls without Redis that may count in the minute of `made`."""
+        assert made.done_at is not None
+        since = made.done_at - self._minute_s - _SLACK_S
+        return [each for each in self.alone if each.made.token == made.token and each.made.sent_at >= since]
+
+    def _note_if_alone(self, made: Made) -> None:
+        now, replica = self.world.loop.now, self._maker(made)
+        assert replica is not None
+        if replica.link.up and now - replica.failed_at.get("quota", 0.0) > _SLACK_S:
+            return
+        living = [each for each in self.world.replicas if not each.process.dead]
+        is_stranger = replica.beats < _BEATS_TO_KNOW_ALL and replica.store.replicas < len(living)
+        is_apart = any(each.link.up for each in living if each is not replica)
+        self.alone.append(Alone(made, is_stranger, is_apart))
+
+    def _maker(self, made: Made) -> Replica | None:
+        """Find the replica that made a call; None: it was killed."""
+        return next((each for each in self.world.replicas if each.process.name == made.replica), None)
 
     # -- at every answer -----------------------------------------------------------------------
 
@@ -163,28 +260,33 @@ class Checks:
         if ask.what == "delete":
             self._deletion(request, served, made)
         elif made is not None and served.status in (401, 403, 404) and made.done_at is not None:
-            token_only = served.status == HTTPStatus.UNAUTHORIZED
-            self.ended.append(
-                Ended(
-                    f"{served.status}",
-                    self.world.loop.now,
-                    made.done_at,
-                    ask.token,
-                    None if token_only or ask.what == "list" else ask.name,
-                )
-            )
+            self._refusal(request, served.status, made, made.done_at)
+
+    def _refusal(self, request: Request, status: int, made: Made, decided: float) -> None:
+        """Follow what the API's refusal of a read promises."""
+        ask, now, by = request.ask, self.world.loop.now, self._maker(made)
+        failed_at = (
+            -1.0 if by is None else max(by.failed_at.get(each, -1.0) for each in ("end", "drop", "put"))
+        )
+        # A reply that did not come in time is a failure, too, whatever Redis has done.
+        pending = by is None or made.told_at is None or failed_at >= made.told_at
+        whole = status == HTTPStatus.UNAUTHORIZED or ask.what == "list"
+        later_s = self._memory_s if status == HTTPStatus.NOT_FOUND else 0.0
+        name = None if whole else ask.name
+        self.ended.append(Ended(f"{status}", by, now + later_s, decided, ask.token, name, pending))
 
     def purged(self, request: Request, *, done: bool) -> None:
         """Follow what the answer to a purge promises."""
         request.done = True
-        pending = None if done else request.replica
-        self.ended.append(Ended("purge", self.world.loop.now, request.began, None, request.ask.name, pending))
+        now, name = self.world.loop.now, request.ask.name
+        self.ended.append(Ended("purge", request.replica, now, request.began, None, name, not done))
 
     def late(self, request: Request) -> None:
         """Check a request whose bound is over now."""
         if request.done or request.replica.process.dead:
             return
-        bound_s = LONGEST_WRITE_S if request.ask.what == "delete" else LONGEST_READ_S
+        size = self.world.size
+        bound_s = size.longest_write_s if request.ask.what == "delete" else size.longest_read_s
         paused_s = request.replica.paused_s - request.paused_before_s
         if not paused_s:
             self._fail("answered", f"request {request.number} is not answered after {bound_s:g} s")
@@ -195,13 +297,13 @@ class Checks:
             self._fail("isolation", f"request {number} of {ask.token} got what {made.token} was answered")
             return
         named = b'"id":"%b"' % ask.name.encode() in served.body
-        if ask.what in ("get", "get-anew") and served.status == HTTPStatus.OK and not named:
+        if ask.what not in ("list", "delete") and served.status == HTTPStatus.OK and not named:
             self._fail("isolation", f"request {number} for {ask.name} got another document")
         decided = made.done_at
         assert decided is not None
         if served.entry is None:  # not from a cache: as old as its call
             return
-        oldest_s = OLDEST_S.get(HTTPStatus(served.status))
+        oldest_s = self._oldest_s.get(HTTPStatus(served.status))
         skew_s = self.world.most_skew_s
         if oldest_s is not None and request.began - decided > oldest_s + skew_s + _SLACK_S:
             self._fail(
@@ -221,48 +323,50 @@ class Checks:
         is_older = made.done_at is not None and made.done_at < ended.before
         if not is_older or request.began <= ended.answered_at or served.status == HTTPStatus.UNAUTHORIZED:
             return False
-        return _concerns(ended, request, made, served) and not self._is_excused(ended, request, made, served)
+        return _concerns(ended, request, made, served) and not self._is_excused(ended, request, made)
 
-    def _is_excused(self, ended: Ended, request: Request, made: Made, served: Served) -> bool:
+    def _is_excused(self, ended: Ended, request: Request, made: Made) -> bool:
         """Tell whether a bound that the contract names for the loss of writes, or of Redis, allows it."""
-        if ended.pending_at is not None:
+        lost = self.world.redis.lost_writes
+        if any(since <= ended.answered_at and at >= ended.before for since, at in lost):
             return True
-        if any(at >= ended.before for at in self.world.redis.lost_writes_at):
-            return True
-        by_read = ended.token is not None and ended.cause != "401"  # no answer to a write promises it
-        if by_read and (served.status != HTTPStatus.OK or self._is_off_since(ended.answered_at)):
+        if ended.by is request.replica:  # which neither reads nor stores what it has not yet invalidated
+            return ended.cause in _OF_READS and ended.pending
+        if ended.pending:
+            self._settle(ended)
             return True
         # A replica that cannot reach Redis serves what it fetched itself, for as long as memory keeps it.
         told_at = request.began if made.told_at is None else made.told_at
-        alone = request.began - told_at <= SETTINGS.memory.max_age_s + _SLACK_S
-        return alone and self._is_off_since(made.sent_at)
+        is_alone = request.replica.alone_at >= request.began
+        return is_alone and request.began - told_at <= self._memory_s + _SLACK_S
+
+    def _settle(self, ended: Ended) -> None:
+        """Count a pending invalidation as any other from when Redis has taken it, and no memory has it."""
+        by = ended.by
+        if by is None or by.process.dead or ended.cause in _OF_READS or by.store.pending_invalidations:
+            return
+        ended.pending = False
+        ended.answered_at = self.world.loop.now + LONGEST_LEASE_S
 
     def _deletion(self, request: Request, served: Served, made: Made | None) -> None:
-        now, ask = self.world.loop.now, request.ask
-        pending = request.replica if "invalidation-pending" in served.cache_status.header else None
+        now, ask, by = self.world.loop.now, request.ask, request.replica
+        pending = "invalidation-pending" in served.cache_status.header
+        decided = None if made is None else made.done_at
         if served.status == HTTPStatus.NO_CONTENT:
             before = self.world.truth.deleted.get(ask.name, request.began)
-            self.ended.append(Ended("DELETE", now, before, None, ask.name, pending))
-        elif served.status == HTTPStatus.NOT_FOUND and made is not None and made.done_at is not None:
-            self.ended.append(Ended("DELETE (404)", now, made.done_at, ask.token, ask.name, pending))
-        elif served.status == HTTPStatus.UNAUTHORIZED and made is not None and made.done_at is not None:
-            self.ended.append(Ended("401", now, made.done_at, ask.token, None, pending))
+            self.ended.append(Ended("DELETE", by, now, before, None, ask.name, pending))
+        elif served.status == HTTPStatus.NOT_FOUND and decided is not None:
+            self.ended.append(Ended("DELETE (404)", by, now, decided, ask.token, ask.name, pending))
+        elif served.status == HTTPStatus.UNAUTHORIZED and decided is not None:
+            self.ended.append(Ended("401", by, now, decided, ask.token, None, pending))
 
     def _error(self, request: Request, failed: Failed) -> None:
-        error, ask = failed.error, request.ask
-        if ask.what == "delete" and type(error).__name__ == "WriteUnknown":
-            pending = "invalidation-pending" in failed.cache_status.header
-            self.ended.append(
-                Ended(
-                    "DELETE of unknown outcome",
-                    self.world.loop.now,
-                    request.began,
-                    None,
-                    ask.name,
-                    request.replica if pending else None,
-                )
-            )
+        error, ask, now = failed.error, request.ask, self.world.loop.now
         kind = type(error).__name__
+        if ask.what == "delete" and kind == "WriteUnknown":
+            cause, by = "DELETE of unknown outcome", request.replica
+            pending = "invalidation-pending" in failed.cache_status.header
+            self.ended.append(Ended(cause, by, now, request.began, None, ask.name, pending))
         if kind in ("QuotaSpent", "TokenRefused") or self.world.api.troubles or self.world.killed:
             return
         if self.world.paused:
@@ -271,15 +375,32 @@ class Checks:
 
     # -- at the end ----------------------------------------------------------------------------
 
-    def quiet(self, replica: Replica) -> None:
-        """Check a replica that has had no request for a while."""
-        for left in replica.left():
-            self._fail("left", f"{replica.name} still has {left}")
+    def left(self, replica: Replica) -> list[str]:
+        """Name what a replica that has had no request for a while must not have any more."""
+        left = replica.left()
         made = sum(each.replica == replica.process.name for each in self.world.api.made)
         if made != replica.settled:
-            self._fail("left", f"{replica.name} made {made} calls, and settled {replica.settled}")
-        if replica.store.pending_invalidations and not self._is_off(self.world.loop.now):
-            self._fail("left", f"{replica.name} still has invalidations that Redis has not taken")
+            left.append(f"{made - replica.settled} calls that are not settled")
+        if replica.store.pending_invalidations:
+            left.append("invalidations that Redis has not taken")
+        return left
+
+    def quiet(self, replica: Replica) -> None:
+        """Check a replica that has had no request for a while."""
+        for left in self.left(replica):
+            self._fail("left", f"{replica.name} still has {left}")
+
+    def leases(self) -> None:
+        """Check, when all replicas are quiet, that no lease is held: it keeps the other replicas waiting."""
+        now, database = self.world.loop.now, self.world.redis.database
+        if any(
+            _is_near(fault, now, LEASE_MS / 1000) for fault in self.world.plan.faults if fault.kind in _OFF
+        ):
+            return
+        for key in sorted(database.values):
+            value = database.get(key) if b":lease:" in key else None
+            if isinstance(value, bytes) and len(value) == STAMP_BYTES:
+                self._fail("left", "a lease is held, and no fetch is in flight")
 
     def bounded(self) -> None:
         """Check every replica's memory."""
@@ -298,7 +419,8 @@ class Checks:
         world = self.world
         for each in world.api.made:
             writes = each.method == "DELETE" or each.status in (401, 403, 404)
-            concerns = each.name == made.name or each.token == made.token or not made.name.isdecimal()
+            of_token = each.token == made.token and each.status == HTTPStatus.UNAUTHORIZED
+            concerns = of_token or each.name == made.name or not made.name.isdecimal()
             if writes and concerns and (each.told_at is None or each.told_at + _SLACK_S >= since):
                 return True
         return any(request.ask.what == "purge" and request.began + 2 >= since for request in world.requests)
@@ -306,21 +428,16 @@ class Checks:
     def _redis_is_off(self, now: float) -> bool:
         return any(_is_near(fault, now) for fault in self.world.plan.faults if fault.kind in _OFF_REDIS)
 
-    def _is_off(self, now: float) -> bool:
-        return any(_is_near(fault, now) for fault in self.world.plan.faults if fault.kind in _OFF)
-
-    def _is_off_since(self, since: float) -> bool:
-        start = self.world.started
+    def _is_off(self, now: float, aftermath_s: float) -> bool:
         return any(
-            start + fault.at + fault.seconds + _AFTERMATH_S >= since
-            and start + fault.at <= self.world.loop.now
-            for fault in self.world.plan.faults
-            if fault.kind in _OFF
+            _is_near(fault, now, aftermath_s) for fault in self.world.plan.faults if fault.kind in _OFF
         )
 
 
-_OFF_REDIS = frozenset((*OF_REDIS, "paused", "killed", "channel-deaf"))
-_OFF = _OFF_REDIS
+_OFF_REDIS = _OFF = frozenset((*OF_REDIS, *AT_ONE_REPLICA, "channel-deaf"))
+_OF_READS = frozenset({"403", "404"})
+_BEATS_TO_KNOW_ALL = 2
+_FOLLOWS_S = 0.9
 
 
 def _concerns(ended: Ended, request: Request, made: Made, served: Served) -> bool:
@@ -332,6 +449,5 @@ def _concerns(ended: Ended, request: Request, made: Made, served: Served) -> boo
     return ended.name is None or ended.name == request.ask.name
 
 
-def _is_near(fault: Fault, now: float) -> bool:
-
-    return START + fault.at - 0.1 <= now <= START + fault.at + fault.seconds + _AFTERMATH_S
+def _is_near(fault: Fault, now: float, aftermath_s: float = _AFTERMATH_S) -> bool:
+    return START + fault.at - 0.1 <= now <= START + 0.1 + fault.at + fault.seconds + aftermath_s

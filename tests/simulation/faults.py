@@ -7,7 +7,7 @@ none of them can. A kind that stands in the plan and not here is an error.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from simulation.plan import OF_THE_API, SNAPSHOTS, TOKENS, Fault
+from simulation.plan import AT_ONE_REPLICA, OF_THE_API, SNAPSHOTS, TOKENS, Fault
 from simulation.replica import Replica
 from simulation.upstream import Trouble
 
@@ -21,13 +21,12 @@ _REFUSALS = (
 )
 _LONGEST_RESTART_S = 0.5
 _LONGEST_LAG_S = 0.3
-_AT_ONE_REPLICA = frozenset({"clock-steps", "paused", "killed"})
 
 
 def strike(world: "World", fault: Fault) -> None:
     """Let a fault begin now."""
     replica = world.replicas[fault.which % len(world.replicas)]
-    one = fault.kind in _AT_ONE_REPLICA
+    one = fault.kind in AT_ONE_REPLICA
     world.meet(fault.kind, [replica] if one else world.replicas)
     world.tell("FAULT", f"{fault.kind} for {fault.seconds:.3f} s" + (f" at {replica.name}" if one else ""))
     if fault.kind in OF_THE_API:
@@ -59,10 +58,12 @@ def _restarts_empty(world: "World", fault: Fault, _: Replica) -> None:
 def _fails_over(world: "World", fault: Fault, _: Replica) -> None:
     """Let the replica of Redis lag from now on, and take its place after a moment."""
     values, expires = world.redis.database.copy()
+    since = world.loop.now
 
     def promoted() -> None:
         world.tell("FAULT", "the replica of Redis takes over, without the last writes")
         world.meet("redis-fails-over", world.replicas)
+        world.redis.lost_writes.append((since, world.loop.now))
         _lose(world, fault, values, expires)
 
     world.later(min(fault.seconds, _LONGEST_LAG_S), promoted)
@@ -71,7 +72,6 @@ def _fails_over(world: "World", fault: Fault, _: Replica) -> None:
 def _lose(world: "World", fault: Fault, values: dict[bytes, Any], expires: dict[bytes, int]) -> None:
     redis = world.redis
     redis.database.values, redis.database.expires = values, expires
-    redis.lost_writes_at.append(world.loop.now)
     redis.lost_ledgers_at.append(world.loop.now)
     if fault.which % 2:
         redis.database.scripts.clear()
@@ -103,6 +103,20 @@ def _away(world: "World", seconds: float) -> None:
 
 def _deaf(world: "World", fault: Fault, _: Replica) -> None:
     world.redis.deaf_until = world.loop.now + fault.seconds
+
+
+def _stalls(world: "World", fault: Fault, replica: Replica) -> None:
+    """Let no message of the channel come to one replica for a while; then all come."""
+    until = world.loop.now + fault.seconds
+    for connection in world.redis.connections:
+        if connection.process is replica.process and connection.channel is not None:
+            connection.stalls_until = until
+
+
+def _cut_off(world: "World", fault: Fault, replica: Replica) -> None:
+    """Let one replica not reach Redis for a while."""
+    world.redis.cut_off[replica.process] = world.loop.now + fault.seconds
+    world.redis.drop_all(replica.process)
 
 
 # -- replicas and tokens ---------------------------------------------------------------------------
@@ -169,6 +183,8 @@ _EFFECTS: dict[str, Callable[["World", Fault, Replica], None]] = {
     "redis-refuses-writes": _refuses_writes,
     "redis-is-unreachable": _unreachable,
     "channel-deaf": _deaf,
+    "channel-stalls": _stalls,
+    "cut-off": _cut_off,
     "clock-steps": _clock_steps,
     "paused": _paused,
     "killed": _killed,

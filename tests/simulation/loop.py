@@ -10,11 +10,11 @@ where a killed or a paused process cannot be expressed, and none of them orders 
 """
 
 import asyncio
-import heapq
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
+from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
@@ -24,6 +24,37 @@ START = 1_000.0
 
 _MOST_FINALLY = 8
 """So many blocks of one coroutine may wait while it is closed."""
+
+
+class Handle(asyncio.TimerHandle):
+    """One callback, to be run once unless it is cancelled; asyncio's own keeps more and takes twice as long.
+
+    It is a TimerHandle by its methods. What that keeps besides is not set.
+    """
+
+    __slots__ = ("callback", "context", "is_off", "process", "words")
+
+    def __init__(
+        self, callback: Callable[..., object], words: tuple[Any, ...], context: Context, process: "Process"
+    ) -> None:
+        self.callback = callback
+        self.words = words
+        self.context = context
+        self.process = process
+        self.is_off = False
+
+    def cancel(self) -> None:
+        """Do not run it."""
+        self.is_off = True
+        self.callback, self.words = _nothing, ()
+
+    def cancelled(self) -> bool:
+        """Tell whether it was cancelled."""
+        return self.is_off
+
+
+def _nothing() -> None:
+    pass
 
 
 class Stuck(Exception):
@@ -37,7 +68,7 @@ class Process:
         self.name = name
         self.random = random
         """Its own source of random numbers: what a killed process would have drawn changes nothing."""
-        self.ready: deque[asyncio.Handle] = deque()
+        self.ready: deque[Handle] = deque()
         self.dead = False
         self.paused = False
         self.tasks: dict[asyncio.Task[Any], None] = {}
@@ -67,7 +98,7 @@ class Loop(asyncio.AbstractEventLoop):
         self.errors: list[str] = []
         """What asyncio reported: an exception that no caller took, a task that was left."""
         self._pick = random.random
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, Handle]] = []
         self._number = 0
         self._active: list[Process] = []
 
@@ -105,35 +136,34 @@ class Loop(asyncio.AbstractEventLoop):
 
     def call_soon(  # type: ignore[override] # the same
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
+    ) -> Handle:
         """Put a callback at the end of its process's queue."""
-        handle = asyncio.Handle(callback, args, self, context)
-        process = CURRENT.get() if context is None else context.get(CURRENT)
-        assert process is not None
+        if context is None:
+            context, process = copy_context(), CURRENT.get()
+        else:
+            process = context[CURRENT]
+        handle = Handle(callback, args, context, process)
         self._queue(process, handle)
         return handle
 
     def call_later(  # type: ignore[override] # the same
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> Handle:
         """Put a callback into its process's queue after `delay` seconds."""
         return self.call_at(self.now + delay, callback, *args, context=context)
 
     def call_at(  # type: ignore[override] # the same
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
+    ) -> Handle:
         """Put a callback into its process's queue at `when`."""
-        handle = asyncio.TimerHandle(
-            when, callback, args, self, CURRENT.get().context if context is None else context
-        )
         if context is None:
-            handle._context = copy_context()  # type: ignore[attr-defined] # as asyncio's own
+            context, process = copy_context(), CURRENT.get()
+        else:
+            process = context[CURRENT]
+        handle = Handle(callback, args, context, process)
         self._number += 1
-        heapq.heappush(self._timers, (when, self._number, handle))
+        heappush(self._timers, (when, self._number, handle))
         return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Do nothing: a cancelled timer is passed over when it is due."""
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Keep what asyncio reports, unless a killed process left it."""
@@ -202,25 +232,32 @@ class Loop(asyncio.AbstractEventLoop):
 
     def _run(self, task: "asyncio.Task[Any]", most: int) -> None:
         active, timers, pick = self._active, self._timers, self._pick
-        while not task.done():
-            if self.steps > most:
-                raise Stuck(f"{most} callbacks have run, and the world is not over")
+        steps, done = self.steps, task.done
+        while not done():
             if not active:
                 if not timers:
                     raise Stuck("nothing is due any more, and the world is not over")
+                if steps > most:
+                    raise Stuck(f"{most} callbacks have run, and the world is not over")
                 self._let_time_pass()
                 continue
             number = len(active)
             place = 0 if number == 1 else int(pick() * number)
             process = active[place]
-            handle = process.ready.popleft()
-            if not process.ready:
+            ready = process.ready
+            handle = ready.popleft()
+            if not ready:
                 active.pop(place)
-            self.steps += 1
-            if not handle.cancelled():
-                handle._run()  # what asyncio's own loop does
+            steps += 1
+            self.steps = steps
+            if handle.is_off:
+                continue
+            try:
+                handle.context.run(handle.callback, *handle.words)
+            except Exception as error:  # noqa: BLE001 # what asyncio's own loop does
+                self.call_exception_handler({"message": f"in {handle.callback}", "exception": error})
 
-    def _queue(self, process: Process, handle: asyncio.Handle) -> None:
+    def _queue(self, process: Process, handle: Handle) -> None:
         if process.dead:
             return
         if not process.ready and not process.paused:
@@ -230,12 +267,8 @@ class Loop(asyncio.AbstractEventLoop):
     def _let_time_pass(self) -> None:
         """Go to the next moment at which something is due, and queue all that is due then."""
         timers = self._timers
-        when = timers[0][0]
-        self.now = max(self.now, when)
-        while timers and timers[0][0] <= self.now:
-            handle = heapq.heappop(timers)[2]
-            if not handle.cancelled():
-                context: Context = handle._context  # type: ignore[attr-defined] # see call_soon
-                process = context.get(CURRENT)
-                assert process is not None
-                self._queue(process, handle)
+        now = self.now = max(self.now, timers[0][0])
+        while timers and timers[0][0] <= now:
+            handle = heappop(timers)[2]
+            if not handle.is_off:
+                self._queue(handle.process, handle)

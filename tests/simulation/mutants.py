@@ -47,14 +47,15 @@ def _of(*names: str) -> frozenset[str]:
 
 MUTANTS = (
     Mutant(
-        "an invalidation deletes no stamp", invalidation.Invalidations, "invalidate", _true, _of("deleted"), 5
+        "an invalidation deletes no stamp",
+        invalidation.Invalidations,
+        "invalidate",
+        _true,
+        _of("deleted"),
+        10,
     ),
     Mutant(
-        "one partition for all tokens",
-        Keyring,
-        "partition",
-        lambda *_: Partition("p"),
-        _of("isolation", "bug"),
+        "one partition for all tokens", Keyring, "partition", lambda *_: Partition("p"), _of("isolation"), 10
     ),
     Mutant(
         "memory ignores invalidations",
@@ -71,23 +72,26 @@ MUTANTS = (
         "_may_answer",
         lambda *_: True,
         _of("deleted", "refused", "age"),
+        250,
     ),
-    Mutant("no lease is asked for", leases.Leases, "lease", _always_leased, _of("one call"), 20),
-    Mutant("a lease is not renewed", leases.Leases, "renew", _nothing, _of("one call")),
+    Mutant("no lease is asked for", leases.Leases, "lease", _always_leased, _of("one call"), 10),
+    Mutant("a lease is not renewed", leases.Leases, "renew", _nothing, _of("one call"), 200),
     Mutant(
         "a lease is not released",
         leases.Leases,
         "release",
         _nothing,
         _of("left", "one call", "needless", "answered"),
+        5,
     ),
-    Mutant("flights are not shared", flights._Flight, "answers", lambda *_: False, _of("one call"), 60),
+    Mutant("flights are not shared", flights._Flight, "answers", lambda *_: False, _of("one call"), 900),
     Mutant(
         "a flight's name lacks the stamps",
         collapse.Collapser,
         "name",
         lambda _self, call, _basis, mode: (call.key, mode),
         _of("deleted", "refused", "one call"),
+        30,
     ),
     Mutant(
         "the pending are not left out",
@@ -95,6 +99,7 @@ MUTANTS = (
         "covers",
         lambda *_: False,
         _of("deleted", "refused"),
+        40,
     ),
     Mutant(
         "the pending are never sent",
@@ -105,13 +110,14 @@ MUTANTS = (
         30,
     ),
     Mutant("a 401 invalidates nothing", fetch.Fetcher, "_reject_token", _true, _of("refused"), 40),
-    Mutant("a DELETE invalidates nothing", fetch.Fetcher, "_invalidate_deleted", _true, _of("deleted"), 5),
+    Mutant("a DELETE invalidates nothing", fetch.Fetcher, "_invalidate_deleted", _true, _of("deleted"), 10),
     Mutant(
         "no acknowledgement is awaited",
         conversation.Conversation,
         "left_s",
         lambda *_: 0.0,
         _of("deleted", "refused"),
+        50,
     ),
     Mutant(
         "the own ledger does not follow",
@@ -119,7 +125,7 @@ MUTANTS = (
         "follow",
         lambda *_: None,
         _of("limits", "cool-down"),
-        400,
+        1700,
     ),
     Mutant(
         "calls are never settled",
@@ -127,7 +133,7 @@ MUTANTS = (
         "settle",
         _nothing,
         _of("cool-down", "limits", "answered", "needless"),
-        250,
+        400,
     ),
     Mutant(
         "calls in the air are not counted",
@@ -135,10 +141,10 @@ MUTANTS = (
         "_admit_in_common",
         _nothing,
         _of("limits", "cool-down"),
-        500,
+        700,
     ),
-    Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 5),
-    Mutant("a lookup does not compare stamps", entries, "unseal", None, _of("deleted", "refused"), 20),
+    Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 60),
+    Mutant("a lookup does not compare stamps", entries, "unseal", None, _of("deleted", "refused"), 10),
 )
 
 

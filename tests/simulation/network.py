@@ -39,13 +39,15 @@ class Server:
         self.refuses = ""
         """The error that every write gets, while it is not empty."""
         self.unreachable = False
+        self.cut_off: dict[Process, float] = {}
+        """Until when each of these cannot reach it."""
         self.deaf_until = 0.0
         """Until then no message of the channel is delivered."""
         self.commands = 0
         self.recorded: list[tuple[float, list[bytes]]] | None = None
         """Every command and when it was run, if that is to be recorded."""
-        self.lost_writes_at: list[float] = []
-        """When it lost writes that it had acknowledged."""
+        self.lost_writes: list[tuple[float, float]] = []
+        """From when on it lost writes that it had acknowledged, and when it lost them."""
         self.lost_ledgers_at: list[float] = []
         """When it lost, by eviction or as writes, what it had counted."""
         self.breaks: list[str] = []
@@ -54,7 +56,7 @@ class Server:
     async def connect(self, factory: Callable[[], asyncio.BaseProtocol], _host: str, _port: int) -> Any:
         """Open a connection, after the way there and back."""
         await asyncio.sleep(2 * self.delay_s())
-        if self.unreachable:
+        if self.unreachable or self.loop.now < self.cut_off.get(CURRENT.get(), 0.0):
             raise ConnectionRefusedError(111, "Connection refused")
         protocol = factory()
         connection = Connection(self, protocol, CURRENT.get())
@@ -64,7 +66,8 @@ class Server:
 
     def delay_s(self) -> float:
         """Draw how long one way takes."""
-        delay_s = 0.0002 + 0.002 * self.random.random() ** 3
+        draw = self.random.random()
+        delay_s = 0.0002 + 0.002 * draw**3 + (0.02 * draw if draw > _PROMPT else 0.0)
         if self.loop.now < self.slow_until:
             delay_s += self.slow_s * self.random.random()
         return delay_s
@@ -85,17 +88,15 @@ class Server:
         return self.database.run(command)
 
     def _publish(self, channel: bytes, message: bytes) -> int:
-        heard = 0
+        listening = [connection for connection in self.connections if connection.channel == channel]
         if self.loop.now < self.deaf_until:
-            for connection in [*self.connections]:
-                if connection.channel is not None:
-                    connection.broken()
+            for connection in listening:
+                connection.broken()
             return 0
-        for connection in self.connections:
-            if connection.channel == channel:
-                connection.push([b"message", channel, message])
-                heard += 1
-        return heard
+        data = encoded([b"message", channel, message])
+        for connection in listening:
+            connection.push(data)
+        return len(listening)
 
 
 _READS = {
@@ -123,6 +124,7 @@ class Connection(asyncio.Transport):
         self._reader = Reader(notEnoughData=_MORE)
         self._arrives = 0.0
         self._returns = 0.0
+        self.stalls_until = 0.0
         self.channel: bytes | None = None
         self._open = True
 
@@ -151,9 +153,10 @@ class Connection(asyncio.Transport):
         """Break it."""
         self._close(ConnectionResetError(104, "Connection reset by peer"))
 
-    def push(self, message: Reply) -> None:
+    def push(self, data: bytes) -> None:
         """Send one message of the channel."""
-        self._send(encoded(message))
+        self._returns = max(self._returns, self.stalls_until)
+        self._send(data)
 
     def _arrived(self, data: bytes) -> None:
         server = self._server
@@ -212,22 +215,23 @@ class Connection(asyncio.Transport):
                 loop.at(self.process, loop.now, self.protocol.connection_lost, error)
 
 
+_PROMPT = 0.99
+"""The part of the deliveries that is not held up, as by a packet that was lost."""
+
 _SPLIT = 0.1
 """The part of the pipelines that the server reads in two parts."""
 
 
 def encoded(reply: Reply) -> bytes:
     """Write a reply (RESP2)."""
-    match reply:
-        case bytes() if reply is OK:
-            return b"+OK\r\n"
-        case bytes():
-            return b"$%d\r\n%b\r\n" % (len(reply), reply)
-        case None:
-            return b"$-1\r\n"
-        case int():
-            return b":%d\r\n" % reply
-        case list():
-            return b"*%d\r\n%b" % (len(reply), b"".join(map(encoded, reply)))
-        case _:
-            return b"-%b\r\n" % str(reply).encode()
+    if reply is None:
+        return b"$-1\r\n"
+    if reply is OK:
+        return b"+OK\r\n"
+    if isinstance(reply, bytes):
+        return b"$%d\r\n%b\r\n" % (len(reply), reply)
+    if isinstance(reply, int):
+        return b":%d\r\n" % reply
+    if isinstance(reply, list):
+        return b"*%d\r\n%b" % (len(reply), b"".join(map(encoded, reply)))
+    return b"-%b\r\n" % str(reply).encode()

@@ -5,13 +5,16 @@ of callbacks) comes from generators of the same seed. A plan with fewer requests
 again: that is how a failing seed is shrunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
+from simulation.replica import SIZES
+
 TOKENS = ("ann", "bob")
 SNAPSHOTS = ("101", "202")
-LENGTH_S = 5.0
-"""Requests and faults begin in so many seconds."""
+QUIET_SNAPSHOT = "303"
+"""One that is only read."""
 
 OF_REDIS = (
     *("redis-slow", "redis-hung", "redis-breaks-before", "redis-breaks-after", "redis-restarts-empty"),
@@ -19,14 +22,17 @@ OF_REDIS = (
 )
 OF_THE_API = ("api-late", "api-lost", "api-5xx", "api-429", "api-unreachable")
 OF_CALLERS = ("token-revoked", "scope-changed")
-OF_REPLICAS = ("clock-steps", "paused", "killed", "channel-deaf")
-KINDS = (*OF_REDIS, *OF_THE_API, *OF_CALLERS, *OF_REPLICAS)
+AT_ONE_REPLICA = ("clock-steps", "paused", "killed", "cut-off", "channel-stalls")
+KINDS = (*OF_REDIS, *OF_THE_API, *OF_CALLERS, *AT_ONE_REPLICA, "channel-deaf")
 """Every kind of fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request: when, at which replica, of which token, for what; after `leaves_s` its caller leaves."""
+    """One request: when, at which replica, of which token, for what; after `leaves_s` its caller leaves.
+
+    `then` are requests that its caller makes when it has the answer: their `at` counts from there.
+    """
 
     at: float
     replica: int
@@ -34,6 +40,10 @@ class Ask:
     what: str
     name: str
     leaves_s: float | None = None
+    quickly: bool = True
+    """By the fast path, where that takes it."""
+
+    then: tuple["Ask", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,66 +64,241 @@ class Plan:
     replicas: int
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...] = ()
+    size: str = "large"
 
-    def without(self, *, ask: int | None = None, fault: int | None = None) -> "Plan":
-        """Leave one request or one fault out."""
-        asks = tuple(each for at, each in enumerate(self.asks) if at != ask)
+    def without(self, *, ask: int | None = None, then: int | None = None, fault: int | None = None) -> "Plan":
+        """Leave out one fault, one request, or one of those that follow it (`then`)."""
         faults = tuple(each for at, each in enumerate(self.faults) if at != fault)
-        return replace(self, asks=asks, faults=faults)
+        asks = [*self.asks]
+        if ask is not None and then is None:
+            del asks[ask]
+        elif ask is not None:
+            rest = tuple(each for at, each in enumerate(asks[ask].then) if at != then)
+            asks[ask] = replace(asks[ask], then=rest)
+        return replace(self, asks=tuple(asks), faults=faults)
 
 
 def drawn(seed: int) -> Plan:
     """Draw the plan of a seed: from a single quiet replica to three with four faults."""
     random = Random(f"plan {seed}")  # noqa: S311 # no secret
-    replicas = random.choice((1, 2, 3, 3))
-    busy = random.random() < _BUSY
-    asks = [
-        _ask(random, replicas, busy=busy)
-        for _ in range(random.randrange(24, 48) if busy else random.randrange(5, 16))
-    ]
-    # Many interesting orders need several requests for one document at nearly the same time.
-    for _ in range(random.randrange(4)):
-        one = random.choice(asks)
-        asks += [
-            replace(one, at=one.at + 0.05 * random.random(), replica=random.randrange(replicas))
-            for _ in range(random.randrange(1, 4))
-        ]
-        asks.append(replace(one, at=one.at + 0.3 * random.random(), what="delete"))
-    faults = [_fault(random, replicas) for _ in range(random.choice((0, 0, 1, 1, 2, 3, 4)))]
+    size = random.choices([*SIZES], _SIZES)[0]
+    scribe = _Scribe(random, size)
+    if size == "small":
+        scribe.scattered(random.randrange(1, 5))
+        scribe.scene()
+    else:
+        if size == "slow":
+            scribe.slow_fill()
+        busy = size == "large" and random.random() < _BUSY
+        scribe.scattered(random.randrange(24, 48) if busy else random.randrange(5, 16), busy=busy)
+        for _ in range(random.randrange(4)):
+            scribe.scene()
+    for _ in range(random.choice((0, 0, 1, 1, 2) if size == "small" else (0, 0, 1, 1, 2, 3, 4))):
+        scribe.fault(random.choice(KINDS))
     return Plan(
         seed,
-        replicas,
-        tuple(sorted(asks, key=lambda each: each.at)),
-        tuple(sorted(faults, key=lambda each: each.at)),
+        scribe.replicas,
+        tuple(sorted(scribe.asks, key=lambda each: each.at)),
+        tuple(sorted(scribe.faults, key=lambda each: each.at)),
+        size,
     )
 
+
+_SIZES = (0.8, 0.12, 0.08)
+"""The parts of the worlds that are small, large and slow."""
 
 _BUSY = 0.15
-"""The part of the worlds with more requests than the quota has room for."""
-
-
-def _ask(random: Random, replicas: int, *, busy: bool) -> Ask:
-    what = random.choices(
-        ("get", "list", "get-anew", "delete", "purge"), (20, 4, 6 if busy else 2, 1.5, 0.3)
-    )[0]
-    leaves_s = 0.2 * random.random() if random.random() < _LEAVES else None
-    return Ask(
-        LENGTH_S * random.random(),
-        random.randrange(replicas),
-        random.choice(TOKENS),
-        what,
-        random.choice(SNAPSHOTS),
-        leaves_s,
-    )
-
+"""The part of the larger worlds with more requests than the quota has room for."""
 
 _LEAVES = 0.1
+_SLOWLY = 0.3
 
 
-def _fault(random: Random, replicas: int) -> Fault:
-    return Fault(
-        0.3 + (LENGTH_S - 0.3) * random.random(),
-        random.choice(KINDS),
-        random.choice((0.05, 0.3, 1.0, 2.5)) * (0.5 + random.random()),
-        random.randrange(6 * replicas),
-    )
+class _Scribe:
+    """Writes the requests and faults of one plan, scene by scene."""
+
+    def __init__(self, random: Random, size: str) -> None:
+        self.random = random
+        self.size = size
+        self.length_s = SIZES[size].length_s
+        self.seconds = (0.03, 0.1, 0.3) if size == "small" else (0.05, 0.3, 1.0, 2.5)
+        self.replicas = random.choice((1, 2, 2, 3) if size == "small" else (1, 2, 3, 3))
+        self.asks: list[Ask] = []
+        self.faults: list[Fault] = []
+
+    def scattered(self, number: int, *, busy: bool = False) -> None:
+        """Let requests come that have nothing to do with each other."""
+        kinds, parts = ("get", "list", "get-anew", "delete", "purge"), (20, 4, 6 if busy else 2, 1.5, 0.3)
+        for _ in range(number):
+            what = self.random.choices(kinds, parts)[0]
+            self.asks.append(self.ask(self.length_s * self.random.random(), what))
+
+    def scene(self) -> None:
+        """Let requests come that meet: most orders of interest need several for one document at once."""
+        scenes: tuple[Callable[[], None], ...] = (
+            self._rush,
+            self._deletion_among_hits,
+            self._deletion_while_one_is_deaf,
+            self._deletion_during_a_fill,
+            self._two_tokens,
+            self._refusal,
+            self._burst,
+        )
+        self.random.choice(scenes)()
+
+    def ask(self, at: float, what: str, *, token: str = "", name: str = "", where: int | None = None) -> Ask:
+        """Draw what is not given of a request."""
+        draw = self.random.random
+        return Ask(
+            at,
+            self.random.randrange(self.replicas) if where is None else where,
+            token or self.random.choice(TOKENS),
+            what,
+            name or self.random.choice(SNAPSHOTS),
+            0.2 * draw() if draw() < _LEAVES else None,
+            draw() > _SLOWLY,
+        )
+
+    def fault(
+        self, kind: str, at: float | None = None, *, seconds: float = 0.0, which: int | None = None
+    ) -> None:
+        """Let something go wrong; draw what is not given."""
+        draw = self.random.random
+        first = min(0.3, self.length_s / 4)
+        self.faults.append(
+            Fault(
+                first + (self.length_s - first) * draw() if at is None else at,
+                kind,
+                seconds or self.random.choice(self.seconds) * (0.5 + draw()),
+                self.random.randrange(6 * self.replicas) if which is None else which,
+            )
+        )
+
+    # -- scenes --------------------------------------------------------------------------------
+
+    def _begin(self) -> tuple[float, str, str]:
+        """Draw when a scene begins, and its token and snapshot."""
+        at = self.length_s / 2 * self.random.random()
+        return at, self.random.choice(TOKENS), self.random.choice(SNAPSHOTS)
+
+    def _everywhere(self, at: float, what: str, token: str, name: str) -> None:
+        """Let one token ask each replica for the same."""
+        for where in range(self.replicas):
+            self.asks.append(
+                self.ask(at + 0.02 * self.random.random(), what, token=token, name=name, where=where)
+            )
+
+    def _readers(self, token: str, name: str, where: int | None = None) -> tuple[Ask, ...]:
+        """Draw requests that follow an answer at once."""
+        draw = self.random.random
+        return tuple(
+            self.ask(
+                0.005 * draw() if draw() < 1 / 2 else 0.3 * draw(),
+                "get" if draw() < _SINGLE else "list",
+                token=token,
+                name=name,
+                where=where,
+            )
+            for _ in range(self.random.randrange(1, 4))
+        )
+
+    def _rush(self) -> None:
+        """Let several replicas need the same at nearly the same time."""
+        at, token, name = self._begin()
+        what = "get" if self.random.random() < _SINGLE else "list"
+        for _ in range(self.random.randrange(2, 6)):
+            self.asks.append(self.ask(at + 0.05 * self.random.random(), what, token=token, name=name))
+        if self.random.random() < 1 / 2:
+            self._delete(at + 0.1 * self.random.random(), name, token)
+        elif self.random.random() < 1 / 2:
+            self.fault(self.random.choice(OF_REDIS), at - 0.1 + 0.15 * self.random.random())
+
+    def slow_fill(self) -> None:
+        """Let a fetch last longer than a lease that is not renewed, while others need the same."""
+        at, token, _ = self._begin()
+        self.asks.append(self.ask(at, "slow-get", token=token, name=QUIET_SNAPSHOT))
+        for _ in range(self.random.randrange(2, 6)):
+            later_s = 3 * self.random.random()
+            self.asks.append(self.ask(at + later_s, "get", token=token, name=QUIET_SNAPSHOT))
+
+    def _burst(self) -> None:
+        """Let one token need more calls than it has, and Redis go away when half of them are made."""
+        at, token, _ = self._begin()
+        draw, numbers = self.random.random, (self.random.randrange(5, 9), self.random.randrange(5, 9))
+        for later_s, number in zip((0.0, 0.3), numbers, strict=True):
+            for _ in range(number):
+                what = "list" if draw() < _PURGES else "get-anew"
+                self.asks.append(self.ask(at + later_s + 0.2 * draw(), what, token=token))
+        if draw() < 1 / 2:
+            kind = self.random.choice(
+                ("redis-is-unreachable", "redis-hung", "redis-refuses-writes", *OF_REDIS)
+            )
+            self.fault(kind, at + 0.2 + 0.1 * draw(), seconds=0.2 + draw())
+
+    def _deletion_while_one_is_deaf(self) -> None:
+        """Delete what each replica has in memory, while one hears nothing; then ask that one."""
+        at, token, name = self._begin()
+        self._everywhere(at, "get", token, name)
+        deaf = self.random.randrange(self.replicas)
+        draw = self.random.random
+        self.fault(
+            "channel-stalls",
+            at + 0.1,
+            seconds=0.02 + 0.2 * draw() if draw() < 1 / 2 else 1.2 + draw(),
+            which=deaf,
+        )
+        deletion = self.ask(
+            at + 0.12, "purge" if draw() < _PURGES else "delete", token=token, name=name, where=deaf + 1
+        )
+        self.asks.append(replace(deletion, then=self._readers(token, name, deaf)))
+
+    def _deletion_among_hits(self) -> None:
+        """Delete, or purge, what each replica has in memory; who gets the answer reads at once."""
+        at, token, name = self._begin()
+        self._everywhere(at, "get" if self.random.random() < _SINGLE else "list", token, name)
+        at += 0.15 + 0.1 * self.random.random()
+        self._everywhere(at, "get", token, name)
+        if self.random.random() < 1 / 2:
+            around = at - 0.02 + 0.05 * self.random.random()
+            self.fault(self.random.choice(_AROUND_A_DELETION), around)
+        self._delete(at + 0.03 * self.random.random(), name, token)
+
+    def _deletion_during_a_fill(self) -> None:
+        """Delete while a fetch of the same is in flight."""
+        at, token, name = self._begin()
+        for _ in range(self.random.randrange(1, 3)):
+            self.asks.append(self.ask(at + 0.05 * self.random.random(), "slow-get", token=token, name=name))
+        self._delete(at + 0.15 * self.random.random(), name, token)
+
+    def _delete(self, at: float, name: str, token: str) -> None:
+        what = "purge" if self.random.random() < _PURGES else "delete"
+        deletion = self.ask(at, what, token=token, name=name)
+        self.asks.append(replace(deletion, then=self._readers(token, name)))
+
+    def _two_tokens(self) -> None:
+        """Let two tokens ask one replica for the same in turn."""
+        at, token, name = self._begin()
+        where = self.random.randrange(self.replicas)
+        for each in TOKENS:
+            wish = self.ask(at, "get", token=each, name=name, where=where)
+            self.asks.append(replace(wish, then=self._readers(token, name)))
+
+    def _refusal(self) -> None:
+        """Let the API refuse what all replicas have: the token, or this document."""
+        at, token, name = self._begin()
+        self._everywhere(at, "get", token, name)
+        self.fault(self.random.choice(OF_CALLERS), at + 0.15)
+        wish = self.ask(at + 0.2, "get-anew", token=token, name=name)
+        self.asks.append(replace(wish, then=self._readers(token, name)))
+
+
+_SINGLE = 0.7
+_PURGES = 0.3
+_AROUND_A_DELETION = (
+    "channel-stalls",
+    "channel-stalls",
+    "redis-refuses-writes",
+    *OF_REDIS,
+    "paused",
+    "cut-off",
+)

@@ -6,17 +6,20 @@ listeners, the fast path's parser, the passthrough.
 """
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 from proxy import options
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory, size_of
-from proxy.cache.readthrough import Failed, ReadThrough, Served
+from proxy.cache.readthrough import Failed, Found, ReadThrough, Served
 from proxy.cache.renewal import renew
 from proxy.core.errors import ProxyError
-from proxy.core.identity import Keyring, Token
+from proxy.core.events import StoreOperation
+from proxy.core.identity import Caller, Keyring, Token
 from proxy.core.policy import Answer
 from proxy.core.quota import QuotaLimits
 from proxy.core.request import Call
@@ -35,38 +38,119 @@ from simulation.loop import Loop, Process
 from simulation.upstream import Api
 
 EPOCH = 1_700_000_000.0
-SETTINGS = Settings(
-    cache=Cache(
-        fresh_s=3,
-        list_fresh_s=2,
-        negative_s=2,
-        stale_while_revalidate_s=3,
-        stale_if_error_s=5,
-        max_fresh_s=6,
-    ),
-    memory=MemorySettings(max_bytes=6_000, max_age_s=2),
-    quota=Quota(per_minute=12, per_hour=200, max_wait_s=2),
-    redis=Redis(url="redis://redis:6379", connect_timeout_s=0.5),
-    upstream=Upstream(total_timeout_s=2, write_timeout_s=3),
-)
-SCALE = 0.1
-"""The quota's minute lasts 6 s, its hour 360 s."""
 
-KEYRING = Keyring(b"a world that keeps no secret at all")
-CALLERS = {name: KEYRING.caller(Token(name), "other") for name in ("ann", "bob")}
-_TOKENS = {caller.partition: name for name, caller in CALLERS.items()}
+
+class Size(NamedTuple):
+    """How large a world is: for how long requests and faults begin, and the settings that fit into it."""
+
+    length_s: float
+    settings: Settings
+    scale: float
+    """The quota's minute lasts 60 s times this, its hour 3600 s times this."""
+
+    renews: bool
+    """Entries in memory are renewed; a world that is shorter than `memory.max_age_s` leaves that out."""
+
+    @property
+    def longest_read_s(self) -> float:
+        """The bound of README for a read."""
+        return self.settings.quota.max_wait_s + self.settings.upstream.total_timeout_s + 2
+
+    @property
+    def longest_write_s(self) -> float:
+        """The bound of README for a write."""
+        return self.settings.quota.max_wait_s + self.settings.upstream.write_timeout_s + 2
+
+
+_REDIS = Redis(url="redis://redis:6379", connect_timeout_s=0.5)
+
+SIZES = {
+    "small": Size(
+        0.6,
+        Settings(
+            cache=Cache(
+                fresh_s=1,
+                list_fresh_s=1,
+                negative_s=1,
+                stale_while_revalidate_s=1,
+                stale_if_error_s=2,
+                max_fresh_s=2,
+            ),
+            memory=MemorySettings(max_bytes=6_000, max_age_s=2),
+            quota=Quota(per_minute=10, per_hour=200, max_wait_s=1.5),
+            redis=_REDIS,
+            upstream=Upstream(total_timeout_s=1.2, write_timeout_s=1.5),
+        ),
+        0.05,
+        renews=False,
+    ),
+    "large": Size(
+        5.0,
+        Settings(
+            cache=Cache(
+                fresh_s=3,
+                list_fresh_s=2,
+                negative_s=2,
+                stale_while_revalidate_s=3,
+                stale_if_error_s=5,
+                max_fresh_s=6,
+            ),
+            memory=MemorySettings(max_bytes=6_000, max_age_s=2),
+            quota=Quota(per_minute=12, per_hour=200, max_wait_s=2),
+            redis=_REDIS,
+            upstream=Upstream(total_timeout_s=2, write_timeout_s=3),
+        ),
+        0.1,
+        renews=True,
+    ),
+    "slow": Size(
+        3.0,
+        Settings(
+            cache=Cache(
+                fresh_s=3,
+                list_fresh_s=2,
+                negative_s=2,
+                stale_while_revalidate_s=3,
+                stale_if_error_s=5,
+                max_fresh_s=6,
+            ),
+            memory=MemorySettings(max_bytes=6_000, max_age_s=3),
+            quota=Quota(per_minute=12, per_hour=200, max_wait_s=4),
+            redis=_REDIS,
+            upstream=Upstream(total_timeout_s=5, write_timeout_s=6),
+        ),
+        0.1,
+        renews=True,
+    ),
+}
+"""In each a read waits for another replica for longer than a lease lasts. `slow`: a call, or its wait for the
+quota, may last longer than a lease that is not renewed."""
+
+_SECRET = b"a world that keeps no secret at all"
 
 
 class Replica:
     """The program in one process. `skew_s` is how far its clock is ahead."""
 
-    def __init__(self, name: str, process: Process, loop: Loop, api: Api, skew_s: float) -> None:
+    def __init__(
+        self, name: str, process: Process, loop: Loop, api: Api, *, skew_s: float, size: Size
+    ) -> None:
         self.name = name
         self.process = process
         self.skew_s = skew_s
         self.settled = 0
         self.paused_s = 0.0
         """For how long it was paused, all in all."""
+        self.alone_at = -inf
+        """When memory last asked whether Redis can be reached, and it could not."""
+        self.beats = 0
+        """How many of its heartbeats Redis has answered."""
+        self.failed_at: dict[str, float] = {}
+        """When each kind of operation on the store last failed."""
+        self.opening: asyncio.Task[None]
+        """It listens when this is done."""
+        self.size = size
+        self._keyring = Keyring(_SECRET)
         self._loop = loop
         self._api = api
         self._background: list[asyncio.Task[None]] = []
@@ -77,7 +161,7 @@ class Replica:
 
     def start(self) -> None:
         """Make all parts, and begin to connect."""
-        settings, now = SETTINGS, self._loop.time
+        settings, now = self.size.settings, self._loop.time
         keys, fetch_s = Keys("p"), options.longest_fetch_s(settings)
         to = Endpoint("redis")
         self.link = link = Link(
@@ -89,26 +173,27 @@ class Replica:
         self.memory = memory = Memory(
             settings.memory.max_bytes,
             settings.memory.max_age_s,
-            reachable=lambda: link.up,
+            reachable=self._reachable,
             monotonic=now,
         )
         self.store = Store(
             link,
             keys,
-            KEYRING,
+            self._keyring,
             stamp_ttl_s=options.longest_use_s(settings) + fetch_s,
             guard_s=fetch_s,
-            observe=_ignore,
+            observe=self._of_the_store,
             tier=memory,
             clock=self.clock,
             monotonic=now,
         )
+        self._count_beats()
         self.drain = DrainDeadline(now)
-        limits = options.quota_limits(settings, SCALE)
+        limits = options.quota_limits(settings, self.size.scale)
         self.gate = UpstreamGate(
             self,
             self._accounts(limits, keys, options.longest_call_s(settings)),
-            self._accounts(options.unverified_limits(settings, SCALE), keys, 0.0),
+            self._accounts(options.unverified_limits(settings, self.size.scale), keys, 0.0),
             limits,
             ConnectionSlots(10),
             max_wait_s=settings.quota.max_wait_s,
@@ -139,14 +224,28 @@ class Replica:
     async def open(self) -> None:
         """Connect, and begin what runs beside the requests."""
         await self.store.start()
-        renewing = renew(self.store, self.memory, SETTINGS.memory.max_age_s, self.clock)
-        self._background = [asyncio.ensure_future(renewing)]
+        if self.size.renews:
+            renewing = renew(self.store, self.memory, self.clock)
+            self._background = [asyncio.ensure_future(renewing)]
 
-    async def answer(self, call: Call) -> Served | Failed:
-        """Answer one request."""
+    def caller(self, token: str) -> Caller:
+        """Name the caller of a request, as the edge does."""
+        return self._keyring.caller(Token(token), "other")
+
+    async def answer(self, call: Call, *, quickly: bool) -> Served | Failed:
+        """Answer one request; `quickly` as the fast path does, until that leaves it to the handler."""
         if call.method == "DELETE":
             return await self.readthrough.delete(call)
-        return await self.readthrough.get(call)
+        if not quickly:
+            return await self.readthrough.get(call)
+        served = self.readthrough.peek(call.key, self.clock())
+        if served is not None:
+            return served
+        looked: asyncio.Future[Found | None] = self._loop.create_future()
+        self.readthrough.look(call.key, partial(_tell, looked))
+        found = await looked
+        served = None if found is None else self.readthrough.hit(found, self.clock())
+        return served or await self.readthrough.get(call, found)
 
     async def close(self) -> None:
         """Stop, as `App.stop` does."""
@@ -164,7 +263,7 @@ class Replica:
     ) -> Answer:
         """Hand the call to the API of the world."""
         del validator, new_connection
-        token = _TOKENS[call.caller.partition]
+        token = call.caller.token.reveal()
         return await self._api.send(call, token, self.clock, deadline - self._loop.now)
 
     def stream(self, *_: Any, **__: Any) -> Any:
@@ -189,21 +288,48 @@ class Replica:
         kept = sum(size_of(key, each.entry) for key, each in self.memory._kept.items())
         if kept != self.memory.size:
             return f"memory counts {self.memory.size} bytes, and holds {kept}"
-        most = SETTINGS.memory.max_bytes
+        most = self.size.settings.memory.max_bytes
         return f"memory holds {kept} bytes, where {most} are allowed" if kept > most else ""
 
     def _accounts(self, limits: QuotaLimits, keys: Keys, call_s: float) -> Accounts:
         return Accounts(
-            RedisLedger(self.link, keys, limits, call_s=call_s, observe=_ignore),
+            RedisLedger(self.link, keys, limits, call_s=call_s, observe=self._of_the_store),
             limits,
             call_s=call_s,
             replicas=lambda: self.store.replicas,
             monotonic=self._loop.time,
+            clock=self.clock,
         )
+
+    # -- what is observed ----------------------------------------------------------------------
+
+    def _reachable(self) -> bool:
+        if not self.link.up:
+            self.alone_at = self._loop.now
+        return self.link.up
+
+    def _of_the_store(self, told: StoreOperation) -> None:
+        if told.outcome != "ok":
+            self.failed_at[told.operation] = self._loop.now
+
+    def _count_beats(self) -> None:
+        members = self.store._members
+        heard = members.heard
+
+        def counted(replies: Sequence[Any], now: float) -> Any:
+            self.beats += 1
+            return heard(replies, now)
+
+        members.heard = counted  # type: ignore[method-assign] # an observer that the product does not need
 
     def _observe(self, told: object) -> None:
         if type(told).__name__ == "CallSettled":
             self.settled += 1
+
+
+def _tell(looked: "asyncio.Future[Found | None]", found: Found | None) -> None:
+    if not looked.done():
+        looked.set_result(found)
 
 
 def _ignore(_: object) -> None:

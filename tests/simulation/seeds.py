@@ -6,7 +6,7 @@ not hold: what is left is the smallest story that this finds.
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -81,24 +81,21 @@ def _smallest(plan: Plan, name: str) -> Plan:
     smaller = True
     while smaller:
         smaller = False
-        for leave_out, number in (
-            (lambda at, of: of.without(fault=at), len(plan.faults)),
-            (lambda at, of: of.without(ask=at), len(plan.asks)),
-        ):
-            plan, found = _without(plan, number, leave_out, fails)
-            smaller |= found
+        for candidate in _candidates(plan):
+            if fails(candidate):
+                plan, smaller = candidate, True
+                break
     return plan
 
 
-def _without(
-    plan: Plan, number: int, leave_out: Callable[[int, Plan], Plan], fails: Callable[[Plan], bool]
-) -> tuple[Plan, bool]:
-    found = False
-    for at in reversed(range(number)):
-        candidate = leave_out(at, plan)
-        if fails(candidate):
-            plan, found = candidate, True
-    return plan, found
+def _candidates(plan: Plan) -> Iterator[Plan]:
+    """Give the plans with one thing less."""
+    for fault in reversed(range(len(plan.faults))):
+        yield plan.without(fault=fault)
+    for ask in reversed(range(len(plan.asks))):
+        yield plan.without(ask=ask)
+        for then in reversed(range(len(plan.asks[ask].then))):
+            yield plan.without(ask=ask, then=then)
 
 
 def digest(seeds: Iterable[int]) -> str:

@@ -77,12 +77,20 @@ class Api:
     """Answers calls. Each token may make `per_minute` calls in any `minute_s`, `per_hour` in any `hour_s`."""
 
     def __init__(
-        self, loop: Loop, random: Random, truth: Truth, limits: tuple[int, float, int, float]
+        self,
+        loop: Loop,
+        random: Random,
+        truth: Truth,
+        limits: tuple[int, float, int, float],
+        slow_s: float,
     ) -> None:
         self._loop = loop
         self._random = random
         self.truth = truth
         self._per_minute, self._minute_s, self._per_hour, self._hour_s = limits
+        self._slow_s = slow_s
+        self.slow: set[str] = set()
+        """Requests whose calls are answered late, in up to `slow_s`."""
         self.made: list[Made] = []
         """Every call, by its number."""
         self.troubles: list[Trouble] = []
@@ -119,6 +127,8 @@ class Api:
         draw, trouble = self._random.random, self._trouble()
         slower = 40.0 if trouble == "late" else 1.0
         there_s, back_s = (slower * (0.01 + 0.04 * draw()) for _ in range(2))
+        if call.request_id in self.slow:
+            back_s += self._slow_s * (0.3 + 0.7 * draw())
         lost = trouble == "lost" and draw() < 1 / 2
         cut = trouble == "lost" and not lost and draw() < 1 / 2
         if trouble == "unreachable":

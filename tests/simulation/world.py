@@ -17,22 +17,27 @@ from types import CoroutineType
 from typing import Any
 
 from proxy.cache.readthrough import Failed, Served
+from proxy.core.entry import NONCE_BYTES
 from proxy.core.invalidation import SnapshotsScope
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
 from proxy.core.resources import list_target, snapshot_target
 from proxy.storage import conversation, membership, values
 from proxy.storage.leases import LEASE_MS
-from simulation.checks import ANSWER, LONGEST_READ_S, LONGEST_WRITE_S, Checks, Request, Violation
+from simulation.checks import ANSWER, Checks, Request, Violation
 from simulation.faults import strike
 from simulation.loop import CURRENT, START, Loop, Process, Stuck
 from simulation.network import Server
-from simulation.plan import LENGTH_S, SNAPSHOTS, TOKENS, Ask, Plan
-from simulation.replica import CALLERS, EPOCH, SCALE, SETTINGS, Replica
+from simulation.plan import QUIET_SNAPSHOT, SNAPSHOTS, TOKENS, Ask, Plan
+from simulation.replica import EPOCH, SIZES, Replica
 from simulation.upstream import Api, Made, Truth
 
 MOST_STEPS = 400_000
-_QUIET_S = 1.5
-"""After the last answer: longer than between two heartbeats, which send what is pending."""
+_LOOKS_S = 0.05
+"""At the end the world looks so often whether something is left."""
+
+_SETTLING_S = 3.0
+"""So long after the longest write nothing may be left: a Redis that is back is used after 2 s at most, and
+gets what is pending with the next heartbeat."""
 
 _PRODUCT = str(Path(values.__file__).parent.parent)
 
@@ -61,13 +66,15 @@ class World:
         self.loop = loop = Loop(self._random("order"))
         self.started = START
         random = self._random("truth")
-        self.truth = Truth([*TOKENS], [*SNAPSHOTS])
+        self.truth = Truth([*TOKENS], [*SNAPSHOTS, QUIET_SNAPSHOT])
         self.truth.readable = {
             (token, name) for token in TOKENS for name in SNAPSHOTS if random.random() < _READABLE
-        }
-        quota = SETTINGS.quota
-        limits = (quota.per_minute, 60 * SCALE, quota.per_hour, 3600 * SCALE)
-        self.api = Api(loop, self._random("api"), self.truth, limits)
+        } | {(token, QUIET_SNAPSHOT) for token in TOKENS}
+        self.size = SIZES[plan.size]
+        quota, scale = self.size.settings.quota, self.size.scale
+        limits = (quota.per_minute, 60 * scale, quota.per_hour, 3600 * scale)
+        slow_s = self.size.settings.upstream.total_timeout_s * _SLOW
+        self.api = Api(loop, self._random("api"), self.truth, limits, slow_s)
         self.redis = Server(loop, self._random("redis"), EPOCH)
         loop.connect = self.redis.connect
         self.requests: list[Request] = []
@@ -82,6 +89,8 @@ class World:
         self._skew = self._random("clocks")
         self._outside = Process("outside", self._random("outside"))
         self._callers: list[asyncio.Task[None]] = []
+        self._following = 0
+        """Requests that come because others were answered, and have not come yet."""
         self._born = 0
 
     def _random(self, name: str) -> Random:
@@ -136,23 +145,22 @@ class World:
     async def _main(self) -> None:
         for number in range(self.plan.replicas):
             self.boot(number)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(self._outside.random.choice(_STARTS_S))
+        began = self.loop.now
         for ask in self.plan.asks:
-            self.loop.at(self._outside, START + 0.1 + ask.at, self._ask, ask)
+            self.loop.at(self._outside, began + ask.at, self._ask, ask)
         for fault in self.plan.faults:
-            self.loop.at(self._outside, START + 0.1 + fault.at, strike, self, fault)
+            self.loop.at(self._outside, began + fault.at, strike, self, fault)
         last = max((fault.at + fault.seconds for fault in self.plan.faults), default=0.0)
-        await asyncio.sleep(0.2 + max(LENGTH_S, last))
-        waiting = [task for task in self._callers if not task.done()]
-        if waiting:
-            await asyncio.wait(waiting, timeout=LONGEST_WRITE_S + 1)
-        await asyncio.sleep(_QUIET_S)
+        last = max([last, *(ask.at for ask in self.plan.asks)])
+        await asyncio.sleep(last + _LOOKS_S)
+        alive = await self._quiet()
         self.checks.bounded()
-        alive = [replica for replica in self.replicas if not replica.process.dead]
         for replica in alive:
             self.checks.quiet(replica)
+        self.checks.leases()
         await asyncio.gather(*(self.within(replica, replica.close()) for replica in alive))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(_LOOKS_S)
         for replica in alive:
             names = sorted(task.get_name() for task in replica.process.tasks if not task.done())
             if names:
@@ -162,6 +170,22 @@ class World:
         for key in leases:
             if self.redis.database.expires.get(key, soon_ms + 1) > soon_ms:
                 self.checks._fail("left", f"a lease that does not expire: {key.decode()}")
+
+    async def _quiet(self) -> list[Replica]:
+        """Wait until all requests are answered and nothing is left of them, as long as that may last."""
+        until = self.loop.now + self.size.longest_write_s + _SETTLING_S
+        while True:
+            alive = [each for each in self.replicas if not each.process.dead and each.opening.done()]
+            starting = any(not each.process.dead and not each.opening.done() for each in self.replicas)
+            busy = (
+                starting
+                or bool(self._following)
+                or any(not task.done() for task in self._callers)
+                or any(map(self.checks.left, alive))
+            )
+            if not busy or self.loop.now > until:
+                return alive
+            await asyncio.sleep(_LOOKS_S)
 
     def _forget(self) -> None:
         """Let go of what killed processes still hold, without a word."""
@@ -178,9 +202,9 @@ class World:
         process = Process(f"{name}.{self._born}", self._random(f"process {self._born}"))
         skew_s = 0.0 if self.plan.replicas == 1 else round(self._skew.uniform(-0.5, 0.5), 3)
         self.most_skew_s = max(self.most_skew_s, 2 * abs(skew_s))
-        replica = Replica(name, process, self.loop, self.api, skew_s)
+        replica = Replica(name, process, self.loop, self.api, skew_s=skew_s, size=self.size)
         process.context.run(replica.start)
-        self.within(replica, replica.open())
+        replica.opening = self.within(replica, replica.open())
         self.tell(name, f"starts, its clock {skew_s:+.3f} s off")
         self.replicas[number : number + 1] = [replica]
 
@@ -192,14 +216,16 @@ class World:
 
     def _ask(self, ask: Ask) -> None:
         replica = self.replicas[ask.replica % len(self.replicas)]
-        if replica.process.dead:
-            return
+        if replica.process.dead or not replica.opening.done():
+            return  # it does not listen
         request = Request(len(self.requests), ask, replica, self.loop.now, replica.paused_s)
         self.requests.append(request)
+        if ask.what == "slow-get":
+            self.api.slow.add(f"request-{request.number}")
         self.tell(replica.name, f"gets request {request.number}: {ask.token} wants {ask.what} {ask.name}")
         task = self.within(replica, self._answer(request))
         self._callers.append(task)
-        bound_s = LONGEST_WRITE_S if ask.what == "delete" else LONGEST_READ_S
+        bound_s = self.size.longest_write_s if ask.what == "delete" else self.size.longest_read_s
         if ask.leaves_s is None:
             self.loop.at(self._outside, self.loop.now + bound_s, self.checks.late, request)
         else:
@@ -213,22 +239,31 @@ class World:
             task.cancel()
 
     async def _answer(self, request: Request) -> None:
+        await self._answered(request)
+        for ask in request.ask.then:
+            self._following += 1
+            self.later(ask.at, self._follow, ask)
+
+    def _follow(self, ask: Ask) -> None:
+        self._following -= 1
+        self._ask(ask)
+
+    async def _answered(self, request: Request) -> None:
         ask, replica = request.ask, request.replica
         if ask.what == "purge":
             done = await replica.invalidator.invalidate("purge", SnapshotsScope((ask.name,)))
             self.tell(replica.name, f"has purged {ask.name}{'' if done else ', pending'}")
             self.checks.purged(request, done=done)
             return
-        target = list_target("") if ask.what == "list" else snapshot_target(ask.name)
         call = Call(
             "DELETE" if ask.what == "delete" else "GET",
-            target,
-            CALLERS[ask.token],
+            list_target("") if ask.what == "list" else snapshot_target(ask.name),
+            replica.caller(ask.token),
             Directives(no_cache=True) if ask.what == "get-anew" else NO_DIRECTIVES,
             f"request-{request.number}",
         )
         try:
-            served = await replica.answer(call)
+            served = await replica.answer(call, quickly=ask.quickly and call.directives is NO_DIRECTIVES)
         except asyncio.CancelledError:
             if not request.done:
                 self.checks.bug(f"request {request.number} was cancelled, and its caller has not left")
@@ -262,6 +297,11 @@ class World:
 
 
 _READABLE = 0.8
+_SLOW = 0.9
+"""The part of the longest call that a slow one takes at most."""
+
+_STARTS_S = (0.01, 0.02, 0.1)
+"""So long after the replicas have started the first request may come."""
 
 
 def _named(name: str) -> str:
@@ -301,6 +341,10 @@ class _Drawn:
         return CURRENT.get().random.randbytes(number).hex()
 
 
+def _nonce() -> bytes:
+    return CURRENT.get().random.randbytes(NONCE_BYTES)
+
+
 class _Bugs(logging.Handler):
     def __init__(self, checks: Checks) -> None:
         super().__init__(logging.ERROR)
@@ -314,8 +358,8 @@ class _Bugs(logging.Handler):
 @contextmanager
 def _world_of_its_own(checks: Checks) -> Iterator[None]:
     """Let the product draw from the world's generators, and its errors be violations."""
-    modules = (conversation, membership, values)
-    before = [module.secrets for module in modules]
+    modules = (conversation, membership)
+    before, nonce = [module.secrets for module in modules], values._new_nonce
     logger, bugs = logging.getLogger("proxy"), _Bugs(checks)
     level, propagates = logger.level, logger.propagate
     logger.setLevel(logging.ERROR)
@@ -323,11 +367,13 @@ def _world_of_its_own(checks: Checks) -> Iterator[None]:
     logger.addHandler(bugs)
     for module in modules:
         module.secrets = _Drawn  # type: ignore[assignment]
+    values._new_nonce = _nonce  # type: ignore[misc]
     try:
         yield
     finally:
         for module, old in zip(modules, before, strict=True):
             module.secrets = old
+        values._new_nonce = nonce  # type: ignore[misc]
         logger.removeHandler(bugs)
         logger.setLevel(level)
         logger.propagate = propagates
