@@ -124,6 +124,11 @@ def test_precedence(tmp_path: Path) -> None:
             FrozenTable({"1-clicks": 60, "droplets": 15}),
             id="collections-without-braces",
         ),
+        pytest.param(
+            'cache.collections={ "1-clicks" = 60, "droplets" = 15 }',
+            FrozenTable({"1-clicks": 60, "droplets": 15}),
+            id="collections-quoted",
+        ),
     ],
 )
 def test_accepted(override: str, expected: object) -> None:

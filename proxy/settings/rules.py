@@ -279,6 +279,7 @@ def _collections() -> Rule[Mapping[str, int]]:
         table: dict[str, object] = {}
         for pair in inner.split(",") if inner else ():
             name, equals, ttl_s = (part.strip() for part in pair.partition("="))
+            name = name.strip('"')  # TOML allows a key to be quoted
             if not equals or name in table:
                 return text
             table[name] = _or_text(int)(ttl_s)
