@@ -10,6 +10,7 @@ change everywhere.
 import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from urllib.parse import unquote_plus
 
 from proxy.core.errors import BadRequest
 
@@ -35,8 +36,11 @@ def collection_of(path: str) -> str:
 
 
 def in_one_order(query: str) -> str:
-    """Give a raw query with its parameters sorted by name; repeated ones stay in their order."""
-    return "&".join(sorted(query.split("&"), key=lambda pair: pair.partition("=")[0])) if query else ""
+    """Give a raw query with its parameters sorted by name; repeated ones stay in their order.
+
+    Names are compared decoded: `tag[]` and `tag%5B%5D` are one parameter.
+    """
+    return "&".join(sorted(query.split("&"), key=lambda pair: unquote_plus(pair.partition("=")[0])))
 
 
 def changed_by(collection: str, cached: Collection[str]) -> tuple[str, ...]:

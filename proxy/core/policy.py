@@ -211,7 +211,7 @@ class Policy:
         if answer.status == HTTPStatus.OK:
             return self._keep(answer, target, draw)
         if target.resource.opaque and HTTPStatus.OK < answer.status < HTTPStatus.MULTIPLE_CHOICES:
-            return PassThrough(answer.body, answer.content_type)
+            return _as_it_came(answer)
         _raise_if_no_error_of_the_api(answer.status)
         envelope = error_envelope(answer.body, request_id)
         match answer.status:
@@ -268,7 +268,7 @@ class Policy:
             normalized = resource.normalize(answer.body, name, self.public_url)
         except UpstreamInvalid:
             if resource.opaque:
-                return PassThrough(answer.body, answer.content_type)
+                return _as_it_came(answer)
             raise
         entry = _entry(answer, normalized.body, self._lifetimes(target, answer, draw))
         seeds = {
@@ -292,6 +292,12 @@ class Policy:
             ttl_s = stretched(ttl_s, self.max_fresh_s, answer.remaining_share)
         stale_s = self.stale_while_revalidate_s if resource.stale_while_revalidate else 0
         return Lifetimes(_jittered(ttl_s, self.jitter * draw), stale_s, self.stale_if_error_s)
+
+
+def _as_it_came(answer: Answer) -> PassThrough:
+    """Pass a success on. RFC 9110 §8.3: a body whose type nothing names is not called JSON by us."""
+    untyped = "application/octet-stream" if answer.body else ""
+    return PassThrough(answer.body, answer.content_type or untyped)
 
 
 def _raise_if_no_error_of_the_api(status: int) -> None:

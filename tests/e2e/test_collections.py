@@ -207,14 +207,17 @@ async def test_what_is_no_json(world: World, ask: Client) -> None:
     """It is passed on as it came, each time; one that is too large is an error of ours, which says so."""
     world.bodies["/v2/droplets/1/config"] = (b"kind: Config\n", "application/yaml")
     world.bodies["/v2/droplets/2"] = (b"[%b]" % (b"1," * 1000 + b"1"), "application/json")
+    world.bodies["/v2/droplets/3"] = (b"kind: Config\n", "")
     async with app(f"upstream.base_url={world.url}", FEW, "upstream.max_body_bytes=2000", *SETTINGS) as at:
         config = [await ask(f"{at.api}/v2/droplets/1/config") for _ in range(2)]
         large = await ask(f"{at.api}/v2/droplets/2")
+        untyped = await ask(f"{at.api}/v2/droplets/3")
     assert [each.body for each in config] == [b"kind: Config\n"] * 2
     assert [each.headers["Content-Type"] for each in config] == ["application/yaml"] * 2
     assert [each.headers["Cache-Control"] for each in config] == ["no-store"] * 2
     assert (large.status, json.loads(large.body)["id"]) == (502, "upstream_invalid")
-    assert len(world.calls) == 3
+    assert (untyped.body, untyped.headers["Content-Type"]) == (b"kind: Config\n", "application/octet-stream")
+    assert len(world.calls) == 4
 
 
 async def test_what_is_not_cached_goes_its_way(world: World, ask: Client) -> None:
