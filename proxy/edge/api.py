@@ -30,7 +30,7 @@ from proxy.core.errors import (
     UpstreamInvalid,
 )
 from proxy.core.events import GIVEN_UP_BY_CALLER, OTHER_CALLER, OTHER_CLIENT, RequestDone, Route
-from proxy.core.identity import Caller, Keyring, Token
+from proxy.core.identity import Caller, Keyring, Partition, Token
 from proxy.core.passthrough import PassthroughRequest, forwarded_headers, is_read, passthrough_target
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.request import (
@@ -70,7 +70,7 @@ class _Record:
     entry_age_s: float | None = None
     avoided: Avoided | None = None
     error: ProxyError | None = None
-    told: RateLimit = UNKNOWN
+    partition: Partition | None = None
 
 
 class Api:
@@ -117,7 +117,7 @@ class Api:
             raise
         except ProxyError as error:
             record.error = error
-            response = error_response(error, record.request_id, record.told)
+            response = error_response(error, record.request_id, self._told(record))
             record.status = response.status
         except Exception as error:  # noqa: BLE001 # the last line of defence: a bug is an answer too, and no header is shown
             event(_LOG, logging.ERROR, "bug", exc=error, request_id=record.request_id)
@@ -162,11 +162,11 @@ class Api:
                     request_id=record.request_id,
                     if_none_match=None if conditions is None else ",".join(conditions),
                     gzip=accepts_gzip(request.headers.getall("Accept-Encoding", ())),
-                    told=self._readthrough.told(call.caller.partition),
+                    told=self._told(record),
                 )
             case Failed():
                 record.error = answer.error
-                return failed_response(answer, record.request_id, record.told)
+                return failed_response(answer, record.request_id, self._told(record))
 
     async def _call(self, request: web.BaseRequest, target: Target, record: _Record) -> Call:
         """Check the request, in the order in which a caller can mend it, and read what body there is."""
@@ -221,8 +221,12 @@ class Api:
         token = parse_authorization(request.headers.getall("Authorization", ()))
         record.caller = self._alias_of(token)
         caller = self._keyring.caller(token, record.caller)
-        record.told = self._readthrough.told(caller.partition)
+        record.partition = caller.partition
         return caller
+
+    def _told(self, record: _Record) -> RateLimit:
+        """Give what the caller is told about its quota, as its ledger knows it now: the answer changed it."""
+        return UNKNOWN if record.partition is None else self._readthrough.told(record.partition)
 
     def _done(self, record: _Record, started: float) -> None:
         self._observe(

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from kit.replicas import shared, together
 from kit.support import (
     DEADLINE_S,
     DROPLET_PATH,
+    FROM_REDIS,
+    IN_MEMORY,
     Scaled,
     Valkey,
     app,
@@ -564,6 +567,51 @@ async def test_a_rotation_of_the_secret_forgets_no_call(
             assert await get(first, another) == 429
             assert await get(second, another) == 429
             assert simulator.count(token=another.label) == 1
+
+
+@pytest.mark.parametrize("memory", [FROM_REDIS, IN_MEMORY], ids=["redis", "memory"])
+async def test_refusals_and_stale_answers_tell_the_quota(  # noqa: PLR0917 # fixtures
+    simulator: Simulator,
+    token: Token,
+    valkey: Valkey,
+    client: aiohttp.ClientSession,
+    tmp_path: Path,
+    memory: str,
+) -> None:
+    """Our own 429 has the API's headers, also as the first answer of a replica; so has a stale answer."""
+    settings = ("quota.per_minute=2", "quota.reserve=0", "quota.max_wait_s=0", "cache.collections=account=60")
+    paths = {
+        "snapshot": "/v2/snapshots/1000000000",
+        "list": "/v2/snapshots",
+        "document": "/v2/account/keys",
+        "passed-through": "/v2/cdn/endpoints",
+    }
+    async with here(valkey, simulator.url, tmp_path, memory, *settings, number=1 + len(paths)) as (
+        one,
+        *fresh,
+    ):
+
+        async def ask(
+            at: Addresses, path: str, method: str = "GET"
+        ) -> tuple[int, str | None, list[str | None]]:
+            async with client.request(method, at.api + path, headers=bearer(token.value)) as response:
+                told = [response.headers.get(f"ratelimit-{name}") for name in ("limit", "remaining", "reset")]
+                return response.status, response.headers.get("Cache-Status"), told
+
+        for path in (DROPLET_PATH, "/v2/account"):
+            assert (await ask(one, path))[0] == 200
+        for at, (what, path) in zip(fresh, paths.items(), strict=True):
+            for method in ("GET", "HEAD"):
+                status, _, told = await ask(at, path, method)
+                assert (status, told[:2]) == (429, ["5000", "4998"]), (what, method)
+                assert 3500 < int(told[2] or 0) - time.time() < 3640
+        async with client.post(f"{one.admin}/purge", json={"collection": "account", "soft": True}) as purged:
+            assert purged.status == 200
+        for at in (one, *fresh):
+            status, cache_status, told = await ask(at, "/v2/account")
+            assert (status, cache_status) == (200, "snapshot-proxy; hit; ttl=0; detail=quota")
+            assert told[:2] == ["5000", "4998"]
+        assert simulator.count(token="full") == 2
 
 
 _WAITING = (
