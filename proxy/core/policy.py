@@ -219,6 +219,8 @@ class Policy:
                 return TokenRejected(envelope, self._negative(answer, envelope, draw))
             case HTTPStatus.FORBIDDEN:
                 return Denied(envelope)
+            case HTTPStatus.NOT_FOUND if not target.resource.keeps_absence:
+                return Denied(envelope)  # the volume or Droplet is gone: its list must not outlive that
             case _ if not target.resource.keeps_absence:
                 return PassThrough(envelope)
             case HTTPStatus.NOT_FOUND:

@@ -437,7 +437,7 @@ NO_SUCH = b'{"id":"x","message":"the resource is not a snapshot","request_id":"t
             id="401-ends-all",
         ),
         pytest.param(403, Denied(NO_SUCH), id="403-ends-the-lists"),
-        pytest.param(404, PassThrough(NO_SUCH), id="404-of-a-list-is-not-kept"),
+        pytest.param(404, Denied(NO_SUCH), id="404-of-a-list-is-not-kept-and-ends-the-lists"),
         pytest.param(400, PassThrough(NO_SUCH), id="400-of-a-list-is-not-kept"),
         pytest.param(422, PassThrough(NO_SUCH), id="422"),
         pytest.param(429, PassThrough(NO_SUCH), id="429"),

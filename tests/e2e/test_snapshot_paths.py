@@ -15,6 +15,8 @@ from proxy.simulator import (
     READ_ONLY,
     VOLUME_ID,
     VOLUME_SNAPSHOT_ID,
+    Fault,
+    FaultKind,
     Simulator,
     Token,
 )
@@ -43,9 +45,11 @@ class Client:
     def __init__(self, session: aiohttp.ClientSession, api: str, token: Token) -> None:
         self._session, self._api, self._token = session, api, token
 
-    async def __call__(self, path: str, method: str = "GET", **options: Any) -> Seen:
+    async def __call__(self, path: str, method: str = "GET", cache_control: str = "", **options: Any) -> Seen:
         """Ask once."""
         url, headers = URL(self._api + path, encoded=True), bearer(self._token.value)
+        if cache_control:
+            headers["Cache-Control"] = cache_control
         async with self._session.request(method, url, headers=headers, **options) as response:
             cache = response.headers.get("Cache-Status", "").removeprefix("snapshot-proxy; ")
             body = await response.read()
@@ -146,6 +150,18 @@ async def test_a_list_fills_single_entries(simulator: Simulator, ask: Client, li
         seen = await ask(f"/v2/volumes/snapshots/{each['id']}")
         assert (seen.cache, json.loads(seen.body)["snapshot"]) == ("hit", each)
     assert simulator.count() == 1
+
+
+@pytest.mark.parametrize("listing", [VOLUME_LIST, DROPLET_LIST])
+async def test_the_list_of_what_is_gone(simulator: Simulator, ask: Client, listing: str) -> None:
+    """A 404 to it is not kept, and neither is the list from before: no outage brings it back."""
+    assert (await ask(listing)).cache == STORED
+    simulator.faults.add(Fault(FaultKind.STATUS, status=404), times=1)
+    gone = await ask(listing, cache_control="no-cache")
+    assert (gone.status, gone.cache) == (404, "fwd=request; fwd-status=404")
+    simulator.faults.add(Fault(FaultKind.STATUS, status=503), times=1)
+    assert (await ask(listing)).status == 503
+    assert simulator.count() == 3
 
 
 async def test_a_droplets_list_fills_nothing(simulator: Simulator, ask: Client) -> None:
