@@ -16,7 +16,7 @@ from proxy.core.errors import BadRequest
 from proxy.core.events import OTHER_CLIENT
 from proxy.core.identity import Caller, Partition
 from proxy.core.invalidation import CallerScope, CollectionsScope, EntryScope, Scope, SnapshotsScope
-from proxy.core.resources import SNAPSHOT, Key, cached_id
+from proxy.core.resources import SNAPSHOT, SNAPSHOT_LIST, Key, cached_id
 
 MOST_READ_BYTES = 65_536
 """Only so much of a body that may name snapshots is read on its way; a longer one counts as naming all."""
@@ -146,6 +146,16 @@ def scopes_of_write(
     changed = changed_by(collection_of(path[len("/v2/") :]), collections)
     of_snapshots = _scopes_of_snapshots(method, path, partition, body)
     return (*of_snapshots, CollectionsScope(changed)) if changed else of_snapshots
+
+
+def scopes_of_absence(target: str, partition: Partition, collections: Collection[str]) -> tuple[Scope, ...]:
+    """Tell what a write that was answered 404 invalidates: the caller's lists and documents.
+
+    Like those of a DELETE of a snapshot that is gone: what the caller has cached may still show it.
+    """
+    path = target.partition("?")[0]
+    changed = changed_by(collection_of(path[len("/v2/") :]), collections)
+    return (EntryScope(Key(SNAPSHOT_LIST, partition, "")),) if changed else ()
 
 
 def _scopes_of_snapshots(

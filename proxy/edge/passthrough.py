@@ -41,6 +41,7 @@ from proxy.core.passthrough import (
     Streamed,
     is_read,
     returned_headers,
+    scopes_of_absence,
     scopes_of_write,
 )
 from proxy.core.ports import StreamingGate
@@ -162,6 +163,9 @@ class Passthrough:
         """Invalidate what a write with this status changed. Like the two below, tell whether Redis did it."""
         if status == HTTPStatus.UNAUTHORIZED:
             return await self._reject_token(forwarded)
+        if status == HTTPStatus.NOT_FOUND:
+            absent = scopes_of_absence(forwarded.target, forwarded.caller.partition, self._collections)
+            return await self._invalidator.invalidate("passthrough", *absent)
         return _refuses(status) or await self._invalidate(forwarded, body)
 
     async def _invalidate(self, forwarded: PassthroughRequest, body: "_Body | None") -> bool:

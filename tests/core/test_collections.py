@@ -13,11 +13,18 @@ from proxy.core.collections import LONGEST_NAME, changed_by, collection_of, in_o
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.errors import BadRequest, UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.identity import Keyring, Partition, Token
-from proxy.core.invalidation import CallerScope, CollectionsScope, Scope, SnapshotsScope, scopes_of_delete
-from proxy.core.passthrough import scopes_of_write
+from proxy.core.invalidation import (
+    CallerScope,
+    CollectionsScope,
+    EntryScope,
+    Scope,
+    SnapshotsScope,
+    scopes_of_delete,
+)
+from proxy.core.passthrough import scopes_of_absence, scopes_of_write
 from proxy.core.policy import Answer, Denied, Keep, PassThrough, Policy, TokenRejected, Verdict
 from proxy.core.request import NO_DIRECTIVES, ApiPath, Call, parse_target
-from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, VOLUME_SNAPSHOTS, Target
+from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, VOLUME_SNAPSHOTS, Key, Target
 from proxy.core.snapshot import normalize_document
 
 UUID = "0d3db13e-a604-4944-9827-7ec2642d32ac"
@@ -199,6 +206,15 @@ MINE = Partition("a" * 32)
 def test_scopes_of_a_write(method: str, target: str, scopes: tuple[Scope, ...]) -> None:
     """What it changes of snapshots, and of the cached collections."""
     assert scopes_of_write(method, target, MINE, None, {"regions", "droplets"}) == scopes
+
+
+@pytest.mark.G6
+def test_scopes_of_a_write_to_what_is_gone() -> None:
+    """Its caller may still have it in lists and documents; where none shows it, nothing is invalidated."""
+    own = (EntryScope(Key(SNAPSHOT_LIST, MINE, "")),)
+    assert scopes_of_absence("/v2/droplets/1?x=1", MINE, {"regions", "droplets"}) == own
+    assert scopes_of_absence("/v2/uptime/checks/1", MINE, {"regions", "droplets"}) == ()
+    assert scopes_of_absence("/v2/droplets/1", MINE, ()) == ()
 
 
 @pytest.mark.G6

@@ -354,6 +354,19 @@ async def test_what_a_write_did(
     assert ((await ask(f"{two.api}/v2/droplets")).cache == "hit") is not invalidates
 
 
+@pytest.mark.G6
+async def test_a_write_to_what_is_gone(world: World, ask: Client, replicas: tuple[Any, Any]) -> None:
+    """Its 404 ends the caller's own documents, on every replica, and those of no other caller."""
+    for at, token in itertools.product(replicas, (MINE, THEIRS)):
+        await ask(f"{at.api}/v2/droplets/7", token)
+    world.fails = 404
+    gone = await ask(f"{replicas[0].api}/v2/droplets/7", MINE, "DELETE")
+    mine = await asyncio.gather(*(ask(f"{at.api}/v2/droplets/7") for at in replicas))
+    theirs = await asyncio.gather(*(ask(f"{at.api}/v2/droplets/7", THEIRS) for at in replicas))
+    assert gone.status == 404
+    assert [each.status for each in (*mine, *theirs)] == [404, 404, 200, 200]
+
+
 def documented_writes() -> list[tuple[str, str]]:
     """Name every documented write to a collection that documents show, with an id in its path."""
     writes = {(method, re.sub(r"\{[^}]*\}", "7", path)) for method, path in DOCUMENTED if method != "GET"}
