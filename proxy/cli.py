@@ -54,6 +54,16 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(MISUSED)
 
 
+class _Once(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, _: object = None
+    ) -> None:
+        """Refuse a second value, where argparse would forget the first: one was to be purged, too."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {self.option_strings[0]}: give it once")
+        setattr(namespace, self.dest, values)
+
+
 def _parser(*, simulating: bool) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="snapshot-proxy", description="A caching read-through proxy for DigitalOcean's snapshot API."
@@ -77,7 +87,9 @@ def _parser(*, simulating: bool) -> argparse.ArgumentParser:
     purge = add("purge", _purge, "purge entries from the cache of every replica, through the admin listener")
     which = purge.add_mutually_exclusive_group(required=True)
     which.add_argument("ids", nargs="*", default=[], metavar="ID", type=_snapshot_id, help="a snapshot")
-    which.add_argument("--collection", metavar="NAME", help="all documents of a collection of the API")
+    which.add_argument(
+        "--collection", metavar="NAME", action=_Once, help="all documents of a collection of the API"
+    )
     which.add_argument("--all", action="store_true", help="everything")
     purge.add_argument(
         "--soft", action="store_true", help="make it stale and not gone: it still covers an outage"

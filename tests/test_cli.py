@@ -104,6 +104,9 @@ async def test_version() -> None:
         pytest.param(["purge", "42", "--all"], "--all", id="purge-some-and-all"),
         pytest.param(["purge", "--all", "42"], "--all", id="purge-all-and-some"),
         pytest.param(["purge", "--al"], "--al", id="purge-abbreviated"),
+        pytest.param(
+            ["purge", "--collection=a", "--collection=b"], "--collection", id="purge-two-collections"
+        ),
         pytest.param(["purge", "42", "web_01"], "'web_01'", id="purge-a-name"),
         pytest.param(["purge", "042"], "'042'", id="purge-a-leading-zero"),
         pytest.param(["purge", ""], "''", id="purge-an-empty-id"),
