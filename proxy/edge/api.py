@@ -198,8 +198,8 @@ class Api:
             raise MethodNotAllowed(", ".join(target.methods), "while passthrough.enabled is off")
         if passthrough is None:
             raise NotProxied(
-                "this proxy serves /v2/snapshots only, since passthrough.enabled is off;"
-                " send this request to the API itself"
+                "this proxy serves snapshots and what cache.collections names, since passthrough.enabled is"
+                " off; send this request to the API itself"
             )
         record.route, record.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)

@@ -227,6 +227,7 @@ async def test_what_is_not_cached_goes_its_way(world: World, ask: Client) -> Non
         write = await ask(f"{at.api}/v2/droplets/1", method="DELETE")
         bad = await ask(f"{at.api}/v2/droplets/a%20b")
     assert (other.status, json.loads(other.body)["id"]) == (421, "not_proxied")
+    assert "snapshots and what cache.collections names" in json.loads(other.body)["message"]
     assert (write.status, write.headers["Allow"]) == (405, "GET, HEAD")
     assert "passthrough.enabled" in json.loads(write.body)["message"]
     assert bad.status == 400
