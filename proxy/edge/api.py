@@ -201,6 +201,8 @@ class Api:
                 "this proxy serves snapshots and what cache.collections names, since passthrough.enabled is"
                 " off; send this request to the API itself"
             )
+        if request.method == "CONNECT":  # its target upstream would be an authority, never this path
+            raise BadRequest("CONNECT asks for a tunnel, and there is none here")
         record.route, record.outcome = Route.PASSTHROUGH, Outcome.BYPASS
         checked = passthrough_target(target.path, target.query)
         caller = self._caller(request, record)

@@ -149,6 +149,14 @@ async def test_a_base_url_that_leads_elsewhere(upstream: Upstream, setting: str)
     assert upstream.received == []
 
 
+async def test_a_tunnel(upstream: Upstream) -> None:
+    """The API would get a CONNECT to its own address in the place of this path."""
+    async with app(f"upstream.base_url={upstream.url}", ON) as at:
+        answer = await raw_exchange(at.api, request(b"CONNECT", b"/v2/droplets/1"))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert upstream.received == []
+
+
 async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession) -> None:
     """On, the request goes up as it came and the answer comes back as it is."""
     upstream.handler = echo
