@@ -11,7 +11,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from proxy.cache.readthrough import Failed, Served
-from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError, QuotaSpent
+from proxy.core.errors import RETRYABLE, MethodNotAllowed, ProxyError
 from proxy.core.http import CACHE_NAME, error_body, is_not_modified, proxy_status, retry_after
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 
@@ -101,7 +101,7 @@ def error_response(
     """Make the response for an error of ours. A 429 has what the caller is `told` about its quota."""
     request_id = request_id or new_request_id()
     headers = _error_headers(error, request_id)
-    if isinstance(error, QuotaSpent):
+    if error.status == HTTPStatus.TOO_MANY_REQUESTS:
         headers.extend(told.headers)
     return web.Response(status=error.status, headers=headers, body=error_body(error, request_id))
 

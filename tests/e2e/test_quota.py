@@ -614,6 +614,21 @@ async def test_refusals_and_stale_answers_tell_the_quota(  # noqa: PLR0917 # fix
         assert simulator.count(token="full") == 2
 
 
+async def test_a_429_that_does_not_say_why_tells_the_quota(
+    simulator: Simulator, token: Token, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """A page in its place is replaced by an error of ours: one 429 is like another to the caller."""
+    async with here(valkey, simulator.url, tmp_path, number=1) as (at,):
+        headers = bearer(token.value)
+        async with client.get(at.api + DROPLET_PATH, headers=headers) as response:
+            assert response.status == 200
+        simulator.faults.add(Fault(FaultKind.STATUS, status=429, envelope=False))
+        async with client.get(f"{at.api}/v2/snapshots", headers=headers) as response:
+            assert response.status == 429
+            assert "did not say why" in (await response.json())["message"]
+            assert response.headers["ratelimit-limit"] == "5000"
+
+
 _WAITING = (
     "the API asked this token to wait; the API was not asked for this",
     "another call must first report how many calls this token has left; the API was not asked for this",
