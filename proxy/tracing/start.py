@@ -47,10 +47,12 @@ def start_tracing(environ: Mapping[str, str]) -> Tracing:
     if not cause:
         try:
             from proxy.tracing.export import exported  # noqa: PLC0415 # OpenTelemetry, only where it is on
+
+            return exported()
         except ImportError:
             cause = "the extra otel is not installed"
-        else:
-            return exported()
+        except ValueError as error:  # of a number: it says which, and no header's value
+            cause = f"OpenTelemetry's SDK refuses a variable: {error}"
     event(
         _LOG,
         logging.WARNING,

@@ -1,6 +1,7 @@
 """Spans of a running service: of what, in which trace, and nothing of a caller's data in them."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -464,3 +465,28 @@ print(any(name.startswith(ours) for name in sys.modules))
         [sys.executable, "-c", program], env=os.environ | wanted, capture_output=True, text=True, check=True
     )
     assert ran.stdout.split()[-1] == str(on)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        pytest.param("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "max_queue_size", id="number"),
+        pytest.param("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "max_export_batch_size", id="contradiction"),
+        pytest.param("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1", "ATTRIBUTE_COUNT_LIMIT", id="at-import"),
+        pytest.param("OTEL_BSP_MAX_QUEUE_SIZE", "1000", "", id="accepted"),
+    ],
+)
+def test_what_the_sdk_refuses_is_no_reason_not_to_start(variable: str, value: str, named: str) -> None:
+    """Some variables are read when the SDK is imported, so it is a process of its own."""
+    program = "import os; from proxy.tracing.start import start_tracing; print(start_tracing(os.environ).on)"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"from proxy import logs; logs.configure('info', 'json'); {program}"],
+        env=os.environ | to_collector("http://127.0.0.1:9") | {variable: value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.split() == [str(not named)]
+    lines = [json.loads(line) for line in ran.stderr.splitlines()]
+    assert [line["event"] for line in lines] == (["tracing-off"] if named else [])
+    assert all(named in line["cause"] for line in lines)
