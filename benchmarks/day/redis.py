@@ -88,6 +88,8 @@ class MemoryStore:
         self._names: dict[Key, EntryKeys] = {}
         self._stamps: dict[bytes, bytes] = {}
         self._refusals: dict[Partition, Entry] = {}
+        self._ended: dict[Key, float] = {}
+        """Until when an entry counts as just invalidated by itself."""
         self._leases: dict[bytes, _Lease] = {}
         self._nonces = map(b"%017d".__mod__, count(1))
         self.kept: dict[Key, Kept] = {}
@@ -112,6 +114,8 @@ class MemoryStore:
         kept = self._standing(key)
         if kept is not None and kept.seen != basis.seen:
             there = kept.entry
+            if self._ended.get(key, 0.0) > self._now():
+                return False
             if there.status == _NOTHING or there.called_at >= entry.called_at:
                 return False
         self._keep(key, entry, basis.stamps)
@@ -171,6 +175,7 @@ class MemoryStore:
         del by_read  # it counts nothing
         match scope:
             case EntryScope(key):
+                self._ended[key] = self._now() + _GUARD_S
                 nothing = Entry(_NOTHING, b"", "", self._now(), Lifetimes(0))
                 self.kept[key] = Kept(nothing, (), next(self._nonces), self._now() + _GUARD_S)
                 stamps = [self._keys.lists_of(key.partition)]

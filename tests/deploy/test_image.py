@@ -56,11 +56,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     shutil.copy(ROOT / each, source / target)
     (command,) = (rest for name, rest in build if name == "RUN")
     assert command.count(INSTALLED) == 2
+    defaults = dict(rest.split("=", 1) for name, rest in build if name == "ARG")
     python = f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}"
     subprocess.run(
         ["/bin/sh", "-euc", command.replace(INSTALLED, str(installed))],
         cwd=source,
-        env={"PATH": python, "HOME": str(source), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        env=defaults | {"PATH": python, "HOME": str(source), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
         check=True,
     )
     return installed
