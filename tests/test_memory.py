@@ -270,6 +270,23 @@ def test_what_is_prepared_goes_with_its_entry() -> None:
     assert tier.memory.size == 0
 
 
+def test_what_is_prepared_makes_room_for_itself() -> None:
+    """It counts like entries: with it there is never more than max_bytes, and the oldest entry is evicted."""
+    other = Key(SNAPSHOT, MINE, "43")
+    one = size_of(KEY, ENTRY)
+    tier = Tier(max_bytes=2 * one)
+    for key in (KEY, other):
+        tier.fill(key)
+    kept = tier.memory.held(other)
+    assert kept is not None
+    tier.memory.lay(kept, ("plain",))
+    assert tier.memory.get(KEY) is None
+    assert tier.memory.get(other) is ENTRY
+    assert tier.memory.size == one + PREPARED_BYTES
+    tier.memory.unprepare()
+    assert tier.memory.size == one
+
+
 def test_what_is_too_old_makes_room() -> None:
     """With each entry that is kept; nothing runs for it."""
     tier = Tier()

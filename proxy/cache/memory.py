@@ -158,11 +158,16 @@ class Memory:
         self.size += size
         if old is not None and old.entry == entry:
             kept.entry = old.entry
-            self.lay(kept, old.prepared)
+            self._lay(kept, old.prepared)
         self._make_room(now)
 
     def lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
-        """Replace what the edge has prepared of an entry, and count it."""
+        """Replace what the edge has prepared of an entry, count it, and make room for it."""
+        self._lay(kept, prepared)
+        if self.size > self._max_bytes:
+            self._make_room(self._monotonic())
+
+    def _lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
         more = PREPARED_BYTES * (len(prepared) - len(kept.prepared))
         kept.prepared = prepared
         kept.size += more
@@ -171,7 +176,7 @@ class Memory:
     def unprepare(self) -> None:
         """Drop all that the edge has prepared."""
         for kept in self._kept.values():
-            self.lay(kept, ())
+            self._lay(kept, ())
 
     def forget(self, key: Key) -> None:
         """Evict one entry: Redis has a newer one."""

@@ -20,7 +20,7 @@ in ticks of the event loop, so that time in which it was busy does not count. Ov
 connection at every FIN.
 
 The fast path is asked only while it waits for no reply of Redis, and aiohttp's handler rests: all bytes that
-that was given are whole requests, and it has written each answer to its end. It rests from the start until
+it was given are whole requests, and it has written each answer to its end. It rests from the start until
 it is given bytes. It rests again when these are answered, the connection is kept, and
 
 - what it was given was one whole request and nothing else: the fast path's parser said so; or
