@@ -139,6 +139,7 @@ async def test_same_through_the_proxy(
     record_property("client", f"{distribution} {version(distribution)}")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)  # the first run installs it
 async def test_same_through_the_proxy_from_node(
     simulator: Simulator,
