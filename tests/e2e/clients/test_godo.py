@@ -27,7 +27,10 @@ from proxy.simulator import (
     World,
 )
 
-pytestmark = pytest.mark.timeout(200)  # a first build compiles godo and what it imports
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(200),  # a first build compiles godo and what it imports
+]
 
 
 class Read(NamedTuple):

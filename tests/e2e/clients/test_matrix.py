@@ -153,6 +153,7 @@ async def test_same_through_the_proxy_from_node(
     record_property("client", f"dots-wrapper {dots_wrapper_client.VERSION}")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)  # a first build compiles godo and what it imports
 async def test_same_through_the_proxy_from_go(
     simulator: Simulator, tmp_path: Path, godo: Path, record_property: Callable[[str, object], None]
