@@ -129,7 +129,8 @@ class Questions:
         if plain.client is not None or plain.conditional:
             question = self._with_headers(question, plain, message)
         if plain.request_id is not None:
-            request_id = parse_request_id(_text(headers[plain.request_id][1]))
+            authorization = _text(headers[plain.authorization][1])
+            request_id = parse_request_id(_text(headers[plain.request_id][1]), (authorization,))
             if request_id is not None:  # the next one has another id
                 return question, request_id
         self.memo.put(data, question)
