@@ -147,7 +147,6 @@ ANSWERED = {
     "no-tag-at-all": request("/v2/snapshots/1", "If-None-Match: caf\udcc3\udca9"),
     "accepts-gzip": request("/v2/snapshots/1", "Accept-Encoding: gzip, deflate"),
     "own-id": request("/v2/snapshots/1", "X-Request-Id: abc.DEF-1_2"),
-    "token-as-id": request("/v2/snapshots/1", f"X-Request-Id: job-{ONE}"),
     "unfit-id": request("/v2/snapshots/1", "X-Request-Id: a b"),
     "keep-alive": request("/v2/snapshots/1", "Connection: Keep-Alive"),
     "other-headers": request("/v2/snapshots/1", "User-Agent: gradient/3", "Accept: */*", "Cookie: a=b"),
@@ -678,7 +677,7 @@ async def same_bytes(
 HEADERS = (
     *("Accept-Encoding: gzip", "Connection: keep-alive", "Connection: close", "User-Agent: a/1", "Host: b"),
     *("Cache-Control: no-cache", "Cache-Control: max-age=5", "Pragma: no-cache", "Expect: 100-continue"),
-    *("X-Request-Id: mine-1", f"X-Request-Id: {ONE}", f"If-None-Match: {ETAG}", "If-None-Match: *"),
+    *("X-Request-Id: mine-1", "X-Request-Id: ?", f"If-None-Match: {ETAG}", "If-None-Match: *"),
     *(
         "Content-Length: 0",
         "Content-Length: 2",

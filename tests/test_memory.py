@@ -3,12 +3,10 @@
 import math
 import tracemalloc
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
 
 import pytest
 from kit.scopes import covers
 
-from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import PREPARED_BYTES, Memory, size_of
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.identity import Partition
@@ -22,9 +20,6 @@ from proxy.core.invalidation import (
     SoftScope,
 )
 from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
-
-if TYPE_CHECKING:
-    from proxy.core.ports import Store
 
 pytestmark = [pytest.mark.G1, pytest.mark.G6, pytest.mark.G9]
 
@@ -151,24 +146,6 @@ def test_an_invalidation_takes_what_it_covers(scope: Scope, key: Key) -> None:
     assert (tier.memory.get(key) is None) is covers(scope, key)
     tier.fill(key)
     assert tier.memory.get(key) is ENTRY
-
-
-@pytest.mark.parametrize("done", [True, False])
-async def test_what_is_found_before_redis_invalidates(*, done: bool) -> None:
-    """A lookup that still finds the entry keeps it. If the invalidation is pending then, it serves no more.
-
-    If Redis did it, the announcement comes back on the channel, and takes it.
-    """
-    tier = Tier()
-
-    class Late:
-        async def invalidate(self, *_: object, **__: object) -> bool:
-            tier.fill()
-            return done
-
-    invalidator = Invalidator(cast("Store", Late()), tier.memory, lambda _: None)
-    assert await invalidator.invalidate("purge", EverythingScope()) is done
-    assert (tier.memory.get(KEY) is ENTRY) is done
 
 
 # -- what this replica hears -----------------------------------------------------------------------

@@ -36,7 +36,5 @@ class Invalidator:
             self.memory.invalidate(scope)
         done = True
         for scope in scopes:
-            if not await self._store.invalidate(scope, by_read=cause == "read", refusal=refusal):
-                self.memory.invalidate(scope)  # once more: a lookup meanwhile still found what is pending now
-                done = False
+            done = await self._store.invalidate(scope, by_read=cause == "read", refusal=refusal) and done
         return done

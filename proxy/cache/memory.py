@@ -125,6 +125,10 @@ class Memory:
         """Make the mark that `keep` needs, before a lookup or a fetch of `key` is sent."""
         return Mark(self._monotonic(), self._counts.of(key), self._ended.of(key), self._emptied)
 
+    def counts(self, key: Key) -> tuple[int, ...]:
+        """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
+        return self._counts.of(key)
+
     def ended(self, key: Key) -> tuple[int, ...]:
         """Give the counts without soft purges: equal ones mean that what was found may still answer stale."""
         return self._ended.of(key)

@@ -129,8 +129,7 @@ class Questions:
         if plain.client is not None or plain.conditional:
             question = self._with_headers(question, plain, message)
         if plain.request_id is not None:
-            authorization = _text(headers[plain.authorization][1])
-            request_id = parse_request_id(_text(headers[plain.request_id][1]), (authorization,))
+            request_id = parse_request_id(_text(headers[plain.request_id][1]))
             if request_id is not None:  # the next one has another id
                 return question, request_id
         self.memo.put(data, question)
