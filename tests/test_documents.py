@@ -24,8 +24,8 @@ from proxy.simulator import Simulator
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-KINDS = {"sh", "python", "js", "json", "toml", "nginx", "mermaid", "text"}
-"""Of what a page shows. `sh` is run here, `python` and `js` in `test_readme.py` and `e2e/clients`."""
+KINDS = {"sh", "python", "js", "go", "json", "toml", "nginx", "mermaid", "text"}
+"""Of what a page shows. `sh` is run here, `python`, `js` and `go` in `test_readme.py` and `e2e/clients`."""
 
 SERVE = """#!/bin/sh
 # `check` finds a free port; `serve` runs until it is ready, on free ports; all else is the program itself.

@@ -7,8 +7,10 @@ counted.
 import asyncio
 import re
 import tracemalloc
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from itertools import product
 from typing import Any
 
@@ -26,7 +28,7 @@ from proxy.core.http import etag_of
 from proxy.core.identity import Partition, Token
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key, list_target
-from proxy.edge import memo, prepared, questions
+from proxy.edge import fastpath, memo, prepared, questions
 from proxy.edge.fastpath import Asked
 from proxy.edge.handler import Handler, plain_server
 from proxy.edge.listener import Listener
@@ -105,8 +107,9 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 @pytest.fixture(autouse=True)
 def _known_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every request that brings no id the same one."""
-    for room in ("api", "connection", "fastpath", "handler"):
+    for room in ("api", "connection", "handler"):
         monkeypatch.setattr(f"proxy.edge.{room}.new_request_id", lambda: "f" * 32)
+    monkeypatch.setattr("proxy.edge.fastpath.new_id_bytes", lambda: b"f" * 32)
 
 
 def without_date(received: bytes) -> bytes:
@@ -829,16 +832,187 @@ async def test_the_policy_is_asked_again_after_a_tenth_of_the_lifetime(
     assert asked_at == pytest.approx([0.0, 6.0, 12.1])
 
 
-async def test_a_request_with_an_id_is_not_remembered() -> None:
-    """The next one will have another."""
+# -- another request id ----------------------------------------------------------------------------
+
+
+IDS = st.sampled_from(("a", "b", "twice")) | st.text("abyzABYZ0189._-", min_size=1, max_size=128)
+SPELLED = ("X-Request-Id", "x-request-id", "X-Request-ID")
+LINES = (
+    *("User-Agent: a/1", "Accept: */*", f"If-None-Match: {ETAG}", "Accept-Encoding: gzip", "X: \udcff"),
+    *("x-request-id: twice", "X-REQUEST-ID: twice", "X-Request-Id:tight", "X-Request-Id: a\tb", "X-Empty:"),
+    *("X: X-Request-Id: no", "X-Other-Request-Id: 1", "Connection: close", "Cache-Control: no-cache"),
+)
+
+
+def around_id(
+    target: str, spelled: str, before: list[str], after: list[str], end: bytes
+) -> Callable[[str], bytes]:
+    """Give what writes a request with a given id."""
+    return lambda value: request(target, *before, f"{spelled}: {value}", *after) + end
+
+
+def asks(of: questions.Questions, data: bytes) -> tuple[Any, ...] | None:
+    """Give all that is asked."""
+    asked = of.of(data)
+    return asked and (asked[0].key, asked[0].form, asked[0].caller, asked[1])
+
+
+@given(
+    request_of=st.builds(
+        around_id,
+        st.sampled_from(("/v2/snapshots/1", "/v2/snapshots", "/v2/snapshots/1?X-Request-Id:%20a")),
+        st.sampled_from((*SPELLED, "X-request-id")),
+        st.lists(st.sampled_from(LINES), max_size=2),
+        st.lists(st.sampled_from(LINES), max_size=2),
+        st.sampled_from((b"", b"\r\n")),
+    ),
+    first=IDS,
+    others=st.lists(
+        IDS
+        | st.sampled_from(
+            ("", " ", " a", "a ", "a\t", "a b", "\udce4", "a:b", "a\rb", "a\nb", "\0", "a" * 129)
+        )
+        | st.sampled_from(("a\r\nX: b", "\r\n b", "a\r\n b", "a\r\n\r\n", "a\r\nContent-Length: 1")),
+        min_size=1,
+        max_size=4,
+    ),
+    client_header=st.sampled_from(("User-Agent", *SPELLED)),
+)
+@settings(max_examples=400, deadline=None)
+@example(
+    request_of=around_id("/v2/snapshots/1", "X-Request-Id", ["x-request-id: twice"], [], b""),
+    first="twice",
+    others=["other"],
+    client_header="User-Agent",
+)
+@example(
+    request_of=around_id("/v2/snapshots/1", "X-Request-Id", [], [], b""),
+    first="a",
+    others=["b"],
+    client_header="X-Request-Id",
+)
+@example(
+    request_of=around_id("/v2/snapshots/1", "X-Request-Id", [], [], b""),
+    first="\r\n b",
+    others=["a\r\n b"],
+    client_header="User-Agent",
+)
+def test_another_request_id_is_another_answer_to_the_same_question(
+    request_of: Callable[[str], bytes], first: str, others: list[str], client_header: str
+) -> None:
+    """What the memo says of a request with another id is what the parser says of it."""
+
+    async def work() -> None:
+        def new() -> questions.Questions:
+            clients = Clients(client_header, ("a", "b"))
+            return questions.Questions(
+                partition=KEYRING.partition, alias_of=lambda _: "other", clients=lambda: clients
+            )
+
+        remembering = new()
+        for value in (first, *others, first):
+            data = request_of(value)
+            assert asks(remembering, data) == asks(new(), data)
+
+    run(work())
+
+
+async def test_only_the_id_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the parser is asked once; its answer to each has its own id."""
     edge = Edge(memory(), fast=True)
-    for number in range(3):
-        assert isinstance(edge.fastpath.answer(request("/v2/snapshots/1", f"X-Request-Id: {number}")), bytes)
-    assert len(edge.fastpath._memo) == 0
+    parse, parsed = edge.fastpath._questions._parsed, []
+    monkeypatch.setattr(
+        edge.fastpath._questions, "_parsed", lambda data: (parsed.append(data), parse(data))[1]
+    )
+    for spelled in SPELLED:
+        for number in range(3):
+            answer = edge.fastpath.answer(request("/v2/snapshots/1", f"{spelled}: id-{number}", "Accept: a"))
+            assert isinstance(answer, bytes)
+            assert f"\r\nX-Request-Id: id-{number}\r\n".encode() in answer
+            assert answer.endswith(snapshot(ONE, "1"))
+    assert len(parsed) == len(edge.fastpath._memo) == len(SPELLED)
+    edge.fastpath.answer(request("/v2/snapshots/1", "X-Request-Id: id-0", "Accept: b"))
+    edge.fastpath.answer(request("/v2/snapshots/1", "X-Request-Id: id-0", "Accept: a", token=OTHER))
+    assert len(parsed) == len(edge.fastpath._memo) == len(SPELLED) + 2
+
+
+# -- the same second -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("age_s", "until"),
+    [
+        pytest.param(18.5, 0.5, id="the-age-changes-first"),
+        pytest.param(18.1, 0.75, id="the-date-does"),
+        pytest.param(59.7, 0.3, id="its-end-comes-first"),
+        pytest.param(-5.0, 0.75, id="the-clock-stepped-back"),
+    ],
+)
+@pytest.mark.parametrize("body", [b"x", b"x" * fastpath.MOST_HOT_BYTES + b"x"], ids=["small", "large"])
+async def test_for_how_long_an_answer_is_kept_whole(age_s: float, until: float, body: bytes) -> None:
+    """Until a number or the date changes; large ones are not."""
+    held = memory()
+    held.entries[Key(SNAPSHOT, KEYRING.partition(Token(ONE)), "1")] = entry(body, age_s)
+    edge = Edge(held, fast=True)
     edge.fastpath.answer(PLAIN)
-    edge.fastpath.answer(request("/v2/snapshots/5"))
-    assert len(edge.fastpath._memo) == 2
-    assert edge.fastpath._questions._subject.cache_info().currsize == 1  # what the memo holds is held once
+    kept = [(hot.since, hot.until) for hot in edge.fastpath._hot.values()]
+    assert kept == ([(NOW, pytest.approx(NOW + until, abs=2e-6))] if len(body) == 1 else [])
+    assert all(last <= NOW + until for _, last in kept)
+
+
+async def test_few_answers_are_kept_whole() -> None:
+    """Also of one entry by many questions; in the next second all are made anew."""
+    edge = Edge(memory(), fast=True)
+    for number in range(2 * fastpath.MOST_HOT):
+        edge.fastpath.answer(request("/v2/snapshots/1", f"Accept: {number}"))
+    assert len(edge.fastpath._hot) == fastpath.MOST_HOT
+    edge.memory.now += 1
+    edge.fastpath.answer(PLAIN)
+    assert len(edge.fastpath._hot) == 1
+    edge.fastpath.forget()
+    assert not edge.fastpath._hot
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from((PLAIN, request("/v2/snapshots/1", "X-Request-Id: a"), request(token=OTHER))),
+            st.sampled_from((0.0, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 7.0, -0.5)),
+            st.sampled_from((None, None, None, "newer", "gone", "quota")),
+        ),
+        min_size=3,
+        max_size=12,
+    )
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, -0.5, None)])
+def test_any_second(steps: list[tuple[bytes, float, str | None]]) -> None:
+    """Whatever happens to entry, quota and clock between two requests, each answer is the handler's."""
+
+    async def work() -> None:
+        held = memory()
+        key = Key(SNAPSHOT, KEYRING.partition(Token(ONE)), "1")
+        edges = [Edge(held, fast=True), Edge(held, fast=False)]
+        wires = [Wire(edge.listener) for edge in edges]
+        for number, (data, later_s, change) in enumerate(steps):
+            held.now += later_s
+            if change == "newer":
+                held.entries[key] = entry(b"newer %d" % number, NOW - held.now + number)
+            elif change == "gone":
+                held.entries.pop(key, None)
+            elif change == "quota":
+                held.quotas[key.partition].tell(5000, number, 1_800_003_000)
+            for wire in wires:
+                wire.received.clear()
+                wire.send(data)
+                await turns()
+            assert without_date(bytes(wires[0].received)) == without_date(bytes(wires[1].received))
+            if edges[0].done[-1][0] is Route.SNAPSHOT and b" 200 OK" in wires[0].received:
+                second = format_datetime(datetime.fromtimestamp(int(held.now), UTC), usegmt=True)
+                assert f"\r\nDate: {second}\r\n".encode() in wires[0].received
+        assert edges[0].done == edges[1].done
+
+    run(work())
 
 
 @pytest.mark.G7

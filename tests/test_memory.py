@@ -2,11 +2,14 @@
 
 import math
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from kit.scopes import covers
 
+from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import PREPARED_BYTES, Memory, size_of
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.identity import Partition
@@ -20,6 +23,9 @@ from proxy.core.invalidation import (
     SoftScope,
 )
 from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
+
+if TYPE_CHECKING:
+    from proxy.core.ports import Store
 
 pytestmark = [pytest.mark.G1, pytest.mark.G6, pytest.mark.G9]
 
@@ -148,6 +154,24 @@ def test_an_invalidation_takes_what_it_covers(scope: Scope, key: Key) -> None:
     assert tier.memory.get(key) is ENTRY
 
 
+@pytest.mark.parametrize("done", [True, False])
+async def test_what_is_found_before_redis_invalidates(*, done: bool) -> None:
+    """A lookup that still finds the entry keeps it. If the invalidation is pending then, it serves no more.
+
+    If Redis did it, the announcement comes back on the channel, and takes it.
+    """
+    tier = Tier()
+
+    class Late:
+        async def invalidate(self, *_: object, **__: object) -> bool:
+            tier.fill()
+            return done
+
+    invalidator = Invalidator(cast("Store", Late()), tier.memory, lambda _: None)
+    assert await invalidator.invalidate("purge", EverythingScope()) is done
+    assert (tier.memory.get(KEY) is ENTRY) is done
+
+
 # -- what this replica hears -----------------------------------------------------------------------
 
 
@@ -268,6 +292,34 @@ def test_what_is_prepared_goes_with_its_entry() -> None:
     tier.memory.lay(newer, ("plain",))
     tier.memory.forget(KEY)
     assert tier.memory.size == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "still"),
+    [
+        pytest.param(lambda _: None, True, id="nothing"),
+        pytest.param(lambda tier: tier.memory.invalidate(SnapshotsScope(("43",))), True, id="another-one"),
+        pytest.param(lambda tier: tier.memory.invalidate(SnapshotsScope(("42",))), False, id="invalidated"),
+        pytest.param(lambda tier: tier.memory.invalidate(CallerScope(MINE)), False, id="its-caller"),
+        pytest.param(lambda tier: tier.fill(entry=ENTRY), False, id="renewed"),
+        pytest.param(lambda tier: tier.memory.forget(KEY), False, id="forgotten"),
+        pytest.param(lambda tier: tier.memory.empty(), False, id="emptied"),
+        pytest.param(lambda tier: tier.memory.rule(0, MAX_AGE_S), False, id="evicted"),
+        pytest.param(lambda tier: tier.memory.deaf(), False, id="deaf"),
+        pytest.param(lambda tier: tier.memory.hears(tier.now + MAX_AGE_S), True, id="a-beat"),
+        pytest.param(lambda tier: setattr(tier, "now", tier.now + MAX_AGE_S), False, id="too-old"),
+    ],
+)
+def test_what_was_held_is_asked_for_again(change: Callable[[Tier], None], *, still: bool) -> None:
+    """The fast path keeps what it was given for a second: it may answer as long as memory would give it."""
+    tier = Tier()
+    tier.fill()
+    kept = tier.memory.held(KEY)
+    assert kept is not None
+    change(tier)
+    kept.read = False
+    assert tier.memory.answers(kept, KEY, tier.now) is kept.read is still
+    assert (tier.memory.held(KEY) is kept) is still
 
 
 def test_what_is_prepared_makes_room_for_itself() -> None:

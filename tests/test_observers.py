@@ -46,7 +46,7 @@ def test_hits_are_told_as_requests_are(
     caplog.set_level(logging.INFO)
     (metrics, through_hits), (others, through_records) = observers(which), observers(which)
     for number, (route, outcome, status, (caller, client), value) in enumerate(HITS):
-        through_hits.hits(route, outcome, status, caller, client)(value, value * 100, f"id-{number}")
+        through_hits.hits(route, outcome, status, caller, client)(value, value * 100, f"id-{number}".encode())
     lines = logged(caplog)
     caplog.clear()
     for number, (route, outcome, status, (caller, client), value) in enumerate(HITS):
@@ -74,7 +74,7 @@ def test_what_is_logged_can_change(caplog: pytest.LogCaptureFixture) -> None:
     _, told = observers("misses")
     for which, lines in (("all", 1), ("off", 1)):
         told.log(which)
-        told.hits(Route.SNAPSHOT, Outcome.HIT, 200, "other", "other")(0.1, 1.0, "id")
+        told.hits(Route.SNAPSHOT, Outcome.HIT, 200, "other", "other")(0.1, 1.0, b"id")
         assert len(caplog.records) == lines
 
 

@@ -1,6 +1,6 @@
 """Many requests, one fetch: which may share a flight, and which replica of all fetches.
 
-Within this process requests share a flight if `Collapser.name` gives them the same name. Over all replicas
+Within this process requests share a flight that `Collapser.names` gives a name of theirs. Over all replicas
 one holds a lease of the key while it fetches: 2 s long, renewed every 0.5 s. The others look for its result
 every 0.025 to 0.2 s: an entry, or the record of an outcome that is not stored. A replica that waits gives up
 with an error of its own after 1 s where its caller has a stale entry, else when its own fetch would have
@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterator
 
 from proxy.cache.fetch import BACKGROUND, HAS_FALLBACK, Due, Fetched, Fetcher, FetchMode, is_replaceable
-from proxy.cache.memory import Memory
+from proxy.cache.memory import Mark
 from proxy.core.entry import EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere, UpstreamGivenUp
 from proxy.core.ports import Gate, Store
@@ -40,7 +40,6 @@ class Collapser:
         store: Store,
         gate: Gate,
         fetcher: Fetcher,
-        memory: Memory,
         *,
         total_timeout_s: float,
         monotonic: Callable[[], float],
@@ -49,7 +48,6 @@ class Collapser:
         self._store = store
         self._gate = gate
         self._fetcher = fetcher
-        self._memory = memory
         self.total_timeout_s = total_timeout_s
         """Another one counts from the next request on."""
         self._monotonic = monotonic
@@ -59,12 +57,18 @@ class Collapser:
 
     # -- within this process -------------------------------------------------------------------
 
-    def name(self, call: Call, basis: FillPrecondition | None, mode: FetchMode) -> Hashable:
-        """Name the flight that `call` may share: not one that began before something was invalidated.
+    def names(
+        self, call: Call, basis: FillPrecondition | None, mark: Mark, mode: FetchMode
+    ) -> tuple[Hashable, ...]:
+        """Give the name of the flight that `call` may share, then the further name of one that it starts.
 
-        The name holds the stamps that its lookup saw; without the store, this replica's own counts.
+        A flight is not shared if it began before something was invalidated: its name holds the stamps that
+        its lookup saw. A lookup that Redis did not answer saw none; then the name holds this replica's own
+        counts, from before the lookup. Every flight has that name, too: a fetch that began before Redis went
+        away is not made again.
         """
-        return call.key, mode, self._memory.counts(call.key) if basis is None else basis
+        alone = call.key, mode, mark.counts
+        return (alone,) if basis is None else ((call.key, mode, basis), alone)
 
     def may_share(self, call: Call) -> bool:
         """Tell whether a fetch that began before this request is new enough for it (RFC 9111 §5.2.1)."""

@@ -36,5 +36,7 @@ class Invalidator:
             self.memory.invalidate(scope)
         done = True
         for scope in scopes:
-            done = await self._store.invalidate(scope, by_read=cause == "read", refusal=refusal) and done
+            if not await self._store.invalidate(scope, by_read=cause == "read", refusal=refusal):
+                self.memory.invalidate(scope)  # once more: a lookup meanwhile still found what is pending now
+                done = False
         return done

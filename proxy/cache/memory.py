@@ -108,26 +108,26 @@ class Memory:
         The clock is read here, after the request has come: a process that was stopped knows that it is late.
         """
         kept = self._kept.get(key)
-        if kept is None:
-            return None
-        now = self._monotonic()
-        if now >= kept.until or not self._may_answer(kept.mark.began, now):
-            return None
+        return kept if kept is not None and self.answers(kept, key, self._monotonic()) else None
+
+    def answers(self, kept: Kept, key: Key, now: float) -> bool:
+        """Tell whether `kept`, the entry of `key`, may answer at `now` (monotonic), and note that it does.
+
+        What was evicted, or replaced, never does again.
+        """
+        if now >= kept.until or (now >= self._hears_until and not self._may_answer(kept.mark.began, now)):
+            return False
         if kept.seen != self._counts.total:  # something was invalidated: this?
             if kept.mark.counts != self._counts.of(key):
                 self.forget(key)
-                return None
+                return False
             kept.seen = self._counts.total
         kept.read = True
-        return kept
+        return True
 
     def mark(self, key: Key) -> Mark:
         """Make the mark that `keep` needs, before a lookup or a fetch of `key` is sent."""
         return Mark(self._monotonic(), self._counts.of(key), self._ended.of(key), self._emptied)
-
-    def counts(self, key: Key) -> tuple[int, ...]:
-        """Give the counts for `key`: equal ones mean that no invalidation in between covered it."""
-        return self._counts.of(key)
 
     def ended(self, key: Key) -> tuple[int, ...]:
         """Give the counts without soft purges: equal ones mean that what was found may still answer stale."""
@@ -183,6 +183,7 @@ class Memory:
         kept = self._kept.pop(key, None)
         if kept is not None:
             self.size -= kept.size
+            kept.until = -math.inf
 
     def due(self, ahead_s: float, most: int) -> list[Key]:
         """Name what has answered and is too old in less than `ahead_s`: the oldest first, at most `most`.
@@ -205,6 +206,7 @@ class Memory:
         while kept and (self.size > self._max_bytes or next(iter(kept.values())).until <= now):
             _, first = kept.popitem(last=False)
             self.size -= first.size
+            first.until = -math.inf
 
     # -- for invalidations and the channel -----------------------------------------------------
 
@@ -219,6 +221,8 @@ class Memory:
 
     def empty(self) -> None:
         """Evict everything, and keep nothing that was sent for before."""
+        for kept in self._kept.values():
+            kept.until = -math.inf
         self._kept.clear()
         self.size = 0
         self._emptied += 1

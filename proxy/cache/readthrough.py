@@ -105,6 +105,8 @@ class ReadThrough:
         self._memory = memory
         self.held = memory.held
         """Give what this replica's memory may answer with now, fresh or not."""
+        self.answers = memory.answers
+        """Tell whether what it gave may answer at a later time."""
         self.lay = memory.lay
         """Lay what is prepared of answers beside the entry."""
         self.unprepare = memory.unprepare
@@ -127,7 +129,6 @@ class ReadThrough:
             store,
             gate,
             self._fetcher,
-            memory,
             total_timeout_s=total_timeout_s,
             monotonic=monotonic,
             drain=drain,
@@ -163,8 +164,8 @@ class ReadThrough:
             case Forward(fwd, fallback):
                 fwd = Fwd.BYPASS if lookup.unavailable else fwd
                 if fallback is None:
-                    return await self._forward(call, fwd, lookup, mark.began, BLOCKING)
-                answer = await self._forward(call, fwd, lookup, mark.began, HAS_FALLBACK)
+                    return await self._forward(call, fwd, lookup, mark, BLOCKING)
+                answer = await self._forward(call, fwd, lookup, mark, HAS_FALLBACK)
                 return await self._or_stale(call, answer, fallback, mark.ended)
             case Unsatisfiable():
                 error = NotCached("not in the cache, and the request allows nothing else (only-if-cached)")
@@ -240,15 +241,16 @@ class ReadThrough:
         )
 
     async def _forward(
-        self, call: Call, fwd: Fwd, lookup: Lookup, since: float, mode: FetchMode
+        self, call: Call, fwd: Fwd, lookup: Lookup, mark: Mark, mode: FetchMode
     ) -> Served | Failed:
-        """Answer from the upstream. Joins no flight that landed before `since`, when the lookup began."""
+        """Answer from the upstream. Joins no flight that landed before `mark`, when the lookup began."""
         owner = Owner(call.key.partition)
         try:
             if self._collapser.may_share(call):
-                name = self._collapser.name(call, lookup.basis, mode)
+                name, *also = self._collapser.names(call, lookup.basis, mark, mode)
                 fetch = partial(self._collapser.fetch_for_all, call, lookup, mode)
-                result, collapsed = await self._flights.join(owner, name, since, fetch)
+                flight = self._flights.join(owner, name, mark.began, fetch, also=tuple(also))
+                result, collapsed = await flight
             else:
                 unshared = partial(self._fetcher.fetch, call, lookup, mode)
                 result, collapsed = await self._flights.unshared(owner, unshared), False

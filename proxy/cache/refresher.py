@@ -55,7 +55,7 @@ class Refresher:
         self._begin(page, page.key, partial(self._by_list, page, call, lookup))
 
     def _begin_alone(self, call: Call, lookup: Lookup) -> None:
-        name = self._collapser.name(call, lookup.basis, BACKGROUND)
+        name = call.key, BACKGROUND, lookup.basis
         self._begin(call, name, partial(self._alone, call, lookup))
 
     def _begin(

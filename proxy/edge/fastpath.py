@@ -17,6 +17,10 @@ put to memory. Only the names in it (a caller's alias, a client) can change; the
 with the very entry in memory and goes with it, and counts for no longer than that is fresh: the policy would
 say the same again, but for two numbers and the date, which are put in each time.
 
+**The same second.** Of few answers the bytes behind the request id are kept (`Hot`) for as long as neither
+number nor the date changes, a second at most. They are given only while memory would still answer with the
+very entry, which it is asked each time, and while the caller's quota is told by the very same bytes.
+
 **What Redis has.** If memory has no fresh entry, the very lookup that the handler would make is made for it
 here, for this request alone: its mark is taken after the request has come. If what it finds is fresh, `hit`
 answers, with the same policy. Else the handler gets the request's bytes and what was found, and goes on from
@@ -30,7 +34,7 @@ Anything else (a stale entry, a large one, an error, a caller who does not read)
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from proxy.cache.memory import Kept
 from proxy.cache.readthrough import Found, Served
@@ -39,13 +43,20 @@ from proxy.core.events import GIVEN_UP_BY_CALLER, RequestDone, Route
 from proxy.core.identity import Partition
 from proxy.core.ratelimit import RateLimit
 from proxy.core.resources import Key
-from proxy.edge.answers import new_request_id
+from proxy.edge.answers import new_id_bytes
 from proxy.edge.memo import Question
 from proxy.edge.prepared import TTL, Prepared, date, prepare
 from proxy.edge.questions import Questions
 
 MOST_FORMS = 4
 """Answers that are prepared of one entry: with or without a body, gzipped, to a condition, for a program."""
+
+MOST_HOT = 128
+MOST_HOT_BYTES = 4096
+"""Answers of which all but the request id is kept for the running second, and the largest body of one."""
+
+_ROUNDING_S = 1e-6
+"""More than the difference of two sums or differences of Unix times that would be equal if exact."""
 
 MOST_COUNTERS = 4096
 """Kinds of answers that are counted without looking their counters up."""
@@ -56,6 +67,9 @@ class Reads(Protocol):
 
     def held(self, key: Key) -> Kept | None:
         """Give what memory may answer with at this moment, fresh or not."""
+
+    def answers(self, kept: Kept, key: Key, now: float) -> bool:
+        """Tell whether `kept`, which `held` gave, may answer at `now` (monotonic)."""
 
     def lay(self, kept: Kept, prepared: tuple[Prepared, ...]) -> None:
         """Lay what is prepared of answers beside the entry."""
@@ -97,6 +111,22 @@ class Asked:
         self.found: Found | None = None
 
 
+class Hot(NamedTuple):
+    """All but the request id of an answer to one question.
+
+    It is the same from `since` until before `until` (Unix seconds).
+    """
+
+    kept: Kept
+    ready: Prepared
+    since: float
+    until: float
+    lines: bytes
+    """What the caller is told about its quota: the answer is another when this is replaced."""
+
+    behind_id: bytes
+
+
 class FastPath:
     """Answers from memory, or from Redis, to the bytes of requests.
 
@@ -109,10 +139,12 @@ class FastPath:
         reads: Reads,
         questions: Questions,
         *,
-        counter: Callable[[Route, CachedOutcome, int, str, str], Callable[[float, float, str], None]],
+        counter: Callable[[Route, CachedOutcome, int, str, str], Callable[[float, float, bytes], None]],
         observe: Callable[[RequestDone], None],
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._answers = reads.answers
         self._held = reads.held
         self._lay = reads.lay
         self._unprepare = reads.unprepare
@@ -124,12 +156,15 @@ class FastPath:
         self._memo = questions.memo
         self._observe = observe
         self._clock = clock
+        self._monotonic = monotonic
+        self._hot: dict[Question, Hot] = {}
         self._second, self._date = 0, b""
         self._counter = lru_cache(MOST_COUNTERS)(counter)
 
     def forget(self) -> None:
         """Drop what depends on the aliases and clients, and on what is logged."""
         self._questions.forget()
+        self._hot.clear()
         self._unprepare()
         self._counter.cache_clear()
 
@@ -138,7 +173,7 @@ class FastPath:
 
         Else give what `data` asks; None where it is not one whole plain request.
         """
-        started = time.perf_counter()
+        started = self._monotonic()
         question, request_id = self._memo.young.get(data), None
         if question is None:
             asked = self._questions.of(data)
@@ -146,18 +181,35 @@ class FastPath:
                 return None
             question, request_id = asked
         if request_id is None:
-            request_id = new_request_id()
-        kept = self._held(question.key)
-        if kept is not None:
-            now = self._clock()
-            for ready in kept.prepared:
-                if ready.form == question.form and ready.since <= now < ready.until:
-                    return self._counted(question, ready, request_id, started, now)
-            ready = self._prepare(question, self._peek(question.key, now), now)
-            if ready is not None:
-                self._put(kept, ready)
-                return self._counted(question, ready, request_id, started, now)
-        return Asked(question, request_id, started)
+            request_id = new_id_bytes()
+        now = self._clock()
+        hot = self._hot.get(question)
+        if hot is not None:
+            kept, ready, since, until, lines, behind_id = hot
+            if (
+                since <= now < until
+                and lines is ready.told.lines
+                and self._answers(kept, question.key, started)
+            ):
+                ready.tell(self._monotonic() - started, _age_s(ready, now), request_id)
+                return b"".join((ready.opening, request_id, behind_id))
+            del self._hot[question]
+        held = self._held(question.key)
+        if held is None:
+            return Asked(question, request_id.decode(), started)
+        form = question.form
+        for ready in held.prepared:
+            if (ready.form is form or ready.form == form) and ready.since <= now < ready.until:
+                break
+        else:
+            prepared = self._prepare(question, self._peek(question.key, now), now)
+            if prepared is None:
+                return Asked(question, request_id.decode(), started)
+            ready = prepared
+            self._put(held, ready)
+        rest = self._rest(question, ready, now, held)
+        ready.tell(self._monotonic() - started, _age_s(ready, now), request_id)
+        return b"".join((ready.opening, request_id, *rest))
 
     def look(self, asked: Asked, then: Callable[[Asked], None]) -> None:
         """Look up in Redis what is asked, and call `then`, at once or later."""
@@ -179,7 +231,9 @@ class FastPath:
         kept = self._held(asked.question.key)
         if kept is not None and kept.entry is asked.found.lookup.entry:
             self._put(kept, ready)
-        return self._counted(asked.question, ready, asked.request_id, asked.started, now)
+        request_id, rest = asked.request_id.encode(), self._rest(asked.question, ready, now)
+        ready.tell(self._monotonic() - asked.started, _age_s(ready, now), request_id)
+        return b"".join((ready.opening, request_id, *rest))
 
     def left(self, asked: Asked) -> None:
         """Count a request whose caller left before it was answered."""
@@ -190,7 +244,7 @@ class FastPath:
                 Outcome.NONE,
                 GIVEN_UP_BY_CALLER,
                 question.caller,
-                time.perf_counter() - asked.started,
+                self._monotonic() - asked.started,
                 asked.request_id,
                 client=question.form.client,
             )
@@ -202,7 +256,7 @@ class FastPath:
             return None
         key, form, outcome = question.key, question.form, served.cache_status.outcome
 
-        def counter(status: int) -> Callable[[float, float, str], None]:
+        def counter(status: int) -> Callable[[float, float, bytes], None]:
             return self._counter(key.resource.route, outcome, status, question.caller, form.client)
 
         told = self._told(key.partition)
@@ -213,30 +267,30 @@ class FastPath:
         others = [other for other in kept.prepared if other.form != ready.form]
         self._lay(kept, (ready, *others[: MOST_FORMS - 1]))
 
-    def _counted(
-        self, question: Question, ready: Prepared, request_id: str, started: float, now: float
-    ) -> bytes:
-        """Put one answer together, and count it."""
-        told, age_s = ready.told, now - ready.called_at
+    def _rest(
+        self, question: Question, ready: Prepared, now: float, kept: Kept | None = None
+    ) -> tuple[bytes, ...]:
+        """Give all parts of an answer behind the request id; `kept` is what memory has of its entry."""
+        told, age = ready.told, int(_age_s(ready, now))
         if now >= told.until:
             told = self._told(question.key.partition)
-        if age_s < 0:  # a clock that stepped back
-            age_s = 0.0
-        age, second = int(age_s), int(now)
+        second = int(now)
         if second != self._second:
             self._second, self._date = second, date(second)
-        ready.tell(time.perf_counter() - started, age_s, request_id)
-        return b"".join(
-            (
-                ready.opening,
-                request_id.encode(),
-                told.lines,
-                TTL,
-                b"%d" % (ready.fresh_s - age),
-                ready.middle,
-                b"%d" % age,
-                ready.end,
-                self._date,
-                ready.body,
-            )
-        )
+            self._hot.clear()
+        ttl, age_digits = b"%d" % (ready.fresh_s - age), b"%d" % age
+        rest = (told.lines, TTL, ttl, ready.middle, age_digits, ready.end, self._date, ready.body)
+        if (
+            len(self._hot) < MOST_HOT
+            and kept is not None
+            and told is ready.told
+            and len(ready.body) <= MOST_HOT_BYTES
+        ):
+            until = min(ready.until, told.until, second + 1, ready.called_at + age + 1 - _ROUNDING_S)
+            self._hot[question] = Hot(kept, ready, now, until, told.lines, b"".join(rest))
+        return rest
+
+
+def _age_s(ready: Prepared, now: float) -> float:
+    """Give the entry's age at `now`: 0 where the clock has stepped back to before its call."""
+    return max(now - ready.called_at, 0.0)

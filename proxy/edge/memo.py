@@ -1,6 +1,8 @@
 """What the very bytes of a request ask: a bounded memo of what the parser and `api.py`'s checks said of them.
 
 It holds questions and never answers. The token is among the bytes: no other caller's request finds them.
+A request is remembered by all its bytes, or by those before and after its request id: `questions.py` says why
+these ask the same whatever the id is.
 """
 
 from dataclasses import dataclass
@@ -13,13 +15,17 @@ MOST_BYTES = 16_777_216
 """Questions that are remembered, and the bytes of the requests that ask them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """What a request asks; `caller` is the name for metrics and logs."""
+    """What a request asks; `caller` is the name for metrics and logs. Two are never equal."""
 
     key: Key
     form: Form
     caller: str
+
+
+Bytes = bytes | tuple[bytes, bytes]
+"""All bytes of a request, or those before and after its id."""
 
 
 class Memo:
@@ -31,27 +37,28 @@ class Memo:
     __slots__ = ("_bytes", "_old", "young")
 
     def __init__(self) -> None:
-        self.young: dict[bytes, Question] = {}
-        self._old: dict[bytes, Question] = {}
+        self.young: dict[Bytes, Question] = {}
+        self._old: dict[Bytes, Question] = {}
         self._bytes = 0
 
     def clear(self) -> None:
         """Forget all."""
         self.young, self._old, self._bytes = {}, {}, 0
 
-    def get(self, data: bytes) -> Question | None:
+    def get(self, data: Bytes) -> Question | None:
         """Give what these very bytes ask, if it is remembered."""
         question = self.young.get(data)
         if question is None and self._old and (question := self._old.pop(data, None)) is not None:
             self.put(data, question)
         return question
 
-    def put(self, data: bytes, question: Question) -> None:
+    def put(self, data: Bytes, question: Question) -> None:
         """Remember it."""
-        if len(self.young) >= MOST_QUESTIONS // 2 or self._bytes + len(data) > MOST_BYTES // 2:
+        size = len(data) if isinstance(data, bytes) else sum(map(len, data))
+        if len(self.young) >= MOST_QUESTIONS // 2 or self._bytes + size > MOST_BYTES // 2:
             self._old, self.young, self._bytes = self.young, {}, 0
         self.young[data] = question
-        self._bytes += len(data)
+        self._bytes += size
 
     def __len__(self) -> int:
         return len(self.young) + len(self._old)

@@ -63,7 +63,7 @@ class Prepared:
     body: bytes
     told: RateLimit
     """What the caller is told about its quota: it changes in place, and is good until it says."""
-    tell: Callable[[float, float, str], None]
+    tell: Callable[[float, float, bytes], None]
     """Counts one such answer: seconds, the entry's age, and the request id."""
 
 
@@ -73,7 +73,7 @@ def prepare(
     now: float,
     *,
     told: RateLimit,
-    counter: Callable[[int], Callable[[float, float, str], None]],
+    counter: Callable[[int], Callable[[float, float, bytes], None]],
 ) -> Prepared | None:
     """Prepare what is answered from `entry` at `now`; None where that is no fresh success, or is large.
 

@@ -2,6 +2,22 @@
 
 No bytes are parsed here: see the top of `fastpath.py`, which says why a question is what the handler would
 read from the same bytes.
+
+**Another request id** is the one difference that the memo looks through. Let `before + id + after` be a
+request that the parser and `api.py` took for a question, with these four things known:
+
+- `before` ends with a line break, `X-Request-Id`, a colon and a space; `after` begins with a line break.
+  Within a head each line break begins a header, but for the one at its end; so this is the header's line.
+- The parser found one header of that name, and the very `id` as its value.
+- `id` is fit for logs, by `parse_request_id`: 1 to 128 letters, digits, dots, underscores, hyphens.
+- No header that the answer or the counts depend on is this one (`metrics.client_header` may name it).
+
+Then `before + other + after` with another fit `other` is the same question with that id. The parser goes
+through bytes once, from the first to the last. `before` brings it into the value of a header that means
+nothing to it. Each byte of a fit id leaves it there, whichever it is and however many there are, since none
+is a space, a control character or a line break; `after` then finds it in the same state. What it gives
+differs in this value alone, no limit of it or of `api.py` is as low as 128 bytes, and no check looks at the
+value but `parse_request_id`, which is called each time. Any other request goes to the parser.
 """
 
 from asyncio import get_running_loop
@@ -28,15 +44,16 @@ LONGEST_BYTES = 2048
 """A longer request is the handler's."""
 
 MOST_CALLERS = 4096
-MOST_SUBJECTS = 32_768
 MOST_HEADS = 256
 MOST_CLIENTS = 1024
 MOST_FORMS = 1024
-"""What is remembered of parts of questions: who asks; who asks for what; which headers a request has; which
-program sends it; in which form."""
+"""What is remembered of parts of questions: who asks; which headers a request has; which program sends it; in
+which form."""
 
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"
+_BREAK = b"\r\n"
+_BEFORE_ID = (b"\r\nX-Request-Id: ", b"\r\nx-request-id: ", b"\r\nX-Request-ID: ")
 _READ_BYTES = 65_536
 _NAME = itemgetter(0)
 
@@ -69,6 +86,9 @@ class _Plain(NamedTuple):
     conditional: bool
     """One of `_HANDLED` is among them."""
 
+    one_id: bool
+    """There is one `X-Request-Id`, and nothing but the request id depends on it."""
+
 
 class Questions:
     """What requests ask; `alias_of`, `clients` and `collections` are as in `api.py`."""
@@ -89,7 +109,6 @@ class Questions:
         self._parser: HttpRequestParser | None = None
         self._plain: dict[tuple[bytes, ...], _Plain] = {}
         self._caller = lru_cache(MOST_CALLERS)(self._caller_of)
-        self._subject = lru_cache(MOST_SUBJECTS)(self._subject_of)
         self._client = lru_cache(MOST_CLIENTS)(self._client_of)
         self._form = lru_cache(MOST_FORMS)(Form)
 
@@ -97,10 +116,10 @@ class Questions:
         """Drop what depends on the aliases and clients."""
         self.memo.clear()
         self._plain.clear()
-        for cached in (self._caller, self._subject, self._client):
+        for cached in (self._caller, self._client):
             cached.cache_clear()
 
-    def of(self, data: bytes) -> tuple[Question, str | None] | None:
+    def of(self, data: bytes) -> tuple[Question, bytes | None] | None:
         """Give the question, and the request's id where the caller gave one that is fit for logs.
 
         None: `data` is not one whole plain request.
@@ -110,6 +129,17 @@ class Questions:
         question = self.memo.get(data)
         if question is not None:
             return question, None
+        around, given = _around_id(data)
+        if around is not None:
+            question = self.memo.get(around)
+            if question is not None and parse_request_id(_text(given)) is not None:
+                return question, given
+        return self._read(data, around, given)
+
+    def _read(
+        self, data: bytes, around: tuple[bytes, bytes] | None, given: bytes
+    ) -> tuple[Question, bytes | None] | None:
+        """Read what is not remembered, and remember it; `around` and `given` are `_around_id`'s."""
         message = self._parsed(data)
         if message is None or message.version != HttpVersion11:
             return None
@@ -119,9 +149,7 @@ class Questions:
             plain = self._plain.get(names) or self._check_names(names, message)
             if plain is None:
                 return None
-            # Where each request has another id, the memo cannot hold what they have in common.
-            subject = self._subject_of if plain.request_id is None else self._subject
-            question = subject(headers[plain.authorization][1], message.path, message.method)
+            question = self._subject_of(headers[plain.authorization][1], message.path, message.method)
         except ProxyError:
             return None
         if question is None:
@@ -129,8 +157,10 @@ class Questions:
         if plain.client is not None or plain.conditional:
             question = self._with_headers(question, plain, message)
         if plain.request_id is not None:
-            request_id = parse_request_id(_text(headers[plain.request_id][1]))
-            if request_id is not None:  # the next one has another id
+            request_id = headers[plain.request_id][1]
+            if parse_request_id(_text(request_id)) is not None:  # the next one has another id
+                if around is not None and plain.one_id and given == request_id:
+                    self.memo.put(around, question)
                 return question, request_id
         self.memo.put(data, question)
         return question, None
@@ -166,6 +196,7 @@ class Questions:
             lowered.index(b"x-request-id") if b"x-request-id" in lowered else None,
             lowered.index(naming) if clients.names and naming in lowered else None,
             conditional=not _HANDLED.isdisjoint(lowered),
+            one_id=lowered.count(b"x-request-id") == 1 and naming != b"x-request-id",
         )
         if len(self._plain) >= MOST_HEADS:
             self._plain.clear()
@@ -199,6 +230,16 @@ class Questions:
 
     def _client_of(self, value: bytes) -> str:
         return self._clients().of(_text(value))
+
+
+def _around_id(data: bytes) -> tuple[tuple[bytes, bytes] | None, bytes]:
+    """Give what stands before and after what may be a request id, and that; None where there is none."""
+    for mark in _BEFORE_ID:
+        start = data.find(mark) + len(mark)
+        if start >= len(mark):
+            end = data.find(_BREAK, start)
+            return (data[:start], data[end:]), data[start:end]
+    return None, b""
 
 
 def _text(raw: bytes) -> str:

@@ -20,7 +20,7 @@ async def find_map(nodes: Sequence[Endpoint]) -> list[SlotRange] | Refusal:
     for node in nodes:
         wire = Wire(node)
         try:
-            with ListeningTimeout(_ASK_S):
+            async with ListeningTimeout(_ASK_S):
                 await wire.open()
                 (reply,) = await wire.run([("CLUSTER", "SLOTS")])
             if isinstance(reply, Exception):

@@ -100,13 +100,14 @@ class _Aboard:
 
 
 class _Flight(Generic[T]):
-    __slots__ = ("aboard", "failed", "landed_at", "origin", "task")
+    __slots__ = ("aboard", "failed", "further_keys", "landed_at", "origin", "task")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[T]
         self.aboard = _Aboard()
         self.landed_at: float | None = None
         self.failed = False
+        self.further_keys: tuple[Hashable, ...] = ()
         self.origin: object = None
         """Its name for a `Watch`."""
 
@@ -173,6 +174,8 @@ class Flights(Generic[T]):
         self._monotonic = monotonic
         self._watch = watch
         self._by_key: dict[Hashable, _Flight[T]] = {}
+        self._by_further_key: dict[Hashable, _Flight[T]] = {}
+        """A few for each of the flights in `_by_key`, at most."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._owned: Counter[Owner] = Counter()
 
@@ -180,18 +183,27 @@ class Flights(Generic[T]):
         return len(self._tasks)
 
     async def join(
-        self, owner: Owner, key: Hashable, since: float, fetch: Callable[[], Awaitable[T]]
+        self,
+        owner: Owner,
+        key: Hashable,
+        since: float,
+        fetch: Callable[[], Awaitable[T]],
+        *,
+        also: tuple[Hashable, ...] = (),
     ) -> FlightResult[T]:
-        """Wait for the flight of `key`, or start one for `owner`.
+        """Wait for the flight of `key`, or start one for `owner`, which later callers join by `also`, too.
 
         `since` is the monotonic time at which the caller's lookup began. Raises Overloaded where there is no
         flight to join and no room for another.
         """
-        flight = self._by_key.get(key)
+        flight = self._by_key.get(key) or self._by_further_key.get(key)
         if flight is not None and flight.answers(since):
             with nullcontext() if self._watch is None else self._watch.joined(flight.origin):
                 return FlightResult(await flight.landing(), collapsed=True)
-        return FlightResult(await self._take_off(owner, key, fetch).landing(), collapsed=False)
+        flight = self._take_off(owner, key, fetch)
+        flight.further_keys = also
+        self._by_further_key.update(dict.fromkeys(also, flight))
+        return FlightResult(await flight.landing(), collapsed=False)
 
     def begin(self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]]) -> None:
         """Start the flight of `key` without a caller, unless `key` has one (landed counts), or no room."""
@@ -266,6 +278,9 @@ class Flights(Generic[T]):
     def _forget(self, key: Hashable, flight: _Flight[T]) -> None:
         if self._by_key.get(key) is flight:
             del self._by_key[key]
+        for further in flight.further_keys:
+            if self._by_further_key.get(further) is flight:
+                del self._by_further_key[further]
 
 
 def _tell(task: asyncio.Task[Any]) -> None:

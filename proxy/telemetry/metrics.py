@@ -185,10 +185,6 @@ class Metrics:
     ) -> None:
         """Count what happened."""
         match event:
-            case StoreOperation():  # the most frequent one first: a miss has four
-                self._store_operations.labels(event.operation, event.outcome).value += 1
-            case QuotaWait():
-                self._quota_wait.observe(event.seconds)
             case RequestDone():
                 client = self._pairs.client(event.caller, event.client)
                 self._requests.labels(
@@ -204,6 +200,8 @@ class Metrics:
                 client = self._pairs.client(event.caller, event.client)
                 self._upstream_requests.labels(event.route, status, event.caller, client).inc()
                 self._upstream_seconds.labels(event.route).observe(event.seconds)
+            case StoreOperation():
+                self._store_operations.labels(event.operation, event.outcome).inc()
             case Invalidation():
                 self._invalidations.labels(event.cause).inc()
             case Refreshed():
@@ -211,12 +209,14 @@ class Metrics:
                 self._refreshed.labels(event.by).inc(event.snapshots)
             case UnknownValue():
                 self._unknown_values.labels(event.field).inc()
+            case QuotaWait():
+                self._quota_wait.observe(event.seconds)
             case _:
                 assert_never(event)
 
     def hits(
         self, route: Route, outcome: CachedOutcome, status: int, caller: str, client: str
-    ) -> Callable[[float, float, str], None]:
+    ) -> Callable[[float, float, bytes], None]:
         """Give what counts a hit with these labels as `observe` does: seconds, entry's age, request id."""
         client = self._pairs.client(caller, client)
         requests = self._requests.labels(route, outcome, status_label(status), caller, client)
@@ -224,7 +224,7 @@ class Metrics:
         avoided = self._avoided.labels(outcome)
         entry_age = self._entry_age
 
-        def count(seconds: float, age_s: float, _request_id: str) -> None:
+        def count(seconds: float, age_s: float, _request_id: bytes) -> None:
             requests.value += 1
             avoided.value += 1
             request_seconds.counts[bisect_left(BOUNDS_S, seconds)] += 1

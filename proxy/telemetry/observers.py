@@ -56,7 +56,7 @@ class Observers:
 
     def hits(
         self, route: Route, outcome: CachedOutcome, status: int, caller: str, client: str
-    ) -> Callable[[float, float, str], None]:
+    ) -> Callable[[float, float, bytes], None]:
         """Give the function to call for each hit with these labels: seconds, entry's age, request id.
 
         It does what `request` does, and makes a record only for the log.
@@ -65,7 +65,7 @@ class Observers:
         if not self._logs_hits:
             return count
 
-        def tell(seconds: float, age_s: float, request_id: str) -> None:
+        def tell(seconds: float, age_s: float, request_id: bytes) -> None:
             count(seconds, age_s, request_id)
             access(
                 RequestDone(
@@ -74,7 +74,7 @@ class Observers:
                     status,
                     caller,
                     seconds,
-                    request_id,
+                    request_id.decode(),
                     age_s,
                     avoided=outcome,
                     client=client,

@@ -4,7 +4,6 @@ Only what exists in containers alone is replaced: host names, the volume of the 
 stay what the other files say they are; each replica has a loopback address of its own for that.
 """
 
-import importlib.util
 import re
 import socket
 import sys
@@ -12,11 +11,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+import validate
 import yaml
 from kit.support import DROPLET_PATH, Serve, Valkey, bearer
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -30,19 +29,6 @@ ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.
 """As Prometheus asks."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
-
-
-def load_validate() -> ModuleType:
-    """Import the script that `make check` runs."""
-    spec = importlib.util.spec_from_file_location("validate", ROOT / "deploy/validate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-validate = load_validate()
 
 
 @dataclass(frozen=True)

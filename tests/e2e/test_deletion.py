@@ -373,7 +373,7 @@ async def seeds_stored(cluster: Cluster) -> float:
 
 
 @pytest.mark.timeout(300)  # a thousand take 12 s on two idle cores
-@pytest.mark.parametrize("runs", [200, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("runs", [100, pytest.param(1000, marks=pytest.mark.long)])
 async def test_random_runs(cluster: Cluster, runs: int) -> None:
     """0 resurrected, 0 served after the answer, though fills and DELETEs did overlap."""
     chance, tally = random.Random(20), Tally()  # noqa: S311 # repeatable, no secret

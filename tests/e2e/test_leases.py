@@ -470,7 +470,7 @@ async def test_the_refusal_of_a_refresh_is_not_shared(
 
 
 @pytest.mark.parametrize("simulator", [pytest.param(WIDE, id="ample")], indirect=True)
-@pytest.mark.parametrize("rounds", [40, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(100, marks=pytest.mark.long)])
 async def test_random_cancellation(
     settings: list[str],
     simulator: Simulator,

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from proxy.admin import page
 from proxy.simulator import Simulator, Token
 
 ROOT = Path(__file__).parents[2]
-AXE = ROOT / "tests/samples/axe-core-4.14.1/axe.min.js"
+AXE = files("selenium_axe_python") / "axe-core/axe.min.js"
 VENDORED = ROOT / "proxy/admin/page" / page.UPLOT
 HELD = {
     "uPlot.iife.min.js": "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f",

@@ -194,7 +194,7 @@ def refused(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ("shape", "checks"),
     [
         pytest.param((LIMIT, 10_000, WINDOW_S), 0, id="minute"),
-        pytest.param((1000, LIMIT, WINDOW_S / 60), 5, id="hour"),
+        pytest.param((1000, LIMIT, WINDOW_S / 60), 5, id="hour", marks=pytest.mark.long),
     ],
 )
 async def test_the_limit_is_used_and_never_hit(

@@ -313,7 +313,13 @@ async def what_goes_wrong(caller: Caller, doomed: str, simulator: Simulator) -> 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("passthrough", ["false", "true"], ids=["snapshots-only", "passthrough"])
+@pytest.mark.parametrize(
+    "passthrough",
+    [
+        pytest.param("false", id="snapshots-only", marks=pytest.mark.long),
+        pytest.param("true", id="passthrough"),
+    ],
+)
 async def test_no_trace(
     simulator: Simulator, valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path, passthrough: str
 ) -> None:

@@ -268,7 +268,7 @@ async def until_replicated(replica: Redis) -> None:
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("policy", ["volatile-lru", "allkeys-lru"])
+@pytest.mark.parametrize("policy", [pytest.param("volatile-lru", marks=pytest.mark.long), "allkeys-lru"])
 async def test_filling_up(
     simulator: Simulator, client: aiohttp.ClientSession, tmp_path: Path, policy: str
 ) -> None:
@@ -402,7 +402,7 @@ async def lookups(admin: str) -> Counter[str]:
 
 @pytest.mark.G1
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mutated", [1_000, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("mutated", [500, pytest.param(10_000, marks=pytest.mark.long)])
 async def test_mutated_values(
     valkey: Valkey, client: aiohttp.ClientSession, tmp_path: Path, mutated: int
 ) -> None:

@@ -117,6 +117,11 @@ class Memory:
             kept = self.kept[key] = Kept(entry, Mark(0.0, (), (), 0), 0, 0, math.inf)
         return kept
 
+    def answers(self, kept: Kept, key: Key, now: float) -> bool:
+        """Tell whether it is still there."""
+        del now
+        return self.held(key) is kept
+
     def lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
         """Lay what is prepared beside it."""
         kept.prepared = prepared
@@ -246,12 +251,12 @@ class Edge:
         )
 
     def _tell(
-        self, labels: tuple[Route, Outcome, int, str, str], seconds: float, age_s: float, name: str
+        self, labels: tuple[Route, Outcome, int, str, str], seconds: float, age_s: float, name: bytes
     ) -> None:
         route, outcome, status, caller, client = labels
         assert seconds >= 0
         self.answered_fast += 1
-        self.done.append((route, outcome, int(status), caller, name, age_s, outcome, client))
+        self.done.append((route, outcome, int(status), caller, name.decode(), age_s, outcome, client))
 
 
 async def turns(number: int = QUIET_TURNS) -> None:

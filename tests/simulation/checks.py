@@ -28,6 +28,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.cache.readthrough import Failed, Served
+from proxy.core.cache_status import Detail
 from proxy.core.entry import STAMP_BYTES
 from proxy.storage.conversation import LONGEST_LEASE_S
 from proxy.storage.leases import LEASE_MS
@@ -154,10 +155,9 @@ class Checks:
         ]
         if not others or any(self._ended_since(each.sent_at - 1, made) for each in others):
             return
-        # Where Redis is out of order, or was while a fetch waited for the quota, a replica may make two: one
-        # that began with it, and one without.
+        # Two, or one a replica, where Redis is out of order, or was while a fetch waited for the quota.
         wait_s = world.size.settings.quota.max_wait_s
-        most = 2 * world.plan.replicas if self._is_off(now, _AFTERMATH_S + wait_s) else 1
+        most = max(2, world.plan.replicas) if self._is_off(now, _AFTERMATH_S + wait_s) else 1
         if len(others) + 1 > most:
             self._fail(
                 "one call",
@@ -176,6 +176,7 @@ class Checks:
             or self._is_of_strangers(made)
             or self._is_the_first_alone(made)
             or self._is_of_a_share(made, minute - quota.per_minute)
+            or self._is_of_a_lost_ledger(made, minute - quota.per_minute)
         ):
             self._fail(
                 "limits",
@@ -220,6 +221,23 @@ class Checks:
         apart = sum(each.is_apart for each in self._alone_lately(made))
         share = self.world.size.settings.quota.per_minute // max(self.world.plan.replicas, 1)
         return 0 < exceeding <= min(apart, share)
+
+    def _is_of_a_lost_ledger(self, made: Made, exceeding: int) -> bool:
+        """Redis was down, and a replica that called meanwhile is killed within a minute."""
+        killed = {each.process.name: each.killed_at for each in self.world.killed}
+        lost = [each.made.replica for each in self._alone_lately(made) if each.made.replica in killed]
+        if not lost or exceeding > len(lost):
+            return False
+        since = min(killed[name] for name in lost)
+        told = (
+            each.told_at is not None and since < each.told_at <= made.sent_at
+            for each in self.world.api.made
+            if each.token == made.token and each.status in _TELLING
+        )
+        if not any(told):
+            return True
+        self.exceeded["lost", made.token] += 1
+        return self.exceeded["lost", made.token] == 1
 
     def _alone_lately(self, made: Made) -> list[Alone]:
         """Give the calls without Redis that may count in the minute of `made`."""
@@ -323,9 +341,9 @@ class Checks:
         is_older = made.done_at is not None and made.done_at < ended.before
         if not is_older or request.began <= ended.answered_at or served.status == HTTPStatus.UNAUTHORIZED:
             return False
-        return _concerns(ended, request, made, served) and not self._is_excused(ended, request, made)
+        return _concerns(ended, request, made, served) and not self._is_excused(ended, request, made, served)
 
-    def _is_excused(self, ended: Ended, request: Request, made: Made) -> bool:
+    def _is_excused(self, ended: Ended, request: Request, made: Made, served: Served) -> bool:
         """Tell whether a bound that the contract names for the loss of writes, or of Redis, allows it."""
         lost = self.world.redis.lost_writes
         if any(since <= ended.answered_at and at >= ended.before for since, at in lost):
@@ -337,7 +355,8 @@ class Checks:
             return True
         # A replica that cannot reach Redis serves what it fetched itself, for as long as memory keeps it.
         told_at = request.began if made.told_at is None else made.told_at
-        is_alone = request.replica.alone_at >= request.began
+        unanswered = served.cache_status.detail is Detail.STORE_UNAVAILABLE
+        is_alone = unanswered or request.replica.alone_at >= request.began
         return is_alone and request.began - told_at <= self._memory_s + _SLACK_S
 
     def _settle(self, ended: Ended) -> None:
@@ -436,6 +455,9 @@ class Checks:
 
 _OFF_REDIS = _OFF = frozenset((*OF_REDIS, *AT_ONE_REPLICA, "channel-deaf"))
 _OF_READS = frozenset({"403", "404"})
+_TELLING = frozenset({200, 204, 404})
+"""Answers with one of these tell how many calls are left."""
+
 _BEATS_TO_KNOW_ALL = 2
 _FOLLOWS_S = 0.9
 

@@ -148,6 +148,7 @@ def _killed(world: "World", fault: Fault, replica: Replica) -> None:
         return
     number = world.replicas.index(replica)
     world.killed.append(replica)
+    replica.killed_at = world.loop.now
     world.loop.kill(replica.process)
     world.redis.drop_all(replica.process)
     for made in [*world.api.flying]:

@@ -88,8 +88,8 @@ MUTANTS = (
     Mutant(
         "a flight's name lacks the stamps",
         collapse.Collapser,
-        "name",
-        lambda _self, call, _basis, mode: (call.key, mode),
+        "names",
+        lambda _self, call, _basis, _mark, mode: ((call.key, mode),),
         _of("deleted", "refused", "one call"),
         30,
     ),

@@ -143,6 +143,7 @@ class Replica:
         """For how long it was paused, all in all."""
         self.alone_at = -inf
         """When memory last asked whether Redis can be reached, and it could not."""
+        self.killed_at = inf
         self.beats = 0
         """How many of its heartbeats Redis has answered."""
         self.failed_at: dict[str, float] = {}

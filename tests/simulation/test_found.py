@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from proxy.core.invalidation import SnapshotsScope
-from simulation.plan import Plan
+from simulation.plan import QUIET_SNAPSHOT, Ask, Plan
 from simulation.world import World
 
 QUIET = Plan(1, 1, ())
@@ -98,3 +98,39 @@ def test_a_replica_whose_beats_failed_beats_again(monkeypatch: pytest.MonkeyPatc
 
     assert World(QUIET).run(scenario).violations == ()
     assert registered == [True]
+
+
+@pytest.mark.parametrize(
+    ("beforehand", "calls"),
+    [
+        pytest.param((), 1, id="the-same"),
+        pytest.param((Ask(0.0, 0, "ann", "purge", QUIET_SNAPSHOT),), 2, id="purged-meanwhile"),
+    ],
+)
+def test_who_comes_without_redis_joins_what_began_with_it(beforehand: tuple[Ask, ...], calls: int) -> None:
+    """Redis goes away while a fetch is in flight; the same is asked for again. It is that fetch's answer.
+
+    Found by seed 1280: two replicas made three calls for one document, where the contract allows two.
+    What the replica has invalidated meanwhile is fetched anew.
+    """
+    made = []
+
+    async def scenario(world: World) -> None:
+        world.boot(0)
+        await asyncio.sleep(1.0)
+        world._ask(Ask(0.0, 0, "ann", "slow-get", QUIET_SNAPSHOT))
+        await asyncio.sleep(0.1)
+        world.redis.unreachable = True
+        world.redis.drop_all()
+        await asyncio.sleep(0.01)
+        for ask in (*beforehand, Ask(0.0, 0, "ann", "get", QUIET_SNAPSHOT, quickly=False)):
+            world._ask(ask)
+            await asyncio.sleep(0.15)
+        made.append(len(world.api.made))
+        assert world.api.flying[0].number == 0
+        world.redis.unreachable = False
+        await asyncio.gather(*world._callers)
+        await world.within(world.replicas[0], world.replicas[0].close())
+
+    assert World(QUIET).run(scenario).violations == ()
+    assert made == [calls]

@@ -357,7 +357,11 @@ class _Bugs(logging.Handler):
 
 @contextmanager
 def _world_of_its_own(checks: Checks) -> Iterator[None]:
-    """Let the product draw from the world's generators, and its errors be violations."""
+    """Let the product draw from the world's generators, and its errors be violations.
+
+    Its stamps and ids are patched, and not passed in: they must not be guessed, so no part of the program may
+    choose where they come from.
+    """
     modules = (conversation, membership)
     before, nonce = [module.secrets for module in modules], values._new_nonce
     logger, bugs = logging.getLogger("proxy"), _Bugs(checks)

@@ -28,7 +28,7 @@ from proxy.core.invalidation import (
     SoftScope,
 )
 from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key
-from proxy.storage import heartbeat, invalidation
+from proxy.storage import connection, heartbeat, invalidation
 from proxy.storage.connection import WORKERS, Command, Link, Unavailable
 from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.keys import Keys
@@ -132,8 +132,10 @@ async def replica(
 
 
 @pytest.fixture(autouse=True)
-def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+def _paced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No heartbeat but a test's own, and no long pause before the next connection."""
     monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 3600)
+    monkeypatch.setattr(connection, "_BACKOFF_S", connection._BACKOFF_S[:1])
 
 
 @pytest.fixture

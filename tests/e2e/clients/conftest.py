@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from e2e.clients import godo_client
 
 INSTALL_TIMEOUT_S = 120
 
@@ -37,6 +38,12 @@ def npm_install(request: pytest.FixtureRequest) -> NpmInstall:
         return folder
 
     return install
+
+
+@pytest.fixture(scope="session")
+def godo(request: pytest.FixtureRequest) -> Path:
+    """Build the program that drives godo, once a session."""
+    return godo_client.build(_cached(request, "godo"))
 
 
 @pytest.fixture(scope="session")

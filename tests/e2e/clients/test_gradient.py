@@ -160,6 +160,7 @@ async def prism(folder: Path) -> AsyncIterator[str]:
     assert b"Violation" not in await drain
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)  # the first run installs both
 async def test_own_tests_of_the_sdk(
     npm_install: Callable[[str, str], Path],

@@ -15,6 +15,7 @@ import trustme
 from azure.core.exceptions import ServiceRequestError
 from e2e.clients import (
     dots_wrapper_client,
+    godo_client,
     gradient_client,
     libcloud_client,
     pydo_client,
@@ -138,6 +139,7 @@ async def test_same_through_the_proxy(
     record_property("client", f"{distribution} {version(distribution)}")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)  # the first run installs it
 async def test_same_through_the_proxy_from_node(
     simulator: Simulator,
@@ -149,6 +151,17 @@ async def test_same_through_the_proxy_from_node(
     folder = npm_install("dots-wrapper", dots_wrapper_client.VERSION)
     await compare(dots_wrapper_client.connector(folder), simulator, tmp_path)
     record_property("client", f"dots-wrapper {dots_wrapper_client.VERSION}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(200)  # a first build compiles godo and what it imports
+async def test_same_through_the_proxy_from_go(
+    simulator: Simulator, tmp_path: Path, godo: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The same with DigitalOcean's client in Go."""
+    await compare(godo_client.connector(godo), simulator, tmp_path)
+    async with godo_client.running(godo, Target(simulator.url, TOKEN)) as client:
+        record_property("client", (await client.gave("UserAgent")).replace("/", " "))
 
 
 async def test_python_digitalocean_stays_on_the_proxy(simulator: Simulator) -> None:
