@@ -39,6 +39,7 @@ def configure(level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.raiseExceptions = False  # it would print the arguments of a record that cannot be written
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line shows these
     warnings.showwarning = _on_warning
 
 
@@ -77,23 +78,28 @@ class Formatter(logging.Formatter):
     def __init__(self, write: Callable[[Line], str]) -> None:
         super().__init__()
         self._write = write
+        self._second, self._date = 0, ""
 
     def format(self, record: logging.LogRecord) -> str:
         """Give the line, without its end."""
-        head: Line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
-            "level": record.levelname.lower(),
-        }
+        head: Line = {"time": self._time(record.created), "level": record.levelname.lower()}
         describe = _ours if f"{record.name}.".startswith(f"{_OURS}.") else _theirs
         try:
-            return self._write(head | describe(record) | head)
+            return self._write({**head, **describe(record), **head})
         except Exception:  # noqa: BLE001 -- a value of any type may fail in any way, and logging must not
             return self._write(head | {"event": "unloggable", "at": _place(*_origin(record))})
+
+    def _time(self, at: float) -> str:
+        """Write a time in milliseconds; its date and second are written once for all lines of a second."""
+        second, ms = divmod(int(at * 1000), 1000)
+        if second != self._second:
+            self._second, self._date = second, datetime.fromtimestamp(second, UTC).isoformat()[:-6]
+        return f"{self._date}.{ms:03d}Z"
 
 
 def _ours(record: logging.LogRecord) -> Line:
     name: Line = {"event": record.getMessage()}
-    line = name | getattr(record, "fields", {}) | name
+    line = {**name, **getattr(record, "fields", {}), **name}
     if (error := _error(record)) is not None:
         line["error"] = _type_name(error)
         line["traceback"] = [

@@ -172,6 +172,40 @@ def test_what_a_replica_did_not_hear_of_costs_one_429(idle_s: float, *, all_call
     run(main())
 
 
+def test_calls_since_the_last_reply_are_heard_of_from_the_upstream() -> None:
+    """Two replicas followed 0.1 s ago; a third called 20 times since; then the common ledger goes."""
+
+    async def main() -> None:
+        fleet = Fleet(refuses=True)
+        first, *_ = fleet.replicas
+        for replica in fleet.replicas:
+            await burst(fleet, replica, 1)
+        await burst(fleet, first, 20)
+        fleet.ledger.away = True
+        await fleet.go(20.0)
+        assert (fleet.refused, fleet.most_in_a_minute() <= 54) == (0, True)
+
+    run(main())
+
+
+def test_one_unanswered_question_serializes_one_call() -> None:
+    """Once its answer has told what is left, calls go together again."""
+
+    async def main() -> None:
+        fleet = Fleet(replicas=1)
+        (one,) = fleet.replicas
+        await burst(fleet, one, 1)
+        fleet.ledger.away = True
+        alone = await admitted_once(one)
+        fleet.ledger.away = False
+        assert await one.admit(ACCOUNT, CallClass.MISS) == Postponed(2.0, "turn")
+        await fleet.call(one, alone)
+        await admitted_once(one)
+        await admitted_once(one)
+
+    run(main())
+
+
 def test_without_the_common_ledger_each_replica_has_its_share() -> None:
     """Together they make as many calls as with it."""
 
@@ -201,7 +235,7 @@ def test_a_cool_down_that_was_seen_holds_without_the_common_ledger() -> None:
 
 
 def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
-    """And nobody is asked before the time that it named."""
+    """And the others as soon as the common ledger can be told of it."""
 
     async def main() -> None:
         fleet = Fleet()
@@ -213,6 +247,13 @@ def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
         assert isinstance(turn, Permit)
         await one.settle(ACCOUNT, turn, Settlement(refused=True, retry_after_s=7))
         assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown")
+        await asyncio.sleep(2)
+        fleet.ledger.away = False
+        assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(5.0, "cooldown")
+        for each in fleet.replicas:
+            assert await each.admit(ACCOUNT, CallClass.WRITE) == Postponed(5.0, "cooldown"), "told to all"
+        await asyncio.sleep(LIMITS.minute_s)
+        assert isinstance(await one.admit(ACCOUNT, CallClass.WRITE), Permit), "told once"
 
     run(main())
 

@@ -117,6 +117,9 @@ async def test_version() -> None:
             ["purge", "--all", "--set=admin.token_file=missing"], "admin.token_file", id="purge-without-token"
         ),
         pytest.param(["check", "--set=server.tls_cert_file=none.pem"], "server.tls_cert_file", id="no-pair"),
+        pytest.param(
+            ["config", "--set=cache.collections=v2=3"], "cache.collections.v2 = 3", id="no-collection"
+        ),
     ],
 )
 async def test_misuse_is_one_line_and_status_2(run_here: Run, arguments: list[str], named: str) -> None:

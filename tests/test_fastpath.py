@@ -36,7 +36,7 @@ from proxy.edge.memo import Memo, Question
 from proxy.edge.prepared import Form, Prepared, prepare
 
 NOW = 1_800_000_000.25
-ONE, OTHER = "dop_v1_one", "dop_v1_other"
+ONE, OTHER = "dop_v1_the_first_one", "dop_v1_the_other_one"
 UUID = "0a1b2c3d-0000-4000-8000-00000000000f"
 LISTED = list_target("").name
 LIFETIMES = Lifetimes(60, 60, 300)
@@ -150,6 +150,7 @@ ANSWERED = {
     "no-tag-at-all": request("/v2/snapshots/1", "If-None-Match: caf\udcc3\udca9"),
     "accepts-gzip": request("/v2/snapshots/1", "Accept-Encoding: gzip, deflate"),
     "own-id": request("/v2/snapshots/1", "X-Request-Id: abc.DEF-1_2"),
+    "token-as-id": request("/v2/snapshots/1", f"X-Request-Id: job-{ONE}"),
     "unfit-id": request("/v2/snapshots/1", "X-Request-Id: a b"),
     "keep-alive": request("/v2/snapshots/1", "Connection: Keep-Alive"),
     "other-headers": request("/v2/snapshots/1", "User-Agent: gradient/3", "Accept: */*", "Cookie: a=b"),
@@ -260,7 +261,7 @@ def test_what_memory_no_longer_holds_is_not_served() -> None:
         key = Key(SNAPSHOT, KEYRING.partition(Token(ONE)), "1")
         wire = Wire(Edge(held, fast=True).listener)
         for change, expected in (
-            (None, b"of dop_v1_one"),
+            (None, b"of " + ONE.encode()),
             (entry(b"newer"), b"newer"),
             ("gone", b"not_found"),
         ):
@@ -680,7 +681,7 @@ async def same_bytes(
 HEADERS = (
     *("Accept-Encoding: gzip", "Connection: keep-alive", "Connection: close", "User-Agent: a/1", "Host: b"),
     *("Cache-Control: no-cache", "Cache-Control: max-age=5", "Pragma: no-cache", "Expect: 100-continue"),
-    *("X-Request-Id: mine-1", "X-Request-Id: ?", f"If-None-Match: {ETAG}", "If-None-Match: *"),
+    *("X-Request-Id: mine-1", f"X-Request-Id: {ONE}", f"If-None-Match: {ETAG}", "If-None-Match: *"),
     *(
         "Content-Length: 0",
         "Content-Length: 2",
@@ -835,7 +836,9 @@ async def test_the_policy_is_asked_again_after_a_tenth_of_the_lifetime(
 # -- another request id ----------------------------------------------------------------------------
 
 
-IDS = st.sampled_from(("a", "b", "twice")) | st.text("abyzABYZ0189._-", min_size=1, max_size=128)
+IDS = st.sampled_from(("a", "b", "twice", ONE, f"id-{ONE}", ONE[1:16], ONE[2:17], ONE[:14])) | st.text(
+    "abyzABYZ0189._-", min_size=1, max_size=128
+)
 SPELLED = ("X-Request-Id", "x-request-id", "X-Request-ID")
 LINES = (
     *("User-Agent: a/1", "Accept: */*", f"If-None-Match: {ETAG}", "Accept-Encoding: gzip", "X: \udcff"),
@@ -915,6 +918,19 @@ def test_another_request_id_is_another_answer_to_the_same_question(
             assert asks(remembering, data) == asks(new(), data)
 
     run(work())
+
+
+@pytest.mark.parametrize("token", [ONE, "t-45678", "t-456789012345"], ids=len)
+async def test_no_id_repeats_the_token(token: str) -> None:
+    """Also where a request with another id was remembered, and where its token is short."""
+    held = memory()
+    held.entries[Key(SNAPSHOT, KEYRING.partition(Token(token)), "1")] = entry(b"{}")
+    edge = Edge(held, fast=True)
+    for value in ("fit-1", token, "fit-2", f"id-of-{token}.", f"{token[:-1]}x{token}"):
+        answer = edge.fastpath.answer(request("/v2/snapshots/1", f"X-Request-Id: {value}", token=token))
+        assert isinstance(answer, bytes)
+        assert (f"\r\nX-Request-Id: {value}\r\n".encode() in answer) == value.startswith("fit-")
+        assert token.encode() not in answer
 
 
 async def test_only_the_id_differs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,8 @@ def test_an_idle_loop_waits_as_long_as_was_asked(seconds: float) -> None:
 
     async def main() -> None:
         began = now()
-        with pytest.raises(TimeoutError):
-            async with ListeningTimeout(seconds):
-                await asyncio.get_running_loop().create_future()
+        with pytest.raises(TimeoutError), ListeningTimeout(seconds):
+            await asyncio.get_running_loop().create_future()
         assert now() == pytest.approx(began + seconds)
 
     run(main())
@@ -30,7 +29,7 @@ def test_what_ends_in_time_is_left_alone() -> None:
     """An answer in time is given, and no timer is left that would hit anything later."""
 
     async def main() -> None:
-        async with ListeningTimeout(1.0) as timeout:
+        with ListeningTimeout(1.0) as timeout:
             await asyncio.sleep(0.9)
         assert timeout._handle is None
         await asyncio.sleep(5)
@@ -52,7 +51,7 @@ def test_how_long_it_listened(seconds: float | None, listened_s: float, *, resta
     """To the moment, in an idle loop."""
 
     async def main() -> None:
-        async with ListeningTimeout(seconds) as timeout:
+        with ListeningTimeout(seconds) as timeout:
             await asyncio.sleep(2.0)
             if restarted:
                 timeout.restart(seconds)
@@ -64,7 +63,7 @@ def test_how_long_it_listened(seconds: float | None, listened_s: float, *, resta
 
 async def test_a_busy_loop_listened_for_a_step_at_most() -> None:
     """However long it was busy."""
-    async with ListeningTimeout(BUSY_S / 5) as timeout:
+    with ListeningTimeout(BUSY_S / 5) as timeout:
         time.sleep(BUSY_S)  # noqa: ASYNC251 # the fault
     assert timeout.listened_s <= BUSY_S / 50
 
@@ -73,7 +72,7 @@ def test_without_a_limit() -> None:
     """None waits for ever."""
 
     async def main() -> None:
-        async with ListeningTimeout(None):
+        with ListeningTimeout(None):
             await asyncio.sleep(1e6)
 
     run(main())
@@ -86,7 +85,7 @@ def test_a_restart_moves_the_limit() -> None:
         timeout = ListeningTimeout(1.0)
 
         async def wait() -> None:
-            async with timeout:
+            with timeout:
                 await asyncio.sleep(0.9)
                 timeout.restart(None)
                 await asyncio.sleep(10)
@@ -107,7 +106,7 @@ def test_another_cancellation_is_not_taken_for_the_timeout() -> None:
 
     async def main() -> None:
         async def wait() -> None:
-            async with ListeningTimeout(5.0):
+            with ListeningTimeout(5.0):
                 await asyncio.get_running_loop().create_future()
 
         task = asyncio.create_task(wait())
@@ -133,16 +132,15 @@ async def test_an_answer_that_has_arrived_counts(blocks: int) -> None:
             return await reader.readline()
         return await asyncio.create_task(through(tasks - 1))
 
-    with there:
-        async with ListeningTimeout(BUSY_S / 3):
-            waiting = asyncio.create_task(through(5))
+    with there, ListeningTimeout(BUSY_S / 3):
+        waiting = asyncio.create_task(through(5))
+        await asyncio.sleep(0)
+        for _ in range(blocks):
+            time.sleep(BUSY_S)  # noqa: ASYNC251 # the fault: nothing is read meanwhile
             await asyncio.sleep(0)
-            for _ in range(blocks):
-                time.sleep(BUSY_S)  # noqa: ASYNC251 # the fault: nothing is read meanwhile
-                await asyncio.sleep(0)
-            there.sendall(b"an answer\n")
-            time.sleep(BUSY_S)  # noqa: ASYNC251 # the same
-            assert await waiting == b"an answer\n"
+        there.sendall(b"an answer\n")
+        time.sleep(BUSY_S)  # noqa: ASYNC251 # the same
+        assert await waiting == b"an answer\n"
     writer.close()
     await writer.wait_closed()
 
@@ -159,8 +157,7 @@ async def test_silence_is_judged_on_a_busy_loop_too() -> None:
         handle = loop.call_soon(busy)
 
     handle = loop.call_soon(busy)
-    with pytest.raises(TimeoutError):
-        async with ListeningTimeout(0.02):
-            await loop.create_future()
+    with pytest.raises(TimeoutError), ListeningTimeout(0.02):
+        await loop.create_future()
     handle.cancel()
     assert 10 <= turns <= 40

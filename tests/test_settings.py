@@ -166,12 +166,15 @@ STORE = (
     " redis+sentinel://[USER:PASSWORD@]HOST[:PORT],.../SERVICE[?db=DB], redis+cluster://[USER:PASSWORD@]HOST[:PORT],...,"
     " or with rediss for redis"
 )
-CLIENTS = "a list of at most 16 names of letters, digits and . _ - (63 at most)"
+NAMES = "of letters, digits and . _ - (63 at most)"
+CLIENTS = f"a list of at most 16 names {NAMES}"
 COLLECTIONS = (
     "a table of at most 64 collections and their TTLs, each a whole number of seconds from 1 to 86400:"
     " {regions = 3600, droplets = 15}"
 )
-OF_SNAPSHOTS = "for cache.fresh_s and cache.list_fresh_s"
+COLLECTION = "named after the first segment of a path behind /v2/, in lower case: droplets, 1-clicks"
+NOT_SNAPSHOTS = "another collection: snapshots are cached for cache.fresh_s and cache.list_fresh_s"
+TTL = "a whole number of seconds from 1 to 86400"
 EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or empty"
 
 
@@ -203,39 +206,27 @@ EGRESS = "must be http://[USER:PASSWORD@]HOST[:PORT], the same with https, or em
         pytest.param(
             "quota.per_minute=0", "0 (--set): must be a whole number from 1 to 1000000", id="no-quota"
         ),
-        *(
-            pytest.param(
-                f"metrics.clients={text}", f"a table or a list (--set): {why}must be {CLIENTS}", id=id_
-            )
-            for id_, text, why in (
-                ("blank-in-a-client", "doctl,a b", "'a b' is no such name; "),
-                ("empty-client", "doctl,", "'' is no such name; "),
-                ("long-client", "x" * 64, f"'{'x' * 64}' is no such name; "),
-                ("client-twice", "doctl,Doctl", "a name is there twice; "),
-                ("client-other", "Other", "other is every program that is not in the list; "),
-                ("many-clients", ",".join(map(str, range(17))), ""),
-            )
+        pytest.param(
+            f"metrics.clients={','.join(map(str, range(17)))}",
+            f"a list (--set): must be {CLIENTS}",
+            id="many-clients",
+        ),
+        pytest.param(
+            f"cache.collections={','.join(f'c{number}=1' for number in range(65))}",
+            f"a table (--set): must be {COLLECTIONS}",
+            id="many-collections",
         ),
         *(
             pytest.param(
-                f"cache.collections={text}", f"a table or a list (--set): {why}must be {COLLECTIONS}", id=id_
+                f"cache.collections={text}",
+                f'"{text}" (--set): each part must be NAME = TTL, each name once; must be {COLLECTIONS}',
+                id=id_,
             )
-            for id_, text, why in (
-                ("collection-snapshots", "snapshots=1", f"snapshots are cached without it, {OF_SNAPSHOTS}; "),
-                ("collection-path", "droplets/1=15", "'droplets/1' is no first path segment behind /v2/; "),
-                ("collection-capitals", "Droplets=15", "'Droplets' is no first path segment behind /v2/; "),
-                ("collection-without-ttl", "droplets=", "droplets has '', no TTL; "),
-                ("collection-ttl-0", "droplets=0", "droplets has 0, no TTL; "),
-                ("collection-ttl-too-long", "{droplets = 86401}", "droplets has 86401, no TTL; "),
-                ("collection-ttl-word", "droplets=15s", "droplets has '15s', no TTL; "),
-                ("many-collections", ",".join(f"c{number}=1" for number in range(65)), ""),
-            )
-        ),
-        *(
-            pytest.param(f"cache.collections={text}", f'"{text}" (--set): must be {COLLECTIONS}', id=id_)
             for id_, text in (
                 ("collection-twice", "droplets=15,droplets=16"),
                 ("collection-without-equals", "droplets"),
+                ("collection-and-nothing", "droplets=15,"),
+                ("collections-as-a-list", "[droplets]"),
             )
         ),
         pytest.param(
@@ -365,6 +356,57 @@ def test_bad_value(override: str, expected: str) -> None:
     assert refusal(override) == f"{override.partition('=')[0]} = {expected}"
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        *(
+            pytest.param(
+                f"metrics.clients={text}", f"metrics.clients, entry {place} (--set): must be {why}", id=id_
+            )
+            for id_, text, place, why in (
+                ("blank-in-a-client", "doctl,a b", '2 = "a b"', f"a name {NAMES}"),
+                ("empty-client", "doctl,", '2 = ""', f"a name {NAMES}"),
+                ("long-client", "x" * 64, f'1 = "{"x" * 64}"', f"a name {NAMES}"),
+                ("client-twice", "doctl,Doctl", '2 = "Doctl"', "another name: it is there twice"),
+                (
+                    "client-other",
+                    "Other",
+                    '1 = "Other"',
+                    "another name: other is every program that is not in the list",
+                ),
+            )
+        ),
+        *(
+            pytest.param(
+                f"cache.collections={text}",
+                f"cache.collections.{entry} (--set): {why}",
+                id=f"collection-{id_}",
+            )
+            for id_, text, entry, why in (
+                ("snapshots", "snapshots=1", "snapshots = 1", f"must be {NOT_SNAPSHOTS}"),
+                ("version", "v2=3", "v2 = 3", f"must be {COLLECTION}"),
+                ("path", "droplets/1=15", '"droplets/1" = 15', f"must be {COLLECTION}"),
+                ("capitals", "Droplets=15", "Droplets = 15", f"must be {COLLECTION}"),
+                ("number", "42=15", "42 = 15", f"must be {COLLECTION}"),
+                ("no-letter", "_-_=15", "_-_ = 15", f"must be {COLLECTION}"),
+                ("hyphen-first", "-a=15", "-a = 15", f"must be {COLLECTION}"),
+                ("nameless", "=15", '"" = 15', f"must be {COLLECTION}"),
+                ("long", f"{'x' * 64}=15", f'"{"x" * 64}" = 15', f"must be {COLLECTION}"),
+                ("half-a-brace", "{a=15", '"{a" = 15', f"must be {COLLECTION}"),
+                ("half-a-quote", "'a=15", '"\'a" = 15', f"must be {COLLECTION}"),
+                ("without-ttl", "droplets=", 'droplets = ""', f"must be {TTL}"),
+                ("ttl-0", "droplets=0", "droplets = 0", f"must be {TTL}"),
+                ("ttl-too-long", "{droplets = 86401}", "droplets = 86401", f"must be {TTL}"),
+                ("ttl-word", "images=9,droplets=15s", 'droplets = "15s"', f"must be {TTL}"),
+            )
+        ),
+    ],
+)
+def test_bad_entry(override: str, expected: str) -> None:
+    """A list or table of which one entry is not allowed: the error is about that entry."""
+    assert refusal(override) == expected
+
+
 def test_bad_variable() -> None:
     """A bad value from the environment names its variable."""
     assert refusal(environ={"SNAPSHOT_PROXY_QUOTA__RESERVE": "x"}) == (
@@ -402,12 +444,32 @@ def test_bad_variable() -> None:
         ),
         pytest.param(
             b"[redis]\nusername = []",
-            "redis.username = a table or a list (FILE): must be printable text",
+            "redis.username = a list (FILE): must be printable text",
             id="list-for-text",
         ),
         pytest.param(
+            b"[cache.collections]\ndroplets.ttl = 15",
+            f"cache.collections.droplets = a table (FILE): must be {TTL}",
+            id="table-for-ttl",
+        ),
+        pytest.param(
+            b"[cache.collections]\ndroplets = true",
+            f"cache.collections.droplets = true (FILE): must be {TTL}",
+            id="flag-for-ttl",
+        ),
+        pytest.param(
+            b"[[cache.collections]]\ndroplets = 15",
+            f"cache.collections = a list (FILE): must be {COLLECTIONS}",
+            id="list-of-tables",
+        ),
+        pytest.param(
+            b"[metrics]\nclients = ['doctl', 5]",
+            f"metrics.clients, entry 2 = 5 (FILE): must be a name {NAMES}",
+            id="number-for-name",
+        ),
+        pytest.param(
             b"[redis.username]\na = 1",
-            "redis.username = a table or a list (FILE): must be printable text",
+            "redis.username = a table (FILE): must be printable text",
             id="table-for-text",
         ),
         pytest.param(

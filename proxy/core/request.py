@@ -5,9 +5,9 @@ never reaches the upstream. Nothing in this file shows what it refuses.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import AnyStr, Literal
 
 from proxy.core.errors import BadRequest, NotProxied, Unauthorized
 from proxy.core.events import OTHER_CLIENT, Route
@@ -19,6 +19,10 @@ _ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE | re.ASCII)
 _BEARER = re.compile(r"bearer +([\x21-\x7e](?:[\x20-\x7e]{0,510}[\x21-\x7e])?)", re.IGNORECASE | re.ASCII)
 _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*)"|([^\s,;"]*)))?')
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_BLOCK = 8
+"""A shorter piece of a request's id is in its token by chance."""
+ALWAYS_REPEATED = 2 * _BLOCK - 1
+"""An id that holds a text of so many characters, or more, `repeats` it."""
 _ZERO_WEIGHT = re.compile(r"q\s*=\s*0(\.0{0,3})?")
 # Behind one `/v2/` the API has neither an empty segment nor another version: the base URL has one too many.
 _API_PATH = re.compile(r"/v2/(?!/|v[0-9]+(?:/|\Z))", re.IGNORECASE | re.ASCII)
@@ -140,9 +144,26 @@ def parse_directives(cache_control: Sequence[str], pragma: Sequence[str] = ()) -
     )
 
 
-def parse_request_id(value: str | None) -> str | None:
-    """Give the caller's `X-Request-Id` back where it is fit for logs and headers, else None."""
-    return value if value is not None and _REQUEST_ID.fullmatch(value) else None
+def parse_request_id(value: str | None, authorizations: Iterable[str] = ()) -> str | None:
+    """Give the caller's `X-Request-Id` back where it is fit for logs and headers, else None.
+
+    None also where it holds the token of one of the request's `Authorization` headers, well formed or not,
+    or 15 characters in a row of such a header: of its blocks of 8 at least one is then in the header.
+    """
+    if value is None or not _REQUEST_ID.fullmatch(value):
+        return None
+    for authorization in authorizations:
+        scheme, _, token = authorization.partition(" ")
+        if (token.strip() or scheme) in value or repeats(value, authorization):
+            return None
+    return value
+
+
+def repeats(request_id: AnyStr, text: AnyStr) -> bool:
+    """Tell whether one of the id's blocks of 8 is in `text`: so it is if the id holds 15 characters of it."""
+    return any(
+        request_id[start : start + _BLOCK] in text for start in range(0, len(request_id) - _BLOCK + 1, _BLOCK)
+    )
 
 
 def accepts_gzip(accept_encoding: Sequence[str]) -> bool:

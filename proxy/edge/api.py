@@ -107,7 +107,8 @@ class Api:
         started = time.perf_counter() if asked is None else asked.started
         clients, headers = self._clients(), request.headers
         record = _Record(
-            parse_request_id(headers.get("X-Request-Id")) or new_request_id(),
+            parse_request_id(headers.get("X-Request-Id"), headers.getall("Authorization", ()))
+            or new_request_id(),
             clients.of(headers.get(clients.header)),
         )
         try:

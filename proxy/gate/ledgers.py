@@ -2,10 +2,11 @@
 
 This replica keeps a ledger of its own for each token (4096 at most). It follows the common one, each of whose
 replies says how many calls are left. While Redis does not answer, the own ledger decides, and counts each
-call as many times as there are replicas, since each of them may be making as many. If the last reply is older
-than 1 s, calls are serialized until one response of the API reports `ratelimit-remaining`. After Redis did
-not answer, or lost the common ledger, that ledger may lack calls: until these have left the minute, both
-ledgers have to admit a call.
+call as many times as there are replicas, since each of them may be making as many. It lacks what the other
+replicas called since the last reply: calls are serialized until one response of the API reports
+`ratelimit-remaining`. After Redis did not answer, or lost the common ledger, that ledger may lack calls:
+until these have left the minute, both ledgers have to admit a call. A cool-down that Redis was not there to
+be told of is told with the token's next request.
 """
 
 import math
@@ -22,8 +23,8 @@ from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Postponed, Quo
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.gate.account import Account, Permit, Settlement
 
-_FOLLOWS_S = 1.0
-"""A reply of the common ledger counts as current for so long."""
+_LONGER_S = 1.0
+"""A cool-down that lasts so much longer in one ledger than in another is written into that one, too."""
 
 MOST_ACCOUNTS = 4096
 """Tokens that this replica keeps a ledger of; the least recently used are evicted."""
@@ -60,6 +61,8 @@ class Accounts:
     async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Permit | Postponed:
         """Ask for one call. A Postponed `operation` cools down by itself: other calls of the token do not."""
         own = self._own(account)
+        if own.untold:
+            await self._tell_of_the_cool_down(own, account)
         if cooling := self.cooling(account, operation):
             return cooling
         if self._doubts(own):
@@ -71,7 +74,7 @@ class Accounts:
                 return mine if isinstance(mine, Postponed) else _permit(own, mine)
             case Postponed() as postponed:
                 if postponed.remaining is not None:
-                    own.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
+                    own.ledger.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
                     self._tell(own, reported=True)
                 return postponed
             case common if self._doubts(own):  # Redis has lost the common ledger
@@ -80,7 +83,7 @@ class Accounts:
             case common:
                 now = self._monotonic()
                 permit = _permit(own, own.ledger.count(now), common)
-                own.follow(now, permit.remaining, permit.per_hour)
+                own.ledger.follow(now, permit.remaining, permit.per_hour)
                 self._tell(own)
                 return permit
 
@@ -147,7 +150,8 @@ class Accounts:
         self._tell(own, reported=settlement.remaining_told is not None)
         if refused:
             for partition in account.partitions:
-                await self._common.cool(partition, settlement.retry_after_s)
+                told_s = await self._common.cool(partition, settlement.retry_after_s)
+                own.untold = own.untold or told_s is None
         for partition, admitted in zip(account.partitions, permit.common, strict=False):
             await self._common.settle(
                 partition,
@@ -157,6 +161,15 @@ class Accounts:
                 answered=settlement.answered,
                 known=settlement.known,
             )
+
+    async def _tell_of_the_cool_down(self, own: "_Own", account: Account) -> None:
+        """Stop the token's calls on all replicas, after a 429 that came while Redis did not answer."""
+        own.untold = False
+        cools_s = self.cooldown_s(account)
+        if cools_s > 0:
+            for partition in account.partitions:
+                told_s = await self._common.cool(partition, cools_s)
+                own.untold = own.untold or told_s is None
 
     async def _cool_operation(
         self, own: "_Own", account: Account, operation: Operation, retry_after_s: int | None
@@ -212,12 +225,12 @@ class Accounts:
     def _doubt(self, own: "_Own") -> None:
         """Let both ledgers decide while a call that is made now may count: the common one may lack it.
 
-        If the own one last followed more than 1 s ago, it may lack calls, too: then calls are serialized.
+        The own one lacks what other replicas called since the common one's last reply: calls are serialized.
         """
-        now = self._monotonic()
-        if now >= max(own.doubtful_until, own.followed_at + _FOLLOWS_S):
+        if own.is_in_touch:
             own.ledger.doubt()
-        own.doubtful_until = now + self._call_s + self._limits.minute_s
+            own.is_in_touch = False
+        own.doubtful_until = self._monotonic() + self._call_s + self._limits.minute_s
 
     def _doubts(self, own: "_Own") -> bool:
         return self._monotonic() < own.doubtful_until
@@ -233,6 +246,7 @@ class Accounts:
         admissions: list[Admitted] = []
         for partition in account.partitions:
             reply = await self._common.admit(partition, call_class, operation)
+            own.is_in_touch = own.is_in_touch or reply is not None
             if reply is None or isinstance(reply, Postponed):
                 await self._give_back_in_common(account, admissions)
                 if reply is not None and reply.window == "cooldown":
@@ -248,7 +262,7 @@ class Accounts:
 
     async def _cool_the_current_one(self, own: "_Own", account: Account, wait_s: float) -> None:
         """Write a cool-down under the current partition, too, once: it outlives the previous secret."""
-        if wait_s > own.ledger.standing(self._monotonic())[2] + _FOLLOWS_S:
+        if wait_s > own.ledger.standing(self._monotonic())[2] + _LONGER_S:
             await self._common.cool(account.partition, wait_s)
 
     def _own(self, account: Account) -> "_Own":
@@ -268,8 +282,8 @@ class _Own:
     """This replica's ledger of one token, and what it knows of the common one."""
 
     __slots__ = (
-        *("born", "caller", "doubtful_until", "followed_at", "known", "ledger", "operations"),
-        *("reported", "told", "told_until"),
+        *("born", "caller", "doubtful_until", "is_in_touch", "known", "ledger", "operations"),
+        *("reported", "told", "told_until", "untold"),
     )
 
     def __init__(self, ledger: Ledger, operations: Operations) -> None:
@@ -280,17 +294,15 @@ class _Own:
         self.born: str | None = None
         self.doubtful_until = 0.0
         """Until then the common ledger may lack calls that were made."""
-        self.followed_at = -math.inf
+        self.is_in_touch = True
+        """The common ledger answered the latest question, or was not asked yet."""
+        self.untold = False
+        """The common ledger does not know a cool-down that this one knows."""
         self.reported = False
         """The upstream, or the common ledger with a refusal, has told this replica what is left."""
         self.told = RateLimit()
         self.told_until = math.inf
         """Until then no call leaves the hour."""
-
-    def follow(self, now: float, remaining: tuple[int, int], per_hour: int | None) -> None:
-        """Catch up with the common ledger."""
-        self.ledger.follow(now, remaining, per_hour)
-        self.followed_at = now
 
     def misses(self, now: float, born: str) -> bool:
         """Tell whether the common ledger was lost since, while this one still counts calls in the hour."""

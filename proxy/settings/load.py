@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from proxy.core.errors import SettingsError
+from proxy.settings.rules import WrongEntry
 from proxy.settings.sections import KEYS, PREFIX, SECTIONS, Key, Loaded, Settings
-from proxy.settings.show import as_loaded, mask, printable, shown, shown_refused
+from proxy.settings.show import as_loaded, mask, printable, shown, shown_entry, shown_refused
 
 _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SERVICE_LINK: Final = re.compile(
@@ -126,12 +127,11 @@ def _from_overrides(overrides: Iterable[str]) -> Iterator[_Given]:
 def _checked(key: Key, value: object, origin: str) -> Any:
     try:
         return key.rule.check(value)
+    except WrongEntry as wrong:
+        name, value, must = f"{key}{shown_entry(wrong.entry)}", wrong.value, f"must be {wrong.allowed}"
     except ValueError as error:
-        reason = f"{error}; " if str(error) else ""
-        raise SettingsError(
-            f"{key} = {shown_refused(value, secret=key.rule.secret)} ({origin}):"
-            f" {reason}must be {key.rule.allowed}"
-        ) from None
+        name, must = str(key), f"{str(error) and f'{error}; '}must be {key.rule.allowed}"
+    raise SettingsError(f"{name} = {shown_refused(value, secret=key.rule.secret)} ({origin}): {must}")
 
 
 def _known(name: str, origin: str) -> Key:

@@ -48,6 +48,18 @@ class Rule(Generic[T]):
     """The value can hold a password: it is shown masked, and never in a `repr`."""
 
 
+class WrongEntry(ValueError):
+    """One entry of a table or a list is not allowed; the error then names it, and not the whole value."""
+
+    def __init__(self, entry: str | int, value: object, allowed: str) -> None:
+        super().__init__(allowed)
+        self.entry = entry
+        """The key in the table, or the place in the list."""
+        self.value = value
+        self.allowed = allowed
+        """As of a rule: ends the sentence "must be ..."."""
+
+
 def whole(least: int, most: int, unit: str = "") -> Rule[int]:
     """Allow whole numbers from `least` to `most`; `unit` is said after "a whole number"."""
 
@@ -232,6 +244,7 @@ def _key_prefix(text: str) -> str:
 
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_NAMES_OF: Final = "of letters, digits and . _ - (63 at most)"
 MOST_CLIENTS: Final = 16
 
 
@@ -239,58 +252,59 @@ def _clients() -> Rule[tuple[str, ...]]:
     def check(value: object) -> tuple[str, ...]:
         if not isinstance(value, list | tuple) or len(value) > MOST_CLIENTS:
             raise ValueError
-        for name in value:
+        for place, name in enumerate(value):
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ValueError(f"{ascii(name)[:80]} is no such name")
+                raise WrongEntry(place, name, f"a name {_NAMES_OF}")
             if name.lower() == "other":
-                raise ValueError("other is every program that is not in the list")
-        if len({name.lower() for name in value}) < len(value):
-            raise ValueError("a name is there twice")
+                raise WrongEntry(place, name, "another name: other is every program that is not in the list")
+            if name.lower() in {each.lower() for each in value[:place]}:
+                raise WrongEntry(place, name, "another name: it is there twice")
         return tuple(value)
 
     def from_text(text: str) -> object:
         return [name.strip() for name in text.split(",")] if text.strip() else []
 
-    return Rule(
-        f"a list of at most {MOST_CLIENTS} names of letters, digits and . _ - (63 at most)", check, from_text
-    )
+    return Rule(f"a list of at most {MOST_CLIENTS} names {_NAMES_OF}", check, from_text)
 
 
-_COLLECTION: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_COLLECTION: Final = re.compile(r"(?!v[0-9]+\Z)(?=[0-9_-]*[a-z])[a-z0-9][a-z0-9_-]{0,62}")
+_COLLECTION_NAME: Final = (
+    "named after the first segment of a path behind /v2/, in lower case: droplets, 1-clicks"
+)
+_TTL: Final = whole(1, _DAY_S, " of seconds")
 MOST_COLLECTIONS: Final = 64
 NO_COLLECTIONS: Final[Mapping[str, int]] = FrozenTable()
 
 
-def _collections() -> Rule[Mapping[str, int]]:
-    def check(value: object) -> Mapping[str, int]:
-        if not isinstance(value, Mapping) or len(value) > MOST_COLLECTIONS:
-            raise ValueError
-        for name, ttl_s in value.items():
-            if not isinstance(name, str) or not _COLLECTION.fullmatch(name):
-                raise ValueError(f"{ascii(name)[:80]} is no first path segment behind /v2/")
-            if name == "snapshots":
-                raise ValueError("snapshots are cached without it, for cache.fresh_s and cache.list_fresh_s")
-            if isinstance(ttl_s, bool) or not isinstance(ttl_s, int) or not 1 <= ttl_s <= _DAY_S:
-                raise ValueError(f"{name} has {ascii(ttl_s)[:80]}, no TTL")
-        return FrozenTable(value)
+def _checked_collections(value: object) -> Mapping[str, int]:
+    if not isinstance(value, Mapping) or len(value) > MOST_COLLECTIONS:
+        raise ValueError("each part must be NAME = TTL, each name once" if isinstance(value, str) else "")
+    for name, ttl_s in value.items():
+        if not _COLLECTION.fullmatch(name):
+            raise WrongEntry(name, ttl_s, _COLLECTION_NAME)
+        if name == "snapshots":
+            allowed = "another collection: snapshots are cached for cache.fresh_s and cache.list_fresh_s"
+            raise WrongEntry(name, ttl_s, allowed)
+        try:
+            _TTL.check(ttl_s)
+        except ValueError:
+            raise WrongEntry(name, ttl_s, _TTL.allowed) from None
+    return FrozenTable(value)
 
-    def from_text(text: str) -> object:
-        inner = text.strip().removeprefix("{").removesuffix("}").strip()
-        table: dict[str, object] = {}
-        for pair in inner.split(",") if inner else ():
-            name, equals, ttl_s = (part.strip() for part in pair.partition("="))
-            name = name.strip('"')  # TOML allows a key to be quoted
-            if not equals or name in table:
-                return text
-            table[name] = _or_text(int)(ttl_s)
-        return table
 
-    return Rule(
-        f"a table of at most {MOST_COLLECTIONS} collections and their TTLs, each a whole number of seconds"
-        f" from 1 to {_DAY_S}: {{regions = 3600, droplets = 15}}",
-        check,
-        from_text,
-    )
+def _collections_from_text(text: str) -> object:
+    """Read `{name = TTL, name = TTL}`, braces or not. What is not of that form stays text."""
+    inner = text.strip()
+    if inner[:1] == "{" and inner[-1:] == "}":
+        inner = inner[1:-1].strip()
+    table: dict[str, object] = {}
+    for pair in inner.split(",") if inner else ():
+        name, equals, ttl_s = (part.strip() for part in pair.partition("="))
+        name = re.sub(r"(['\"])(.*)\1", r"\2", name)  # TOML allows a key to be quoted
+        if not equals or name in table:
+            return text
+        table[name] = _or_text(int)(ttl_s)
+    return table
 
 
 def _header(text: str) -> str:
@@ -307,7 +321,12 @@ FILE: Final = _text("the path of a readable file, or empty", is_file=True)
 FLAG: Final = _flag()
 PRINTABLE: Final = _text("printable text")
 CLIENTS: Final = _clients()
-COLLECTIONS: Final = _collections()
+COLLECTIONS: Final = Rule(
+    f"a table of at most {MOST_COLLECTIONS} collections and their TTLs, each {_TTL.allowed}:"
+    " {regions = 3600, droplets = 15}",
+    _checked_collections,
+    _collections_from_text,
+)
 HEADER: Final = _text("the name of a header: letters, digits and -, 64 at most", _header)
 KEY_PREFIX: Final = _text("letters, digits and . _ : - only, not empty", _key_prefix)
 SECONDS: Final = whole(0, _YEAR_S, " of seconds")

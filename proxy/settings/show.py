@@ -66,6 +66,17 @@ def as_loaded(key: Key, loaded: Loaded) -> str:
     return f"{key} = {shown(key.of(loaded.settings))} ({loaded.origins[str(key)]})"
 
 
+def shown_entry(entry: str | int) -> str:
+    """Give the key of a table's entry as TOML writes it behind a dot, or a list's place, from 1 on."""
+    match entry:
+        case int(place):
+            return f", entry {place + 1}"
+        case str(name) if re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name):
+            return f".{name}"
+        case str(name):
+            return f".{shown(name)}"
+
+
 def shown_refused(value: object, *, secret: bool) -> str:
     """Give a value that was refused. Text with `@` or `?` may be a URL with a password, and is masked."""
     if isinstance(value, str) and (secret or re.search(r"[@?]", value)):
@@ -85,8 +96,10 @@ def shown(value: object) -> str:
             return f"a number beyond {_INT_BITS} bits"
         case int() | float():
             return repr(value)
-        case dict() | list():
-            return "a table or a list"
+        case dict():
+            return "a table"
+        case list():
+            return "a list"
         case _:
             return str(value)  # TOML's dates and times
 

@@ -108,7 +108,7 @@ class Channel:
     async def _converse(self, wire: Wire) -> None:
         """Listen until the connection ends, or is silent for too long; beat meanwhile. Raises OSError."""
         pubsub = self._servers.pubsub
-        async with ListeningTimeout(SILENCE_S) as silence:
+        with ListeningTimeout(SILENCE_S) as silence:
 
             def hear(message: object) -> None:
                 silence.restart(SILENCE_S)

@@ -181,13 +181,12 @@ class Cluster:
     async def _follow_redirects(self, commands: Sequence[Command], replies: list[Any], left_s: float) -> None:
         """Send again what was redirected, and put the replies in their places; stop after `left_s`."""
         pause_s = 0.0
-        with suppress(TimeoutError, Unavailable):
-            async with ListeningTimeout(left_s):
-                while places := [at for at, reply in enumerate(replies) if _says_where(reply)]:
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s or _PAUSE_S, _LONGEST_PAUSE_S)
-                    for at in places:
-                        replies[at] = await self._again(commands[at], replies[at])
+        with suppress(TimeoutError, Unavailable), ListeningTimeout(left_s):
+            while places := [at for at, reply in enumerate(replies) if _says_where(reply)]:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s or _PAUSE_S, _LONGEST_PAUSE_S)
+                for at in places:
+                    replies[at] = await self._again(commands[at], replies[at])
 
     async def _again(self, command: Command, reply: Exception) -> Any:
         """Send one command again, where the `reply` to it says. Raises Unavailable."""

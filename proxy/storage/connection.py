@@ -26,18 +26,16 @@ deadline of its own: its commands wait for a worker, and then for Redis. Every c
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from proxy.storage.calls import Ask, Calls, fail
 from proxy.storage.commands import PUBLISHED, Command, Script
 from proxy.storage.outage import Outage
 from proxy.storage.readiness import Refusal, is_of_no_use, lost, refusal, refused
 from proxy.storage.wire import Wire
 from proxy.tasks.listening import ListeningTimeout
-
-T = TypeVar("T")
 
 WORKERS = 2
 """Two connections: while one worker waits for its replies, the next pipeline gathers for the other."""
@@ -71,16 +69,6 @@ class Unavailable(Exception):
         return "timeout" if self.too_slow else "error"
 
 
-class _Ask:
-    """The commands of one call, and where the replies go."""
-
-    __slots__ = ("commands", "replies")
-
-    def __init__(self, commands: Sequence[Command], replies: "asyncio.Future[list[Any]]") -> None:
-        self.commands = commands
-        self.replies = replies
-
-
 class Link:
     """Runs commands on one Redis server for many calls at a time.
 
@@ -109,8 +97,7 @@ class Link:
         self._trial = trial
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._queue: deque[_Ask] = deque()
-        self._asked = asyncio.Event()
+        self._queue = Calls()
         self._first_attempt = asyncio.Event()
         self._usable = asyncio.Event()
         self._closing = False
@@ -148,7 +135,7 @@ class Link:
         """Begin to connect, and wait up to PATIENCE_AT_START_S for the first attempt; `up` is its result."""
         self.begin()
         try:
-            async with ListeningTimeout(PATIENCE_AT_START_S):
+            with ListeningTimeout(PATIENCE_AT_START_S):
                 await self._first_attempt.wait()
         except TimeoutError:
             self._note(Refusal("silent", "it has not answered yet"))
@@ -173,10 +160,9 @@ class Link:
         """Do what `ask` does, and give its result as a future. Raises Unavailable at once where it can."""
         if not self.up or len(self._queue) >= MOST_WAITING:
             raise Unavailable(too_slow=self._connected > 0)
-        ask = _Ask(commands, asyncio.get_running_loop().create_future())
-        self._queue.append(ask)
-        self._asked.set()
-        return ask.replies
+        replies = asyncio.get_running_loop().create_future()
+        self._queue.put(Ask(commands, replies))
+        return replies
 
     async def ask_in_turn(self, *groups: Sequence[Command]) -> list[Any]:
         """Run groups of commands, each after the one before: one server runs a pipeline in its order."""
@@ -190,7 +176,7 @@ class Link:
         """Have every worker connect anew: another server is to be used from now on."""
         self._refusals += 1
         self._connected = 0
-        self._asked.set()  # for the workers that are idle
+        self._queue.wake_all()
 
     # -- a worker ------------------------------------------------------------------------------
 
@@ -225,7 +211,8 @@ class Link:
         """
         loop = asyncio.get_running_loop()
         try:
-            await self._within(self._connect_timeout_s, wire.open())
+            with ListeningTimeout(self._connect_timeout_s):
+                await wire.open()
             commands = self._trial()
             if commands:
                 replies = await self._run(wire, commands)
@@ -246,7 +233,7 @@ class Link:
         self._first_attempt.set()
         tried = self._refusals
         trouble: Refusal | None = None
-        wire.on_lost = self._asked.set  # so that an idle worker notices
+        wire.on_lost = self._queue.wake_all  # so that an idle worker notices
         try:
             while trouble is None:
                 trouble = await self._take(wire, tried)
@@ -255,6 +242,8 @@ class Link:
                 self._connected -= 1
             if not self.up:
                 self._note(trouble)
+            elif self._queue:
+                self._queue.wake_one()
 
     def _replied(self) -> None:
         """Record that Redis answers."""
@@ -267,8 +256,7 @@ class Link:
     def _note(self, trouble: Refusal | None) -> None:
         """Record that Redis is not usable: the calls in the queue fail, and one log line says why."""
         self._usable.clear()
-        _fail(self._queue, Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
-        self._queue.clear()
+        fail(self._queue.take(), Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
         if trouble is not None and not self._closing:
             self._outage.unusable(trouble, asyncio.get_running_loop().time())
 
@@ -279,37 +267,34 @@ class Link:
         when there were `tried` refusals: a primary that became a replica still answers lookups on old
         connections.
         """
-        if tried == self._refusals:
-            await self._asked.wait()
+        while not (self._queue or self._silent or wire.has_ended or tried != self._refusals):
+            await self._queue.wait()
         if tried != self._refusals:
             return Refusal("refused", "")
         if wire.has_ended:
             return Refusal("lost", "")
-        self._asked.clear()
-        batch = tuple(self._queue)
-        self._queue.clear()
-        # Another worker found Redis silent: only a round trip tells whether this connection is, too.
-        return await self._exchange(wire, batch, tried) if batch or self._silent else None
+        # Another worker may have found Redis silent: only a round trip tells whether this connection is, too.
+        return await self._exchange(wire, self._queue.take(), tried)
 
-    async def _exchange(self, wire: Wire, batch: Sequence[_Ask], tried: int) -> Refusal | None:
+    async def _exchange(self, wire: Wire, batch: Sequence[Ask], tried: int) -> Refusal | None:
         """Run one pipeline and hand out the replies. A Refusal: the connection is not to be used again."""
         before = self._round_trips
         commands = [command for ask in batch for command in ask.commands]
         try:
             replies = await self._run(wire, commands or [("PING",)])
         except TimeoutError:
-            _fail(batch, Unavailable(too_slow=True))
+            fail(batch, Unavailable(too_slow=True))
             trouble = Refusal("silent", f"no reply within {_OF_REDIS * self._timeout_s:g} s")
             if self._round_trips == before:
                 self._silent = True
                 self._note(trouble)
-                self._asked.set()  # for the workers that are idle
+                self._queue.wake_all()
             return trouble
         except Exception as error:  # noqa: BLE001 # the same
-            _fail(batch, Unavailable(too_slow=False))
+            fail(batch, Unavailable(too_slow=False))
             return lost(error, wire.password)
         except BaseException:
-            _fail(batch, Unavailable(too_slow=False))
+            fail(batch, Unavailable(too_slow=False))
             raise
         if tried == self._refusals:
             self._replied()
@@ -320,30 +305,21 @@ class Link:
                 ask.replies.set_result(replies[start:end])
             start = end
         # A server that was demoted, is full or loads its data: what the next connection is refused says more.
-        unfit = any(isinstance(reply, Exception) and self._is_of_no_use(reply) for reply in replies)
+        unfit = any(self._is_of_no_use(reply) for reply in replies if isinstance(reply, Exception))
         if unfit and tried == self._refusals:
             self.leave()
         return Refusal("refused", "") if unfit else None
 
     async def _run(self, wire: Wire, commands: Sequence[Command]) -> list[Any]:
         """Run one pipeline; send once more, with their text, the scripts that the server does not know."""
-        replies = await self._within(_OF_REDIS * self._timeout_s, wire.run(commands))
-        unknown = [at for at, reply in enumerate(replies) if Script.is_unknown(reply)]
+        with ListeningTimeout(_OF_REDIS * self._timeout_s):
+            replies = await wire.run(commands)
+        refused = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
+        unknown = [at for at in refused if Script.is_unknown(replies[at])]
         if unknown:
             calls = [Script.with_text(commands[at]) for at in unknown]
-            for at, reply in zip(
-                unknown, await self._within(_OF_REDIS * self._timeout_s, wire.run(calls)), strict=True
-            ):
+            with ListeningTimeout(_OF_REDIS * self._timeout_s):
+                told = await wire.run(calls)
+            for at, reply in zip(unknown, told, strict=True):
                 replies[at] = reply
         return replies
-
-    async def _within(self, seconds: float, work: Awaitable[T]) -> T:
-        """Wait for Redis for `seconds` of listening. Raises TimeoutError."""
-        async with ListeningTimeout(seconds):
-            return await work
-
-
-def _fail(asks: Sequence[_Ask], error: Unavailable) -> None:
-    for ask in asks:
-        if not ask.replies.done():
-            ask.replies.set_exception(error)

@@ -20,7 +20,7 @@ async def find_map(nodes: Sequence[Endpoint]) -> list[SlotRange] | Refusal:
     for node in nodes:
         wire = Wire(node)
         try:
-            async with ListeningTimeout(_ASK_S):
+            with ListeningTimeout(_ASK_S):
                 await wire.open()
                 (reply,) = await wire.run([("CLUSTER", "SLOTS")])
             if isinstance(reply, Exception):

@@ -95,7 +95,7 @@ class Sentinels:
         wire = self._wires.pop(to, None)
         said: View | str
         try:
-            async with ListeningTimeout(ASK_S):
+            with ListeningTimeout(ASK_S):
                 if wire is None or wire.has_ended:
                     wire = Wire(to)
                     await wire.open()

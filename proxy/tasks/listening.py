@@ -18,40 +18,55 @@ LAST_LOOKS = 16
 
 
 class ListeningTimeout:
-    """Raise TimeoutError in the `async with` block after `seconds` in which this process was listening.
+    """Raise TimeoutError in the `with` block after `seconds` in which this process was listening.
 
-    `None` sets no limit. A block is entered once; `restart` may move its limit at any time.
+    `None` sets no limit. A block is entered once, in a task; `restart` may move its limit at any time.
+    What `asyncio.timeout` does is done here, too, and not by one of these: a miss enters five blocks.
     """
 
-    __slots__ = ("_due", "_handle", "_left", "_step_s", "_timeout")
+    __slots__ = ("_cancelling", "_due", "_expired", "_handle", "_left", "_loop", "_step_s", "_task")
 
     def __init__(self, seconds: float | None) -> None:
-        self._timeout = asyncio.timeout(None)
+        self._expired = False
         self._handle: asyncio.Handle | None = None
         self._due = 0.0
         self._left = STEPS
         self._step_s = _step_s(seconds)
+        self._loop: asyncio.AbstractEventLoop
+        self._task: asyncio.Task[object]
+        self._cancelling = 0
 
-    async def __aenter__(self) -> Self:
-        await self._timeout.__aenter__()
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._loop = asyncio.get_running_loop()
         self._begin()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
         self._disarm()
-        await self._timeout.__aexit__(kind, error, traceback)
+        # Another one may have cancelled the task, too: then it stays cancelled.
+        if (
+            self._expired
+            and self._task.uncancel() <= self._cancelling
+            and kind is not None
+            and issubclass(kind, asyncio.CancelledError)
+        ):
+            raise TimeoutError from error
 
     def restart(self, seconds: float | None) -> None:
         """Begin anew, with `seconds` from now; None: no limit until the next restart.
 
         Does nothing where the time is up already. Call it in the block only.
         """
-        if self._timeout.expired():
+        if self._expired:
             return
         self._disarm()
         self._left = STEPS
@@ -63,18 +78,13 @@ class ListeningTimeout:
         """The seconds that count since the block began, or since the last restart; 0 without a limit."""
         if self._step_s is None:
             return 0.0
-        since_step_s = asyncio.get_running_loop().time() - (self._due - self._step_s)
+        since_step_s = self._loop.time() - (self._due - self._step_s)
         return (STEPS - self._left) * self._step_s + min(max(since_step_s, 0.0), self._step_s)
 
     def _begin(self) -> None:
-        self._due = asyncio.get_running_loop().time()
-        self._arm()
-
-    def _arm(self) -> None:
         if self._step_s is not None:
-            loop = asyncio.get_running_loop()
-            self._due = max(self._due + self._step_s, loop.time() + self._step_s / 2)
-            self._handle = loop.call_at(self._due, self._step)
+            self._due = self._loop.time() + self._step_s
+            self._handle = self._loop.call_at(self._due, self._step)
 
     def _disarm(self) -> None:
         if self._handle is not None:
@@ -84,17 +94,19 @@ class ListeningTimeout:
     def _step(self) -> None:
         self._left -= 1
         if self._left > 0:
-            self._arm()
+            assert self._step_s is not None
+            self._due = max(self._due + self._step_s, self._loop.time() + self._step_s / 2)
+            self._handle = self._loop.call_at(self._due, self._step)
         else:
             self._look_again(LAST_LOOKS)
 
     def _look_again(self, looks: int) -> None:
-        loop = asyncio.get_running_loop()
         if looks:
-            self._handle = loop.call_soon(self._look_again, looks - 1)
+            self._handle = self._loop.call_soon(self._look_again, looks - 1)
         else:
             self._handle = None
-            self._timeout.reschedule(loop.time())
+            self._expired = True
+            self._task.cancel()
 
 
 def _step_s(seconds: float | None) -> float | None:

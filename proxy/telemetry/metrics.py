@@ -185,6 +185,10 @@ class Metrics:
     ) -> None:
         """Count what happened."""
         match event:
+            case StoreOperation():  # the most frequent one first: a miss has four
+                self._store_operations.labels(event.operation, event.outcome).value += 1
+            case QuotaWait():
+                self._quota_wait.observe(event.seconds)
             case RequestDone():
                 client = self._pairs.client(event.caller, event.client)
                 self._requests.labels(
@@ -200,8 +204,6 @@ class Metrics:
                 client = self._pairs.client(event.caller, event.client)
                 self._upstream_requests.labels(event.route, status, event.caller, client).inc()
                 self._upstream_seconds.labels(event.route).observe(event.seconds)
-            case StoreOperation():
-                self._store_operations.labels(event.operation, event.outcome).inc()
             case Invalidation():
                 self._invalidations.labels(event.cause).inc()
             case Refreshed():
@@ -209,8 +211,6 @@ class Metrics:
                 self._refreshed.labels(event.by).inc(event.snapshots)
             case UnknownValue():
                 self._unknown_values.labels(event.field).inc()
-            case QuotaWait():
-                self._quota_wait.observe(event.seconds)
             case _:
                 assert_never(event)
 

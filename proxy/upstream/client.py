@@ -124,7 +124,7 @@ class Upstream:
         try:
             with way() as here:
                 try:
-                    async with ListeningTimeout(deadline - time.monotonic()):
+                    with ListeningTimeout(deadline - time.monotonic()):
                         response = await self._session(kept=reads and not new_connection).request(
                             call.method,
                             URL(self._options.base_url + call.target.path, encoded=True),
@@ -169,7 +169,7 @@ class Upstream:
         reading = read_all(response, self._options.max_body_bytes, self._options.read_timeout_s)
         if response.status not in _TELLING:
             return await reading
-        async with ListeningTimeout(_WORDS_S):
+        with ListeningTimeout(_WORDS_S):
             return await reading
 
     @asynccontextmanager
@@ -196,7 +196,7 @@ class Upstream:
         try:
             with way() as here:
                 try:
-                    async with due:
+                    with due:
                         response = await self._session(kept=reads and not new_connection).request(
                             request.method,
                             URL(self._options.base_url + request.target, encoded=True),

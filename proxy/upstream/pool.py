@@ -97,7 +97,7 @@ class Pool(aiohttp.TCPConnector):
     ) -> Connection:
         """Give a connection for one request. Raises UpstreamUnreachable: then the request was not sent."""
         try:
-            async with ListeningTimeout(self.connect_timeout_s):
+            with ListeningTimeout(self.connect_timeout_s):
                 connection = await self._usable(req, traces, timeout)
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise self._unreachable(error) from None

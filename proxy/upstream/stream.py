@@ -70,7 +70,7 @@ async def chunks_of(
             if content.is_eof():  # all of it has come: nothing is waited for
                 chunk = await content.readany()
             else:
-                async with ListeningTimeout(min(read_timeout_s, whole_s)) as due:
+                with ListeningTimeout(min(read_timeout_s, whole_s)) as due:
                     chunk = await content.readany()
                 whole_s -= due.listened_s
         except TimeoutError:

@@ -418,3 +418,32 @@ def test_the_longest_header_is_read_quickly(unit: str) -> None:
 def test_request_id(value: str | None, taken: bool) -> None:
     """The caller's id is kept where it is fit for logs and headers."""
     assert parse_request_id(value) == (value if taken else None)
+
+
+TOKEN = "dop_v1_0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("value", "authorizations", "taken"),
+    [
+        pytest.param(TOKEN, [f"Bearer {TOKEN}"], False, id="token"),
+        pytest.param(f"job-1.{TOKEN}-2", [f"Bearer {TOKEN}"], False, id="token-within"),
+        pytest.param(TOKEN, [f"Bearer  {TOKEN} "], False, id="token-between-blanks"),
+        pytest.param(TOKEN, [f"Basic {TOKEN}"], False, id="other-scheme"),
+        pytest.param(TOKEN, [TOKEN], False, id="no-scheme"),
+        pytest.param(TOKEN, ["Bearer other", f"Bearer {TOKEN}"], False, id="second-header"),
+        *(
+            pytest.param(
+                f"{'x' * before}{TOKEN[5:20]}x", [f"Bearer {TOKEN}"], False, id=f"piece-after-{before}"
+            )
+            for before in range(9)
+        ),
+        pytest.param(TOKEN[-7:], [f"Bearer {TOKEN}"], True, id="piece-of-7-is-chance"),
+        pytest.param("job-0123", [f"Bearer {TOKEN}"], True, id="own-id"),
+        pytest.param("job-0123", ["Bearer My Access Token"], True, id="token-with-blanks"),
+        pytest.param(TOKEN, [], True, id="no-authorization"),
+    ],
+)
+def test_request_id_without_the_token(value: str, authorizations: list[str], *, taken: bool) -> None:
+    """An id that shows the token is not kept: it would stand in log and answer."""
+    assert parse_request_id(value, authorizations) == (value if taken else None)

@@ -20,8 +20,8 @@ import pytest
 import pytest_asyncio
 import trustme
 from kit.redis_sets import ClusterSet, SentinelSet, tell, until_told
-from kit.replicas import shared, together
-from kit.support import NO_STALE, Serve, bearer, scrape, until
+from kit.replicas import shared, together, until_acquainted
+from kit.support import NO_STALE, Serve, bearer, introduce, scrape, until
 
 from proxy.core.identity import Keyring, Token as CallerToken
 from proxy.simulator import Limits, Simulator, Snapshot, Token
@@ -160,7 +160,13 @@ async def fleet(url: str, directory: Path, *more: str) -> AsyncIterator[tuple[Lo
                 cookie_jar=aiohttp.DummyCookieJar(), connector=aiohttp.TCPConnector(limit=0)
             )
         )
-        yield Load(replicas, client, simulator), replicas
+        load = Load(replicas, client, simulator)
+        # A replica that knows the others, and the tokens, keeps the quota without Redis: docs/quota.md.
+        await until_acquainted(client, *replicas)
+        for number, replica in enumerate(replicas):
+            tokens = (token.value for token in load.tokens)
+            await introduce(client, replica.api, *tokens, name=f"introduction-{number}")
+        yield load, replicas
 
 
 async def recovered(replicas: tuple[Serve, ...], what: str) -> float:

@@ -205,6 +205,7 @@ def misplaced(token: str) -> list[bytes]:
     """Write requests that carry a token where none belongs, or are broken around one."""
     head = f"Host: a\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n"
     good = f"GET {DROPLET_PATH} HTTP/1.1\r\n"
+    bears, close = f"Authorization: Bearer {token}", "Host: a\r\nConnection: close"
     return [
         text.encode("latin-1")
         for text in (
@@ -219,6 +220,19 @@ def misplaced(token: str) -> list[bytes]:
             f"GET {DROPLET_PATH} HTTP/2.0\r\n{head}\r\n",
             f"{good}{head}{token}\r\n\r\n",
             f"{good}{head}{token}: {token}\r\nCookie: {token}\r\nX-Request-Id: {token} \xe9\r\n\r\n",
+            *(
+                f"{line} HTTP/1.1\r\n{authorization}\r\nX-Request-Id: {name}\r\n{close}\r\n\r\n"
+                for name in (token, f"job-{token}.1", token[:40])
+                for line, authorization in (
+                    (f"GET {DROPLET_PATH}", bears),
+                    (f"HEAD {DROPLET_PATH}", bears),
+                    ("GET /v2/account", bears),
+                    ("DELETE /v2/snapshots/1", bears),
+                    (f"GET {DROPLET_PATH}", f"Authorization: Basic {token}"),
+                    (f"GET {DROPLET_PATH}", f"Authorization: {token}"),
+                    (f"GET {DROPLET_PATH}", f"Authorization: Bearer x\r\n{bears}"),
+                )
+            ),
             f"{good}{head}Authorization: Bearer {token}\r\n\r\n",
             f"{good}{head}If-None-Match: {token}\r\nCache-Control: max-age={token}, {token}\r\n\r\n",
             f"{good}Host: a\r\nConnection: close\r\nAuthorization: Basic {token}\r\n\r\n",

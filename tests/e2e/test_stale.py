@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 from kit.support import DEADLINE_S, DROPLET_PATH, Valkey, app, bearer, scrape, total, write_secret
 
-from proxy.simulator import Fault, FaultKind, Simulator, Token
+from proxy.core.breaker import FAILURES as FAILURES_THAT_OPEN
+from proxy.simulator import DROPLET_SNAPSHOT_ID, Fault, FaultKind, Simulator, Token, World
 
 STALE = "cache.fresh_s=0"
 WHILE_REVALIDATE = (STALE, "cache.stale_if_error_s=0")
@@ -157,6 +158,50 @@ async def test_stale_if_error(
         simulator.faults.add(fault, times=None)
         assert await get(client, url, token) == (200, f"snapshot-proxy; {cache_status}", body)
         assert await get(client, url, token) == (200, f"snapshot-proxy; {cache_status}", body)
+
+
+@pytest.mark.parametrize(
+    ("fault", "failures", "calls"),
+    [
+        pytest.param(Fault(FaultKind.STATUS, status=503), 0, 1, id="503"),
+        pytest.param(Fault(FaultKind.TIMEOUT), 0, 1, id="timeout"),
+        pytest.param(Fault(FaultKind.STATUS, status=503), FAILURES_THAT_OPEN, 0, id="breaker-open"),
+    ],
+)
+async def test_stale_if_error_tells_the_quota(
+    *,
+    fault: Fault,
+    failures: int,
+    calls: int,
+    simulator: Simulator,
+    token: Token,
+    client: aiohttp.ClientSession,
+) -> None:
+    """A stale answer in the place of an error has the `ratelimit-*` that a hit has at that moment."""
+    simulator.world = World(snapshots_per_team=FAILURES_THAT_OPEN)
+    token = simulator.world.token()
+    others = [each.id for each in simulator.world.snapshots() if each.id != DROPLET_SNAPSHOT_ID]
+
+    async def ask(path: str, **headers: str) -> tuple[int, str, list[str | None]]:
+        async with client.get(at.api + path, headers=bearer(token.value) | headers) as response:
+            told = [response.headers.get(f"ratelimit-{name}") for name in ("limit", "remaining", "reset")]
+            return response.status, response.headers["Cache-Status"], told
+
+    async with app(f"upstream.base_url={simulator.url}", "upstream.total_timeout_s=0.3", *IF_ERROR) as at:
+        await ask("/v2/snapshots")  # it brings every snapshot, stale already, and stays fresh itself
+        simulator.faults.add(fault, times=None)
+        for name in others[:failures]:
+            await ask(f"/v2/snapshots/{name}")
+        asked = simulator.count()
+        for headers, expected in ({}, 200), ({"If-None-Match": "*"}, 304):
+            status, cache_status, told = await ask(DROPLET_PATH, **headers)
+            assert (status, "stale-if-error" in cache_status) == (expected, True)
+            _, hit, told_by_hit = await ask("/v2/snapshots")
+            assert "; hit; ttl=" in hit
+            assert told == told_by_hit
+            assert told[:2] == ["5000", str(5000 - 1 - failures - calls)]
+            assert int(told[2] or 0) > 0
+        assert simulator.count() - asked == calls
 
 
 @pytest.mark.G2

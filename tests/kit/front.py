@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 from kit.wire import pump
 
@@ -37,10 +38,11 @@ class Front:
         self.port: int = self._listening.getsockname()[1]
 
     async def __aenter__(self) -> Self:
-        self._start(self._accept())
+        asyncio.get_running_loop().add_reader(self._listening, self._accept)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._listening)
         self._listening.close()
         while self._tasks:
             for task in self._tasks:
@@ -53,16 +55,13 @@ class Front:
         for writer in self._clear:
             writer.transport.abort()
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            accepted, _ = await loop.sock_accept(self._listening)
-            self._start(self._serve(accepted))
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it left again
+            accepted, _ = self._listening.accept()
+            task = asyncio.create_task(self._serve(accepted))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(_close, accepted))  # also where it was cancelled before it began
 
     async def _serve(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -96,11 +95,13 @@ class Front:
                     answers.cancel()
                     await asyncio.wait([answers])
         finally:
-            if not writers:
-                accepted.close()
             for writer in writers:
                 self._clear.discard(writer)
                 writer.transport.abort()
+
+
+def _close(accepted: socket.socket, _: asyncio.Task[None]) -> None:
+    accepted.close()
 
 
 async def _first_byte(accepted: socket.socket) -> bytes:

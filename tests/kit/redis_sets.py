@@ -21,8 +21,8 @@ from proxy.storage.client import endpoint
 from proxy.storage.wire import Wire
 
 SERVICE = "cache"
-DOWN_AFTER_MS = 500
-"""A primary that is silent for so long is replaced."""
+DOWN_AFTER_MS = 1500
+"""A primary that is silent for so long is replaced; a server on a busy machine is silent for less."""
 
 _LRU = (
     *("--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lru"),

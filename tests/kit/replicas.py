@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TypeVar
 
-from kit.support import Serve, write_secret
+import aiohttp
+
+from kit.support import DEADLINE_S, Serve, write_secret
 
 Replica = TypeVar("Replica", bound=Serve)
 
@@ -36,6 +38,16 @@ async def together(
     finally:
         statuses = await asyncio.gather(*(replica.stop(stop) for replica in replicas))
     assert stop != signal.SIGINT or not any(statuses), statuses
+
+
+async def until_acquainted(client: aiohttp.ClientSession, *replicas: Serve) -> None:
+    """Wait until each replica knows all of them: its share of a quota without Redis depends on that."""
+    async with asyncio.timeout(DEADLINE_S):
+        for replica in replicas:
+            known = 0
+            while known < len(replicas):
+                async with client.get(f"{replica.admin}/status") as response:
+                    known = (await response.json())["store"]["replicas"]
 
 
 def orders(*sequences: tuple[str, ...]) -> list[tuple[str, ...]]:

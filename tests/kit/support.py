@@ -295,10 +295,12 @@ def free_port() -> int:
 _PORTS = random.SystemRandom()  # two test processes with the same seed must not try the same ports
 
 
-async def introduce(client: aiohttp.ClientSession, api: str, *tokens: str) -> None:
+async def introduce(
+    client: aiohttp.ClientSession, api: str, *tokens: str, name: str = "introduction"
+) -> None:
     """Make a call with each token: before one was answered, the proxy lets one at a time go upstream."""
     for token in tokens:
-        async with client.get(f"{api}/v2/snapshots/introduction", headers=bearer(token)) as response:
+        async with client.get(f"{api}/v2/snapshots/{name}", headers=bearer(token)) as response:
             assert response.status == 404
 
 
