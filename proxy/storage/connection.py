@@ -159,7 +159,7 @@ class Link:
     def send(self, commands: Sequence[Command]) -> "asyncio.Future[list[Any]]":
         """Do what `ask` does, and give its result as a future. Raises Unavailable at once where it can."""
         if not self.up or len(self._queue) >= MOST_WAITING:
-            raise Unavailable(too_slow=self._connected > 0)
+            raise Unavailable(too_slow=self._connected > 0 or self._silent)
         replies = asyncio.get_running_loop().create_future()
         self._queue.put(Ask(commands, replies))
         return replies
