@@ -344,6 +344,25 @@ def test_during_a_rotation_both_ledgers_hear_of_the_limit() -> None:
     run(main())
 
 
+def test_an_operations_cool_down_counts_during_a_rotation() -> None:
+    """Under the previous secret, while that is configured; no cool-down lasts longer than an hour."""
+
+    async def main() -> None:
+        fleet = Fleet(replicas=2)
+        before = Account(Partition("b" * 32), "other")
+        during = Account(ACCOUNT.partition, "other", before.partition)
+        first, second = fleet.replicas
+        turn = await first.admit(before, CallClass.WRITE, "one")
+        assert isinstance(turn, Permit)
+        refused = Settlement(refused_operation=Operation("one", "path"), retry_after_s=30)
+        await first.settle(before, turn, refused)
+        await asyncio.sleep(5)
+        assert await second.admit(during, CallClass.WRITE, "one") == Postponed(25.0, "operation")
+        assert isinstance(await second.admit(during, CallClass.WRITE, "another"), Permit)
+
+    run(main())
+
+
 def test_a_cool_down_outlives_the_previous_secret() -> None:
     """One that was made before the rotation, by a replica that knew the old secret alone."""
 

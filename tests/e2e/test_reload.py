@@ -268,6 +268,24 @@ async def test_the_quota_changes(upstream: str, client: aiohttp.ClientSession, t
         assert await asked(8) == [404]
 
 
+async def test_a_lower_quota_lets_admitted_calls_go(
+    upstream: str, simulator: Simulator, client: aiohttp.ClientSession, token: Token
+) -> None:
+    """What was admitted before is answered, and counts: the next call is refused."""
+    async with Live.running(upstream, "quota.max_wait_s=0") as service:
+        await status_of(client, service.at.api + VOLUME_PATH, token)
+        async with simulator.hold() as gate:
+            calls = [
+                asyncio.create_task(status_of(client, f"{service.at.api}/v2/snapshots/99{number}", token))
+                for number in range(12)
+            ]
+            await gate.arrived(12)
+            service.follow("quota.per_minute=5", "quota.max_wait_s=0")
+            gate.release()
+            assert await asyncio.gather(*calls) == [404] * 12
+        assert await status_of(client, service.at.api + DROPLET_PATH, token) == 429
+
+
 async def test_the_quota_of_unknown_tokens_changes(
     upstream: str, simulator: Simulator, client: aiohttp.ClientSession
 ) -> None:
