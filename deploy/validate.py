@@ -3,6 +3,7 @@
 
     python deploy/validate.py
 
+With `--write` it writes instead what is made of other files: the rules of Prometheus for kustomize.
 Needs no engine and no network: it reads the files as the programs that they are for would, and compares
 what two of them have to agree on.
 """
@@ -32,6 +33,9 @@ API_PORT, ADMIN_PORT = 8080, 8081
 
 def main() -> int:
     """Print one line for each check. Returns the exit status."""
+    if sys.argv[1:] == ["--write"]:
+        workloads.write_rules(ROOT)
+        return 0
     failures = 0
     for check in CHECKS:
         try:

@@ -19,6 +19,7 @@ from soundness import Unsound, expect_time_to_stop, files_of, run, settings_of
 
 KUBERNETES = "1.37"
 CHART = "deploy/helm/snapshot-proxy"
+KUSTOMIZE_RULES = "deploy/kustomize/components/alerting/rules.yaml"
 OPERATORS = {"monitoring.coreos.com/v1", "gateway.networking.k8s.io/v1"}
 """Kinds that Kubernetes itself does not have: no schema here, the comparisons alone."""
 
@@ -37,6 +38,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "ingress": _HTTPS,
         "autoscaling": {"enabled": True},
         "serviceMonitor": {"enabled": True},
+        "prometheusRule": {"enabled": True, "source": "", "groups": []},
     },
     "everything": {
         "redis": {
@@ -89,13 +91,36 @@ def check_kustomize(root: Path) -> None:
         ours, charts = _comparable(objects), _comparable(rendered(root, VALUES[values]))
         for name in sorted(ours.keys() | charts.keys()):
             if ours.get(name) != charts.get(name):
-                raise Unsound(f"deploy/kustomize/{folder}: {' '.join(name)} is not what the chart makes")
+                hint = ": run deploy/validate.py --write" if name[0] == "PrometheusRule" else ""
+                raise Unsound(
+                    f"deploy/kustomize/{folder}: {' '.join(name)} is not what the chart makes{hint}"
+                )
     for component in (root / "deploy/kustomize/components").iterdir():
         if not (component / "kustomization.yaml").is_file():
             raise Unsound(f"{component.name} has no kustomization.yaml")
 
 
 CHECKS = (check_chart, check_kustomize)
+
+
+class _Blocks(yaml.SafeDumper):
+    """Writes text of several lines as such."""
+
+
+_Blocks.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
+def write_rules(root: Path) -> None:
+    """Write the PrometheusRule of kustomize as the chart makes it."""
+    (rule,) = _of(rendered(root, VALUES["production"]), "PrometheusRule")
+    rule["metadata"] = {"name": rule["metadata"]["name"], "labels": _without_tool(rule)}
+    text = yaml.dump(rule, Dumper=_Blocks, sort_keys=False, width=120, allow_unicode=True)
+    (root / KUSTOMIZE_RULES).write_text(f"# Written by `python deploy/validate.py --write`.\n{text}")
 
 
 # -- what they read -------------------------------------------------------------------------------

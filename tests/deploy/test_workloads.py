@@ -220,6 +220,7 @@ def test_setting_that_the_program_does_not_know() -> None:
             "says how many",
         ),
         case("probe", "base/deployment.yaml", "path: /healthz", "path: /health", "the probes"),
+        case("rule", "components/alerting/rules.yaml", "> 0.05", "> 0.5", "--write"),
         case("kind", "base/disruption.yaml", "policy/v1", "policy/v9", "PodDisruptionBudget"),
     ],
 )
