@@ -55,7 +55,7 @@ from proxy.upstream.client import Upstream
 _FETCHES_PER_CONNECTION = 2
 """A caller may leave while its fetch goes on, and another caller begin a second one."""
 
-_LAST_WORDS_S = 2.0
+LAST_WORDS_S = 2.0
 """The last part of the drain, in which no request waits: answers are written, invalidations sent to Redis."""
 
 _LAST_SPANS_S = 2.0
@@ -135,7 +135,7 @@ class App:
         self._accepting.close()
         drain_s = settings.drain_s
         over = time.monotonic() + drain_s
-        self._drain.announce(over - min(_LAST_WORDS_S, drain_s / 2))
+        self._drain.announce(over - min(LAST_WORDS_S, drain_s / 2))
         await self._listener.drain(drain_s)
         await self._close()
         await self._tracing.close(min(_LAST_SPANS_S, max(0.0, over - time.monotonic())))

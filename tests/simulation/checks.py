@@ -23,6 +23,7 @@ far they differ.
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,6 +72,9 @@ class Ended:
 
     name: str | None
     """Of which snapshot; None: of all documents."""
+
+    soft: bool = False
+    """They may still be served, but not as fresh."""
 
     pending: bool = False
     """Redis did not take it, and where an answer can say so, it did: `invalidation-pending`."""
@@ -141,6 +145,7 @@ class Checks:
             if before.token == made.token and before.retry_until > now and before.told_at is not None:
                 same = before.replica == made.replica
                 untold = self._redis_is_off(now) or self._redis_is_off(before.told_at)
+                untold = untold or now + self._stepped_s(before.told_at) >= before.retry_until
                 if now - before.told_at > (0 if same else _SLACK_S) and (same or not untold):
                     self._fail(
                         "cool-down",
@@ -155,9 +160,13 @@ class Checks:
         ]
         if not others or any(self._ended_since(each.sent_at - 1, made) for each in others):
             return
-        # Two, or one a replica, where Redis is out of order, or was while a fetch waited for the quota.
+        # One a replica where Redis is out of order, or was while a fetch waited for quota. One more when it
+        # is back: that may not share a fetch that saw no stamps.
         wait_s = world.size.settings.quota.max_wait_s
-        most = max(2, world.plan.replicas) if self._is_off(now, _AFTERMATH_S + wait_s) else 1
+        most = 1 + world.plan.replicas * self._is_off(now, _AFTERMATH_S + wait_s)
+        # What Redis loses is invalidated: what was being fetched is fetched anew, once.
+        lost_at = (*world.redis.lost_keys_at, *(at for at, step_s in world.redis.steps if step_s > 0))
+        most += sum(now - _AFTERMATH_S - wait_s <= at <= now for at in lost_at)
         if len(others) + 1 > most:
             self._fail(
                 "one call",
@@ -177,6 +186,7 @@ class Checks:
             or self._is_the_first_alone(made)
             or self._is_of_a_share(made, minute - quota.per_minute)
             or self._is_of_a_lost_ledger(made, minute - quota.per_minute)
+            or self._is_of_a_clock_that_stepped(made, minute - quota.per_minute)
         ):
             self._fail(
                 "limits",
@@ -188,33 +198,18 @@ class Checks:
     def _is_new_to_an_empty_redis(self, made: Made) -> bool:
         """Redis comes back empty: one 429 at most, for all replicas without a ledger together."""
         self.exceeded["empty", made.token] += 1
-        return self.exceeded["empty", made.token] <= len(self.world.redis.lost_ledgers_at)
+        return self.exceeded["empty", made.token] <= len(self.world.redis.lost_keys_at)
 
     def _is_of_strangers(self, made: Made) -> bool:
         """Redis goes down before a replica's second heartbeat: it counts as if it did not have the others."""
         return any(each.is_stranger for each in self._alone_lately(made))
 
     def _is_the_first_alone(self, made: Made) -> bool:
-        """Redis goes down, and the callers move to other replicas: one 429 a replica at most.
-
-        Not for a replica that followed the ledger within the last second, as with a call of its own; while
-        it doubts the common one, because of a call without Redis, it does not follow that.
-        """
+        """Redis goes down, and the callers move to other replicas: one 429 a replica at most."""
         outages = sum(START + fault.at <= made.sent_at for fault in self.world.plan.faults)
         case = ("first", made.token, made.replica, outages)
         self.exceeded[case] += 1
-        if self.exceeded[case] > 1:
-            return False
-        alone = [each.made for each in self._alone_lately(made) if each.made.replica == made.replica]
-        if made not in alone:
-            return False
-        doubts = any(each.sent_at < made.sent_at for each in alone)
-        return doubts or not any(
-            each.replica == made.replica
-            and each.token == made.token
-            and made.sent_at - _FOLLOWS_S < each.sent_at < made.sent_at
-            for each in self.world.api.made
-        )
+        return self.exceeded[case] == 1 and any(each.made is made for each in self._alone_lately(made))
 
     def _is_of_a_share(self, made: Made, exceeding: int) -> bool:
         """One replica alone cannot reach Redis: its share at most is exceeded."""
@@ -238,6 +233,25 @@ class Checks:
             return True
         self.exceeded["lost", made.token] += 1
         return self.exceeded["lost", made.token] == 1
+
+    def _is_of_a_clock_that_stepped(self, made: Made, exceeding: int) -> bool:
+        """Redis has a clock that steps: calls leave the minute earlier, or those in flight are lost."""
+        assert made.done_at is not None
+        since, forgotten = made.done_at - self._minute_s, 0
+        for each in self.world.api.made:
+            decided, told = each.done_at, each.told_at
+            if each.token == made.token and decided is not None and since <= decided <= made.done_at:
+                leaves_early = decided <= since + self._stepped_s(decided)
+                in_flight = any(
+                    step_s < 0 and each.sent_at <= at and (told is None or at <= told)
+                    for at, step_s in self.world.redis.steps
+                )
+                forgotten += leaves_early or in_flight
+        return 0 < exceeding <= forgotten
+
+    def _stepped_s(self, since: float) -> float:
+        """Give by how much the clock of Redis has stepped forward since."""
+        return sum(max(step_s, 0.0) for at, step_s in self.world.redis.steps if at >= since)
 
     def _alone_lately(self, made: Made) -> list[Alone]:
         """Give the calls without Redis that may count in the minute of `made`."""
@@ -291,13 +305,16 @@ class Checks:
         whole = status == HTTPStatus.UNAUTHORIZED or ask.what == "list"
         later_s = self._memory_s if status == HTTPStatus.NOT_FOUND else 0.0
         name = None if whole else ask.name
-        self.ended.append(Ended(f"{status}", by, now + later_s, decided, ask.token, name, pending))
+        self.ended.append(Ended(f"{status}", by, now + later_s, decided, ask.token, name, pending=pending))
 
     def purged(self, request: Request, *, done: bool) -> None:
         """Follow what the answer to a purge promises."""
         request.done = True
-        now, name = self.world.loop.now, request.ask.name
-        self.ended.append(Ended("purge", request.replica, now, request.began, None, name, not done))
+        now, ask = self.world.loop.now, request.ask
+        soft = ask.what == "soft-purge"
+        ended = Ended(ask.what, request.replica, now, request.began, None, ask.name, soft=soft)
+        ended.pending = not done
+        self.ended.append(ended)
 
     def late(self, request: Request) -> None:
         """Check a request whose bound is over now."""
@@ -341,6 +358,8 @@ class Checks:
         is_older = made.done_at is not None and made.done_at < ended.before
         if not is_older or request.began <= ended.answered_at or served.status == HTTPStatus.UNAUTHORIZED:
             return False
+        if ended.soft and served.entry is not None and not served.entry.is_fresh(request.replica.clock()):
+            return False  # the answer says that it is stale
         return _concerns(ended, request, made, served) and not self._is_excused(ended, request, made, served)
 
     def _is_excused(self, ended: Ended, request: Request, made: Made, served: Served) -> bool:
@@ -373,11 +392,12 @@ class Checks:
         decided = None if made is None else made.done_at
         if served.status == HTTPStatus.NO_CONTENT:
             before = self.world.truth.deleted.get(ask.name, request.began)
-            self.ended.append(Ended("DELETE", by, now, before, None, ask.name, pending))
+            self.ended.append(Ended("DELETE", by, now, before, None, ask.name, pending=pending))
         elif served.status == HTTPStatus.NOT_FOUND and decided is not None:
-            self.ended.append(Ended("DELETE (404)", by, now, decided, ask.token, ask.name, pending))
+            ended = Ended("DELETE (404)", by, now, decided, ask.token, ask.name, pending=pending)
+            self.ended.append(ended)
         elif served.status == HTTPStatus.UNAUTHORIZED and decided is not None:
-            self.ended.append(Ended("401", by, now, decided, ask.token, None, pending))
+            self.ended.append(Ended("401", by, now, decided, ask.token, None, pending=pending))
 
     def _error(self, request: Request, failed: Failed) -> None:
         error, ask, now = failed.error, request.ask, self.world.loop.now
@@ -385,14 +405,27 @@ class Checks:
         if ask.what == "delete" and kind == "WriteUnknown":
             cause, by = "DELETE of unknown outcome", request.replica
             pending = "invalidation-pending" in failed.cache_status.header
-            self.ended.append(Ended(cause, by, now, request.began, None, ask.name, pending))
+            self.ended.append(Ended(cause, by, now, request.began, None, ask.name, pending=pending))
         if kind in ("QuotaSpent", "TokenRefused") or self.world.api.troubles or self.world.killed:
             return
-        if self.world.paused:
+        if self.world.paused or (request.replica.stops and kind in _IN_A_DRAIN):
             return
         self._fail("needless", f"request {request.number} got {error.status} {kind}, and the API is well")
 
     # -- at the end ----------------------------------------------------------------------------
+
+    def stopped(self, replica: Replica, requests: Iterable[Request]) -> None:
+        """Check a replica that was stopped while these requests waited."""
+        for request in requests:
+            if not request.done and not replica.paused_s:
+                self._fail("answered", f"request {request.number} is lost as {replica.name} stops")
+        self.closed(replica)
+
+    def closed(self, replica: Replica) -> None:
+        """Check a replica that has closed."""
+        names = sorted(task.get_name() for task in replica.process.tasks if not task.done())
+        if names:
+            self._fail("left", f"{replica.name} leaves tasks: {', '.join(names)}")
 
     def left(self, replica: Replica) -> list[str]:
         """Name what a replica that has had no request for a while must not have any more."""
@@ -438,11 +471,15 @@ class Checks:
         world = self.world
         for each in world.api.made:
             writes = each.method == "DELETE" or each.status in (401, 403, 404)
-            of_token = each.token == made.token and each.status == HTTPStatus.UNAUTHORIZED
+            # An entry has no stamp: a pending 403 or 404 ends all of the token's documents.
+            whole = each.status == HTTPStatus.UNAUTHORIZED or (
+                each.told_at is not None and self._is_off(each.told_at, _AFTERMATH_S)
+            )
+            of_token = each.token == made.token and whole
             concerns = of_token or each.name == made.name or not made.name.isdecimal()
             if writes and concerns and (each.told_at is None or each.told_at + _SLACK_S >= since):
                 return True
-        return any(request.ask.what == "purge" and request.began + 2 >= since for request in world.requests)
+        return any(request.ask.what in PURGES and request.began + 2 >= since for request in world.requests)
 
     def _redis_is_off(self, now: float) -> bool:
         return any(_is_near(fault, now) for fault in self.world.plan.faults if fault.kind in _OFF_REDIS)
@@ -453,13 +490,14 @@ class Checks:
         )
 
 
+PURGES = ("purge", "soft-purge")
+_IN_A_DRAIN = frozenset({"UpstreamGivenUp", "UpstreamFailedElsewhere"})
 _OFF_REDIS = _OFF = frozenset((*OF_REDIS, *AT_ONE_REPLICA, "channel-deaf"))
 _OF_READS = frozenset({"403", "404"})
 _TELLING = frozenset({200, 204, 404})
 """Answers with one of these tell how many calls are left."""
 
 _BEATS_TO_KNOW_ALL = 2
-_FOLLOWS_S = 0.9
 
 
 def _concerns(ended: Ended, request: Request, made: Made, served: Served) -> bool:

@@ -72,7 +72,7 @@ def _fails_over(world: "World", fault: Fault, _: Replica) -> None:
 def _lose(world: "World", fault: Fault, values: dict[bytes, Any], expires: dict[bytes, int]) -> None:
     redis = world.redis
     redis.database.values, redis.database.expires = values, expires
-    redis.lost_ledgers_at.append(world.loop.now)
+    redis.lost_keys_at.append(world.loop.now)
     if fault.which % 2:
         redis.database.scripts.clear()
     _away(world, min(fault.seconds, _LONGEST_RESTART_S))
@@ -83,12 +83,19 @@ def _evicts(world: "World", fault: Fault, _: Replica) -> None:
     keys = sorted(redis.database.values)
     for key in redis.random.sample(keys, min(len(keys), 1 + fault.which)):
         redis.database.evict(key)
-    redis.lost_ledgers_at.append(world.loop.now)
+    redis.lost_keys_at.append(world.loop.now)
 
 
 def _refuses_writes(world: "World", fault: Fault, _: Replica) -> None:
     world.redis.refuses = _REFUSALS[fault.which % len(_REFUSALS)]
     world.later(fault.seconds, setattr, world.redis, "refuses", "")
+
+
+def _server_clock_steps(world: "World", fault: Fault, _: Replica) -> None:
+    step_s = round(fault.seconds if fault.which % 2 else -fault.seconds, 3)
+    world.tell("FAULT", f"the clock of Redis steps by {step_s:+.3f} s")
+    world.redis.skew_s += step_s
+    world.redis.steps.append((world.loop.now, step_s))
 
 
 def _unreachable(world: "World", fault: Fault, _: Replica) -> None:
@@ -147,6 +154,8 @@ def _killed(world: "World", fault: Fault, replica: Replica) -> None:
     if replica.process.dead:
         return
     number = world.replicas.index(replica)
+    if replica.stops:
+        world.stopping -= 1
     world.killed.append(replica)
     replica.killed_at = world.loop.now
     world.loop.kill(replica.process)
@@ -158,6 +167,12 @@ def _killed(world: "World", fault: Fault, replica: Replica) -> None:
         if request.replica is replica:
             request.done = True
     world.later(fault.seconds, world.boot, number)
+
+
+def _stopped(world: "World", fault: Fault, replica: Replica) -> None:
+    """Let the operator stop a replica (SIGTERM), and start it again."""
+    if not (replica.process.dead or replica.stops) and replica.opening.done():
+        world.stop(replica, fault.seconds)
 
 
 def _revoked(world: "World", fault: Fault, _: Replica) -> None:
@@ -183,12 +198,14 @@ _EFFECTS: dict[str, Callable[["World", Fault, Replica], None]] = {
     "redis-evicts": _evicts,
     "redis-refuses-writes": _refuses_writes,
     "redis-is-unreachable": _unreachable,
+    "redis-clock-steps": _server_clock_steps,
     "channel-deaf": _deaf,
     "channel-stalls": _stalls,
     "cut-off": _cut_off,
     "clock-steps": _clock_steps,
     "paused": _paused,
     "killed": _killed,
+    "stopped": _stopped,
     "token-revoked": _revoked,
     "scope-changed": _scope_changed,
 }

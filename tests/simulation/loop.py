@@ -194,14 +194,15 @@ class Loop(asyncio.AbstractEventLoop):
     def bury(self, process: Process) -> None:
         """Close the coroutines of a killed process; nothing that they still do counts."""
         with self.running():
-            for task in [*process.tasks]:
+            while process.tasks:  # a coroutine that is closed may still begin another task
+                task = next(iter(process.tasks))
+                del process.tasks[task]
                 task._log_destroy_pending = False  # type: ignore[attr-defined] # it is on purpose
                 coroutine = task.get_coro()
                 for _ in range(_MOST_FINALLY):
                     with suppress(BaseException):
                         process.context.copy().run(coroutine.close)  # type: ignore[union-attr]
                         break
-        process.tasks.clear()
 
     def pause(self, process: Process) -> None:
         """Stop a process for a while, as a busy machine does."""

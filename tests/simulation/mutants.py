@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from proxy.cache import collapse, fetch, memory, readthrough
+from proxy.core import quota
 from proxy.core.entry import Leased
 from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import InvalidationCounts
@@ -72,7 +73,7 @@ MUTANTS = (
         "_may_answer",
         lambda *_: True,
         _of("deleted", "refused", "age"),
-        250,
+        50,
     ),
     Mutant("no lease is asked for", leases.Leases, "lease", _always_leased, _of("one call"), 10),
     Mutant("a lease is not renewed", leases.Leases, "renew", _nothing, _of("one call"), 200),
@@ -91,7 +92,7 @@ MUTANTS = (
         "names",
         lambda _self, call, _basis, _mark, mode: ((call.key, mode),),
         _of("deleted", "refused", "one call"),
-        30,
+        60,
     ),
     Mutant(
         "the pending are not left out",
@@ -99,7 +100,7 @@ MUTANTS = (
         "covers",
         lambda *_: False,
         _of("deleted", "refused"),
-        40,
+        150,
     ),
     Mutant(
         "the pending are never sent",
@@ -109,7 +110,7 @@ MUTANTS = (
         _of("left"),
         30,
     ),
-    Mutant("a 401 invalidates nothing", fetch.Fetcher, "_reject_token", _true, _of("refused"), 40),
+    Mutant("a 401 invalidates nothing", fetch.Fetcher, "_reject_token", _true, _of("refused"), 80),
     Mutant("a DELETE invalidates nothing", fetch.Fetcher, "_invalidate_deleted", _true, _of("deleted"), 10),
     Mutant(
         "no acknowledgement is awaited",
@@ -121,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "the own ledger does not follow",
-        ledgers._Own,
+        quota.Ledger,
         "follow",
         lambda *_: None,
         _of("limits", "cool-down"),
@@ -133,7 +134,7 @@ MUTANTS = (
         "settle",
         _nothing,
         _of("cool-down", "limits", "answered", "needless"),
-        400,
+        900,
     ),
     Mutant(
         "calls in the air are not counted",
@@ -143,7 +144,7 @@ MUTANTS = (
         _of("limits", "cool-down"),
         700,
     ),
-    Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 60),
+    Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 100),
     Mutant("a lookup does not compare stamps", entries, "unseal", None, _of("deleted", "refused"), 10),
 )
 

@@ -43,13 +43,15 @@ class Server:
         """Until when each of these cannot reach it."""
         self.deaf_until = 0.0
         """Until then no message of the channel is delivered."""
+        self.steps: list[tuple[float, float]] = []
+        """When its clock stepped, and by how many seconds."""
         self.commands = 0
         self.recorded: list[tuple[float, list[bytes]]] | None = None
         """Every command and when it was run, if that is to be recorded."""
         self.lost_writes: list[tuple[float, float]] = []
         """From when on it lost writes that it had acknowledged, and when it lost them."""
-        self.lost_ledgers_at: list[float] = []
-        """When it lost, by eviction or as writes, what it had counted."""
+        self.lost_keys_at: list[float] = []
+        """When it lost keys, by eviction or as writes: stamps, and what it had counted."""
         self.breaks: list[str] = []
         """What becomes of the next pipelines that arrive: `before` or `after`."""
 

@@ -19,10 +19,11 @@ QUIET_SNAPSHOT = "303"
 OF_REDIS = (
     *("redis-slow", "redis-hung", "redis-breaks-before", "redis-breaks-after", "redis-restarts-empty"),
     *("redis-fails-over", "redis-evicts", "redis-refuses-writes", "redis-is-unreachable"),
+    "redis-clock-steps",
 )
 OF_THE_API = ("api-late", "api-lost", "api-5xx", "api-429", "api-unreachable")
 OF_CALLERS = ("token-revoked", "scope-changed")
-AT_ONE_REPLICA = ("clock-steps", "paused", "killed", "cut-off", "channel-stalls")
+AT_ONE_REPLICA = ("clock-steps", "paused", "killed", "stopped", "cut-off", "channel-stalls")
 KINDS = (*OF_REDIS, *OF_THE_API, *OF_CALLERS, *AT_ONE_REPLICA, "channel-deaf")
 """Every kind of fault."""
 
@@ -128,7 +129,8 @@ class _Scribe:
 
     def scattered(self, number: int, *, busy: bool = False) -> None:
         """Let requests come that have nothing to do with each other."""
-        kinds, parts = ("get", "list", "get-anew", "delete", "purge"), (20, 4, 6 if busy else 2, 1.5, 0.3)
+        kinds = ("get", "list", "get-anew", "delete", "purge", "soft-purge")
+        parts = (20, 4, 6 if busy else 2, 1.5, 0.3, 0.3)
         for _ in range(number):
             what = self.random.choices(kinds, parts)[0]
             self.asks.append(self.ask(self.length_s * self.random.random(), what))
@@ -227,7 +229,7 @@ class _Scribe:
         draw, numbers = self.random.random, (self.random.randrange(5, 9), self.random.randrange(5, 9))
         for later_s, number in zip((0.0, 0.3), numbers, strict=True):
             for _ in range(number):
-                what = "list" if draw() < _PURGES else "get-anew"
+                what = "list" if draw() > _SINGLE else "get-anew"
                 self.asks.append(self.ask(at + later_s + 0.2 * draw(), what, token=token))
         if draw() < 1 / 2:
             kind = self.random.choice(
@@ -247,9 +249,7 @@ class _Scribe:
             seconds=0.02 + 0.2 * draw() if draw() < 1 / 2 else 1.2 + draw(),
             which=deaf,
         )
-        deletion = self.ask(
-            at + 0.12, "purge" if draw() < _PURGES else "delete", token=token, name=name, where=deaf + 1
-        )
+        deletion = self.ask(at + 0.12, self._ending(), token=token, name=name, where=deaf + 1)
         self.asks.append(replace(deletion, then=self._readers(token, name, deaf)))
 
     def _deletion_among_hits(self) -> None:
@@ -271,9 +271,12 @@ class _Scribe:
         self._delete(at + 0.15 * self.random.random(), name, token)
 
     def _delete(self, at: float, name: str, token: str) -> None:
-        what = "purge" if self.random.random() < _PURGES else "delete"
-        deletion = self.ask(at, what, token=token, name=name)
+        deletion = self.ask(at, self._ending(), token=token, name=name)
         self.asks.append(replace(deletion, then=self._readers(token, name)))
+
+    def _ending(self) -> str:
+        """Draw what ends a document: a write, or a purge."""
+        return self.random.choices(("delete", "purge", "soft-purge"), _ENDINGS)[0]
 
     def _two_tokens(self) -> None:
         """Let two tokens ask one replica for the same in turn."""
@@ -293,7 +296,7 @@ class _Scribe:
 
 
 _SINGLE = 0.7
-_PURGES = 0.3
+_ENDINGS = (0.7, 0.15, 0.15)
 _AROUND_A_DELETION = (
     "channel-stalls",
     "channel-stalls",

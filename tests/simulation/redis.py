@@ -148,7 +148,8 @@ class Database:
             return old
         self.values[key] = value
         if ms is None:
-            self.expires.pop(key, None)
+            if b"KEEPTTL" not in words:
+                self.expires.pop(key, None)
         else:
             self.expires[key] = self._ms() + ms
         return old if gives else OK

@@ -6,12 +6,13 @@ listeners, the fast path's parser, the passthrough.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
 from proxy import options
+from proxy.app import LAST_WORDS_S
 from proxy.cache.fetch import Fetched, is_failure
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Memory, size_of
@@ -26,7 +27,7 @@ from proxy.core.request import Call
 from proxy.gate.connections import ConnectionSlots
 from proxy.gate.gate import UpstreamGate
 from proxy.gate.ledgers import Accounts
-from proxy.settings.sections import Cache, Memory as MemorySettings, Quota, Redis, Settings, Upstream
+from proxy.settings.sections import Cache, Memory as MemorySettings, Quota, Redis, Server, Settings, Upstream
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import RedisLedger
@@ -63,6 +64,7 @@ class Size(NamedTuple):
 
 
 _REDIS = Redis(url="redis://redis:6379", connect_timeout_s=0.5)
+_SERVER = Server(drain_s=3)
 
 SIZES = {
     "small": Size(
@@ -79,6 +81,7 @@ SIZES = {
             memory=MemorySettings(max_bytes=6_000, max_age_s=2),
             quota=Quota(per_minute=10, per_hour=200, max_wait_s=1.5),
             redis=_REDIS,
+            server=_SERVER,
             upstream=Upstream(total_timeout_s=1.2, write_timeout_s=1.5),
         ),
         0.05,
@@ -98,6 +101,7 @@ SIZES = {
             memory=MemorySettings(max_bytes=6_000, max_age_s=2),
             quota=Quota(per_minute=12, per_hour=200, max_wait_s=2),
             redis=_REDIS,
+            server=_SERVER,
             upstream=Upstream(total_timeout_s=2, write_timeout_s=3),
         ),
         0.1,
@@ -117,6 +121,7 @@ SIZES = {
             memory=MemorySettings(max_bytes=6_000, max_age_s=3),
             quota=Quota(per_minute=12, per_hour=200, max_wait_s=4),
             redis=_REDIS,
+            server=_SERVER,
             upstream=Upstream(total_timeout_s=5, write_timeout_s=6),
         ),
         0.1,
@@ -144,6 +149,8 @@ class Replica:
         self.alone_at = -inf
         """When memory last asked whether Redis can be reached, and it could not."""
         self.killed_at = inf
+        self.stops = False
+        """It was told to stop: it takes no request any more, and answers those that it has."""
         self.beats = 0
         """How many of its heartbeats Redis has answered."""
         self.failed_at: dict[str, float] = {}
@@ -248,8 +255,16 @@ class Replica:
         served = None if found is None else self.readthrough.hit(found, self.clock())
         return served or await self.readthrough.get(call, found)
 
+    async def stop(self, requests: Collection["asyncio.Task[None]"]) -> None:
+        """Answer these requests, and stop, as after SIGTERM."""
+        drain_s = self.size.settings.server.drain_s
+        self.drain.announce(self._loop.now + drain_s - min(LAST_WORDS_S, drain_s / 2))
+        if requests:
+            await asyncio.wait(requests, timeout=drain_s)
+        await self.close()
+
     async def close(self) -> None:
-        """Stop, as `App.stop` does."""
+        """Close all parts, as `App.stop` does."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

@@ -18,12 +18,12 @@ from typing import Any
 
 from proxy.cache.readthrough import Failed, Served
 from proxy.core.entry import NONCE_BYTES
-from proxy.core.invalidation import SnapshotsScope
+from proxy.core.invalidation import SnapshotsScope, SoftScope
 from proxy.core.request import NO_DIRECTIVES, Call, Directives
 from proxy.core.resources import list_target, snapshot_target
 from proxy.storage import conversation, membership, values
 from proxy.storage.leases import LEASE_MS
-from simulation.checks import ANSWER, Checks, Request, Violation
+from simulation.checks import ANSWER, PURGES, Checks, Request, Violation
 from simulation.faults import strike
 from simulation.loop import CURRENT, START, Loop, Process, Stuck
 from simulation.network import Server
@@ -80,6 +80,8 @@ class World:
         self.requests: list[Request] = []
         self.killed: list[Replica] = []
         self.paused: list[Replica] = []
+        self.stopping = 0
+        """Replicas that were told to stop, and have not started again."""
         self.most_skew_s = 0.0
         self.checks = Checks(self)
         self.api.on_made = self._made
@@ -88,7 +90,7 @@ class World:
         self.replicas: list[Replica] = []
         self._skew = self._random("clocks")
         self._outside = Process("outside", self._random("outside"))
-        self._callers: list[asyncio.Task[None]] = []
+        self._callers: list[tuple[Request, asyncio.Task[None]]] = []
         self._following = 0
         """Requests that come because others were answered, and have not come yet."""
         self._born = 0
@@ -162,11 +164,10 @@ class World:
         await asyncio.gather(*(self.within(replica, replica.close()) for replica in alive))
         await asyncio.sleep(_LOOKS_S)
         for replica in alive:
-            names = sorted(task.get_name() for task in replica.process.tasks if not task.done())
-            if names:
-                self.checks._fail("left", f"{replica.name} leaves tasks: {', '.join(names)}")
+            self.checks.closed(replica)
         leases = sorted(key for key in self.redis.database.values if b":lease:" in key)
-        soon_ms = int(self.redis.database.clock() * 1000) + LEASE_MS
+        back_s = -sum(min(step_s, 0.0) for _, step_s in self.redis.steps)
+        soon_ms = int((self.redis.database.clock() + back_s) * 1000) + LEASE_MS
         for key in leases:
             if self.redis.database.expires.get(key, soon_ms + 1) > soon_ms:
                 self.checks._fail("left", f"a lease that does not expire: {key.decode()}")
@@ -175,12 +176,16 @@ class World:
         """Wait until all requests are answered and nothing is left of them, as long as that may last."""
         until = self.loop.now + self.size.longest_write_s + _SETTLING_S
         while True:
-            alive = [each for each in self.replicas if not each.process.dead and each.opening.done()]
+            alive = [
+                each
+                for each in self.replicas
+                if not (each.process.dead or each.stops) and each.opening.done()
+            ]
             starting = any(not each.process.dead and not each.opening.done() for each in self.replicas)
             busy = (
                 starting
-                or bool(self._following)
-                or any(not task.done() for task in self._callers)
+                or bool(self._following or self.stopping)
+                or any(not task.done() for _, task in self._callers)
                 or any(map(self.checks.left, alive))
             )
             if not busy or self.loop.now > until:
@@ -208,6 +213,29 @@ class World:
         self.tell(name, f"starts, its clock {skew_s:+.3f} s off")
         self.replicas[number : number + 1] = [replica]
 
+    def stop(self, replica: Replica, seconds: float) -> None:
+        """Stop a replica in order, and start it again after some seconds."""
+        self.stopping += 1
+        replica.stops = True
+        requests = [each for each in self.requests if each.replica is replica and not each.done]
+        tasks = [task for each, task in self._callers if each in requests]
+        stopped = self.within(replica, replica.stop(tasks))
+
+        def gone(_: object) -> None:
+            if replica.process.dead:
+                return
+            self.tell(replica.name, "has stopped")
+            self.checks.stopped(replica, requests)
+            self.loop.kill(replica.process)
+            self.redis.drop_all(replica.process)
+            self.later(seconds, again)
+
+        def again() -> None:
+            self.stopping -= 1
+            self.boot(self.replicas.index(replica))
+
+        stopped.add_done_callback(lambda task: self.later(_LOOKS_S, gone, task.result()))
+
     def within(self, replica: Replica, work: Any) -> "asyncio.Task[Any]":
         """Begin a task in a replica's process."""
         return replica.process.context.run(self.loop.create_task, work)
@@ -216,7 +244,7 @@ class World:
 
     def _ask(self, ask: Ask) -> None:
         replica = self.replicas[ask.replica % len(self.replicas)]
-        if replica.process.dead or not replica.opening.done():
+        if replica.process.dead or replica.stops or not replica.opening.done():
             return  # it does not listen
         request = Request(len(self.requests), ask, replica, self.loop.now, replica.paused_s)
         self.requests.append(request)
@@ -224,7 +252,7 @@ class World:
             self.api.slow.add(f"request-{request.number}")
         self.tell(replica.name, f"gets request {request.number}: {ask.token} wants {ask.what} {ask.name}")
         task = self.within(replica, self._answer(request))
-        self._callers.append(task)
+        self._callers.append((request, task))
         bound_s = self.size.longest_write_s if ask.what == "delete" else self.size.longest_read_s
         if ask.leaves_s is None:
             self.loop.at(self._outside, self.loop.now + bound_s, self.checks.late, request)
@@ -250,9 +278,12 @@ class World:
 
     async def _answered(self, request: Request) -> None:
         ask, replica = request.ask, request.replica
-        if ask.what == "purge":
-            done = await replica.invalidator.invalidate("purge", SnapshotsScope((ask.name,)))
-            self.tell(replica.name, f"has purged {ask.name}{'' if done else ', pending'}")
+        if ask.what in PURGES:
+            scope = SnapshotsScope((ask.name,))
+            soft = ask.what == "soft-purge"
+            done = await replica.invalidator.invalidate("purge", SoftScope(scope) if soft else scope)
+            how = "softly " if soft else ""
+            self.tell(replica.name, f"has {how}purged {ask.name}{'' if done else ', pending'}")
             self.checks.purged(request, done=done)
             return
         call = Call(
