@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from kit.support import DROPLET_PATH, app, bearer, scrape, total
 from kit.wire import raw_exchange
+from yarl import URL
 
 from proxy import __version__
 from proxy.admin.listener import admin_application
@@ -78,6 +79,38 @@ async def test_paths(path: str, status: int, body: str, client: aiohttp.ClientSe
         assert await response.text() == body
     assert response.status == status
     assert response.headers["Server"] == "snapshot-proxy"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "host", "status", "cache_control"),
+    [
+        pytest.param("GET", "/metrics", "", 200, "no-store", id="metrics"),
+        pytest.param("GET", "/healthz", "", 200, "no-store", id="healthz"),
+        pytest.param("GET", "/readyz", "", 200, "no-store", id="readyz"),
+        pytest.param("GET", "/status", "", 200, "no-store", id="status"),
+        pytest.param("HEAD", "/status", "", 200, "no-store", id="status-head"),
+        pytest.param("GET", "/status", "rebound.example", 421, "no-store", id="status-by-another-name"),
+        pytest.param("GET", "/", "", 200, "no-cache", id="page"),
+        pytest.param("GET", "/page/page.js", "", 200, "no-cache", id="file-of-the-page"),
+        pytest.param("POST", "/", "", 405, "no-store", id="post-to-the-page"),
+        pytest.param("GET", "/purge", "", 405, "no-store", id="get-a-purge"),
+        pytest.param("POST", "/purge", "", 400, "no-store", id="purge-of-nothing"),
+        pytest.param("GET", "/page/../status", "", 404, "no-store", id="no-such-path"),
+    ],
+)
+async def test_headers_of_every_answer(
+    *, method: str, path: str, host: str, status: int, cache_control: str, client: aiohttp.ClientSession
+) -> None:
+    """No cache keeps it, no browser guesses its kind, none of another site reads it, no version is told."""
+    headers = {"Host": host} if host else {}
+    async with app() as at:
+        url = URL(at.admin + path, encoded=True)
+        async with client.request(method, url, headers=headers) as response:
+            await response.read()
+    told = response.headers
+    assert (response.status, told["Cache-Control"]) == (status, cache_control)
+    assert (told["Server"], told["X-Content-Type-Options"]) == ("snapshot-proxy", "nosniff")
+    assert not {name for name in told if name.lower().startswith("access-control-") or name == "Set-Cookie"}
 
 
 async def test_purge_is_counted_and_told_like_every_answer(

@@ -91,13 +91,16 @@ def admin_application(
             return web.json_response({"status": "ready"})
         return web.json_response({"status": "stopping"}, status=503)
 
-    async def unversioned(_: web.BaseRequest, response: web.StreamResponse) -> None:
+    async def on_every_answer(_: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Also on errors: the state of a moment is kept by no cache, and read as what it is called."""
         response.headers["Server"] = CACHE_NAME
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
 
     application = web.Application()
     application.router.add_get("/metrics", metrics)
     application.router.add_get("/healthz", healthz)
     application.router.add_get("/readyz", readyz)
     application.router.add_post("/purge", purge.__call__)
-    application.on_response_prepare.append(unversioned)
+    application.on_response_prepare.append(on_every_answer)
     return application
