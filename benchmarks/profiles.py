@@ -56,6 +56,8 @@ async def _filled(bench: Bench, row: Rate, *module: str) -> AsyncIterator[Subjec
     """Run the proxy, with what the row asks for in its cache."""
     async with valkey() as (port, _), bench.serve(port, *row.settings, module=module) as subject:
         await row.fill(bench, subject)
+        if row.warm_s:
+            await bench.warm_up(subject, row.traffic(0), row.connections, row.warm_s)
         yield subject
 
 

@@ -322,6 +322,35 @@ def test_what_was_held_is_asked_for_again(change: Callable[[Tier], None], *, sti
     assert (tier.memory.held(KEY) is kept) is still
 
 
+@pytest.mark.parametrize("way", ["forgotten", "emptied", "evicted", "renewed", "too-old", "invalidated"])
+def test_what_has_left_holds_nothing(way: str) -> None:
+    """The fast path remembers more places than memory has entries; what is laid there then is not kept."""
+    tier = Tier()
+    tier.fill()
+    kept = tier.memory.held(KEY)
+    assert kept is not None
+    tier.memory.lay(kept, ("plain",))
+    match way:
+        case "forgotten":
+            tier.memory.forget(KEY)
+        case "emptied":
+            tier.memory.empty()
+        case "evicted":
+            tier.memory.rule(0, MAX_AGE_S)
+        case "renewed":
+            tier.fill()
+        case "too-old":
+            tier.now += MAX_AGE_S
+            tier.memory.due(0.0, 1)
+        case "invalidated":
+            tier.memory.invalidate(SnapshotsScope(("42",)))
+            assert tier.memory.get(KEY) is None
+    size = tier.memory.size
+    tier.memory.lay(kept, ("plain", "gzipped"))
+    assert (kept.entry.body, kept.prepared, tier.memory.size) == (b"", (), size)
+    assert not tier.memory.answers(kept, KEY, tier.now - MAX_AGE_S)
+
+
 def test_what_is_prepared_makes_room_for_itself() -> None:
     """It counts like entries: with it there is never more than max_bytes, and the oldest entry is evicted."""
     other = Key(SNAPSHOT, MINE, "43")

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from proxy.core.entry import Entry
+from proxy.core.entry import Entry, Lifetimes
 from proxy.core.invalidation import InvalidationCounts, Scope, SoftScope
 from proxy.core.resources import Key
 
@@ -59,6 +59,14 @@ class Kept:
         """How many invalidations there had been when the counts were last found to be the same."""
         self.size = size
         self.until = until
+
+    def leave(self) -> None:
+        """Answer no more, and hold nothing: the edge may remember this place, but not what was in it."""
+        self.entry, self.mark, self.prepared, self.until = _GONE, _NEVER, (), -math.inf
+
+
+_GONE = Entry(0, b"", "", -math.inf, Lifetimes(0, 0, 0))
+_NEVER = Mark(-math.inf, (), (), -1)
 
 
 class Memory:
@@ -127,7 +135,8 @@ class Memory:
 
     def mark(self, key: Key) -> Mark:
         """Make the mark that `keep` needs, before a lookup or a fetch of `key` is sent."""
-        return Mark(self._monotonic(), self._counts.of(key), self._ended.of(key), self._emptied)
+        counts, ended = self._counts.of(key), self._ended.of(key)
+        return Mark(self._monotonic(), counts, counts if counts == ended else ended, self._emptied)
 
     def ended(self, key: Key) -> tuple[int, ...]:
         """Give the counts without soft purges: equal ones mean that what was found may still answer stale."""
@@ -142,7 +151,8 @@ class Memory:
         now = self._monotonic()
         until = mark.began + self.max_age_s
         old = self.held(key)
-        if old is not None and old.entry.called_at > entry.called_at:
+        before, prepared = (entry, ()) if old is None else (old.entry, old.prepared)
+        if before.called_at > entry.called_at:
             return
         self.forget(key)
         size = size_of(key, entry)
@@ -156,13 +166,15 @@ class Memory:
             return
         kept = self._kept[key] = Kept(entry, mark, self._counts.total, size, until)
         self.size += size
-        if old is not None and old.entry == entry:
-            kept.entry = old.entry
-            self._lay(kept, old.prepared)
+        if before == entry:
+            kept.entry = before
+            self._lay(kept, prepared)
         self._make_room(now)
 
     def lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
         """Replace what the edge has prepared of an entry, count it, and make room for it."""
+        if kept.mark is _NEVER:
+            return
         self._lay(kept, prepared)
         if self.size > self._max_bytes:
             self._make_room(self._monotonic())
@@ -183,7 +195,7 @@ class Memory:
         kept = self._kept.pop(key, None)
         if kept is not None:
             self.size -= kept.size
-            kept.until = -math.inf
+            kept.leave()
 
     def due(self, ahead_s: float, most: int) -> list[Key]:
         """Name what has answered and is too old in less than `ahead_s`: the oldest first, at most `most`.
@@ -206,7 +218,7 @@ class Memory:
         while kept and (self.size > self._max_bytes or next(iter(kept.values())).until <= now):
             _, first = kept.popitem(last=False)
             self.size -= first.size
-            first.until = -math.inf
+            first.leave()
 
     # -- for invalidations and the channel -----------------------------------------------------
 
@@ -222,7 +234,7 @@ class Memory:
     def empty(self) -> None:
         """Evict everything, and keep nothing that was sent for before."""
         for kept in self._kept.values():
-            kept.until = -math.inf
+            kept.leave()
         self._kept.clear()
         self.size = 0
         self._emptied += 1

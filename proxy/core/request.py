@@ -7,7 +7,7 @@ never reaches the upstream. Nothing in this file shows what it refuses.
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import AnyStr, Literal
+from typing import Literal
 
 from proxy.core.errors import BadRequest, NotProxied, Unauthorized
 from proxy.core.events import OTHER_CLIENT, Route
@@ -21,8 +21,6 @@ _DIRECTIVE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:=(?:"((?:[^"\\]|\\.)*
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _BLOCK = 8
 """A shorter piece of a request's id is in its token by chance."""
-ALWAYS_REPEATED = 2 * _BLOCK - 1
-"""An id that holds a text of so many characters, or more, `repeats` it."""
 _ZERO_WEIGHT = re.compile(r"q\s*=\s*0(\.0{0,3})?")
 # Behind one `/v2/` the API has neither an empty segment nor another version: the base URL has one too many.
 _API_PATH = re.compile(r"/v2/(?!/|v[0-9]+(?:/|\Z))", re.IGNORECASE | re.ASCII)
@@ -154,16 +152,17 @@ def parse_request_id(value: str | None, authorizations: Iterable[str] = ()) -> s
         return None
     for authorization in authorizations:
         scheme, _, token = authorization.partition(" ")
-        if (token.strip() or scheme) in value or repeats(value, authorization):
+        if (token.strip() or scheme) in value or _repeats(value, authorization):
             return None
     return value
 
 
-def repeats(request_id: AnyStr, text: AnyStr) -> bool:
+def _repeats(request_id: str, text: str) -> bool:
     """Tell whether one of the id's blocks of 8 is in `text`: so it is if the id holds 15 characters of it."""
-    return any(
-        request_id[start : start + _BLOCK] in text for start in range(0, len(request_id) - _BLOCK + 1, _BLOCK)
-    )
+    for start in range(0, len(request_id) - _BLOCK + 1, _BLOCK):  # any() would take twice as long
+        if request_id[start : start + _BLOCK] in text:
+            return True
+    return False
 
 
 def accepts_gzip(accept_encoding: Sequence[str]) -> bool:

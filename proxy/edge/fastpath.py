@@ -11,7 +11,9 @@ that is not handled here, is no question: the handler gets the very same bytes, 
 
 **A memo of questions, never of answers.** The same bytes are the same question of the same caller: the token
 is among them. So the memo cannot be wrong for another caller. It outlives no invalidation: each question is
-put to memory. Only the names in it (a caller's alias, a client) can change; then `forget` drops all of it.
+put to memory, if only to ask whether the place where its entry lay last may still answer; a place holds
+nothing once its entry was evicted, replaced or invalidated. Only the names in it (a caller's alias, a client)
+can change; then `forget` drops all of it.
 
 **The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer lies
 with the very entry in memory and goes with it, and counts for no longer than that is fresh: the policy would
@@ -191,14 +193,25 @@ class FastPath:
                 and lines is ready.told.lines
                 and self._answers(kept, question.key, started)
             ):
-                ready.tell(self._monotonic() - started, _age_s(ready, now), request_id)
+                age_s = now - ready.called_at
+                if age_s < 0.0:  # noqa: PLR1730 # a clock that stepped back; max() is a call, each time
+                    age_s = 0.0
+                ready.tell(self._monotonic() - started, age_s, request_id)
                 return b"".join((ready.opening, request_id, behind_id))
             del self._hot[question]
-        held = self._held(question.key)
-        if held is None:
-            return Asked(question, request_id.decode(), started)
+        return self._from_memory(question, request_id, started, now)
+
+    def _from_memory(
+        self, question: Question, request_id: bytes, started: float, now: float
+    ) -> bytes | Asked:
+        """Answer from memory what is not hot, or give what is asked."""
+        place = question.kept
+        if place is None or not self._answers(place, question.key, started):
+            place = question.kept = self._held(question.key)
+            if place is None:
+                return Asked(question, request_id.decode(), started)
         form = question.form
-        for ready in held.prepared:
+        for ready in place.prepared:
             if (ready.form is form or ready.form == form) and ready.since <= now < ready.until:
                 break
         else:
@@ -206,9 +219,9 @@ class FastPath:
             if prepared is None:
                 return Asked(question, request_id.decode(), started)
             ready = prepared
-            self._put(held, ready)
-        rest = self._rest(question, ready, now, held)
-        ready.tell(self._monotonic() - started, _age_s(ready, now), request_id)
+            self._put(place, ready)
+        age_s, rest = self._rest(question, ready, now, place)
+        ready.tell(self._monotonic() - started, age_s, request_id)
         return b"".join((ready.opening, request_id, *rest))
 
     def look(self, asked: Asked, then: Callable[[Asked], None]) -> None:
@@ -231,8 +244,9 @@ class FastPath:
         kept = self._held(asked.question.key)
         if kept is not None and kept.entry is asked.found.lookup.entry:
             self._put(kept, ready)
-        request_id, rest = asked.request_id.encode(), self._rest(asked.question, ready, now)
-        ready.tell(self._monotonic() - asked.started, _age_s(ready, now), request_id)
+        request_id = asked.request_id.encode()
+        age_s, rest = self._rest(asked.question, ready, now)
+        ready.tell(self._monotonic() - asked.started, age_s, request_id)
         return b"".join((ready.opening, request_id, *rest))
 
     def left(self, asked: Asked) -> None:
@@ -269,12 +283,17 @@ class FastPath:
 
     def _rest(
         self, question: Question, ready: Prepared, now: float, kept: Kept | None = None
-    ) -> tuple[bytes, ...]:
-        """Give all parts of an answer behind the request id; `kept` is what memory has of its entry."""
-        told, age = ready.told, int(_age_s(ready, now))
+    ) -> tuple[float, tuple[bytes, ...]]:
+        """Give the entry's age, and all parts of an answer behind the request id.
+
+        `kept` is what memory has of the entry.
+        """
+        told, age_s = ready.told, now - ready.called_at
         if now >= told.until:
             told = self._told(question.key.partition)
-        second = int(now)
+        if age_s < 0.0:  # noqa: PLR1730 # a clock that stepped back; max() is a call, each time
+            age_s = 0.0
+        age, second = int(age_s), int(now)
         if second != self._second:
             self._second, self._date = second, date(second)
             self._hot.clear()
@@ -288,9 +307,4 @@ class FastPath:
         ):
             until = min(ready.until, told.until, second + 1, ready.called_at + age + 1 - _ROUNDING_S)
             self._hot[question] = Hot(kept, ready, now, until, told.lines, b"".join(rest))
-        return rest
-
-
-def _age_s(ready: Prepared, now: float) -> float:
-    """Give the entry's age at `now`: 0 where the clock has stepped back to before its call."""
-    return max(now - ready.called_at, 0.0)
+        return age_s, rest

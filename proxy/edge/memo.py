@@ -5,8 +5,7 @@ A request is remembered by all its bytes, or by those before and after its reque
 these ask the same whatever the id is.
 """
 
-from dataclasses import dataclass
-
+from proxy.cache.memory import Kept
 from proxy.core.resources import Key
 from proxy.edge.prepared import Form
 
@@ -15,13 +14,19 @@ MOST_BYTES = 16_777_216
 """Questions that are remembered, and the bytes of the requests that ask them."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Question:
     """What a request asks; `caller` is the name for metrics and logs. Two are never equal."""
 
-    key: Key
-    form: Form
-    caller: str
+    __slots__ = ("authorization", "caller", "form", "kept", "key")
+
+    def __init__(self, key: Key, form: Form, caller: str) -> None:
+        self.key = key
+        self.form = form
+        self.caller = caller
+        self.authorization = ""
+        """What the header says, where the question is remembered without its request id."""
+        self.kept: Kept | None = None
+        """Where memory had what is asked for: it holds nothing once that has left memory."""
 
 
 Bytes = bytes | tuple[bytes, bytes]

@@ -91,15 +91,16 @@ def prepare(
     status, length = _OK, len(body)
     if form.if_none_match is not None and is_not_modified(form.if_none_match, etag):
         status, length, encoding = _NOT_MODIFIED, -1, ""
+    shared_fresh_s, end = _end(fresh_s, length)
     return Prepared(
         form=form,
         since=now,
         until=until,
         called_at=entry.called_at,
-        fresh_s=fresh_s,
+        fresh_s=shared_fresh_s,
         opening=_OPENINGS[status],
         middle=f"\r\nVary: {vary}\r\n{encoding}ETag: {etag}\r\nAge: ".encode(),
-        end=_end(fresh_s, length),
+        end=end,
         body=b"" if status != _OK or form.head else body,
         told=told,
         tell=counter(status),
@@ -107,10 +108,10 @@ def prepare(
 
 
 @lru_cache(MOST_KINDS)
-def _end(fresh_s: int, length: int) -> bytes:
-    """Write what follows `Age`; without a `length` (-1) there is no content."""
+def _end(fresh_s: int, length: int) -> tuple[int, bytes]:
+    """Write what follows `Age`; without a `length` (-1) there is no content. The number is shared, too."""
     content = "" if length < 0 else f"Content-Type: {JSON}\r\nContent-Length: {length}\r\n"
-    return f"\r\nCache-Control: private, max-age={fresh_s}\r\n{content}Date: ".encode()
+    return fresh_s, f"\r\nCache-Control: private, max-age={fresh_s}\r\n{content}Date: ".encode()
 
 
 def date(second: int) -> bytes:

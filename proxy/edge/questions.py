@@ -10,7 +10,7 @@ request that the parser and `api.py` took for a question, with these four things
   Within a head each line break begins a header, but for the one at its end; so this is the header's line.
 - The parser found one header of that name, and the very `id` as its value.
 - `id` is fit for logs, by `parse_request_id`: 1 to 128 letters, digits, dots, underscores, hyphens, and none
-  of the token, which has 15 characters or more.
+  of what `Authorization` says, which is remembered.
 - No header that the answer or the counts depend on is this one (`metrics.client_header` may name it).
 
 Then `before + other + after` with another fit `other` is the same question with that id. The parser goes
@@ -18,8 +18,8 @@ through bytes once, from the first to the last. `before` brings it into the valu
 nothing to it. Each byte of a fit id leaves it there, whichever it is and however many there are, since none
 is a space, a control character or a line break; `after` then finds it in the same state. What it gives
 differs in this value alone, no limit of it or of `api.py` is as low as 128 bytes, and no check looks at the
-value but `parse_request_id`. That is called each time, and what it asks of the token is asked of all of
-`before` and `after`. Any other request goes to the parser.
+value but `parse_request_id`. That is called each time, with the remembered value of `Authorization`, which
+is in `before` or `after`. Any other request goes to the parser.
 """
 
 from asyncio import get_running_loop
@@ -35,14 +35,7 @@ from aiohttp.http import HttpRequestParser, RawRequestMessage
 from proxy.core.clients import Clients
 from proxy.core.errors import ProxyError
 from proxy.core.identity import Partition, Token
-from proxy.core.request import (
-    ALWAYS_REPEATED,
-    accepts_gzip,
-    parse_authorization,
-    parse_request_id,
-    parse_target,
-    repeats,
-)
+from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
 from proxy.core.resources import Key, Target
 from proxy.edge.api import check_head
 from proxy.edge.handler import PARSER_OPTIONS
@@ -133,16 +126,18 @@ class Questions:
 
         None: `data` is not one whole plain request.
         """
-        if len(data) > LONGEST_BYTES or not data.endswith(_END) or not data.startswith(_BEGIN):
+        if len(data) > LONGEST_BYTES:
+            return None
+        around, given = _around_id(data)
+        if around is not None:
+            question = self.memo.get(around)
+            if question is not None and parse_request_id(_text(given), (question.authorization,)) is not None:
+                return question, given
+        if not data.endswith(_END) or not data.startswith(_BEGIN):
             return None
         question = self.memo.get(data)
         if question is not None:
             return question, None
-        around, given = _around_id(data)
-        if around is not None:
-            question = self.memo.get(around)
-            if question is not None and parse_request_id(_text(given)) and not _repeats(given, around):
-                return question, given
         return self._read(data, around, given)
 
     def _read(
@@ -166,10 +161,11 @@ class Questions:
         if plain.client is not None or plain.conditional:
             question = self._with_headers(question, plain, message)
         if plain.request_id is not None:
-            authorization, request_id = headers[plain.authorization][1], headers[plain.request_id][1]
-            if parse_request_id(_text(request_id), (_text(authorization),)) is not None:
+            authorization, request_id = _text(headers[plain.authorization][1]), headers[plain.request_id][1]
+            if parse_request_id(_text(request_id), (authorization,)) is not None:
                 # It is not remembered: the next one has another id.
-                if around is not None and plain.one_id and given == request_id and _is_long(authorization):
+                if around is not None and plain.one_id and given == request_id:
+                    question.authorization = authorization
                     self.memo.put(around, question)
                 return question, request_id
         self.memo.put(data, question)
@@ -250,16 +246,6 @@ def _around_id(data: bytes) -> tuple[tuple[bytes, bytes] | None, bytes]:
             end = data.find(_BREAK, start)
             return (data[:start], data[end:]), data[start:end]
     return None, b""
-
-
-def _is_long(authorization: bytes) -> bool:
-    """Tell whether an id that holds the token, or the whole header, always repeats it."""
-    return len(authorization.rpartition(b" ")[2]) >= ALWAYS_REPEATED
-
-
-def _repeats(request_id: bytes, around: tuple[bytes, bytes]) -> bool:
-    """Tell whether the id may repeat the token, which is in `around`."""
-    return any(repeats(request_id, each) for each in around)
 
 
 def _text(raw: bytes) -> str:

@@ -43,7 +43,7 @@ from proxy.telemetry.quotas import Quotas
 
 _PREFIX = "snapshot_proxy_"
 BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
-_AGES_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
+_AGES_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0)
 _WATCHED = {
     "connections": "Open connections of callers.",
     "connections_limit": "How many connections of callers may be open.",
@@ -223,13 +223,15 @@ class Metrics:
         request_seconds = self._request_seconds.labels(outcome)
         avoided = self._avoided.labels(outcome)
         entry_age = self._entry_age
+        seconds_in, ages_in = request_seconds.counts, entry_age.counts
+        shortest = BOUNDS_S[0]
 
         def count(seconds: float, age_s: float, _request_id: bytes) -> None:
             requests.value += 1
             avoided.value += 1
-            request_seconds.counts[bisect_left(BOUNDS_S, seconds)] += 1
+            seconds_in[0 if seconds <= shortest else bisect_left(BOUNDS_S, seconds)] += 1
             request_seconds.sum += seconds
-            entry_age.counts[bisect_left(_AGES_S, age_s)] += 1
+            ages_in[bisect_left(_AGES_S, age_s)] += 1
             entry_age.sum += age_s
 
         return count
