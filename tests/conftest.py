@@ -39,10 +39,21 @@ LONG_RUNS = [f"simulation/test_{name}.py" for name in ("many", "mutants")]
 """Files whose tests need neither, and half a minute."""
 
 SLOWEST = [
-    *(f"e2e/test_{name}.py" for name in ("quota", "lifecycle", "secrets", "passthrough", "store_failures")),
-    *(f"e2e/test_{name}.py" for name in ("faults", "leases", "process", "collapsing", "deletion")),
-    *("test_cli.py", "storage/test_store.py", "e2e/clients/test_matrix.py", "e2e/clients/test_gradient.py"),
-    *(f"e2e/test_{name}.py" for name in ("outage", "isolation", "outage_log", "lists", "purge")),
+    *(f"test_{name}.py" for name in ("documents", "cli")),
+    *("deploy/test_prometheus.py", "storage/test_kinds.py", "storage/test_store.py"),
+    *(f"deploy/test_{name}.py" for name in ("workloads", "alerting", "composition")),
+    *("storage/test_tls_sets.py", "simulation/test_many.py", "test_outage_of_minutes.py"),
+    *(
+        f"e2e/test_{name}.py"
+        for name in ("quota", "redis_sets", "faults", "store_failures", "deletion", "leases")
+    ),
+    *(f"e2e/test_{name}.py" for name in ("passthrough", "lifecycle", "process", "collections", "reload")),
+    *(f"e2e/test_{name}.py" for name in ("rolling_changes", "memory", "connections", "outage", "collapsing")),
+    *(f"e2e/clients/test_{name}.py" for name in ("matrix", "gradient")),
+    *(
+        f"e2e/test_{name}.py"
+        for name in ("secrets", "stale", "deadlines", "tracing", "page", "refresh", "replicas")
+    ),
 ]
 """They begin first: one of them at the end would keep one process waiting for the other."""
 
