@@ -245,7 +245,7 @@ class App:
             keyring,
             alias_of=self._aliases.of,
             clients=lambda: self._clients,
-            observe=tracing.done(self._observers.request),
+            observe=tracing.done(self._observers.request if tracing.on else self._observers.request_soon),
             collections=collections,
         )
         self._go_on(renew(store, memory))

@@ -111,10 +111,12 @@ class Store:
         await self.open.wait()
         return found
 
-    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
-        """Take an entry, or do not."""
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition, lease: Leased | None = None) -> bool:
+        """Take an entry, and its lease back, or do not."""
         await asyncio.sleep(0)
         self.told.append(("put", key, entry, basis))
+        if lease is not None and self.takes:
+            await self.release(lease, None)
         return self.takes
 
     async def seed(
@@ -126,9 +128,10 @@ class Store:
         return frozenset(seeds if self.takes else ())
 
     async def lease(
-        self, key: Key, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition, bid: Any = None
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Give the next lease."""
+        assert bid is None
         await asyncio.sleep(0)
         self.leased.append((key, basis))
         return self.leases.pop(0) if len(self.leases) > 1 else self.leases[0]
@@ -176,6 +179,9 @@ class Upstream:
         self.open = asyncio.Event()
         self.open.set()
 
+    def bid(self, call: Call, call_class: CallClass, *, patient: bool) -> None:
+        """Ask by itself only."""
+
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
         """Say why a call would not be made now."""
         assert (call.key, call_class) == (KEY, CallClass.MISS)
@@ -192,8 +198,10 @@ class Upstream:
         wait_until: float = math.inf,
         answer_by: float = math.inf,
         new_connection: bool = False,
+        bid: Any = None,
     ) -> Answer:
         """Give or raise the next answer, while the upstream is `open`."""
+        assert bid is None
         self.asked.append(Asked(call, validator, call_class, patient, new_connection))
         self.due.append((wait_until, answer_by))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]

@@ -107,8 +107,11 @@ class MemoryStore:
         return Lookup(kept.entry if kept.stamps == stamps else None, FillPrecondition(stamps, kept.seen))
 
     @_question
-    def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
-        """Store an entry, unless it was invalidated, or a newer one stored, since its lookup."""
+    def put(self, key: Key, entry: Entry, basis: FillPrecondition, lease: Leased | None = None) -> bool:
+        """Store an entry, unless it was invalidated, or a newer one stored, since its lookup.
+
+        What is stored gives up the lease of its fetch.
+        """
         if not entry.lifetimes.retention_s:
             return False
         kept = self._standing(key)
@@ -119,6 +122,8 @@ class MemoryStore:
             if there.status == _NOTHING or there.called_at >= entry.called_at:
                 return False
         self._keep(key, entry, basis.stamps)
+        if lease is not None and self._is_held(lease):
+            del self._leases[lease.name]
         return True
 
     @_question
@@ -140,8 +145,11 @@ class MemoryStore:
         return frozenset(seeds)
 
     @_question
-    def lease(self, key: Key, basis: FillPrecondition) -> Leased | HeldElsewhere | Record | EntryChanged:
-        """Try to be the replica that fetches this."""
+    def lease(
+        self, key: Key, basis: FillPrecondition, bid: Any = None
+    ) -> Leased | HeldElsewhere | Record | EntryChanged:
+        """Try to be the replica that fetches this. The common ledger is asked by itself."""
+        del bid
         kept = self._standing(key)
         if kept is not None:
             kept.until = max(kept.until, self._now() + _GUARD_S)
@@ -249,6 +257,9 @@ class Books:
         self._known = set(known)
         self.calls = 0
         """Admissions that were not given back."""
+
+    def bid(self, partition: Partition, call_class: CallClass, operation: str) -> None:
+        """Give none: it is asked by itself."""
 
     async def admit(
         self, partition: Partition, call_class: CallClass, operation: str

@@ -8,9 +8,18 @@ timed out, or when the drain is over. Where Redis cannot tell which replica hold
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
-from proxy.cache.fetch import BACKGROUND, HAS_FALLBACK, Due, Fetched, Fetcher, FetchMode, is_replaceable
+from proxy.cache.fetch import (
+    BACKGROUND,
+    HAS_FALLBACK,
+    Due,
+    Fetched,
+    Fetcher,
+    FetchMode,
+    Licence,
+    is_replaceable,
+)
 from proxy.cache.memory import Mark
 from proxy.core.entry import EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import NotCached, NotSent, ProxyError, UpstreamFailedElsewhere, UpstreamGivenUp
@@ -52,8 +61,6 @@ class Collapser:
         """Another one counts from the next request on."""
         self._monotonic = monotonic
         self._drain = drain
-        self._releasing: set[asyncio.Task[None]] = set()
-        """The task of each release that no caller waits for: asyncio itself keeps none alive."""
 
     # -- within this process -------------------------------------------------------------------
 
@@ -90,9 +97,10 @@ class Collapser:
         found, basis, pauses_s = lookup.entry, lookup.basis, _pauses_s()
         waited = False
         while basis is not None and lookup.basis is not None:
-            match await self._store.lease(call.key, basis):
+            bid = self._gate.bid(call, mode.call_class, patient=mode.patient)
+            match await self._store.lease(call.key, basis, bid):
                 case Leased() as lease:
-                    return await self._fetch_leased(lease, call, lookup, mode, due)
+                    return await self._fetch_leased(Licence(lease, bid), call, lookup, mode, due)
                 case Record() as record if waited or is_replaceable(record.status):
                     return _from_record(record)
                 case Record() | None:  # an answer, but from before this request; or Redis cannot tell
@@ -137,28 +145,20 @@ class Collapser:
         return None
 
     async def _fetch_leased(
-        self, lease: Leased, call: Call, lookup: Lookup, mode: FetchMode, due: Due
+        self, licence: Licence, call: Call, lookup: Lookup, mode: FetchMode, due: Due
     ) -> Fetched | ProxyError:
         """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to the others."""
-        kept = _Kept(self._store, lease)
+        kept = _Kept(self._store, licence.lease)
         record, is_stored = None, False
         try:
-            result = await self._fetcher.fetch(call, lookup, mode, due)
+            result = await self._fetcher.fetch(call, lookup, mode, due, licence)
             record = _record(result)
             is_stored = isinstance(result, Fetched) and result.stored
             return result
         finally:
             kept.stop()
-            release = self._store.release(lease, record)
-            if is_stored:  # the next lookup finds the entry: no caller waits until the lease is given up
-                self._release_later(release)
-            else:
-                await release
-
-    def _release_later(self, release: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(release, name="release")
-        self._releasing.add(task)
-        task.add_done_callback(self._releasing.discard)
+            if not is_stored:  # what is stored has given the lease up
+                await self._store.release(licence.lease, record)
 
 
 class _Kept:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from proxy.cache.invalidator import Invalidator
 from proxy.cache.memory import Mark, Memory
-from proxy.core.entry import Entry, Lookup
+from proxy.core.entry import Entry, Leased, Lookup
 from proxy.core.errors import (
     UPSTREAM_DOWN,
     NotSent,
@@ -34,7 +34,7 @@ from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
 from proxy.core.invalidation import CallerScope, EntryScope, scopes_of_delete
 from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
-from proxy.core.ports import Gate, Store
+from proxy.core.ports import Bid, Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
 from proxy.core.resources import SNAPSHOT, Key
@@ -62,6 +62,13 @@ class Due(NamedTuple):
     began: float
     wait: float
     answer: float
+
+
+class Licence(NamedTuple):
+    """What lets this replica fetch for all: the lease, and the question to the common ledger with it."""
+
+    lease: Leased
+    bid: Bid | None
 
 
 BACKGROUND = FetchMode(CallClass.REFRESH, patient=False)
@@ -153,18 +160,23 @@ class Fetcher:
         return Due(began, wait, wait + self._total_timeout_s + _SPARE_S)
 
     async def fetch(
-        self, call: Call, lookup: Lookup, mode: FetchMode, due: Due | None = None
+        self,
+        call: Call,
+        lookup: Lookup,
+        mode: FetchMode,
+        due: Due | None = None,
+        licence: Licence | None = None,
     ) -> Fetched | ProxyError:
         """Ask the upstream, and store or invalidate as its answer requires. Runs in a flight.
 
         `lookup` is what the store had: its entry is revalidated, if it has an entity tag. Without `due` the
-        deadlines are those of a fetch that begins now.
+        deadlines are those of a fetch that begins now. What is stored gives up the lease in `licence`.
         """
         mark, policy = self._memory.mark(call.key), self._policy
         validated = lookup.entry
         validator = "" if validated is None else validated.validator
         try:
-            answer = await self._ask(call, validator, mode, due or self.due())
+            answer = await self._ask(call, validator, mode, due or self.due(), licence and licence.bid)
             verdict = policy.on_answer(
                 answer,
                 call.target,
@@ -176,7 +188,8 @@ class Fetcher:
             return failure
         match verdict:
             case Keep():
-                return await self._fill(call, lookup, mark, answer, verdict)
+                lease = None if licence is None else licence.lease
+                return await self._fill(call, lookup, mark, answer, verdict, lease=lease)
             case TokenRejected(_, refusal):
                 await self._reject_token(call, refusal)
             case Denied():
@@ -189,7 +202,9 @@ class Fetcher:
                 pass
         return _passed_on(answer, verdict.body)
 
-    async def _fill(self, call: Call, lookup: Lookup, mark: Mark, answer: Answer, keep: Keep) -> Fetched:
+    async def _fill(
+        self, call: Call, lookup: Lookup, mark: Mark, answer: Answer, keep: Keep, *, lease: Leased | None
+    ) -> Fetched:
         """Store what `keep` holds, unless the request says `no-store`; compress a list.
 
         Redis gets it if Redis answered the `lookup`. Memory keeps entries that Redis accepted, and entries
@@ -206,7 +221,7 @@ class Fetcher:
         if call.target.resource.gzips and call.target.cacheable and not entry.gzip:
             entry = await _compressed(entry)
         if storable is not None:
-            stored = await self._store.put(call.key, entry, storable)
+            stored = await self._store.put(call.key, entry, storable, lease)
         for snapshot_id in seeded:
             self._memory.forget(Key(SNAPSHOT, call.key.partition, snapshot_id))
         if stored or (lookup.unavailable and call.target.cacheable and not call.directives.no_store):
@@ -226,7 +241,7 @@ class Fetcher:
             ratelimit=answer.ratelimit,
         )
 
-    async def _ask(self, call: Call, validator: str, mode: FetchMode, due: Due) -> Answer:
+    async def _ask(self, call: Call, validator: str, mode: FetchMode, due: Due, bid: Bid | None) -> Answer:
         """Ask, and once more if the connection was closed before the answer began: a read may be repeated.
 
         If the quota has no room for the repeat in time, the caller gets the error of the first call. The
@@ -242,7 +257,7 @@ class Fetcher:
             answer_by=due.answer,
         )
         try:
-            return await ask()
+            return await ask(bid=bid)
         except UpstreamDisconnected as disconnected:
             try:
                 return await ask(new_connection=True)

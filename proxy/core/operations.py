@@ -7,6 +7,7 @@ all: then the token cools down. Pure: time comes in. Redis keeps the same for al
 
 import hashlib
 import re
+from functools import lru_cache
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ MOST_OPERATIONS = 64
 
 MOST_SAID_BYTES = 4096
 """Only so much of an answer is searched for its text: 2 MiB would stop the event loop for 100 ms."""
+
+MOST_REMEMBERED = 256
+"""Operations whose names are remembered: a call asks twice, for its bid and in the gate."""
 
 _DIGEST_HEX = 32
 _OF_OPERATION = re.compile(rb"\boperation\b[^\"{}]{0,40}\brate[- ]?limit", re.IGNORECASE)
@@ -28,6 +32,7 @@ class Operation(NamedTuple):
     path: str
 
 
+@lru_cache(MOST_REMEMBERED)
 def operation(method: str, target: str) -> Operation:
     """Name an operation by digests, which are short. A query makes no difference, nor does HEAD."""
     path = target.partition("?")[0].removesuffix("/")

@@ -8,7 +8,7 @@ of the composition root's monotonic clock. Pure: signatures only.
 
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewhere, Leased, Lookup, Record
 from proxy.core.errors import QuotaSpent
@@ -40,10 +40,10 @@ class Store(Protocol):
         No task waits for it. None: this one takes more than one round trip, and only `lookup` makes them.
         """
 
-    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition, lease: Leased | None = None) -> bool:
         """Store an entry, unless something was invalidated since the lookup that gave `basis`.
 
-        Tell whether it was stored.
+        Tell whether it was stored; then the `lease` is given up in the same step.
         """
 
     async def seed(
@@ -55,9 +55,12 @@ class Store(Protocol):
         """
 
     async def lease(
-        self, key: Key, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition, bid: Any = None
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
-        """Try to become the one replica that fetches `key`. None: the store cannot tell."""
+        """Try to become the one replica that fetches `key`. None: the store cannot tell.
+
+        A `bid` of the gate's is put to the common ledger in the same round trip, if this replica becomes it.
+        """
 
     async def renew(self, lease: Leased) -> None:
         """Prolong the lease."""
@@ -90,6 +93,9 @@ class Hearing(Protocol):
 class Gate(Protocol):
     """The way to the upstream that counts each call against the token's quota."""
 
+    def bid(self, call: Call, call_class: CallClass, *, patient: bool) -> "Bid | None":
+        """Give the question to the common ledger that `ask` would begin with; None: it begins otherwise."""
+
     async def ask(
         self,
         call: Call,
@@ -100,8 +106,11 @@ class Gate(Protocol):
         wait_until: float = ...,
         answer_by: float = ...,
         new_connection: bool = False,
+        bid: "Bid | None" = None,
     ) -> Answer:
         """Ask once, when the quota has room. With a `validator` (an entity tag) the answer may be a 304.
+
+        A `bid` that was put to the common ledger has its answer already.
 
         Without `patient` the call is made only if there is room now, else it waits until `wait_until` at
         most; the call itself may last until `answer_by` (both monotonic). With `new_connection` it goes over
@@ -175,8 +184,25 @@ class Admission(Protocol):
         """The ledger's random name: another one means that the token's former ledger was lost."""
 
 
+class Bid(Protocol):
+    """A question for one call that the store puts to the common ledger together with a lease."""
+
+    @property
+    def asked(self) -> bool:
+        """Tell whether it was put, and its answer not taken."""
+
+    def take(self) -> Admission | Postponed | None:
+        """Give the answer, once. None: the ledger cannot be asked."""
+
+    async def drop(self) -> None:
+        """Give an admission back that was not taken."""
+
+
 class CommonLedger(Protocol):
     """The replicas' common ledger of each token. No method raises; None: it cannot be asked."""
+
+    def bid(self, partition: Partition, call_class: CallClass, operation: str) -> Bid | None:
+        """Give the question of `admit`, for the store to put. None: this ledger is asked only by itself."""
 
     async def admit(
         self, partition: Partition, call_class: CallClass, operation: str

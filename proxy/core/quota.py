@@ -283,7 +283,8 @@ class Ledger:
 
     def _forget(self, now: float) -> None:
         for count in (*self._counts, self._others):
-            count.forget(now)
+            if now >= count.next_leaves_at:
+                count.forget(now)
 
     def _limit_hour(self, limit: int) -> None:
         hour = self._counts[1]

@@ -21,7 +21,7 @@ from proxy.core.identity import Caller, Partition, Token
 from proxy.core.operations import Operation, operation
 from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
-from proxy.core.ports import Upstream
+from proxy.core.ports import Bid, Upstream
 from proxy.core.quota import CallClass, QuotaLimits
 from proxy.core.ratelimit import RateLimit
 from proxy.core.request import Call
@@ -30,7 +30,7 @@ from proxy.gate.beginning import read_beginning
 from proxy.gate.connections import ConnectionSlots, Slot
 from proxy.gate.context import CallContext
 from proxy.gate.ledgers import Accounts
-from proxy.gate.line import Asker, Line, Turns, spent
+from proxy.gate.line import Asker, Line, Turns, class_of, spent
 from proxy.gate.settling import Settler
 from proxy.tasks.drain import DrainDeadline
 from proxy.tasks.flights import end_if_abandoned, while_awaited
@@ -132,6 +132,17 @@ class UpstreamGate:
         """Give what the caller is told about its quota, as its ledger here knows it."""
         return self._accounts.told(partition)
 
+    def bid(self, call: Call, call_class: CallClass, *, patient: bool) -> Bid | None:
+        """Give the question to the common ledger that `ask` would begin with; None: it begins otherwise."""
+        line = self._lines.get((call.caller.partition, call_class is CallClass.WRITE))
+        if (line is not None and line.queue) or self._breakers[call.route].wait_s(self._monotonic()) > 0:
+            return None
+        return self._accounts.bid(
+            self._account(call.caller),
+            class_of(call_class, patient=patient),
+            operation(call.method, call.target.path).name,
+        )
+
     async def ask(
         self,
         call: Call,
@@ -142,6 +153,7 @@ class UpstreamGate:
         wait_until: float = math.inf,
         answer_by: float = math.inf,
         new_connection: bool = False,
+        bid: Bid | None = None,
     ) -> Answer:
         """Ask, when the quota has room; without `patient` only if it has now.
 
@@ -157,15 +169,20 @@ class UpstreamGate:
             patient=patient,
             wait_until=wait_until,
             answer_by=answer_by,
+            bid=bid,
         )
-        async with passing as context:
-            answer = await context.wait_for(
-                self._upstream.send(
-                    call, context.deadline, validator, new_connection=new_connection or context.probe
+        try:
+            async with passing as context:
+                answer = await context.wait_for(
+                    self._upstream.send(
+                        call, context.deadline, validator, new_connection=new_connection or context.probe
+                    )
                 )
-            )
-            context.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
-            return replace(answer, remaining_share=context.remaining_share)
+                context.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
+                return replace(answer, remaining_share=context.remaining_share)
+        finally:
+            if bid is not None and bid.asked:  # it was refused before the ledger's answer was taken
+                await bid.drop()
 
     @asynccontextmanager
     async def stream(
@@ -219,6 +236,7 @@ class UpstreamGate:
         patient: bool = True,
         wait_until: float = math.inf,
         answer_by: float = math.inf,
+        bid: Bid | None = None,
     ) -> AsyncIterator[CallContext]:
         """Admit one call of an `operation`. The block makes it, and records the answer in its context.
 
@@ -234,7 +252,7 @@ class UpstreamGate:
         line.calls += 1
         try:
             asker = Asker(account, operation.name, call_class, give_up, call_s, line.refusals)
-            permit = await self._turns.take(line, asker, patient=patient)
+            permit = await self._turns.take(line, asker, patient=patient, bid=bid)
             self._observe(QuotaWait(self._monotonic() - asked_at))
             if not permit.known:
                 await self._admit_unverified(account, permit)

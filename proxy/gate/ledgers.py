@@ -18,7 +18,7 @@ from dataclasses import replace
 from proxy.core.events import Standing
 from proxy.core.identity import Partition
 from proxy.core.operations import Operation, Operations
-from proxy.core.ports import CommonLedger
+from proxy.core.ports import Bid, CommonLedger
 from proxy.core.quota import PAUSES, Admitted, CallClass, Ledger, Postponed, QuotaLimits
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.gate.account import Account, Permit, Settlement
@@ -58,16 +58,33 @@ class Accounts:
         for own in self._owns.values():
             own.ledger.rule(limits, call_s)
 
-    async def admit(self, account: Account, call_class: CallClass, operation: str = "") -> Permit | Postponed:
-        """Ask for one call. A Postponed `operation` cools down by itself: other calls of the token do not."""
+    def bid(self, account: Account, call_class: CallClass, operation: str) -> Bid | None:
+        """Give the question that `admit` would put to the common ledger; None: it begins otherwise."""
+        own = self._own(account)
+        if (
+            account.previous is not None
+            or own.untold
+            or self._doubts(own)
+            or self.cooling(account, operation) is not None
+        ):
+            return None
+        return self._common.bid(account.partition, call_class, operation)
+
+    async def admit(
+        self, account: Account, call_class: CallClass, operation: str = "", bid: Bid | None = None
+    ) -> Permit | Postponed:
+        """Ask for one call; a `bid` that was put to the common ledger has its answer already.
+
+        A Postponed `operation` cools down by itself: other calls of the token do not.
+        """
         own = self._own(account)
         if own.untold:
             await self._tell_of_the_cool_down(own, account)
         if cooling := self.cooling(account, operation):
             return cooling
         if self._doubts(own):
-            return await self._admit_by_both(own, account, call_class, operation)
-        match await self._admit_in_common(own, account, call_class, operation):
+            return await self._admit_by_both(own, account, call_class, operation, bid)
+        match await self._admit_in_common(own, account, call_class, operation, bid):
             case None:
                 self._doubt(own)
                 mine = self._admit_here(own, call_class)
@@ -88,7 +105,7 @@ class Accounts:
                 return permit
 
     async def _admit_by_both(
-        self, own: "_Own", account: Account, call_class: CallClass, operation: str
+        self, own: "_Own", account: Account, call_class: CallClass, operation: str, bid: Bid | None = None
     ) -> Permit | Postponed:
         """Ask the own ledger, and the common one too; if Redis does not answer, the own one alone decides."""
         mine = self._admit_here(own, call_class)
@@ -96,7 +113,7 @@ class Accounts:
             return mine
         common: tuple[Admitted, ...] | Postponed | None = Postponed(0.0, "turn")
         try:
-            common = await self._admit_in_common(own, account, call_class, operation)
+            common = await self._admit_in_common(own, account, call_class, operation, bid)
         finally:
             if isinstance(common, Postponed):
                 own.ledger.give_back(mine)
@@ -193,20 +210,26 @@ class Accounts:
         own = self._owns.get(partition)
         if own is None:
             return UNKNOWN
-        if self._monotonic() >= own.told_until:
-            self._tell(own)
+        if own.reported and self._monotonic() >= own.told_until:
+            self._write(own)
         return own.told
 
     def _tell(self, own: "_Own", *, reported: bool = False) -> None:
-        """Follow a change of the own ledger, once its calls left were `reported` to this replica."""
+        """Have what is told written anew when it is asked for: the own ledger has changed.
+
+        Nothing is told before calls left were `reported` to this replica.
+        """
         own.reported = own.reported or reported
-        if own.reported:
-            now = self._monotonic()
-            _, remaining, _, limit = own.ledger.standing(now)
-            own.told_until = own.ledger.frees_at()
-            wait_s = max(own.told_until - now, 0.0)
-            until = self._clock() + wait_s
-            own.told.tell(limit, remaining, math.ceil(self._clock() if math.isinf(wait_s) else until), until)
+        own.told_until = own.told.until = -math.inf
+
+    def _write(self, own: "_Own") -> None:
+        """Write what is told, as the own ledger stands."""
+        now = self._monotonic()
+        _, remaining, _, limit = own.ledger.standing(now)
+        own.told_until = own.ledger.frees_at()
+        wait_s = max(own.told_until - now, 0.0)
+        until = self._clock() + wait_s
+        own.told.tell(limit, remaining, math.ceil(self._clock() if math.isinf(wait_s) else until), until)
 
     def cooldown_s(self, account: Account) -> float:
         """Give the seconds for which the account's calls stop, by this replica's own ledger."""
@@ -240,12 +263,15 @@ class Accounts:
             await self._common.give_back(partition, each)
 
     async def _admit_in_common(
-        self, own: "_Own", account: Account, call_class: CallClass, operation: str
+        self, own: "_Own", account: Account, call_class: CallClass, operation: str, bid: Bid | None = None
     ) -> tuple[Admitted, ...] | Postponed | None:
         """Ask the common ledger; during a rotation of the secret both partitions have to admit the call."""
         admissions: list[Admitted] = []
         for partition in account.partitions:
-            reply = await self._common.admit(partition, call_class, operation)
+            if bid is not None and bid.asked and partition == account.partition:
+                reply = bid.take()
+            else:
+                reply = await self._common.admit(partition, call_class, operation)
             own.is_in_touch = own.is_in_touch or reply is not None
             if reply is None or isinstance(reply, Postponed):
                 await self._give_back_in_common(account, admissions)
@@ -307,8 +333,10 @@ class _Own:
     def misses(self, now: float, born: str) -> bool:
         """Tell whether the common ledger was lost since, while this one still counts calls in the hour."""
         before, self.born = self.born, born
+        if before in (None, born):
+            return False
         _, hour, _, per_hour = self.ledger.standing(now)
-        return before not in (None, born) and hour < per_hour
+        return hour < per_hour
 
 
 def _permit(own: _Own, mine: Admitted, common: tuple[Admitted, ...] = ()) -> Permit:

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from proxy.core.errors import QuotaSpent, TokenRefused
+from proxy.core.ports import Bid
 from proxy.core.quota import CallClass, Postponed
 from proxy.gate.account import Account, Permit
 from proxy.gate.ledgers import Accounts
@@ -104,19 +105,19 @@ class Turns:
         self._monotonic = monotonic
         self._drain = drain
 
-    async def take(self, line: Line, asker: Asker, *, patient: bool) -> Permit:
+    async def take(self, line: Line, asker: Asker, *, patient: bool, bid: Bid | None = None) -> Permit:
         """Ask at once if the line is empty, else in order of arrival; without `patient` do not wait.
 
-        Raises QuotaSpent, TokenRefused or Abandoned.
+        A `bid` that was put to the common ledger is the first question. Raises QuotaSpent, TokenRefused or
+        Abandoned.
         """
         end_if_abandoned()
-        if not patient and asker.call_class is CallClass.MISS:
-            asker = asker._replace(
-                call_class=CallClass.REFRESH
-            )  # it does not wait: it has a stale entry to serve, and calls in the line may not
+        asker = asker._replace(call_class=class_of(asker.call_class, patient=patient))
         answered = line.answered
         decision: Permit | Postponed
-        if line.queue:
+        if bid is not None and bid.asked:
+            decision = await self._admit(asker, bid)
+        elif line.queue:
             decision = self._accounts.cooling(asker.account, asker.operation) or line.postponed
         else:
             decision = await self._admit(asker)
@@ -126,8 +127,8 @@ class Turns:
             decision = await self._wait(line, asker, decision, answered)
         return decision
 
-    async def _admit(self, asker: Asker) -> Permit | Postponed:
-        return await self._accounts.admit(asker.account, asker.call_class, asker.operation)
+    async def _admit(self, asker: Asker, bid: Bid | None = None) -> Permit | Postponed:
+        return await self._accounts.admit(asker.account, asker.call_class, asker.operation, bid)
 
     async def _wait(
         self, line: Line, asker: Asker, decision: Permit | Postponed, answered: asyncio.Event
@@ -202,6 +203,14 @@ class Turns:
     def _left_s(self, asker: Asker) -> float:
         """Tell how long it may still wait: its call has to be over before the drain is."""
         return min(asker.give_up, self._drain.due - asker.call_s) - self._monotonic()
+
+
+def class_of(call_class: CallClass, *, patient: bool) -> CallClass:
+    """Give the class in which a call is asked for.
+
+    A miss that does not wait has a stale entry to serve, and calls in the line may not: it is a refresh.
+    """
+    return CallClass.REFRESH if not patient and call_class is CallClass.MISS else call_class
 
 
 def spent(postponed: Postponed) -> QuotaSpent:

@@ -57,6 +57,13 @@ class Script:
         return ("EVALSHA", self.digest, len(keys), *keys, *arguments)
 
     @classmethod
+    def with_key(cls, call: Command, key: bytes, argument: bytes) -> Command:
+        """Give the same call with one more key, and one more argument."""
+        name, digest, number, *rest = call
+        assert isinstance(number, int)
+        return (name, digest, number + 1, *rest[:number], key, *rest[number:], argument)
+
+    @classmethod
     def with_text(cls, call: Command) -> Command:
         """Give the same call for a server that does not know the digest yet."""
         _, digest, *rest = call

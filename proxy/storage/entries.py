@@ -19,6 +19,7 @@ from proxy.core.entry import (
     CorruptValue,
     Entry,
     FillPrecondition,
+    Leased,
     Lookup,
     Stamps,
     is_stamp,
@@ -105,20 +106,22 @@ class Entries:
 
         replies.add_done_callback(read)
 
-    async def put(self, key: Key, entry: Entry, basis: FillPrecondition) -> bool:
+    async def put(self, key: Key, entry: Entry, basis: FillPrecondition, lease: Leased | None = None) -> bool:
         """Store `entry`, unless it was invalidated, or a newer one stored, since the lookup of `basis`.
 
-        Tell whether it was stored. Never raises.
+        Tell whether it was stored; then the `lease` of its fetch is given up, too. Never raises.
         """
         keys = self._keys.of(key)
         if not entry.lifetimes.retention_s or self._pending.covers(keys):
             return False
         value = seal(entry, basis.stamps, keys.entry, self._keyring)
+        names, owner = [keys.entry, self._keys.ended(key)], b""
+        if lease is not None:
+            names.append(lease.name)
+            owner = lease.owner
         try:
             stored, *_ = await self._servers.ask(
-                _PUT.call(
-                    [keys.entry, self._keys.ended(key)], basis.seen, value, entry.lifetimes.retention_s
-                ),
+                _PUT.call(names, basis.seen, value, entry.lifetimes.retention_s, owner),
                 *self._prolong(keys.stamps),
             )
             refuse_error(stored)

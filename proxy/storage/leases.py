@@ -30,8 +30,9 @@ from proxy.core.resources import Key
 from proxy.storage.commands import Script
 from proxy.storage.connection import Unavailable
 from proxy.storage.keys import Keys
+from proxy.storage.ledger import Bid
 from proxy.storage.servers import Servers
-from proxy.storage.values import as_bytes, new_stamp, refuse_error
+from proxy.storage.values import new_stamp, refuse_error
 
 LEASE_MS = 2000
 """A lease that is not renewed expires after so long: its replica has died, or Redis is slow."""
@@ -41,6 +42,7 @@ RECORD_MS = 1000
 
 _FOR_EVER = -1  # what PTTL says of a key that does not expire
 _IF_OWNER = Script.load("if_owner")
+_LEASE = Script.load("lease", SEEN_BYTES=SEEN_BYTES)
 
 
 class Leases:
@@ -64,41 +66,41 @@ class Leases:
         self._clock = clock
 
     async def lease(
-        self, key: Key, basis: FillPrecondition
+        self, key: Key, basis: FillPrecondition, bid: Bid | None = None
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to be the replica that fetches `key` on this `basis`. None: Redis cannot tell. Never raises.
 
-        The holder before stored its entry first and released the lease after it. So the entry's place is
-        read after the lease is taken: where it changed since the lookup, the answer is EntryChanged. An entry
-        that stands there is kept for `guard_s` more at least: without it, later lookups would have another
-        basis and another lease.
+        A holder before may have stored its entry and released the lease since the lookup: where the entry's
+        place has changed, the answer is EntryChanged. An entry that stands there is kept for `guard_s` more
+        at least: without it, later lookups would have another basis and another lease. A `bid` travels along,
+        and is made only if this replica gets the lease: so none that waits for another holds a call.
         """
         entry = self._keys.of(key).entry
         digest = self._keyring.mac(b"".join((*basis.stamps, basis.seen)))[:8].hex()
         name = self._keys.lease(key, digest)
         owner = new_stamp(name)
         try:
-            taken, holder, ttl_ms, _, seen = await self._servers.ask(
-                ("SET", name, owner, "NX", "PX", LEASE_MS),
-                ("GET", name),
-                ("PTTL", name),
-                ("EXPIRE", entry, self.guard_s, "GT"),
-                ("GETRANGE", entry, 0, SEEN_BYTES - 1),
-            )
-            refuse_error(taken)
-            if holder != owner:
-                held = await self._held(holder, ttl_ms, name)
-                self._observe(StoreOperation("lease", "corrupt" if held is None else "ok"))
-                return held
+            take = _LEASE.call([name, entry], owner, LEASE_MS, self.guard_s, basis.seen)
+            if bid is None:
+                (reply,) = await self._servers.ask(take)
+            else:
+                reply, told = await self._servers.ask(take, bid.command(name, owner))
+                bid.replied(told)
+            refuse_error(reply)
+            taken: Leased | HeldElsewhere | Record | EntryChanged | None
+            match reply:
+                case [0]:
+                    taken = Leased(name, owner)
+                case [1]:
+                    taken = EntryChanged()
+                case _:
+                    _, value, ttl_ms = reply
+                    taken = await self._held(value, ttl_ms, name)
         except Unavailable as error:
             self._observe(StoreOperation("lease", error.outcome))
             return None
-        self._observe(StoreOperation("lease", "ok"))
-        lease = Leased(name, owner)
-        if isinstance(seen, bytes) and seen != basis.seen:
-            await self.release(lease, None)
-            return EntryChanged()
-        return lease
+        self._observe(StoreOperation("lease", "corrupt" if taken is None else "ok"))
+        return taken
 
     async def renew(self, lease: Leased) -> None:
         """Let the lease last for LEASE_MS from now. Never raises."""
@@ -119,7 +121,7 @@ class Leases:
         Unavailable.
         """
         with suppress(CorruptValue):
-            held = as_bytes(value)
+            held = value if isinstance(value, bytes) else b""
             if ttl_ms != _FOR_EVER and not (isinstance(ttl_ms, int) and ttl_ms > LEASE_MS):
                 if is_stamp(held, name):
                     return HeldElsewhere()

@@ -7,12 +7,14 @@
 --       3  the calls in the hour that others made with the token (a hash: bucket of the hour → calls)
 --       4  the cool-down of one operation
 --       5  the path of the operation that was stopped last
+--       6  a lease, if the question is asked only while it is held
 -- ARGV  1  the question: admit, foresee, give back, settle, cool, cool operation
 --       2  the time in Unix seconds; empty: the server's
 --       3  the longest time of a call in seconds
 --       4, 5, 6  the minute: limit in calls, length and bucket in seconds
 --       7, 8, 9  the hour: the same
---       10 and more  what the question needs, see there
+--       10 and more  what the question needs, see there; the owner of the lease stands last
+-- Gives an empty list where the lease is not held, and the question was not asked.
 --
 -- Python writes these constants before the text: CORRUPT, KNOWN_S, LONGEST_RETRY_AFTER_S, MARGIN_S, PAUSES, PROBE_S,
 -- TURN_S. `storage/ledger.py` and `core/quota.py` say what they mean.
@@ -36,6 +38,7 @@
 -- Replicas of another version may write letters that are not among these, in the form `%.6f`, and may not know all
 -- of these.
 
+if KEYS[6] and redis.pcall('GET', KEYS[6]) ~= ARGV[#ARGV] then return {} end
 local question, given, call = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = tonumber(given)
 if not now then

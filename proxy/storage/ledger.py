@@ -5,7 +5,8 @@ ledger's (admit, foresee, give back, settle, cool), and `cool operation`. A test
 in Python, step by step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from proxy.core.events import StoreOperation
@@ -25,6 +26,9 @@ tokens can be made up."""
 
 KNOWN_S = 7 * 24 * 3600
 """A token is unverified so long after the upstream last accepted it: a token may be used once a day."""
+
+MOST_NAMES = 512
+"""Tokens and operations whose keys are remembered: a call asks twice."""
 
 CORRUPT = "CORRUPT"
 """The beginning of the script's error for a value that is no ledger."""
@@ -71,6 +75,7 @@ class RedisLedger:
         self._servers = servers
         self._keys = keys
         self._observe = observe
+        self._names = lru_cache(MOST_NAMES)(self._names_of)
         self._call_s: float
         self._windows: tuple[str, ...]
         """Both windows, as arguments of every question."""
@@ -93,14 +98,23 @@ class RedisLedger:
     ) -> Admission | Postponed | None:
         """Ask for one call, of an operation that may have a cool-down of its own."""
         call_s = self._call_s
-        match await self._admit("admit", partition, call_class, 1, now=now, operation=operation):
-            case [1, at, minute, hour, probe, known, born, per_hour]:
-                admitted = Admitted(float(at), (minute, hour), per_hour, bool(probe), call_s=call_s)
-                return Admission(admitted, bool(known), born.decode())
-            case [0, wait_s, window, minute, hour, per_hour]:
-                return Postponed(float(wait_s), window.decode(), (minute, hour), per_hour)
-            case _:
-                return None
+        reply = await self._admit("admit", partition, call_class, 1, now=now, operation=operation)
+        return _read(reply, call_s)
+
+    def bid(self, partition: Partition, call_class: CallClass, operation: str) -> "Bid":
+        """Give the same question, for the lease to take along."""
+        return Bid(
+            self._question(
+                "admit",
+                partition,
+                None,
+                *self._admitting(call_class, 1),
+                operation=operation,
+            ),
+            self._call_s,
+            read=self._checked,
+            give_back=partial(self.give_back, partition),
+        )
 
     async def foresee(
         self, partition: Partition, call_class: CallClass, need: int, *, now: float | None = None
@@ -181,11 +195,12 @@ class RedisLedger:
         now: float | None,
         operation: str = "",
     ) -> Any:
+        arguments = self._admitting(call_class, need)
+        return await self._ask(question, partition, now, *arguments, operation=operation)
+
+    def _admitting(self, call_class: CallClass, need: int) -> tuple[str | int, ...]:
         kept, share = self._shares[call_class]
-        is_refresh = int(call_class is CallClass.REFRESH)
-        return await self._ask(
-            question, partition, now, repr(kept), repr(share), need, is_refresh, operation=operation
-        )
+        return repr(kept), repr(share), need, int(call_class is CallClass.REFRESH)
 
     async def _ask(
         self,
@@ -196,36 +211,106 @@ class RedisLedger:
         operation: str = "",
         call_s: float | None = None,
     ) -> Any:
-        """Ask the script. A call that was admitted before keeps its own `call_s`."""
-        replies = await self._run(
-            _LEDGER.call(
-                [
-                    self._keys.quota(partition),
-                    self._keys.known(partition),
-                    self._keys.others(partition),
-                    self._keys.operation(partition, operation),
-                    self._keys.last_path(partition),
-                ],
-                question,
-                "" if now is None else repr(now),
-                repr(self._call_s if call_s is None else call_s),
-                *self._windows,
-                *arguments,
-            )
-        )
-        return None if replies is None else replies[0]
-
-    async def _run(self, *commands: Command) -> list[Any] | None:
-        """Run commands in one round trip. None where Redis did not answer, or refused one of them."""
+        """Ask the script; None where Redis did not answer, or refused."""
+        asked = self._question(question, partition, now, *arguments, operation=operation, call_s=call_s)
         try:
-            replies = await self._servers.ask(*commands)
+            (reply,) = await self._servers.ask(asked)
         except Unavailable as error:
             self._observe(StoreOperation("quota", error.outcome))
             return None
-        failures = [reply for reply in replies if isinstance(reply, Exception)]
-        if failures:
-            is_corrupt = str(failures[0]).startswith(CORRUPT)
+        return self._checked(reply)
+
+    def _question(
+        self,
+        question: str,
+        partition: Partition,
+        now: float | None,
+        *arguments: str | int,
+        operation: str = "",
+        call_s: float | None = None,
+    ) -> Command:
+        """Give the command. A call that was admitted before keeps its own `call_s`."""
+        return _LEDGER.call(
+            self._names(partition, operation),
+            question,
+            "" if now is None else repr(now),
+            repr(self._call_s if call_s is None else call_s),
+            *self._windows,
+            *arguments,
+        )
+
+    def _names_of(self, partition: Partition, operation: str) -> tuple[bytes, ...]:
+        keys = self._keys
+        return (
+            keys.quota(partition),
+            keys.known(partition),
+            keys.others(partition),
+            keys.operation(partition, operation),
+            keys.last_path(partition),
+        )
+
+    def _checked(self, reply: Any) -> Any:
+        """Count a reply; None for a refusal."""
+        if isinstance(reply, Exception):
+            is_corrupt = str(reply).startswith(CORRUPT)
             self._observe(StoreOperation("quota", "corrupt" if is_corrupt else "error"))
             return None
         self._observe(StoreOperation("quota", "ok"))
-        return replies
+        return reply
+
+
+class Bid:
+    """A question for one call that travels with a lease, and is asked only if that is taken.
+
+    An admission counts as made until `take` has given it to the gate, or `drop` has given it back.
+    """
+
+    __slots__ = ("_call_s", "_command", "_give_back", "_read", "_reply", "asked")
+
+    def __init__(
+        self,
+        command: Command,
+        call_s: float,
+        *,
+        read: Callable[[Any], Any],
+        give_back: Callable[[Admitted], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._command = command
+        self._call_s = call_s
+        self._read = read
+        self._give_back = give_back
+        self._reply: Admission | Postponed | None = None
+        self.asked = False
+        """The ledger was asked, and `take` was not called."""
+
+    def command(self, lease: bytes, owner: bytes) -> Command:
+        """Give the command that asks if `owner` holds the `lease`."""
+        return Script.with_key(self._command, lease, owner)
+
+    def replied(self, reply: Any) -> None:
+        """Take the reply to the command."""
+        if reply == []:
+            return  # the lease was not taken
+        self.asked = True
+        self._reply = _read(self._read(reply), self._call_s)
+
+    def take(self) -> Admission | Postponed | None:
+        """Give the ledger's answer, once. None: Redis did not answer."""
+        self.asked = False
+        return self._reply
+
+    async def drop(self) -> None:
+        """Give back an admission that was not taken."""
+        if self.asked and isinstance(reply := self.take(), Admission):
+            await self._give_back(reply.admitted)
+
+
+def _read(reply: Any, call_s: float) -> Admission | Postponed | None:
+    match reply:
+        case [1, at, minute, hour, probe, known, born, per_hour]:
+            admitted = Admitted(float(at), (minute, hour), per_hour, bool(probe), call_s=call_s)
+            return Admission(admitted, bool(known), born.decode())
+        case [0, wait_s, window, minute, hour, per_hour]:
+            return Postponed(float(wait_s), window.decode(), (minute, hour), per_hour)
+        case _:
+            return None

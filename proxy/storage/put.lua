@@ -2,9 +2,11 @@
 --
 -- KEYS  1  the entry
 --       2  the mark that an entry was invalidated here while fetches may have been in flight
+--       3  the lease of its fetch, if there is one: given up where the entry is stored, in the same step
 -- ARGV  1  the first SEEN_BYTES of what the lookup saw there; empty: nothing
 --       2  the sealed entry
 --       3  for how many seconds it is kept
+--       4  the owner of the lease
 -- Gives 1 where it was stored, else 0.
 --
 -- Python writes these constants before the text (core/entry.py has the layout): SEEN_BYTES; CALLED_AT_FIRST and
@@ -22,4 +24,5 @@ end
 -- What takes a tombstone's place is kept for as long as the tombstone would have been: an empty place would let in
 -- the fetches that began before the invalidation.
 redis.call('SET', KEYS[1], ARGV[2], 'EX', math.max(ARGV[3], redis.call('TTL', KEYS[1])))
+if KEYS[3] and redis.pcall('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3]) end
 return 1

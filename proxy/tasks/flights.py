@@ -224,7 +224,14 @@ class Flights(Generic[T]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, owner: Owner, fetch: Callable[[], Awaitable[U]], *, awaited: bool = True) -> _Flight[U]:
+    def _start(
+        self,
+        owner: Owner,
+        fetch: Callable[[], Awaitable[U]],
+        is_failure: Callable[[U], bool] = lambda _: False,
+        *,
+        awaited: bool = True,
+    ) -> _Flight[U]:
         if len(self._tasks) >= self._most:
             raise Overloaded("too many requests wait for the upstream; the API was not asked for this")
         if self._owned[owner] >= self.most_of_one:
@@ -238,9 +245,12 @@ class Flights(Generic[T]):
         async def fly() -> U:
             _CURRENT.set(aboard)
             try:
-                return await fetch()
+                result = await fetch()
             except Abandoned:
                 raise asyncio.CancelledError from None
+            # Here, and not by reading the task's exception: that would keep the loop from reporting it.
+            flight.failed = is_failure(result)
+            return result
 
         task = flight.task = asyncio.create_task(fly(), name="flight")
         self._tasks.add(task)
@@ -257,13 +267,7 @@ class Flights(Generic[T]):
     def _take_off(
         self, owner: Owner, key: Hashable, fetch: Callable[[], Awaitable[T]], *, awaited: bool = True
     ) -> _Flight[T]:
-        async def fly() -> T:
-            result = await fetch()
-            # Here, and not by reading the task's exception: that would keep the loop from reporting it.
-            flight.failed = self._is_failure(result)
-            return result
-
-        flight = self._by_key[key] = self._start(owner, fly, awaited=awaited)
+        flight = self._by_key[key] = self._start(owner, fetch, self._is_failure, awaited=awaited)
         flight.task.add_done_callback(lambda _: self._land(key, flight))
         return flight
 

@@ -1,5 +1,6 @@
 """Where records of requests and of calls go: to the metrics, the log of troubles, the access log."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -34,6 +35,10 @@ class Observers:
         self._metrics.observe(done)
         self._incidents.request(done)
         self._access(done)
+
+    def request_soon(self, done: RequestDone) -> None:
+        """Do it in the event loop's next turn: in this one the request is answered."""
+        asyncio.get_running_loop().call_soon(self.request, done)
 
     def call(self, told: QuotaWait | CallSettled) -> None:
         """Pass on a record of a call to the upstream."""

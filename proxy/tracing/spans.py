@@ -264,6 +264,7 @@ class _TracedGate:
     def __init__(self, gate: StreamingGate, waiting: Callable[[], AbstractContextManager[None]]) -> None:
         self.ask = _within(waiting, gate.ask)
         self.stream = _streaming_within(waiting, gate.stream)
+        self.bid = gate.bid
         self.told = gate.told
         self.refusal = gate.refusal
 

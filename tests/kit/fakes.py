@@ -72,6 +72,9 @@ class FakeLedger:
             self._ledgers[partition] = Ledger(self.limits, call_s=self.call_s)
         return self._ledgers[partition]
 
+    def bid(self, partition: Partition, call_class: CallClass, operation: str) -> None:
+        """Give none: it is asked by itself."""
+
     async def admit(
         self, partition: Partition, call_class: CallClass, operation: str
     ) -> Admission | Postponed | None:

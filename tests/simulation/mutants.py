@@ -38,7 +38,7 @@ async def _true(*_: Any, **__: Any) -> bool:
     return True
 
 
-async def _always_leased(_self: Any, _key: Any, _basis: Any) -> Leased:
+async def _always_leased(_self: Any, _key: Any, _basis: Any, _bid: Any) -> Leased:
     return Leased(b"p:1:no-lease", b"x")
 
 

@@ -295,8 +295,6 @@ class Replica:
             found.append(f"{len(self.flights)} flights")
         if self.gate._lines:
             found.append(f"{len(self.gate._lines)} lines of the gate")
-        if self.readthrough._collapser._releasing:
-            found.append("a lease that is being released")
         return found
 
     def unbounded(self) -> str:

@@ -20,6 +20,7 @@ SCRIPTS = {
     "seed": entries._SEED,
     "soften": invalidation._SOFTEN,
     "if_owner": leases._IF_OWNER,
+    "lease": leases._LEASE,
     "ledger": ledger._LEDGER,
 }
 ADD = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
