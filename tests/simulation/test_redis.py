@@ -81,8 +81,11 @@ async def _different(valkey: Valkey, commands: list[list[bytes]]) -> list[tuple[
         mine = Reader()
         mine.feed(encoded(ours.run(command)))
         reply = mine.gets()
-        if _LEASES.intersection(command[1:2]) and len(reply) == len(real) > 1:  # the last one is a PTTL
-            reply[-1] = real[-1] if _equal(b"PTTL", reply[-1], real[-1]) else reply[-1]
+        match reply, real:
+            case [2, _, mine_ms], [2, _, real_ms] if command[1] in _LEASES and _equal(
+                b"PTTL", mine_ms, real_ms
+            ):
+                reply[-1] = real_ms
         if not _equal(command[0], reply, real):
             different.append((command[:3], reply, real))
     writer.close()
