@@ -191,10 +191,10 @@ class Turns:
     async def _pause(self, asker: Asker, postponed: Postponed, answered: asyncio.Event) -> None:
         """Wait until another question may succeed: after the time, or as soon as a call is answered."""
         left_s = self._left_s(asker)
-        permit = postponed.window == "turn"
-        if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not permit):
+        is_serialized = postponed.window == "turn"
+        if left_s < _SHORTEST_PAUSE_S or (postponed.wait_s > left_s and not is_serialized):
             raise spent(postponed)
-        pause_s = min(postponed.wait_s, _TURN_PAUSE_S if permit else _LONGEST_PAUSE_S, left_s)
+        pause_s = min(postponed.wait_s, _TURN_PAUSE_S if is_serialized else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
         with suppress(TimeoutError), while_awaited():
             async with self._drain.timeout(pause_s, spare_s=asker.call_s):

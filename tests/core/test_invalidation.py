@@ -33,7 +33,7 @@ KEYS = (ONE, TWO, PAGE_1, PAGE_2, THEIR_ONE, THEIR_TWO, THEIR_PAGE, MY_DROPLET, 
 OF_SNAPSHOTS = {*KEYS} - {MY_DROPLET, MY_REGIONS, THEIR_DROPLETS}
 
 
-@pytest.mark.parametrize(
+each_scope = pytest.mark.parametrize(
     ("scope", "covered"),
     [
         pytest.param(EntryScope(ONE), {ONE} | MY_LISTS, id="an-entry-and-the-callers-lists"),
@@ -55,39 +55,22 @@ OF_SNAPSHOTS = {*KEYS} - {MY_DROPLET, MY_REGIONS, THEIR_DROPLETS}
         pytest.param(SoftScope(EverythingScope()), {*KEYS}, id="everything-softly"),
     ],
 )
+
+
+@each_scope
 def test_what_a_scope_covers(scope: Scope, covered: set[Key]) -> None:
     """Exactly these entries, of all that are kept."""
     assert {key for key in KEYS if covers(scope, key)} == covered
 
 
-@pytest.mark.parametrize(
-    ("scope", "changed"),
-    [
-        pytest.param(EntryScope(ONE), {ONE} | MY_LISTS, id="an-entry-and-the-callers-lists"),
-        pytest.param(EntryScope(PAGE_1), MY_LISTS, id="a-list-and-the-callers-other-lists"),
-        pytest.param(CallerScope(MINE), {ONE, TWO} | MY_LISTS, id="a-caller"),
-        pytest.param(EntryScope(MY_DROPLET), MY_LISTS, id="a-document-and-the-callers-lists"),
-        pytest.param(
-            CollectionsScope(("droplets", "images")),
-            {MY_DROPLET, THEIR_DROPLETS},
-            id="collections-of-all-callers",
-        ),
-        pytest.param(
-            SnapshotsScope(("1",)),
-            {ONE, PAGE_1, PAGE_2, THEIR_ONE, THEIR_PAGE},
-            id="a-snapshot-of-all-callers",
-        ),
-        pytest.param(EverythingScope(), {*KEYS}, id="everything"),
-        pytest.param(SoftScope(EverythingScope()), {*KEYS}, id="everything-softly"),
-    ],
-)
-def test_which_counts_an_invalidation_changes(scope: Scope, changed: set[Key]) -> None:
+@each_scope
+def test_which_counts_an_invalidation_changes(scope: Scope, covered: set[Key]) -> None:
     """Each one changes exactly these, each time."""
     counts = InvalidationCounts()
     for _ in range(2):
         before = {key: counts.of(key) for key in KEYS}
         counts.count(scope)
-        assert {key for key in KEYS if counts.of(key) != before[key]} == changed
+        assert {key for key in KEYS if counts.of(key) != before[key]} == covered
 
 
 def test_a_key_whose_count_is_forgotten_counts_as_invalidated() -> None:
