@@ -642,8 +642,8 @@ async def test_an_upstream_that_does_not_listen(wire: aiohttp.ClientSession) -> 
         assert (response.status, (await response.json())["id"]) == (502, "upstream_unreachable")
 
 
-async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
-    """It may take longer in all than one piece may take; each piece goes up as it comes."""
+def pieces(upstream: Upstream) -> asyncio.Queue[bytes]:
+    """Have the upstream put each piece of a body into a queue as it comes, and answer when all have come."""
     arrived: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def answer(request: web.BaseRequest) -> web.Response:
@@ -652,6 +652,12 @@ async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
         return web.Response(text="done")
 
     upstream.handler = answer
+    return arrived
+
+
+async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
+    """It may take longer in all than one piece may take; each piece goes up as it comes."""
+    arrived = pieces(upstream)
     async with app(f"upstream.base_url={upstream.url}", ON) as at:
         reader, writer = await connect(at.api)
         writer.write(request(b"POST", b"/v2/images", b"Content-Length: 5"))
@@ -665,14 +671,7 @@ async def test_a_body_that_comes_slowly(upstream: Upstream) -> None:
 
 async def test_a_body_that_takes_longer_than_a_call(upstream: Upstream) -> None:
     """The time of the call counts from its end."""
-    arrived: asyncio.Queue[bytes] = asyncio.Queue()
-
-    async def answer(request: web.BaseRequest) -> web.Response:
-        async for chunk in request.content.iter_any():
-            arrived.put_nowait(chunk)
-        return web.Response(text="done")
-
-    upstream.handler = answer
+    arrived = pieces(upstream)
     loop = asyncio.get_running_loop()
     async with app(f"upstream.base_url={upstream.url}", ON, "upstream.write_timeout_s=1") as at:
         reader, writer = await connect(at.api)
