@@ -787,6 +787,18 @@ def test_the_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert remembered.get(b"%10d" % 1) is None
 
 
+def test_what_is_remembered_of_a_request_with_an_id_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes around its id, and the token that the next id is compared with."""
+    monkeypatch.setattr(memo, "MOST_BYTES", 100)
+    remembered = Memo()
+    for number in range(10):
+        question = Question(Key(SNAPSHOT, Partition(""), "1"), Form(), "other")
+        question.authorization = "x" * 10
+        remembered.put((b"%5d" % number, b"after"), question)
+        assert len(remembered) <= 4
+    assert remembered.get((b"%5d" % 9, b"after")) is question
+
+
 async def test_few_forms_are_prepared_of_an_entry() -> None:
     """The latest ones; each is answered all the same."""
     edge = Edge(memory(), fast=True)

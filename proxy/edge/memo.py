@@ -11,7 +11,7 @@ from proxy.edge.prepared import Form
 
 MOST_QUESTIONS = 65_536
 MOST_BYTES = 16_777_216
-"""Questions that are remembered, and the bytes of the requests that ask them."""
+"""Questions that are remembered, and the bytes that are remembered of the requests that ask them."""
 
 
 class Question:
@@ -59,7 +59,7 @@ class Memo:
 
     def put(self, data: Bytes, question: Question) -> None:
         """Remember it."""
-        size = len(data) if isinstance(data, bytes) else sum(map(len, data))
+        size = len(data) if isinstance(data, bytes) else sum(map(len, data)) + len(question.authorization)
         if len(self.young) >= MOST_QUESTIONS // 2 or self._bytes + size > MOST_BYTES // 2:
             self._old, self.young, self._bytes = self.young, {}, 0
         self.young[data] = question
