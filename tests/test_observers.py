@@ -1,5 +1,6 @@
 """A hit of the fast path is counted and logged as every request is."""
 
+import asyncio
 import json
 import logging
 from itertools import product
@@ -81,3 +82,13 @@ def test_what_is_logged_can_change(caplog: pytest.LogCaptureFixture) -> None:
 def ours(metrics: Metrics) -> list[bytes]:
     """Give the series of the service, without those of the process."""
     return [line for line in generate_latest(metrics._registry).splitlines() if b"snapshot_proxy_" in line]
+
+
+async def test_a_request_is_told_after_the_turn_that_answers_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Its caller does not wait for a line in the log; the turn after, it stands there."""
+    caplog.set_level(logging.INFO)
+    _, told = observers("all")
+    told.request_soon(RequestDone(Route.SNAPSHOT, Outcome.MISS, 200, "other", 0.1, "id"))
+    assert logged(caplog) == []
+    await asyncio.sleep(0)
+    assert [line["request_id"] for line in logged(caplog)] == ["id"]
