@@ -92,7 +92,7 @@ MUTANTS = (
         "names",
         lambda _self, call, _basis, _mark, mode: ((call.key, mode),),
         _of("deleted", "refused", "one call"),
-        60,
+        200,
     ),
     Mutant(
         "the pending are not left out",
@@ -126,7 +126,7 @@ MUTANTS = (
         "follow",
         lambda *_: None,
         _of("limits", "cool-down"),
-        1700,
+        0,
     ),
     Mutant(
         "calls are never settled",
