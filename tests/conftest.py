@@ -29,7 +29,18 @@ WIRE = [
     *(f"simulator/test_{name}.py" for name in ("service", "specification")),
     *(
         f"test_{name}.py"
-        for name in ("admin", "check", "cli", "connection", "demo", "documents", "files", "logs", "readme")
+        for name in (
+            "admin",
+            "check",
+            "cli",
+            "connection",
+            "demo",
+            "documents",
+            "files",
+            "logs",
+            "readme",
+            "sizing",
+        )
     ),
     *("test_activation.py", "test_lengths.py", "test_sockets.py"),
 ]
