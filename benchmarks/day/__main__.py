@@ -55,7 +55,8 @@ def main() -> None:
     readers = fleet.readers
     print("\n# A simulated day")
     _say(f"""
-        `python -m benchmarks.day`, {datetime.now(UTC):%Y-%m-%d}. The figures do not depend on the machine.
+        `python -m benchmarks.day`, {datetime.now(UTC):%Y-%m-%d}. The figures depend on the code of
+        that day, not on the machine.
 
         {fleet.tokens} tokens see {fleet.snapshots:,} snapshots, both read by Zipf's law.
         {readers.autoscalers} autoscalers ask for one each, every {AUTOSCALER_S:g} s, all day;

@@ -7,7 +7,8 @@ record is given as it is: a row is about one expression. A changed number fails 
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,7 +216,36 @@ ALERTS_IN_TIME += (
         for alert, inputs in (("CoolDown", {COOL_DOWN: "1x40"}), ("QuotaSpent", {LIMITED: "1x40"}))
     ),
 )
+REQUESTS = FAILURES.replace("failures", "requests")
+ANSWERED = "snapshot_proxy_requests_total[route=snapshot,status={}]"
+DURATIONS = "snapshot_proxy_request_duration_seconds_{}"
+RATES = (
+    (REQUESTS, "answered", "> 0", {ANSWERED.format("2xx"): STOPS}),
+    (FAILURES, "answered", "> 0", {ANSWERED.format("5xx"): STOPS}),
+    (REQUESTS, "fast", "> 0", {DURATIONS.format("count[cache=hit]"): STOPS}),
+    (
+        FAILURES,
+        "fast",
+        "> 0",
+        {DURATIONS.format("count[cache=hit]"): STOPS, DURATIONS.format("bucket[cache=hit,le=0.5]"): "0x40"},
+    ),
+    (
+        FAILURES,
+        "fast",
+        "< 0",  # there are no such requests: this is about the other half of a difference
+        {DURATIONS.format("count[cache=hit]"): "0x40", DURATIONS.format("bucket[cache=hit,le=0.5]"): STOPS},
+    ),
+)
 RECORDS_IN_TIME = (
+    *(
+        Course(
+            inputs,
+            tuple(
+                (f'{name.partition("[")[0]}{{slo="{slo}"}} {sign}', *at) for at in ((13, True), (15, False))
+            ),
+        )
+        for name, slo, sign, inputs in RATES
+    ),
     *(
         Course({}, ((f'slo:snapshot_proxy_budget:ratio{{slo="{slo}"}} == {ratio}', 1, True),))
         for slo, ratio in (("answered", 0.001), ("fast", 0.01))
@@ -223,6 +253,10 @@ RECORDS_IN_TIME = (
     Course({FAILURES: f"0x119 {TWENTY}x99", **BURNING_FAST}, ((FAST, 146, False), (FAST, 153, True))),
     # What is left falls by 50 a minute: at 3,250 the hour is spent, but for 5 %, 60 minutes later.
     Course({LEFT: "5000-50x99", **FALLING}, ((SOON, 34, False), (SOON, 37, True))),
+    # It falls by 60 a minute after an hour at rest: the line through half an hour is steep after 25 minutes.
+    Course({LEFT: "5000x60 4940-60x39", **FALLING}, ((SOON, 83, False), (SOON, 87, True))),
+    # Calls are made since less than half an hour: none of them leaves the hour within the next half.
+    Course({LEFT: "4000x40", CALLS: "1x40"}, ((near(IN_30M, 4000 - 1800, 0.1), 20, True),)),
     # One call a second from the 60th minute on; none was made before.
     Course(
         {LEFT: "4000x199", HOUR: "5000x199", CALLS: "0x59 1x139"},
@@ -296,26 +330,37 @@ def burning(seconds: int, *windows: tuple[str, int]) -> dict[str, Any]:
     return asking(inputs, *asked, interval=f"{seconds}s")
 
 
-def files(only: str = "") -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """Give tests, or those of one alert or record, with the file of rules and how often it is evaluated."""
+Tests = tuple[str, str, list[dict[str, Any]]]
+"""A file of rules, how often it is evaluated, and tests of it."""
+
+
+def of_alerts(only: str = "") -> Iterator[Tests]:
+    """Give the tests of all alerts, or of one."""
     for row in ROWS:
-        if not only or only == row.alert:
-            alert = firing(row.alert)
+        if only in ("", row.alert):
             every = "1m" if row.minutes < LONG else "5m"
-            yield "alerts", every, list(limits_of(alert, row.limits, row.after, row.minutes))
+            yield "alerts", every, list(limits_of(firing(row.alert), row.limits, row.after, row.minutes))
     for course in ALERTS_IN_TIME:
-        if not only or only in course.asked[0][0]:
+        if only in course.asked[0][0]:
             every = "1m" if course.asked[0][1] < 2 * LONG else "5m"
             yield "alerts", every, [asking(course.inputs, *course.asked)]
-    if not only or only.startswith("job_slo:snapshot_proxy_budget:"):
-        yield "objectives", "10s", [burning(10, ("5m", 5), ("30m", 30))]
-        yield "objectives", "1m", [burning(60, ("1h", 60), ("2h", 120), ("6h", 360))]
-        yield "objectives", "1h", [burning(600, ("1d", 1440), ("3d", 4320))]
-    if not only or only[0].islower():
-        for record, limits in RECORDED:
-            yield rules_of(record), "1m", list(limits_of(record, limits, 1, 0))
-        for course in RECORDS_IN_TIME:
-            yield rules_of(course.asked[0][0]), "1m", [asking(course.inputs, *course.asked)]
+
+
+def of_records(read: str, only: str = "") -> Iterator[Tests]:
+    """Give the tests of what one file of rules records, or of one burn rate, or of all but these."""
+    burn_rate = only.startswith("job_slo:snapshot_proxy_budget:")
+    if read == "objectives" and (burn_rate or not only):
+        yield read, "10s", [burning(10, ("5m", 5), ("30m", 30))]
+        yield read, "1m", [burning(60, ("1h", 60), ("2h", 120), ("6h", 360))]
+        yield read, "1h", [burning(600, ("1d", 1440), ("3d", 4320))]
+    if burn_rate:
+        return
+    for record, limits in RECORDED:
+        if rules_of(record) == read:
+            yield read, "1m", list(limits_of(record, limits, 1, 0))
+    for course in RECORDS_IN_TIME:
+        if rules_of(course.asked[0][0]) == read:
+            yield read, "1m", [asking(course.inputs, *course.asked)]
 
 
 def rules_of(record: str) -> str:
@@ -323,10 +368,10 @@ def rules_of(record: str) -> str:
     return "recording" if "quota" in record else "objectives"
 
 
-def promtool(folder: Path, rules: Path = RULES, only: str = "") -> None:
-    """Run them. Raises Unsound where a question has another answer."""
+def promtool(folder: Path, rules: Path, all_tests: Iterable[Tests]) -> None:
+    """Run tests of the files in `rules`. Raises Unsound where a question has another answer."""
     contents: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for read, every, tests in files(only):
+    for read, every, tests in all_tests:
         contents.setdefault((read, every), []).extend(tests)
     paths = []
     for (read, every), tests in contents.items():
@@ -338,7 +383,7 @@ def promtool(folder: Path, rules: Path = RULES, only: str = "") -> None:
 
 def test_thresholds(tmp_path: Path) -> None:
     """Of all alerts and of what is recorded for them."""
-    promtool(tmp_path)
+    promtool(tmp_path, RULES, chain(of_alerts(), of_records("objectives"), of_records("recording")))
 
 
 def test_every_alert_has_a_row() -> None:
@@ -384,14 +429,15 @@ def _blank(found: re.Match[str]) -> str:
 @pytest.mark.long
 @pytest.mark.parametrize(("file", "text"), list(mutants()))
 def test_a_changed_number_is_noticed(file: str, text: str, tmp_path: Path) -> None:
-    """By the rows and courses of what it stands in."""
+    """By the rows and courses of the alert that it stands in, or by those of its file."""
     (tmp_path / file).write_text(text)
-    changed = [rule for rule in rules_in(tmp_path / file) if rule not in rules_in(RULES / file)]
-    name = changed[0].get("alert", "").removeprefix("SnapshotProxy") or changed[0]["record"]
-    if "alert" in changed[0]:
-        (tmp_path / file).write_text(yaml.safe_dump({"groups": [{"name": "one", "rules": changed}]}))
+    (changed,) = [rule for rule in rules_in(tmp_path / file) if rule not in rules_in(RULES / file)]
+    tests = of_records(file.removesuffix(".yml"), changed.get("record", ""))
+    if "alert" in changed:
+        (tmp_path / file).write_text(yaml.safe_dump({"groups": [{"name": "one", "rules": [changed]}]}))
+        tests = of_alerts(changed["alert"].removeprefix("SnapshotProxy"))
     with pytest.raises(Unsound, match="FAILED"):
-        promtool(tmp_path, tmp_path, name)
+        promtool(tmp_path, tmp_path, tests)
 
 
 def rules_in(path: Path) -> list[dict[str, Any]]:
