@@ -89,8 +89,9 @@ class Collapser:
     async def fetch_for_all(self, call: Call, lookup: Lookup, mode: FetchMode) -> Fetched | ProxyError:
         """Fetch, unless another replica does: then wait for its result. Runs in a flight.
 
-        The wait is for the lease of the basis that this request's own lookup saw, whatever is invalidated
-        meanwhile: a fetch under that lease is as new as this request.
+        The wait is for the lease of the basis that this request's own lookup saw (after EntryChanged, that of
+        the lookup made then), whatever is invalidated meanwhile: a fetch under that lease is as new as this
+        request.
         """
         due = self._fetcher.due()
         asked_at = due.began

@@ -49,7 +49,7 @@ _REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO
 class FetchMode(NamedTuple):
     """How to ask: as which class of call, and whether to wait for the quota. It is part of a flight's name.
 
-    Otherwise a refresh that the quota rejected would answer a caller for whom it has room, or who can wait.
+    Else a caller would join a refresh that the quota rejected, though its own call has room, or can wait.
     """
 
     call_class: CallClass

@@ -141,9 +141,9 @@ class ReadThrough:
         self._collapser.total_timeout_s = total_timeout_s
 
     async def get(self, call: Call, found: Found | None = None) -> Served | Failed:
-        """Answer one read. The whole program in one match.
+        """Answer one read that the fast path did not answer, by what the store has.
 
-        `found` is what was looked up for this very request already.
+        `found` is what the fast path looked up for this very request already.
         """
         if found is None or found.key != call.key:
             served = self.peek(call.key, self._clock(), call.directives) if call.target.cacheable else None
@@ -176,12 +176,7 @@ class ReadThrough:
 
         None is no miss: Redis may have a fresh or a stale entry.
         """
-        match on_lookup(self._memory.get(key), directives, now):
-            case Hit(entry):
-                self._refresher.record_read(key, entry, now)
-                return _from_entry(entry, now)
-            case _:
-                return None
+        return self._if_fresh(key, self._memory.get(key), directives, now)
 
     def look(self, key: Key, then: Callable[[Found | None], None]) -> None:
         """Look up what a read without directives asks for, and call `then` with it: no task waits for it.
@@ -197,9 +192,13 @@ class ReadThrough:
 
     def hit(self, found: Found, now: float) -> Served | None:
         """Answer a read without directives, if what was found for it just now is fresh, and record it."""
-        match on_lookup(found.lookup.entry, NO_DIRECTIVES, now):
+        return self._if_fresh(found.key, found.lookup.entry, NO_DIRECTIVES, now)
+
+    def _if_fresh(self, key: Key, entry: Entry | None, directives: Directives, now: float) -> Served | None:
+        """Answer with `entry` if it is fresh, and record the read."""
+        match on_lookup(entry, directives, now):
             case Hit(entry):
-                self._refresher.record_read(found.key, entry, now)
+                self._refresher.record_read(key, entry, now)
                 return _from_entry(entry, now)
             case _:
                 return None
@@ -269,7 +268,8 @@ class ReadThrough:
         """Give a stale entry instead of a failure (RFC 5861 §4), unless it was invalidated meanwhile.
 
         It is looked up again for that. If Redis does not answer now, `fallback` is served, which was found
-        before the fetch, unless this replica has invalidated it since `ended` was read, and not softly.
+        before the fetch, unless this replica has invalidated it since `ended` was read, other than by a
+        soft purge.
         """
         if not is_replaceable(answer.status):
             return answer

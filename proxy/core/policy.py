@@ -1,8 +1,8 @@
-"""All cache semantics, in two questions with closed answers.
+"""All cache semantics, in three questions, each with a fixed set of answers.
 
 `on_lookup`: may the entry that was found answer this request, or must the upstream be asked? `on_answer`:
-what does the upstream's answer mean, may it be stored, and for how long? Neither reads a clock or draws a
-number.
+what does the upstream's answer to a read mean, may it be stored, and for how long? `on_delete`: what does
+its answer to a DELETE mean? None of them reads a clock or draws a number.
 """
 
 from collections.abc import Mapping
@@ -176,7 +176,7 @@ _END_OF_STATUSES = 600  # RFC 9110 §15
 class Policy:
     """The operator's lifetimes, in whole seconds; `jitter` is the part of a TTL taken off at random.
 
-    `ttls_s` are the TTLs of the kinds of resources, each by the setting that its row in `resources.py` names;
+    `ttls_s` gives the TTL by the name of its setting, which the row of a resource (`resources.py`) holds;
     `collections` are those whose documents are cached. The page links of lists begin with `public_url`,
     unless it is empty.
     """

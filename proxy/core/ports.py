@@ -121,7 +121,7 @@ class Gate(Protocol):
         """Give what the caller is told about its quota, without asking for it; it changes in place."""
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
-        """Say why the quota would refuse a call now; None if it would not, or only until one is answered."""
+        """Say why the quota would refuse a call now; None if not, or only until a call is answered."""
 
 
 class StreamingGate(Gate, Protocol):

@@ -31,9 +31,9 @@ from proxy.core.windows import CallClass, Count, QuotaLimits, Window
 __all__ = ["Admitted", "CallClass", "Ledger", "Postponed", "QuotaLimits", "Window"]
 
 PAUSES = 12
-"""A token cools down for this part of a minute, 5 s, if a 429 does not say for how long. After 5 s, too, one
-call verifies a reported number of calls left that is hard to believe; later ones verify it less often, at
-last every twelfth of an hour, 5 min."""
+"""If a 429 does not say for how long, a token cools down until its oldest call leaves the minute, and for
+this part of a minute, 5 s, at least. After 5 s, too, one call verifies a reported number of calls left that
+is hard to believe; later ones verify it less often, at last every twelfth of an hour, 5 min."""
 
 TURN_S = 2.0
 """A serialized call postpones the others for so long at most: its replica may have died, or its answer never

@@ -62,7 +62,7 @@ class _Phase(Enum):
 
 
 class Connection(asyncio.Protocol):
-    """The deadlines of one connection; bytes pass through to aiohttp's protocol object and back unseen."""
+    """The deadlines of one connection. What the fast path does not answer passes through to aiohttp."""
 
     __slots__ = (
         "_after_eof",

@@ -58,7 +58,7 @@ MOST_HOT_BYTES = 4096
 """Answers of which all but the request id is kept for the running second, and the largest body of one."""
 
 _ROUNDING_S = 1e-6
-"""More than the difference of two sums or differences of Unix times that would be equal if exact."""
+"""More than the rounding error of a sum or difference of Unix times."""
 
 MOST_COUNTERS = 4096
 """Kinds of answers that are counted without looking their counters up."""

@@ -25,7 +25,7 @@ MOST_KINDS = 1024
 """Ends of heads that are shared by all answers of one length and lifetime."""
 
 _REPORTED = 0.1
-"""The policy is asked again after this part of an entry's lifetime, and so hears that it is still read."""
+"""An answer is prepared anew after this part of the lifetime: so reads are recorded for the refresh."""
 
 _OK, _NOT_MODIFIED = 200, 304  # an enum's members would be half of the cost of `prepare`
 _OPENINGS = {
@@ -62,7 +62,7 @@ class Prepared:
     end: bytes
     body: bytes
     told: RateLimit
-    """What the caller is told about its quota: it changes in place, and is good until it says."""
+    """What the caller is told about its quota: changes in place, and is asked for anew from its `until`."""
     tell: Callable[[float, float, bytes], None]
     """Counts one such answer: seconds, the entry's age, and the request id."""
 

@@ -1,4 +1,4 @@
-"""What the bytes of a request ask: as a memo of the very same bytes says, else aiohttp's parser and `api.py`.
+"""What a request asks: from a memo if the same bytes came before, else read by aiohttp's parser and `api.py`.
 
 No bytes are parsed here: see the top of `fastpath.py`, which says why a question is what the handler would
 read from the same bytes.

@@ -221,7 +221,7 @@ class UpstreamGate:
             yield answer
 
     async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
-        """Say why the quota would refuse a call now; None if it would not, or only until one is answered."""
+        """Say why the quota would refuse a call now; None if not, or only until a call is answered."""
         postponed = await self._accounts.foresee(self._account(call.caller), call_class, 1)
         return None if postponed is None or postponed.window == "turn" else spent(postponed)
 

@@ -132,7 +132,7 @@ class Channel:
                 await wire.wait_closed()
             finally:
                 speaking.cancel()
-                await asyncio.wait({speaking})  # raises what cancels this task, and not what ended that one
+                await asyncio.wait({speaking})  # a cancellation is raised here, an error of `speaking` is not
             if not speaking.cancelled():
                 speaking.result()  # a bug: it ends in no other way
         raise ConnectionError("the server closed the connection")

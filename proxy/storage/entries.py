@@ -86,7 +86,7 @@ class Entries:
     def look(self, key: Key, found: Callable[[Lookup | None], None]) -> None:
         """Do what `lookup` does, and call `found` with the result: no task waits for it.
 
-        None: this one takes more than one round trip, or cannot be sent, which `lookup` tells.
+        It gets None if that takes a second round trip, or cannot be sent: then `lookup` is to be used.
         """
         reading = self._reading(key)
         try:
@@ -196,7 +196,7 @@ class Entries:
     def _reading(self, key: Key) -> "_Reading":
         """Say how to read an entry and its stamps, and to make the snapshot's own stamp if that is missing.
 
-        It mostly is where the entry is: then a fill needs no second round trip.
+        Where the entry is missing, this stamp mostly is, too: made here, it saves the fill a round trip.
         """
         keys = self._keys.of(key)
         commands: list[Command] = [("GET", name) for name in (keys.entry, *keys.stamps)]

@@ -168,7 +168,7 @@ def in_order(stamps: Sequence[bytes], now: float, soft: Container[bytes] = ()) -
 
 def _softening(stamp: bytes, now: float) -> Command:
     second = make_second_part(stamp, secrets.token_bytes(SOFT_NONCE_BYTES), now)
-    # With its text: by its digest it might have to be sent once more, after the announcement that follows it.
+    # With its text (EVAL): an unknown digest would be repeated, behind the announcement that follows it.
     return Script.with_text(_SOFTEN.call([stamp], second))
 
 

@@ -72,8 +72,9 @@ class Leases:
 
         A holder before may have stored its entry and released the lease since the lookup: where the entry's
         place has changed, the answer is EntryChanged. An entry that stands there is kept for `guard_s` more
-        at least: without it, later lookups would have another basis and another lease. A `bid` travels along,
-        and is made only if this replica gets the lease: so none that waits for another holds a call.
+        at least: if it expired meanwhile, later lookups would see nothing, and ask for another lease. A `bid`
+        travels along, and is made only if this replica gets the lease: so none that waits for another holds a
+        call.
         """
         entry = self._keys.of(key).entry
         digest = self._keyring.mac(b"".join((*basis.stamps, basis.seen)))[:8].hex()
