@@ -158,11 +158,11 @@ class Checks:
             for each in world.api.flying
             if each.method == "GET" and each.shared and (each.token, each.name) == (made.token, made.name)
         ]
-        if not others or any(self._ended_since(each.sent_at - 1, made) for each in others):
+        wait_s = world.size.settings.quota.max_wait_s  # for so long a fetch may have waited before its call
+        if not others or any(self._ended_since(each.sent_at - wait_s, made) for each in others):
             return
         # One a replica where Redis is out of order, or was while a fetch waited for quota. One more when it
         # is back: that may not share a fetch that saw no stamps.
-        wait_s = world.size.settings.quota.max_wait_s
         most = 1 + world.plan.replicas * self._is_off(now, _AFTERMATH_S + wait_s)
         # What Redis loses is invalidated: what was being fetched is fetched anew, once.
         lost_at = (*world.redis.lost_keys_at, *(at for at, step_s in world.redis.steps if step_s > 0))
