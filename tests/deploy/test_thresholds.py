@@ -315,19 +315,24 @@ def limits_of(expression: str, limits: Limits, after: int, minutes: int) -> Iter
             yield asking(values(name), (expression, fires_at + 4, False))
 
 
-def burning(seconds: int, *windows: tuple[str, int]) -> dict[str, Any]:
-    """Ask for burn rates, each half a window after every request began to fail: half of it burns."""
+def burning(seconds: int, *windows: tuple[str, int]) -> Iterator[dict[str, Any]]:
+    """Ask for burn rates half a window after a change: every request fails, or there are twice as many."""
     began = max(minutes for _, minutes in windows) * 60
-    asked = (
-        (near(f"job_slo:snapshot_proxy_budget:burn_rate{name}", 515, 25), (began // 60) + minutes / 2, True)
-        for name, minutes in windows
-    )
     samples = began // seconds
-    inputs = {
-        FAILURES: f"0x{samples - 1} 1x{samples}",
-        FAILURES.replace("failures", "requests"): f"1x{2 * samples}",
-    }
-    return asking(inputs, *asked, interval=f"{seconds}s")
+    steady, doubled = f"1x{2 * samples}", f"1x{samples - 1} 2x{samples}"
+    for failures, requests, burns, tolerance in (
+        (f"0x{samples - 1} 1x{samples}", steady, 515, 25),
+        (steady, doubled, 660, 15),
+    ):
+        asked = (
+            (
+                near(f"job_slo:snapshot_proxy_budget:burn_rate{name}", burns, tolerance),
+                began // 60 + each / 2,
+                True,
+            )
+            for name, each in windows
+        )
+        yield asking({FAILURES: failures, REQUESTS: requests}, *asked, interval=f"{seconds}s")
 
 
 Tests = tuple[str, str, list[dict[str, Any]]]
@@ -350,9 +355,9 @@ def of_records(read: str, only: str = "") -> Iterator[Tests]:
     """Give the tests of what one file of rules records, or of one burn rate, or of all but these."""
     burn_rate = only.startswith("job_slo:snapshot_proxy_budget:")
     if read == "objectives" and (burn_rate or not only):
-        yield read, "10s", [burning(10, ("5m", 5), ("30m", 30))]
-        yield read, "1m", [burning(60, ("1h", 60), ("2h", 120), ("6h", 360))]
-        yield read, "1h", [burning(600, ("1d", 1440), ("3d", 4320))]
+        yield read, "10s", [*burning(10, ("5m", 5), ("30m", 30))]
+        yield read, "1m", [*burning(60, ("1h", 60), ("2h", 120), ("6h", 360))]
+        yield read, "1h", [*burning(600, ("1d", 1440), ("3d", 4320))]
     if burn_rate:
         return
     for record, limits in RECORDED:
