@@ -9,8 +9,8 @@ request that the parser and `api.py` took for a question, with these four things
 - `before` ends with a line break, `X-Request-Id`, a colon and a space; `after` begins with a line break.
   Within a head each line break begins a header, but for the one at its end; so this is the header's line.
 - The parser found one header of that name, and the very `id` as its value.
-- `id` is fit for logs, by `parse_request_id`: 1 to 128 letters, digits, dots, underscores, hyphens, and none
-  of what `Authorization` says, which is remembered.
+- `id` is fit for logs, by `parse_request_id`: 1 to 128 letters, digits, dots, underscores, hyphens, and does
+  not hold the token.
 - No header that the answer or the counts depend on is this one (`metrics.client_header` may name it).
 
 Then `before + other + after` with another fit `other` is the same question with that id. The parser goes

@@ -222,7 +222,7 @@ def misplaced(token: str) -> list[bytes]:
             f"{good}{head}{token}: {token}\r\nCookie: {token}\r\nX-Request-Id: {token} \xe9\r\n\r\n",
             *(
                 f"{line} HTTP/1.1\r\n{authorization}\r\nX-Request-Id: {name}\r\n{close}\r\n\r\n"
-                for name in (token, f"job-{token}.1", token[:40])
+                for name in (token, f"job-{token}.1")
                 for line, authorization in (
                     (f"GET {DROPLET_PATH}", bears),
                     (f"HEAD {DROPLET_PATH}", bears),
