@@ -109,9 +109,7 @@ class Count:
                 calls -= back
 
     def forget(self, now: float) -> None:
-        """Drop the buckets that have left the window: those whose last moment is older than its length."""
-        if now < self.next_leaves_at:
-            return
+        """Drop the buckets whose last moment is older than the window: none are before `next_leaves_at`."""
         for bucket in [bucket for bucket in self.buckets if self._leaves_at(bucket) <= now]:
             self.total -= self.buckets.pop(bucket)
         self.next_leaves_at = min(map(self._leaves_at, self.buckets), default=math.inf)
