@@ -410,7 +410,20 @@ class Checks:
             return
         if self.world.paused or (request.replica.stops and kind in _IN_A_DRAIN):
             return
+        if kind in _LATE and self._waited_for_a_lease(ask):
+            return
         self._fail("needless", f"request {request.number} got {error.status} {kind}, and the API is well")
+
+    def _waited_for_a_lease(self, ask: Ask) -> bool:
+        """Tell whether a replica could not give up its lease: what waited for that has the time left."""
+        longest_s = self.world.size.longest_read_s
+        now = self.world.loop.now
+        callers = {
+            each.replica
+            for each in self.world.api.made
+            if (each.token, each.name) == (ask.token, ask.name) and each.sent_at >= now - longest_s
+        }
+        return len(callers) > 1 and self._redis_is_off(now, longest_s)
 
     # -- at the end ----------------------------------------------------------------------------
 
@@ -481,8 +494,10 @@ class Checks:
                 return True
         return any(request.ask.what in PURGES and request.began + 2 >= since for request in world.requests)
 
-    def _redis_is_off(self, now: float) -> bool:
-        return any(_is_near(fault, now) for fault in self.world.plan.faults if fault.kind in _OFF_REDIS)
+    def _redis_is_off(self, now: float, aftermath_s: float = _AFTERMATH_S) -> bool:
+        return any(
+            _is_near(fault, now, aftermath_s) for fault in self.world.plan.faults if fault.kind in _OFF_REDIS
+        )
 
     def _is_off(self, now: float, aftermath_s: float) -> bool:
         return any(
@@ -494,6 +509,7 @@ PURGES = ("purge", "soft-purge")
 _IN_A_DRAIN = frozenset({"UpstreamGivenUp", "UpstreamFailedElsewhere"})
 _OFF_REDIS = _OFF = frozenset((*OF_REDIS, *AT_ONE_REPLICA, "channel-deaf"))
 _OF_READS = frozenset({"403", "404"})
+_LATE = frozenset({"UpstreamTimeout", "UpstreamFailedElsewhere"})
 _TELLING = frozenset({200, 204, 404})
 """Answers with one of these tell how many calls are left."""
 
