@@ -234,6 +234,26 @@ def test_a_cool_down_that_was_seen_holds_without_the_common_ledger() -> None:
     run(main())
 
 
+def test_a_429_stops_a_call_that_was_admitted_but_not_made() -> None:
+    """It came while the common ledger's answer was on its way: that call is given back."""
+
+    async def main() -> None:
+        fleet = Fleet(tells=False)
+        one = fleet.replicas[0]
+        await burst(fleet, one, 1)
+        made = await admitted_once(one)
+        fleet.ledger.held = asyncio.Event()
+        asking = asyncio.create_task(one.admit(ACCOUNT, CallClass.MISS))
+        settling = asyncio.create_task(one.settle(ACCOUNT, made, Settlement(refused=True, retry_after_s=7)))
+        await asyncio.sleep(0)
+        fleet.ledger.held.set()
+        assert await asking == Postponed(7.0, "cooldown")
+        await settling
+        assert fleet.ledger.given_back == 1
+
+    run(main())
+
+
 def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
     """And the others as soon as the common ledger can be told of it."""
 

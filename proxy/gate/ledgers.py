@@ -63,7 +63,7 @@ class Accounts:
         own = self._own(account)
         if (
             account.previous is not None
-            or own.untold
+            or self.cooldown_s(account) > 0
             or self._doubts(own)
             or self.cooling(account, operation) is not None
         ):
@@ -79,7 +79,9 @@ class Accounts:
         """
         own = self._own(account)
         if own.untold:
-            await self._tell_of_the_cool_down(own, account)
+            own.untold = False
+            if (cools_s := self.cooldown_s(account)) > 0:
+                await self._cool_in_common(own, account, cools_s)
         if cooling := self.cooling(account, operation):
             return cooling
         if self._doubts(own):
@@ -166,9 +168,7 @@ class Accounts:
         )
         self._tell(own, reported=settlement.remaining_told is not None)
         if refused:
-            for partition in account.partitions:
-                told_s = await self._common.cool(partition, settlement.retry_after_s)
-                own.untold = own.untold or told_s is None
+            await self._cool_in_common(own, account, settlement.retry_after_s)
         for partition, admitted in zip(account.partitions, permit.common, strict=False):
             await self._common.settle(
                 partition,
@@ -179,14 +179,9 @@ class Accounts:
                 known=settlement.known,
             )
 
-    async def _tell_of_the_cool_down(self, own: "_Own", account: Account) -> None:
-        """Stop the token's calls on all replicas, after a 429 that came while Redis did not answer."""
-        own.untold = False
-        cools_s = self.cooldown_s(account)
-        if cools_s > 0:
-            for partition in account.partitions:
-                told_s = await self._common.cool(partition, cools_s)
-                own.untold = own.untold or told_s is None
+    async def _cool_in_common(self, own: "_Own", account: Account, seconds: float | None) -> None:
+        """Stop the token's calls on all replicas; if Redis does not answer, at the token's next request."""
+        own.untold = None in [await self._common.cool(each, seconds) for each in account.partitions]
 
     async def _cool_operation(
         self, own: "_Own", account: Account, operation: Operation, retry_after_s: int | None
@@ -265,8 +260,12 @@ class Accounts:
     async def _admit_in_common(
         self, own: "_Own", account: Account, call_class: CallClass, operation: str, bid: Bid | None = None
     ) -> tuple[Admitted, ...] | Postponed | None:
-        """Ask the common ledger; during a rotation of the secret both partitions have to admit the call."""
+        """Ask the common ledger; during a rotation of the secret both partitions have to admit the call.
+
+        If this replica gets a 429 meanwhile, the call is postponed, though it was admitted before.
+        """
         admissions: list[Admitted] = []
+        cooled = bid is None and self.cooldown_s(account) > 0
         for partition in account.partitions:
             if bid is not None and bid.asked and partition == account.partition:
                 reply = bid.take()
@@ -284,6 +283,9 @@ class Accounts:
             own.known = own.known or reply.known
             if partition == account.partition and own.misses(self._monotonic(), reply.born):
                 self._doubt(own)
+        if not cooled and (cools_s := self.cooldown_s(account)) > 0:
+            await self._give_back_in_common(account, admissions)
+            return Postponed(cools_s, "cooldown")
         return tuple(admissions)
 
     async def _cool_the_current_one(self, own: "_Own", account: Account, wait_s: float) -> None:
