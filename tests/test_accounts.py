@@ -254,6 +254,22 @@ def test_a_429_stops_a_call_that_was_admitted_but_not_made() -> None:
     run(main())
 
 
+def test_a_429_stops_this_replica_whatever_the_common_ledger_says() -> None:
+    """Redis may have lost it, or have a clock that stepped."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        one, other, _ = fleet.replicas
+        await burst(fleet, one, 1)
+        made = await admitted_once(one)
+        await one.settle(ACCOUNT, made, Settlement(refused=True, retry_after_s=7))
+        fleet.ledger.lose()
+        assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown")
+        assert isinstance(await other.admit(ACCOUNT, CallClass.WRITE), Permit)
+
+    run(main())
+
+
 def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
     """And the others as soon as the common ledger can be told of it."""
 

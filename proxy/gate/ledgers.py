@@ -63,7 +63,7 @@ class Accounts:
         own = self._own(account)
         if (
             account.previous is not None
-            or self.cooldown_s(account) > 0
+            or own.untold
             or self._doubts(own)
             or self.cooling(account, operation) is not None
         ):
@@ -129,8 +129,11 @@ class Accounts:
                 return _permit(own, mine, common)
 
     def cooling(self, account: Account, operation: str) -> Postponed | None:
-        """Say for how long an operation cools down, as this replica knows; None: it does not."""
-        cools_s = self._own(account).operations.wait_s(self._monotonic(), operation)
+        """Say for how long the token, or the operation, cools down after a 429 that this replica got."""
+        own, now = self._own(account), self._monotonic()
+        if now < own.refused_until:
+            return Postponed(own.refused_until - now, "cooldown")
+        cools_s = own.operations.wait_s(now, operation)
         return Postponed(cools_s, "operation") if cools_s > 0 else None
 
     async def foresee(self, account: Account, call_class: CallClass, need: int) -> Postponed | None:
@@ -158,6 +161,7 @@ class Accounts:
             )
         if refused:
             own.ledger.cool(now, settlement.retry_after_s)
+            own.refused_until = now + (settlement.retry_after_s or self._limits.minute_s / PAUSES)
         own.ledger.settle(
             permit.own,
             now,
@@ -262,10 +266,9 @@ class Accounts:
     ) -> tuple[Admitted, ...] | Postponed | None:
         """Ask the common ledger; during a rotation of the secret both partitions have to admit the call.
 
-        If this replica gets a 429 meanwhile, the call is postponed, though it was admitted before.
+        If this replica gets a 429 meanwhile, the call is postponed, though it is admitted.
         """
         admissions: list[Admitted] = []
-        cooled = bid is None and self.cooldown_s(account) > 0
         for partition in account.partitions:
             if bid is not None and bid.asked and partition == account.partition:
                 reply = bid.take()
@@ -275,23 +278,18 @@ class Accounts:
             if reply is None or isinstance(reply, Postponed):
                 await self._give_back_in_common(account, admissions)
                 if reply is not None and reply.window == "cooldown":
-                    if partition != account.partition:
-                        await self._cool_the_current_one(own, account, reply.wait_s)
+                    if partition != account.partition and reply.wait_s > self.cooldown_s(account) + _LONGER_S:
+                        await self._common.cool(account.partition, reply.wait_s)  # once: it outlives this one
                     own.ledger.stop(self._monotonic(), reply.wait_s)
                 return reply
             admissions.append(reply.admitted)
             own.known = own.known or reply.known
             if partition == account.partition and own.misses(self._monotonic(), reply.born):
                 self._doubt(own)
-        if not cooled and (cools_s := self.cooldown_s(account)) > 0:
+        if cooling := self.cooling(account, operation):
             await self._give_back_in_common(account, admissions)
-            return Postponed(cools_s, "cooldown")
+            return cooling
         return tuple(admissions)
-
-    async def _cool_the_current_one(self, own: "_Own", account: Account, wait_s: float) -> None:
-        """Write a cool-down under the current partition, too, once: it outlives the previous secret."""
-        if wait_s > own.ledger.standing(self._monotonic())[2] + _LONGER_S:
-            await self._common.cool(account.partition, wait_s)
 
     def _own(self, account: Account) -> "_Own":
         own = self._owns.get(account.partition)
@@ -311,7 +309,7 @@ class _Own:
 
     __slots__ = (
         *("born", "caller", "doubtful_until", "is_in_touch", "known", "ledger", "operations"),
-        *("reported", "told", "told_until", "untold"),
+        *("refused_until", "reported", "told", "told_until", "untold"),
     )
 
     def __init__(self, ledger: Ledger, operations: Operations) -> None:
@@ -324,6 +322,8 @@ class _Own:
         """Until then the common ledger may lack calls that were made."""
         self.is_in_touch = True
         """The common ledger answered the latest question, or was not asked yet."""
+        self.refused_until = 0.0
+        """Until then a 429 that this replica got stops the token, whatever clock the common ledger has."""
         self.untold = False
         """The common ledger does not know a cool-down that this one knows."""
         self.reported = False

@@ -416,14 +416,12 @@ class Checks:
 
     def _waited_for_a_lease(self, ask: Ask) -> bool:
         """Tell whether a replica could not give up its lease: what waited for that has the time left."""
-        longest_s = self.world.size.longest_read_s
-        now = self.world.loop.now
-        callers = {
-            each.replica
+        now, longest_s = self.world.loop.now, self.world.size.longest_read_s
+        was_called = any(
+            (each.token, each.name) == (ask.token, ask.name) and each.sent_at >= now - longest_s
             for each in self.world.api.made
-            if (each.token, each.name) == (ask.token, ask.name) and each.sent_at >= now - longest_s
-        }
-        return len(callers) > 1 and self._redis_is_off(now, longest_s)
+        )
+        return was_called and self._redis_is_off(now, longest_s)
 
     # -- at the end ----------------------------------------------------------------------------
 
