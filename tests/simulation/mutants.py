@@ -14,7 +14,7 @@ from proxy.core.entry import Leased
 from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import InvalidationCounts
 from proxy.gate import ledgers
-from proxy.storage import conversation, entries, invalidation, leases
+from proxy.storage import conversation, entries, invalidation, leases, ledger
 from proxy.tasks import flights
 
 
@@ -36,6 +36,10 @@ async def _nothing(*_: Any, **__: Any) -> None:
 
 async def _true(*_: Any, **__: Any) -> bool:
     return True
+
+
+async def _no_time(*_: Any, **__: Any) -> float:
+    return 0.0
 
 
 async def _always_leased(_self: Any, _key: Any, _basis: Any, _bid: Any) -> Leased:
@@ -119,6 +123,14 @@ MUTANTS = (
         lambda *_: 0.0,
         _of("deleted", "refused"),
         50,
+    ),
+    Mutant(
+        "the other replicas do not hear of a 429",
+        ledger.RedisLedger,
+        "cool",
+        _no_time,
+        _of("cool-down"),
+        1300,
     ),
     Mutant(
         "the own ledger does not follow",

@@ -11,6 +11,7 @@ _MOST_HERE = 100
 """Mutants that need more seeds are left to `pytest -m long`."""
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "mutant",
     [
