@@ -401,6 +401,22 @@ def test_nobody_is_asked_who_failed_while_a_connection_was_waited_for() -> None:
     run(main())
 
 
+def test_no_call_is_made_after_a_429_that_came_while_it_waited_for_a_connection() -> None:
+    """It was admitted before; that is given back, and so is the connection."""
+
+    async def main() -> None:
+        it = gate(max_connections=2)  # one for each token
+        it.api.answer, it.api.takes_s = lambda: answer(429, remaining=0, retry_after_s=3), 0.1
+        asking = [ask_as(it, TEAMS[0], number) for number in range(3)]
+        waits = (QuotaSpent, 3.0)
+        assert [await outcome(each) for each in asking] == [429, waits, waits]
+        assert [text for _, text in it.api.asked] == ["0"]
+        assert it.ledger.given_back == 2
+        assert it.connections.one(TEAMS[0].partition).is_free
+
+    run(main())
+
+
 # -- leaving -----------------------------------------------------------------------------------------
 
 

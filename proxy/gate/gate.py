@@ -261,7 +261,7 @@ class UpstreamGate:
             owner = caller.partition if own else _UNVERIFIED.partition
             slot = self._connections.one(owner)
             try:
-                await self._connect(slot, breaker, give_up, spare_s=call_s)
+                await self._connect(slot, breaker, asker)
             except BaseException:  # also if it is cancelled: the permit was not used
                 await self._accounts.give_back(account, permit)
                 raise
@@ -312,15 +312,15 @@ class UpstreamGate:
         if not admitted:
             raise Overloaded("too many tokens that the API does not know; it was not asked for this")
 
-    async def _connect(self, slot: Slot, breaker: Breaker, give_up: float, *, spare_s: float) -> None:
-        """Take a connection, unless the breaker has opened meanwhile. Raises Overloaded or UpstreamPaused."""
+    async def _connect(self, slot: Slot, breaker: Breaker, asker: Asker) -> None:
+        """Take a connection. Raises Overloaded, and what others met meanwhile: UpstreamPaused, QuotaSpent."""
         if slot.is_free:
             end_if_abandoned()
             await slot.take()
         else:
             try:
                 with while_awaited():
-                    async with self._drain.timeout(give_up - self._monotonic(), spare_s=spare_s):
+                    async with self._drain.timeout(asker.give_up - self._monotonic(), spare_s=asker.call_s):
                         await slot.take()
             except TimeoutError:
                 raise Overloaded(
@@ -328,7 +328,9 @@ class UpstreamGate:
                 ) from None
         try:
             self._refuse_while_paused(breaker)
-        except UpstreamPaused:
+            if cooling := self._accounts.cooling(asker.account, asker.operation):
+                raise spent(cooling)
+        except (UpstreamPaused, QuotaSpent):
             slot.give_back()
             raise
 
