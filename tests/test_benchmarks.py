@@ -207,6 +207,25 @@ def test_a_section_takes_the_place_of_the_one_before() -> None:
     assert replaced("# Bursts\n", "# The last run\n") == "# The last run\n\n\n# Bursts\n"
 
 
+@pytest.mark.parametrize(
+    ("load", "section"),
+    [
+        ("one snapshot, identical requests", "One snapshot, identical requests"),
+        ("the same, each request with an id of its own", "Every request with another X-Request-Id"),
+        ("100 tokens and 1,000 snapshots, Zipf", "100 callers x 1,000 snapshots, Zipf"),
+        ("misses", "Misses, each snapshot once"),
+    ],
+)
+def test_the_readme_shows_the_last_run(load: str, section: str) -> None:
+    """Its table of rates has the medians that `--write` put into RESULTS.md."""
+    results = Path("benchmarks/RESULTS.md").read_text("utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    servers = "snapshot-proxy", "nginx", "aiohttp + redis-py"
+    rates = [re.search(rf"^\| {re.escape(name)} \| ([\d,]+) \|", results, re.MULTILINE) for name in servers]
+    assert f"| {load} | {' | '.join(rate[1] for rate in rates if rate)} |" in Path("README.md").read_text(
+        "utf-8"
+    )
+
+
 def test_chart() -> None:
     """Well-formed; a bar as long as its ratio, beside a line at nginx; names and figures as text."""
     drawn = chart("A & B", {"hits": {"ours": Spread(1.5, 1.4, 2.0), "<theirs>": Spread(0.75, 0.7, 0.8)}})
