@@ -535,6 +535,10 @@ def test_what_a_caller_is_told() -> None:
         until = one.told(SOMEBODY).until
         assert until == pytest.approx(first["reset"], abs=1)
         assert until <= first["reset"]
+        prepared_with = one.told(SOMEBODY)
+        assert isinstance(await one.admit(ACCOUNT, CallClass.MISS), Permit)
+        assert prepared_with.lines == b"", "no answer that was prepared with the lines before is given"
+        assert told(one)["remaining"] == 4320
         await asyncio.sleep(2 * LIMITS.hour_s)
         assert told(one)["remaining"] == 5000
 

@@ -1002,7 +1002,7 @@ async def test_few_answers_are_kept_whole() -> None:
         st.tuples(
             st.sampled_from((PLAIN, request("/v2/snapshots/1", "X-Request-Id: a"), request(token=OTHER))),
             st.sampled_from((0.0, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 7.0, -0.5)),
-            st.sampled_from((None, None, None, "newer", "gone", "quota")),
+            st.sampled_from((None, None, None, "newer", "gone", "quota", "call")),
         ),
         min_size=3,
         max_size=12,
@@ -1010,6 +1010,7 @@ async def test_few_answers_are_kept_whole() -> None:
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, -0.5, None)])
+@example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, 0.0, "call")])
 def test_any_second(steps: list[tuple[bytes, float, str | None]]) -> None:
     """Whatever happens to entry, quota and clock between two requests, each answer is the handler's."""
 
@@ -1025,7 +1026,11 @@ def test_any_second(steps: list[tuple[bytes, float, str | None]]) -> None:
             elif change == "gone":
                 held.entries.pop(key, None)
             elif change == "quota":
+                held.remaining.pop(key.partition, None)
                 held.quotas[key.partition].tell(5000, number, 1_800_003_000)
+            elif change == "call":
+                held.remaining[key.partition] = number
+                held.quotas[key.partition].outdate()
             for wire in wires:
                 wire.received.clear()
                 wire.send(data)

@@ -30,6 +30,10 @@ class RateLimit:
         self.until = until
         self.lines = "".join([f"\r\n{name}: {value}" for name, value in self.headers]).encode()
 
+    def outdate(self) -> None:
+        """Say that the ledger has changed: it is asked again, and no answer with these lines is given."""
+        self.until, self.lines = -math.inf, b""
+
 
 UNKNOWN = RateLimit()
 """Of a caller of whose quota nothing is known. Never told anything."""

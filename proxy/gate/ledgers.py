@@ -219,7 +219,8 @@ class Accounts:
         Nothing is told before calls left were `reported` to this replica.
         """
         own.reported = own.reported or reported
-        own.told_until = own.told.until = -math.inf
+        own.told_until = -math.inf
+        own.told.outdate()
 
     def _write(self, own: "_Own") -> None:
         """Write what is told, as the own ledger stands."""

@@ -125,3 +125,21 @@ async def test_a_delete_ends_it(simulator: Simulator, token: Token, answered: An
             assert deleted.status == 204
         async with client.get(at.api + DROPLET_PATH) as gone:
             assert gone.status == 404
+
+
+async def test_a_hit_tells_what_a_call_has_just_left(
+    simulator: Simulator, token: Token, answered: Answered
+) -> None:
+    """Also within the second for which whole answers are kept."""
+    async with (
+        app(f"upstream.base_url={simulator.url}", IN_MEMORY) as at,
+        aiohttp.ClientSession(headers=bearer(token.value)) as client,
+    ):
+        async with client.get(at.api + DROPLET_PATH) as missed:
+            assert missed.status == 200
+        await until_fast(at, client, answered)
+        for number in range(3):
+            await hit(at, client)
+            async with client.get(f"{at.api}/v2/snapshots/absent-{number}") as called:
+                left = called.headers["ratelimit-remaining"]
+            assert (await hit(at, client))[b"ratelimit-remaining"].decode() == left

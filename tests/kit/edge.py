@@ -106,6 +106,8 @@ class Memory:
         self.kept: dict[Key, Kept] = {}
         self.recorded: list[Key] = []
         self.quotas: dict[Partition, RateLimit] = {}
+        self.remaining: dict[Partition, int] = {}
+        """What an outdated one says when it is asked for."""
 
     def held(self, key: Key) -> Kept | None:
         """Give what is there; what was laid beside an entry goes with it."""
@@ -169,8 +171,11 @@ class Memory:
         return None
 
     def told(self, partition: Partition) -> RateLimit:
-        """Tell what is known of the caller's quota."""
-        return self.quotas.get(partition, UNKNOWN)
+        """Tell what is known of the caller's quota; what was outdated is written anew."""
+        quota = self.quotas.get(partition, UNKNOWN)
+        if partition in self.remaining:
+            quota.tell(5000, self.remaining.pop(partition), 1_800_003_000)
+        return quota
 
     async def get(self, call: Call, found: Found | None = None) -> Served | Failed:
         """Answer after a few turns of the loop, as every fetch does."""
