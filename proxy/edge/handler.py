@@ -49,7 +49,10 @@ PARSER_OPTIONS: Final[ParserOptions] = {
     "max_headers": MAX_HEADERS,
 }
 
-_FOREIGN_VERSION = ("Invalid HTTP version", "Expected HTTP/")  # the parser's words
+_FOREIGN_VERSION = ("Invalid HTTP version", "Pause on PRI/Upgrade")
+"""The parser's words, at the end of what it says before it shows bytes of the request. The second are for the
+beginning of a connection of HTTP/2."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -135,7 +138,7 @@ def _malformed(exc: BaseException | None, message: str | None) -> ProxyError:
             return HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
         case HttpProcessingError() if message == "Too many headers received":
             return HeadersTooLarge(f"there are more than {MAX_HEADERS} headers")
-        case HttpProcessingError() if message is not None and message.startswith(_FOREIGN_VERSION):
+        case HttpProcessingError() if (message or "").partition(":\n\n")[0].endswith(_FOREIGN_VERSION):
             return HttpVersionNotSupported("this proxy speaks HTTP/1.0 and HTTP/1.1")
         case HttpProcessingError():
             return BadRequest("this is not a well-formed HTTP request")

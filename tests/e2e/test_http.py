@@ -241,7 +241,8 @@ REFUSED = [
     pytest.param(ask(auth=f"{AUTH}{'x' * 9_000}"), 431, "headers_too_large", id="token-of-9000"),
     pytest.param(ask(version="HTTP/2.0"), 505, "http_version_not_supported", id="2.0"),
     pytest.param(ask(version="HTTP/0.9"), 505, "http_version_not_supported", id="0.9"),
-    pytest.param(ask(version="HTTP/1.2"), 400, "bad_request", id="1.2"),
+    pytest.param(ask(version="HTTP/1.2"), 505, "http_version_not_supported", id="1.2"),
+    pytest.param(ask(version="HTTP/3.0"), 505, "http_version_not_supported", id="3.0"),
     pytest.param(ask(version="HTTP/1.10"), 400, "bad_request", id="1.10"),
     pytest.param(ask(version="http/1.1"), 400, "bad_request", id="lower-case-version"),
     pytest.param(ask(version="ICE/1.0"), 400, "bad_request", id="another-protocol"),
@@ -249,7 +250,10 @@ REFUSED = [
         b"GET %s\r\n\r\n" % DROPLET_PATH.encode(), 505, "http_version_not_supported", id="simple-request"
     ),
     pytest.param(
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SECRET.encode(), 400, "bad_request", id="http2-preface"
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SECRET.encode(),
+        505,
+        "http_version_not_supported",
+        id="http2-preface",
     ),
     pytest.param(b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + b"\0" * 200, 400, "bad_request", id="tls"),
     pytest.param(b"\xff\x00" + SECRET.encode() + b"\r\n\r\n", 400, "bad_request", id="garbage"),
