@@ -28,8 +28,7 @@ from proxy.upstream.client import Upstream
 LOG: Final = ("log.level", "log.format", "log.access")
 CLIENTS: Final = ("metrics.client_header", "metrics.clients")
 RULES: Final = (
-    *(f"cache.{name}" for name in ("fresh_s", "list_fresh_s", "negative_s", "max_fresh_s", "jitter")),
-    *(f"cache.{name}" for name in ("stale_while_revalidate_s", "stale_if_error_s")),
+    *(name for name in KEYS if name.startswith("cache.") and name != "cache.collections"),
     *(f"memory.{name}" for name in ("max_bytes", "max_age_s")),
     *(f"quota.{name}" for name in ("per_minute", "per_hour", "reserve", "max_wait_s", "unknown_per_minute")),
     *(f"server.{name}" for name in ("header_timeout_s", "idle_timeout_s", "public_url")),

@@ -1,10 +1,18 @@
 """What is cached: one row for each kind of resource, from its path to its key, normalizer and lifetime.
 
-All matching is done on the raw path. To cache another GET, add a row to `RESOURCES`, its normalizer, its
-`Route` (a label of the metrics) and, for a TTL of its own, a key of the section `cache`: everything else
-reads the row. Writes to its path are forwarded as before; those that change it must be in the table of
-`passthrough.py`, and invalidate something that the row depends on. Kinds and dependencies are parts of keys
-in Redis, which replicas of adjacent versions share.
+All matching is done on the raw path. To cache another GET, add a row and its normalizer, here; all else reads
+the row. For a TTL of its own it names a key of the section `cache`: a line in `settings/sections.py`,
+`config/proxy.toml` and `docs/settings.md`, which SIGHUP then follows. What to know before:
+
+- `depends_on` begins with `caller`, whose stamp a cached 401 replaces, and ends with `everything`. Between
+  them stands at most one of `snapshot`, `lists` and `collection`: memory counts one name for all callers.
+- With `collection` the target's name begins with the collection: `prefix` is `/v2/`, as that of `DOCUMENT`.
+- A row wins over the same path in `cache.collections`, whose TTL then does nothing for that path.
+- Writes to its path are forwarded as before. Those that change its documents must be in the table of
+  `passthrough.py`, or its collection in `cache.collections`, and invalidate what the row depends on.
+- A `route` is a label of the metrics, with a circuit breaker of its own. COLLECTION is the one for what is no
+  snapshot; another one is a change of `events.py`, dashboards and alerts.
+- Kinds and dependencies are parts of keys in Redis, which replicas of adjacent versions share.
 """
 
 import re

@@ -11,12 +11,14 @@ from types import MappingProxyType
 
 from proxy.core.cache_status import Outcome
 from proxy.core.events import OTHER_CALLER, Route
-from proxy.core.resources import RESOURCES, Resource
+from proxy.core.resources import RESOURCES
 
 ANSWERS = ("2xx", "304", "401", "403", "404", "429", "4xx", "5xx")
 """The label `status` of what a caller gets; section 6 of the contract."""
 
-CALLED = (*dict.fromkeys(resource.route for resource in RESOURCES), Route.DELETE, Route.PASSTHROUGH)
+_CACHED = tuple(dict.fromkeys(resource.route for resource in RESOURCES))
+
+CALLED = (*_CACHED, Route.DELETE, Route.PASSTHROUGH)
 """The routes that lead to the upstream."""
 
 CALLS = (*ANSWERS, "timeout", "error")
@@ -42,16 +44,18 @@ _READ: Mapping[Outcome, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def _of(resource: Resource) -> Mapping[Outcome, tuple[str, ...]]:
+def _of(route: Route) -> Mapping[Outcome, tuple[str, ...]]:
+    """Give what can occur on any row of the table with this route."""
+    rows = [resource for resource in RESOURCES if resource.route is route]
     # 400: it is not a snapshot
-    negative = ("401", "404", "4xx") if resource.keeps_absence else ("401",)
-    seeded = {Outcome.SEEDED: _FROM_ENTRY} if resource.comes_with_lists else {}
+    negative = ("401", "404", "4xx") if any(row.keeps_absence for row in rows) else ("401",)
+    seeded = {Outcome.SEEDED: _FROM_ENTRY} if any(row.comes_with_lists for row in rows) else {}
     return {**_READ, **seeded, Outcome.NEGATIVE: negative}
 
 
 REQUESTS: Mapping[Route, Mapping[Outcome, tuple[str, ...]]] = MappingProxyType(
     {
-        **{resource.route: _of(resource) for resource in RESOURCES},
+        **{route: _of(route) for route in _CACHED},
         Route.DELETE: {Outcome.NONE: ("2xx", "401", "403", "404", "429", "4xx", "5xx")},
         Route.PASSTHROUGH: {Outcome.BYPASS: ANSWERS},
         Route.OTHER: {Outcome.NONE: ("4xx", "5xx")},

@@ -64,13 +64,19 @@ def test_what_goes_upstream_names_the_same(target: Target, path: str) -> None:
 
 @pytest.mark.parametrize("resource", RESOURCES, ids=repr)
 def test_a_row_is_complete(resource: Resource) -> None:
-    """Its kind is its own, its TTL a setting, its methods those of a read and perhaps DELETE."""
+    """Its kind is its own, its TTL a setting, its methods those of a read and perhaps DELETE.
+
+    What it depends on is in the order that the store relies on, and memory has one name for all callers.
+    """
     assert [each.kind for each in RESOURCES].count(resource.kind) == 1
     setting, _, rest = resource.ttl.partition(".")
     assert isinstance(getattr(Settings().cache, setting), Mapping if rest == "*" else int)
     assert resource.methods[:2] == ("GET", "HEAD")
     assert set(resource.methods[2:]) <= {"DELETE"}
     assert resource.route not in (Route.DELETE, Route.PASSTHROUGH, Route.OTHER)
+    assert (resource.depends_on[0], resource.depends_on[-1]) == ("caller", "everything")
+    assert len({"snapshot", "lists", "collection"} & set(resource.depends_on)) <= 1
+    assert "collection" not in resource.depends_on or resource.prefix == "/v2/"
 
 
 @given(path=st.one_of(st.text(), st.text("snaphot/v2.%0a", max_size=30).map("/v2/{}".format)))
