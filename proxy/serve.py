@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from proxy import logs
 from proxy.app import App
+from proxy.core.collections import unknown
 from proxy.core.errors import SettingsError
-from proxy.settings.sections import Loaded
+from proxy.settings.sections import Loaded, Settings
 from proxy.storage.embedded import EmbeddedServerError
 from proxy.system.activation import take_sockets
 from proxy.system.start import StartError
@@ -32,6 +33,7 @@ async def serve(loaded: Loaded, load_again: Callable[[], Loaded]) -> int:
     """
     settings = loaded.settings
     logs.configure(settings.log.level, settings.log.format)
+    _warn_of_collections(settings)
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(logs.on_loop_error)
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
@@ -70,6 +72,20 @@ async def serve(loaded: Loaded, load_again: Callable[[], Loaded]) -> int:
     second.cancel()
     await asyncio.gather(following, stopping, second, return_exceptions=True)
     return 0
+
+
+def _warn_of_collections(settings: Settings) -> None:
+    """Name in the log the cached collections that the API's documentation does not have."""
+    for name, nearest in unknown(settings.cache.collections):
+        logs.event(
+            _LOG,
+            logging.WARNING,
+            "unknown-collection",
+            setting="cache.collections",
+            name=name,
+            nearest=nearest,
+            consequence="it caches nothing, unless the API has that collection by now",
+        )
 
 
 async def _follow(hangups: "asyncio.Queue[None]", app: App, load_again: Callable[[], Loaded]) -> None:

@@ -25,7 +25,7 @@ from kit.support import Valkey, free_port, write_secret
 from redis.asyncio import Redis
 
 from proxy.check import check
-from proxy.check.bounds import admin, deadlines
+from proxy.check.bounds import admin, collections, deadlines
 from proxy.check.finding import Level
 from proxy.check.machine import _cannot_listen
 from proxy.check.store import _limits, _quickness
@@ -189,6 +189,16 @@ def test_deadlines_beyond_the_time_of_a_request(overrides: list[str], named: lis
         assert finding.fact.startswith(words)
         assert "upstream.total_timeout_s = " in finding.fact
         assert finding.mend
+
+
+def test_collections_that_the_api_does_not_have() -> None:
+    """One warning for each, with the name that may be meant."""
+    override = "cache.collections={ droplets = 15, droplet = 15, sizes = 60 }"
+    settings = load(config_file=None, overrides=[override], environ={}).settings
+    (finding,) = collections(settings)
+    assert finding.level is Level.WARNING
+    assert "no collection droplet," in finding.fact
+    assert "droplets is meant" in finding.mend
 
 
 # -- this machine ------------------------------------------------------------------------------

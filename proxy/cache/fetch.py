@@ -41,7 +41,8 @@ from proxy.core.resources import SNAPSHOT, Key
 from proxy.tasks.flights import Abandoned, Flights
 
 _SPARE_S = 1.0
-"""A fetch has so much more time than its wait for the quota and one call: its requests get 2 s more."""
+"""A fetch may last so much longer than its wait for the quota and one call. The contract gives a request 2 s
+more than these two: the second of them is for Redis and for writing the answer."""
 
 _REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO_MANY_REQUESTS}
 

@@ -6,7 +6,7 @@ needs no token. Configuration that `serve` would refuse is refused in the same w
 
 from collections.abc import AsyncIterator
 
-from proxy.check.bounds import admin, deadlines
+from proxy.check.bounds import admin, collections, deadlines
 from proxy.check.finding import Finding, Level
 from proxy.check.machine import aliases, certificate, listeners, machine, privacy
 from proxy.check.store import store
@@ -40,6 +40,7 @@ async def _findings(settings: Settings) -> AsyncIterator[Finding]:
         aliases(settings),
         admin(settings),
         deadlines(settings),
+        collections(settings),
         certificate(settings),
         await listeners(settings),
     ):

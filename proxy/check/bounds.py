@@ -1,8 +1,11 @@
-"""What settings say together: a listener that more can reach than should, deadlines that cannot be kept."""
+"""What settings mean that each allow: a listener that more can reach than should, a deadline that is never
+reached, a collection that the API does not have.
+"""
 
 from collections.abc import Iterator
 
 from proxy.check.finding import Finding, ok, warning
+from proxy.core.collections import unknown
 from proxy.settings.rules import is_every_interface, is_loopback
 from proxy.settings.sections import Settings
 
@@ -25,6 +28,15 @@ def admin(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield ok(f"admin.host: listens {where}; purge asks for the token of admin.token_file")
+
+
+def collections(settings: Settings) -> Iterator[Finding]:
+    """Look for collections that the API's documentation does not have."""
+    for name, nearest in unknown(settings.cache.collections):
+        yield warning(
+            f"cache.collections: DigitalOcean documents no collection {name}, so this may cache nothing",
+            f"if {nearest} is meant, correct the name; if the API has /v2/{name} by now, leave it",
+        )
 
 
 def deadlines(settings: Settings) -> Iterator[Finding]:

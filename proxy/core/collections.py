@@ -8,7 +8,8 @@ change everywhere.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from types import MappingProxyType
 from urllib.parse import unquote_plus
 
@@ -35,6 +36,14 @@ def collection_of(path: str) -> str:
     return path.partition("?")[0].partition("/")[0]
 
 
+def unknown(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Give those of `names` that the API's documentation does not have, each with the nearest name it has."""
+    known = sorted(READABLE)
+    return tuple(
+        (name, get_close_matches(name, known, n=1, cutoff=0.0)[0]) for name in names if name not in READABLE
+    )
+
+
 def in_one_order(query: str) -> str:
     """Give a raw query with its parameters sorted by name; repeated ones stay in their order.
 
@@ -56,6 +65,16 @@ def changed_by(collection: str, cached: Collection[str]) -> tuple[str, ...]:
 def _others(*lists: str) -> frozenset[str]:
     return frozenset(" ".join(lists).split())
 
+
+READABLE = _others(
+    "1-clicks account action-gateway actions add-ons agents apps billing byoip_prefixes cdn certificates",
+    "customers databases dedicated-inferences domains droplets firewalls floating_ips functions gen-ai images",
+    "insights kubernetes load_balancers microvms monitoring nfs organizations partner_network_connect",
+    "projects regions registries registry reports reserved_ips reserved_ipv6 security sizes snapshots spaces",
+    "tags uptime vector-databases volumes vpc_nat_gateways vpc_peerings vpcs",
+)
+"""The collections that have a GET: those of pydo 0.44, and `floating_ips`, the older name of `reserved_ips`.
+The API grows, so another name may be cached, too; `check` and the start's log warn of it."""
 
 _ADDRESSES = "floating_ips reserved_ips reserved_ipv6"
 _IN_A_PROJECT = "projects"  # GET /v2/projects/{id}/resources lists everything that belongs to one

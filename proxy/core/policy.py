@@ -15,7 +15,7 @@ from proxy.core.errors import EDGE_FAILED, UpstreamEdgeFailed, UpstreamInvalid, 
 from proxy.core.events import EnumField
 from proxy.core.http import etag_of
 from proxy.core.request import Directives
-from proxy.core.resources import SNAPSHOT, Target
+from proxy.core.resources import SNAPSHOT, Resource, Target
 from proxy.core.snapshot import error_envelope
 
 _GOLDEN = 0.6180339887498949  # spreads the seeds' lifetimes evenly, whatever their number
@@ -212,20 +212,23 @@ class Policy:
             return self._keep(answer, target, draw)
         if target.resource.opaque and HTTPStatus.OK < answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return _as_it_came(answer)
+        return self._on_error(answer, target.resource, request_id, draw)
+
+    def _on_error(self, answer: Answer, resource: Resource, request_id: str, draw: float) -> Verdict:
+        """Decide about an error of the API. Raises as `on_answer` does for a status that is none."""
         _raise_if_no_error_of_the_api(answer.status)
         envelope = error_envelope(answer.body, request_id)
-        match answer.status:
-            case HTTPStatus.UNAUTHORIZED:
+        is_no_snapshot = envelope is not None and b"not a snapshot" in envelope
+        match answer.status, resource.keeps_absence:
+            case HTTPStatus.UNAUTHORIZED, _:
                 return TokenRejected(envelope, self._negative(answer, envelope, draw))
-            case HTTPStatus.FORBIDDEN:
+            case HTTPStatus.FORBIDDEN, _:
                 return Denied(envelope)
-            case HTTPStatus.NOT_FOUND if not target.resource.keeps_absence:
-                return Denied(envelope)  # the volume or Droplet is gone: its list must not outlive that
-            case _ if not target.resource.keeps_absence:
-                return PassThrough(envelope)
-            case HTTPStatus.NOT_FOUND:
+            case HTTPStatus.NOT_FOUND, True:
                 return self._keep_negative(answer, envelope, draw)
-            case HTTPStatus.BAD_REQUEST if envelope is not None and b"not a snapshot" in envelope:
+            case HTTPStatus.NOT_FOUND, False:
+                return Denied(envelope)  # the volume or Droplet is gone: its list must not outlive that
+            case HTTPStatus.BAD_REQUEST, True if is_no_snapshot:
                 return self._keep_negative(answer, envelope, draw)
             case _:
                 return PassThrough(envelope)

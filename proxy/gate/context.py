@@ -59,6 +59,7 @@ class CallContext:
         self._by_remaining = by_remaining
         self._told = False
         self.settle: Callable[[], Awaitable[None]]
+        """Counts this call in the ledgers; `Settler.settled` sets it before the call is made."""
         self.status: int | None = None
         self.remaining_told: int | None = None
         self.limit_told: int | None = None

@@ -96,7 +96,7 @@ class Accounts:
                     own.ledger.follow(self._monotonic(), postponed.remaining, postponed.per_hour)
                     self._tell(own, reported=True)
                 return postponed
-            case common if self._doubts(own):  # Redis has lost the common ledger
+            case common if self._doubts(own):  # since this very reply: Redis has lost the common ledger
                 await self._give_back_in_common(account, common)
                 return await self._admit_by_both(own, account, call_class, operation)
             case common:
@@ -113,11 +113,12 @@ class Accounts:
         mine = self._admit_here(own, call_class)
         if isinstance(mine, Postponed):
             return mine
-        common: tuple[Admitted, ...] | Postponed | None = Postponed(0.0, "turn")
+        is_used = False
         try:
             common = await self._admit_in_common(own, account, call_class, operation, bid)
+            is_used = not isinstance(common, Postponed)
         finally:
-            if isinstance(common, Postponed):
+            if not is_used:  # postponed, or cancelled
                 own.ledger.give_back(mine)
         match common:
             case None:
@@ -267,7 +268,8 @@ class Accounts:
     ) -> tuple[Admitted, ...] | Postponed | None:
         """Ask the common ledger; during a rotation of the secret both partitions have to admit the call.
 
-        If this replica gets a 429 meanwhile, the call is postponed, though it is admitted.
+        If this replica gets a 429 meanwhile, the call is postponed, though it is admitted. If the reply shows
+        that Redis has lost the common ledger, this replica doubts that ledger from now on.
         """
         admissions: list[Admitted] = []
         for partition in account.partitions:

@@ -36,11 +36,10 @@ from proxy.storage.connection import Unavailable
 from proxy.storage.invalidation import PendingInvalidations
 from proxy.storage.keys import EntryKeys, Keys
 from proxy.storage.servers import Servers
-from proxy.storage.values import TOMBSTONE, as_bytes, as_stamp, new_stamp, refuse_error
+from proxy.storage.values import TOMBSTONE, as_bytes, as_stamp, delete_if_still, new_stamp, refuse_error
 
 _CALLED_AT = {"CALLED_AT_FIRST": CALLED_AT_BYTES[0], "CALLED_AT_LAST": CALLED_AT_BYTES[1]}
 _PUT = Script.load("put", SEEN_BYTES=SEEN_BYTES, TOMBSTONE=TOMBSTONE, **_CALLED_AT)
-_IF_OWNER = Script.load("if_owner")
 _SEED = Script.load("seed", **_CALLED_AT)
 
 
@@ -154,7 +153,7 @@ class Entries:
         nothing = frozenset[str]()
         if not keys:
             return nothing
-        caller = basis.stamps[0]
+        sealed_with = dict(zip(SNAPSHOT_LIST.depends_on, basis.stamps, strict=True))
         try:
             ids = [self._keys.snapshot(name) for name in keys]
             make: list[Command] = [
@@ -168,14 +167,15 @@ class Entries:
             if self._pending.covers(list_keys) or _seals(now) != basis.stamps:
                 return nothing
             arguments: list[bytes | int] = []
-            for name, stamp in zip(keys, stamps, strict=True):
-                entry, (key, stamp_names) = seeds[name], keys[name]
-                sealed = (caller, as_stamp(stamp, stamp_names[1]), basis.stamps[-1])
+            for name, own, stamp in zip(keys, ids, stamps, strict=True):
+                entry, key = seeds[name], keys[name].entry
+                sealed_with["snapshot"] = as_stamp(stamp, own)
+                sealed = tuple([sealed_with[each] for each in SNAPSHOT.depends_on])
                 arguments += (seal(entry, sealed, key, self._keyring), entry.lifetimes.retention_s)
             (reply, *_) = await self._servers.ask(
                 _SEED.call(
                     [self._keys.lists_of(partition), *(those.entry for those in keys.values())],
-                    now[1],  # whole: it may have been softened
+                    now[SNAPSHOT_LIST.depends_on.index("caller-lists")],  # whole: it may have been softened
                     *arguments,
                 ),
                 *self._prolong([name for name, is_new in zip(ids, made, strict=True) if not is_new]),
@@ -239,7 +239,7 @@ class Entries:
                     return Lookup(entry, FillPrecondition(_seals(stamps), seen))
         except CorruptValue:
             corrupt[keys.entry] = value
-        refusal = self._refusal(stamps[0], keys.stamps[0])
+        refusal = self._refusal(stamps[0], keys.stamps[0])  # each row depends on its caller first
         if refusal is not None:
             return Lookup(refusal, None)
         # The entry was invalidated, or there is none. A fill is sealed with the stamps as they are now.
@@ -258,10 +258,7 @@ class Entries:
         missing = [name for name in names if name not in stamps]
         if found.corrupt:  # in a round trip of its own: a script may be sent once more, after all others
             await self._servers.ask(
-                *(
-                    _IF_OWNER.call([name], value, "DEL") if isinstance(value, bytes) else ("DEL", name)
-                    for name, value in found.corrupt.items()
-                )
+                *(delete_if_still(name, value) for name, value in found.corrupt.items())
             )
         if not missing:
             return tuple(stamps[name] for name in names)

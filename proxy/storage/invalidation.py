@@ -15,7 +15,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from proxy.core.entry import SOFT_NONCE_BYTES, STAMP_BYTES, Entry, Lifetimes, make_second_part, seal
 from proxy.core.events import StoreOperation
@@ -49,6 +49,23 @@ _SOFTEN = Script.load("soften", STAMP_BYTES=STAMP_BYTES)
 _LOG = logging.getLogger(__name__)
 
 
+class Pending(NamedTuple):
+    """What Redis has not done to a stamp yet."""
+
+    asked: bool
+    """A write, a 401 or a purge asked for it. Else a read's 403 or 404 did, and no answer promises it."""
+
+    soft: bool
+    """It is to be softened. A stamp that is to be deleted, too, is deleted."""
+
+
+class _Done(NamedTuple):
+    """When Redis deleted a stamp (monotonic), or only softened it."""
+
+    at: float
+    soft: bool
+
+
 class PendingInvalidations:
     """The stamps that Redis has not deleted or softened yet.
 
@@ -58,12 +75,8 @@ class PendingInvalidations:
     def __init__(
         self, keys: Keys, *, address: str = "", monotonic: Callable[[], float] = time.monotonic
     ) -> None:
-        self.stamps: dict[bytes, bool] = {}
-        """Their keys, and whether a write, a 401 or a purge asked for it. False: a read's 403 or 404 did, and
-        no answer promises it."""
-
-        self.soft: set[bytes] = set()
-        """Those of them that are to be softened. A stamp that is to be deleted, too, is deleted."""
+        self.stamps: dict[bytes, Pending] = {}
+        """What is to be done, by the stamp's key."""
 
         self._keys = keys
         self._address = address
@@ -71,15 +84,19 @@ class PendingInvalidations:
         self._incident = Incident()
         self._added: set[bytes] = set()
         """Stamps that were added after the last heartbeat was sent: its replies say nothing about these."""
-        self._done: OrderedDict[bytes, tuple[float, bool]] = OrderedDict()
-        """Stamps that Redis deleted, or only softened, and when; the latest last, MOST_PENDING of them at
-        most."""
+        self._done: OrderedDict[bytes, _Done] = OrderedDict()
+        """Stamps that Redis deleted or softened; the latest last, MOST_PENDING of them at most."""
         self._primaries: tuple[str, ...] = ()
 
     @property
     def asked(self) -> int:
         """Give the number of stamps that a write, a 401 or a purge asked to delete or to soften."""
-        return sum(self.stamps.values())
+        return sum(pending.asked for pending in self.stamps.values())
+
+    @property
+    def soft(self) -> frozenset[bytes]:
+        """Name the stamps that are to be softened."""
+        return frozenset(name for name, pending in self.stamps.items() if pending.soft)
 
     def covers(self, keys: EntryKeys) -> bool:
         """Tell whether a stamp that the entry depends on is pending."""
@@ -104,32 +121,29 @@ class PendingInvalidations:
             )
 
     def _put(self, stamp: bytes, *, asked: bool, soft: bool) -> None:
-        if not soft:
-            self.soft.discard(stamp)
-        elif stamp not in self.stamps:
-            self.soft.add(stamp)
-        self.stamps[stamp] = asked or self.stamps.get(stamp, False)
+        before = self.stamps.get(stamp, Pending(asked, soft))
+        self.stamps[stamp] = Pending(asked or before.asked, soft and before.soft)
 
     def done(self, names: Sequence[bytes], *, soft: bool = False) -> None:
         """Remember stamps that Redis deleted or softened, as was asked for."""
         for name in names:
-            only_softened = soft and self._done.get(name, (0.0, True))[1]
-            if name not in self._done and len(self._done) >= MOST_PENDING:
+            before = [self._done[name]] if name in self._done else []
+            if not before and len(self._done) >= MOST_PENDING:
                 name = self._keys.everything  # noqa: PLW2901 # which stands for all others
-                only_softened = soft and all(others for _, others in self._done.values())
+                before = [*self._done.values()]
                 self._done.clear()
-            self._done[name] = (self._monotonic(), only_softened)
+            self._done[name] = _Done(self._monotonic(), soft and all(each.soft for each in before))
             self._done.move_to_end(name)
 
     def follow(self, primaries: tuple[str, ...]) -> None:
         """If these are others than before, let the next heartbeat do again what was done lately."""
         before, self._primaries = self._primaries, primaries
         since = self._monotonic() - REMEMBERED_S
-        while self._done and next(iter(self._done.values()))[0] < since:
+        while self._done and next(iter(self._done.values())).at < since:
             self._done.popitem(last=False)
         if before and primaries and before != primaries:
-            for name, (_, soft) in self._done.items():
-                self._put(name, asked=False, soft=soft)
+            for name, done in self._done.items():
+                self._put(name, asked=False, soft=done.soft)
 
     def to_send(self) -> list[bytes]:
         """Name the stamps that the next heartbeat deletes or softens.
@@ -145,7 +159,6 @@ class PendingInvalidations:
             refuse_error(reply)
             if name not in self._added:
                 del self.stamps[name]
-                self.soft.discard(name)
         if not self.asked and (over := self._incident.end(self._monotonic())):
             event(
                 _LOG,

@@ -32,7 +32,7 @@ from proxy.storage.connection import Unavailable
 from proxy.storage.keys import Keys
 from proxy.storage.ledger import Bid
 from proxy.storage.servers import Servers
-from proxy.storage.values import new_stamp, refuse_error
+from proxy.storage.values import IF_STILL, delete_if_still, new_stamp, refuse_error
 
 LEASE_MS = 2000
 """A lease that is not renewed expires after so long: its replica has died, or Redis is slow."""
@@ -41,7 +41,6 @@ RECORD_MS = 1000
 """A record answers the other replicas for so long."""
 
 _FOR_EVER = -1  # what PTTL says of a key that does not expire
-_IF_OWNER = Script.load("if_owner")
 _LEASE = Script.load("lease", SEEN_BYTES=SEEN_BYTES)
 
 
@@ -128,15 +127,12 @@ class Leases:
                     return HeldElsewhere()
                 entry, _ = unseal(held, name, self._keyring)
                 return _as_record(entry)
-        if isinstance(value, bytes):  # unless another replica deleted it and holds a lease now
-            await self._servers.ask(_IF_OWNER.call([name], value, "DEL"))
-        else:
-            await self._servers.ask(("DEL", name))
+        await self._servers.ask(delete_if_still(name, value))  # another replica may hold a lease there now
         return None
 
     async def _if_owner(self, lease: Leased, *command: str | bytes | int) -> None:
         with suppress(Unavailable):
-            await self._servers.ask(_IF_OWNER.call([lease.name], lease.owner, *command))
+            await self._servers.ask(IF_STILL.call([lease.name], lease.owner, *command))
 
 
 def _as_entry(record: Record, now: float) -> Entry:

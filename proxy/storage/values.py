@@ -11,11 +11,14 @@ from typing import Any, Final
 from redis.exceptions import ResponseError
 
 from proxy.core.entry import NONCE_BYTES, CorruptValue, is_stamp, make_stamp, seal_of
+from proxy.storage.commands import Command, Script
 from proxy.storage.connection import Unavailable
 
 TOMBSTONE = 0
 """The status of the tombstone that replaces an invalidated entry: no earlier fetch is stored over it."""
 
+IF_STILL: Final = Script.load("if_still")
+"""Runs one command on a key that still has the value that was read, or written, there."""
 
 _DRAWN = 256
 """Nonces that are made of one draw: each alone would be a system call, and a lookup needs one."""
@@ -53,6 +56,14 @@ def as_bytes(reply: Any) -> bytes:
             raise CorruptValue
         case _:
             raise Unavailable(too_slow=False)
+
+
+def delete_if_still(name: bytes, value: Any) -> Command:
+    """Give what deletes a key whose `value` does not verify, unless another replica has replaced it since.
+
+    A key of another type has no value to compare, and is deleted as it is.
+    """
+    return IF_STILL.call([name], value, "DEL") if isinstance(value, bytes) else ("DEL", name)
 
 
 def refuse_errors(replies: Iterable[Any]) -> None:

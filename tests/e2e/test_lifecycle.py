@@ -354,8 +354,11 @@ async def test_start_that_fails_leaves_no_valkey_behind(short_directory: Path) -
     """It was started before the port turned out to be taken."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = (f"--set=server.port={taken.getsockname()[1]}", "--set=admin.port=0")
-        status, output = await run(*settings, environ={"TMPDIR": str(short_directory)})
+        misspelt = "--set=cache.collections={droplets = 15, droplet = 15}"
+        status, output = await run(*settings, misspelt, environ={"TMPDIR": str(short_directory)})
     assert status == 1
+    assert output.count("unknown-collection") == 1
+    assert '"name":"droplet","nearest":"droplets"' in output
     assert "embedded-store" in output
     assert not entries(short_directory)
 

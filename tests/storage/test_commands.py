@@ -9,7 +9,7 @@ import pytest
 from kit.support import Valkey, connecting
 from redis.asyncio import Redis
 
-from proxy.storage import entries, invalidation, leases, ledger
+from proxy.storage import entries, invalidation, leases, ledger, values
 from proxy.storage.commands import Script
 from proxy.storage.connection import Link
 
@@ -19,7 +19,7 @@ SCRIPTS = {
     "put": entries._PUT,
     "seed": entries._SEED,
     "soften": invalidation._SOFTEN,
-    "if_owner": leases._IF_OWNER,
+    "if_still": values.IF_STILL,
     "lease": leases._LEASE,
     "ledger": ledger._LEDGER,
 }

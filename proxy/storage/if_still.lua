@@ -1,7 +1,7 @@
--- Run one command on a lease, if its value is still the expected one: a replica whose lease has expired must not
--- renew, release or overwrite the lease of the next one.
+-- Run one command on a key if its value is still the expected one. A replica whose lease has expired must not renew,
+-- release or overwrite the next one's; a value that does not verify must not be deleted if it has been replaced.
 --
--- KEYS  1  the lease
+-- KEYS  1  the key
 -- ARGV  1  the expected value
 --       2  the command, 3 and more its arguments after the key
 -- Gives 1 where the command was run, else 0.
