@@ -33,7 +33,7 @@ from proxy.core.errors import (
 from proxy.core.events import UnknownValue
 from proxy.core.http import GZIP_FROM_BYTES, gzipped
 from proxy.core.invalidation import CallerScope, EntryScope, scopes_of_delete
-from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassThrough, Policy, TokenRejected
+from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassOn, Policy, TokenRejected
 from proxy.core.ports import Bid, Gate, Store
 from proxy.core.quota import CallClass
 from proxy.core.request import Call
@@ -195,11 +195,11 @@ class Fetcher:
                 await self._reject_token(call, refusal)
             case Denied():
                 await self._invalidator.invalidate("read", EntryScope(call.key))
-            case PassThrough(body, content_type) if content_type:
+            case PassOn(body, content_type) if content_type:
                 return Fetched(
                     answer.status, body or b"", ratelimit=answer.ratelimit, content_type=content_type
                 )
-            case PassThrough():
+            case PassOn():
                 pass
         return _passed_on(answer, verdict.body)
 
@@ -287,7 +287,7 @@ class Fetcher:
                 invalidated = await self._invalidator.invalidate("delete", EntryScope(call.key))
             case TokenRejected(_, refusal):
                 invalidated = await self._reject_token(call, refusal)
-            case PassThrough():
+            case PassOn():
                 pass
         return Deletion(_passed_on(answer, verdict.body, writes=True), invalidated)
 

@@ -66,7 +66,7 @@ class UpstreamCall:
     """The program whose request made the call, if it is listed."""
 
 
-Operation = Literal["lookup", "put", "seed", "lease", "end", "drop", "channel", "quota"]
+StoreOperationName = Literal["lookup", "put", "seed", "lease", "end", "drop", "channel", "quota"]
 """Operations on the store. `end` invalidates after a DELETE, a purge, a 401 or a write that was passed
 through; `drop` removes an entry because a read was answered 403, or 404 that is not stored."""
 
@@ -77,7 +77,7 @@ StoreOutcome = Literal["ok", "timeout", "error", "corrupt"]
 class StoreOperation:
     """One operation on the store and its result."""
 
-    operation: Operation
+    operation: StoreOperationName
     outcome: StoreOutcome
 
 

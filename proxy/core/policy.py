@@ -142,7 +142,7 @@ class Denied:
 
 
 @dataclass(frozen=True, slots=True)
-class PassThrough:
+class PassOn:
     """Serve `body`, and store nothing. It is JSON, or of `content_type`."""
 
     body: bytes | None
@@ -166,7 +166,7 @@ class Absent:
     body: bytes | None
 
 
-Verdict = Keep | TokenRejected | Denied | PassThrough
+Verdict = Keep | TokenRejected | Denied | PassOn
 """A `body` is the upstream's error with a request_id; None if it was not readable JSON of the API."""
 
 _END_OF_STATUSES = 600  # RFC 9110 §15
@@ -231,11 +231,11 @@ class Policy:
             case HTTPStatus.BAD_REQUEST, True if is_no_snapshot:
                 return self._keep_negative(answer, envelope, draw)
             case _:
-                return PassThrough(envelope)
+                return PassOn(envelope)
 
     def on_delete(
         self, answer: Answer, *, request_id: str, draw: float
-    ) -> Deleted | Absent | TokenRejected | PassThrough:
+    ) -> Deleted | Absent | TokenRejected | PassOn:
         """Decide about the upstream's `answer` to a DELETE. If the outcome is unknown it counts as deleted.
 
         Raises UpstreamInvalid if it is not what the API documents: then the outcome is unknown, too.
@@ -251,7 +251,7 @@ class Policy:
             case HTTPStatus.UNAUTHORIZED:
                 return TokenRejected(envelope, self._negative(answer, envelope, draw))
             case status if status < HTTPStatus.INTERNAL_SERVER_ERROR:
-                return PassThrough(envelope)
+                return PassOn(envelope)
             case _:
                 return Deleted(envelope)
 
@@ -266,7 +266,7 @@ class Policy:
         entry = _entry(answer, envelope, Lifetimes(_jittered(self.negative_s, self.jitter * draw)))
         return replace(entry, validator="")  # else a 304 would give it the lifetime of a snapshot
 
-    def _keep(self, answer: Answer, target: Target, draw: float) -> Keep | PassThrough:
+    def _keep(self, answer: Answer, target: Target, draw: float) -> Keep | PassOn:
         """Keep a document; if it is a list, also each snapshot in it, with the lifetimes of a single read."""
         resource, name = target.resource, target.name if target.cacheable else None
         try:
@@ -299,10 +299,10 @@ class Policy:
         return Lifetimes(_jittered(ttl_s, self.jitter * draw), stale_s, self.stale_if_error_s)
 
 
-def _as_it_came(answer: Answer) -> PassThrough:
+def _as_it_came(answer: Answer) -> PassOn:
     """Pass a success on. RFC 9110 §8.3: a body whose type nothing names is not called JSON by us."""
     untyped = "application/octet-stream" if answer.body else ""
-    return PassThrough(answer.body, answer.content_type or untyped)
+    return PassOn(answer.body, answer.content_type or untyped)
 
 
 def _raise_if_no_error_of_the_api(status: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from proxy.core.errors import SettingsError
 from proxy.settings.rules import WrongEntry
-from proxy.settings.sections import KEYS, PREFIX, SECTIONS, Key, Loaded, Settings
+from proxy.settings.sections import KEYS, PREFIX, SECTIONS, SettingKey, Loaded, Settings
 from proxy.settings.show import as_loaded, mask, printable, shown, shown_entry, shown_refused
 
 _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -26,7 +26,7 @@ _SERVICE_LINK: Final = re.compile(
 )
 """What Kubernetes sets in every pod beside a Service named `snapshot-proxy`: no configuration of ours."""
 
-_Given = tuple[Key, object, str]
+_Given = tuple[SettingKey, object, str]
 
 
 def load(*, config_file: str | None, overrides: Sequence[str], environ: Mapping[str, str]) -> Loaded:
@@ -124,7 +124,7 @@ def _from_overrides(overrides: Iterable[str]) -> Iterator[_Given]:
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def _checked(key: Key, value: object, origin: str) -> Any:
+def _checked(key: SettingKey, value: object, origin: str) -> Any:
     try:
         return key.rule.check(value)
     except WrongEntry as wrong:
@@ -134,7 +134,7 @@ def _checked(key: Key, value: object, origin: str) -> Any:
     raise SettingsError(f"{name} = {shown_refused(value, secret=key.rule.secret)} ({origin}): {must}")
 
 
-def _known(name: str, origin: str) -> Key:
+def _known(name: str, origin: str) -> SettingKey:
     if name not in KEYS:
         section = name.partition(".")[0]
         raise _unknown(name, [known for known in KEYS if known.startswith(f"{section}.")] or KEYS, origin)

@@ -193,7 +193,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class SettingKey:
     """One line of the table: `str(key)` is `section.name`."""
 
     section: str
@@ -214,11 +214,11 @@ class Key:
         return getattr(getattr(settings, self.section), self.name)
 
 
-def _keys() -> Iterator[Key]:
+def _keys() -> Iterator[SettingKey]:
     for section in fields(Settings):
         defaults: Any = section.default
         for entry in fields(defaults):
-            yield Key(section.name, entry.name, **entry.metadata)
+            yield SettingKey(section.name, entry.name, **entry.metadata)
 
 
 SECTIONS: Final = tuple(section.name for section in fields(Settings))

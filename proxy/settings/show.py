@@ -8,7 +8,7 @@ import re
 from typing import Final, NamedTuple
 
 from proxy.settings.rules import SOCKET
-from proxy.settings.sections import KEYS, SECTIONS, Key, Loaded, Settings
+from proxy.settings.sections import KEYS, SECTIONS, SettingKey, Loaded, Settings
 
 _SHOWN_CHARS: Final = 120
 _INT_BITS: Final = 64
@@ -47,7 +47,7 @@ def rows(loaded: Loaded) -> list[Row]:
     ]
 
 
-def _toml(key: Key, settings: Settings) -> str:
+def _toml(key: SettingKey, settings: Settings) -> str:
     match key.of(settings):
         case str(text):  # printable, so that its JSON string is a TOML string
             return _quoted(mask(text) if key.rule.secret else text)
@@ -61,7 +61,7 @@ def _toml(key: Key, settings: Settings) -> str:
             return shown(other)
 
 
-def as_loaded(key: Key, loaded: Loaded) -> str:
+def as_loaded(key: SettingKey, loaded: Loaded) -> str:
     """Give `section.name = value (origin)`, as errors begin."""
     return f"{key} = {shown(key.of(loaded.settings))} ({loaded.origins[str(key)]})"
 

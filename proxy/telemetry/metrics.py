@@ -24,7 +24,7 @@ from proxy.core.events import (
     Cause,
     EnumField,
     Invalidation,
-    Operation,
+    StoreOperationName,
     QuotaWait,
     Refreshed,
     RequestDone,
@@ -141,7 +141,7 @@ class Metrics:
         for by in get_args(By):
             self._refreshes.labels(by)
             self._refreshed.labels(by)
-        for operation, result in product(get_args(Operation), get_args(StoreOutcome)):
+        for operation, result in product(get_args(StoreOperationName), get_args(StoreOutcome)):
             self._store_operations.labels(operation, result)
 
     def expect(self, *, callers: Iterable[str] = (), clients: Iterable[str] = ()) -> None:

@@ -22,7 +22,7 @@ from proxy.core.invalidation import (
     scopes_of_delete,
 )
 from proxy.core.passthrough import scopes_of_absence, scopes_of_write
-from proxy.core.policy import Answer, Denied, Keep, PassThrough, Policy, TokenRejected, Verdict
+from proxy.core.policy import Answer, Denied, Keep, PassOn, Policy, TokenRejected, Verdict
 from proxy.core.request import NO_DIRECTIVES, ApiPath, Call, parse_target
 from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, VOLUME_SNAPSHOTS, Key, Target
 from proxy.core.snapshot import normalize_document
@@ -301,23 +301,23 @@ def test_an_absent_document_is_kept() -> None:
             200,
             b"kind: Config",
             "application/yaml",
-            PassThrough(b"kind: Config", "application/yaml"),
+            PassOn(b"kind: Config", "application/yaml"),
             id="yaml",
         ),
         pytest.param(
             200,
             body := b"[%b]" % b",".join([b"1"] * 200_001),
             JSON,
-            PassThrough(body, JSON),
+            PassOn(body, JSON),
             id="more-values-than-are-written-again",
         ),
-        pytest.param(200, b"kind: a", "", PassThrough(b"kind: a", OCTETS), id="no-type"),
-        pytest.param(202, b"{}", "", PassThrough(b"{}", OCTETS), id="accepted-without-a-type"),
-        pytest.param(202, b"", "", PassThrough(b""), id="accepted"),
-        pytest.param(204, b"", "", PassThrough(b""), id="no-content"),
+        pytest.param(200, b"kind: a", "", PassOn(b"kind: a", OCTETS), id="no-type"),
+        pytest.param(202, b"{}", "", PassOn(b"{}", OCTETS), id="accepted-without-a-type"),
+        pytest.param(202, b"", "", PassOn(b""), id="accepted"),
+        pytest.param(204, b"", "", PassOn(b""), id="no-content"),
         pytest.param(403, ERROR, JSON, Denied(ERROR), id="forbidden"),
-        pytest.param(422, ERROR, JSON, PassThrough(ERROR), id="another-error"),
-        pytest.param(500, ERROR, JSON, PassThrough(ERROR), id="failure"),
+        pytest.param(422, ERROR, JSON, PassOn(ERROR), id="another-error"),
+        pytest.param(500, ERROR, JSON, PassOn(ERROR), id="failure"),
     ],
 )
 def test_what_is_not_kept(status: int, body: bytes, content_type: str, expected: Verdict) -> None:

@@ -18,7 +18,7 @@ from proxy.core.policy import (
     Deleted,
     Denied,
     Keep,
-    PassThrough,
+    PassOn,
     Policy,
     TokenRejected,
 )
@@ -438,13 +438,13 @@ NO_SUCH = b'{"id":"x","message":"the resource is not a snapshot","request_id":"t
         ),
         pytest.param(403, Denied(NO_SUCH), id="403-ends-the-lists"),
         pytest.param(404, Denied(NO_SUCH), id="404-of-a-list-is-not-kept-and-ends-the-lists"),
-        pytest.param(400, PassThrough(NO_SUCH), id="400-of-a-list-is-not-kept"),
-        pytest.param(422, PassThrough(NO_SUCH), id="422"),
-        pytest.param(429, PassThrough(NO_SUCH), id="429"),
-        pytest.param(500, PassThrough(NO_SUCH), id="500"),
+        pytest.param(400, PassOn(NO_SUCH), id="400-of-a-list-is-not-kept"),
+        pytest.param(422, PassOn(NO_SUCH), id="422"),
+        pytest.param(429, PassOn(NO_SUCH), id="429"),
+        pytest.param(500, PassOn(NO_SUCH), id="500"),
     ],
 )
-def test_errors_of_lists(status: int, verdict: TokenRejected | Denied | PassThrough) -> None:
+def test_errors_of_lists(status: int, verdict: TokenRejected | Denied | PassOn) -> None:
     """No error to a list is kept, also where a single read's would be; a refusal is one of the token."""
     given = POLICY.on_answer(Answer(status, NO_SUCH, 0.0), LIST, request_id="r", draw=0.0)
     assert given == verdict
@@ -528,14 +528,14 @@ ENVELOPE = b'{"id":"x","message":"y","request_id":"theirs"}'
 @pytest.mark.parametrize("status", [*range(400, 600)])
 def test_on_delete(status: int) -> None:
     """404 ends the caller's own, 401 all of the caller's, a refusal nothing, and doubt counts as deleted."""
-    expected: Deleted | Absent | TokenRejected | PassThrough
+    expected: Deleted | Absent | TokenRejected | PassOn
     match status:
         case 404:
             expected = Absent(ENVELOPE)
         case 401:
             expected = TokenRejected(ENVELOPE, Entry(401, ENVELOPE, etag_of(ENVELOPE), 0.0, Lifetimes(10)))
         case _:
-            expected = PassThrough(ENVELOPE) if status < 500 else Deleted(ENVELOPE)
+            expected = PassOn(ENVELOPE) if status < 500 else Deleted(ENVELOPE)
     assert POLICY.on_delete(Answer(status, ENVELOPE, 0.0), request_id="r", draw=0.0) == expected
 
 
@@ -558,7 +558,7 @@ def test_on_delete_undocumented(status: int) -> None:
     [
         pytest.param(404, b"<html>", Absent(None), id="404-without-a-reason"),
         pytest.param(401, b"", TokenRejected(None), id="401-without-a-reason"),
-        pytest.param(409, b"[]", PassThrough(None), id="409-without-a-reason"),
+        pytest.param(409, b"[]", PassOn(None), id="409-without-a-reason"),
         pytest.param(502, b"<html>", Deleted(None), id="gateway-page"),
         pytest.param(
             404,

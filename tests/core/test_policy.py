@@ -18,7 +18,7 @@ from proxy.core.policy import (
     Hit,
     HitThenRevalidate,
     Keep,
-    PassThrough,
+    PassOn,
     Policy,
     TokenRejected,
     Unsatisfiable,
@@ -209,15 +209,15 @@ def kept(status: int, body: bytes, lifetimes: Lifetimes) -> Keep:
         pytest.param(200, BODY, kept(200, BODY, Lifetimes(60, 60, 300)), id="200"),
         pytest.param(404, ERROR, kept(404, ERROR, Lifetimes(10)), id="404"),
         pytest.param(400, NO_SUCH, kept(400, NO_SUCH, Lifetimes(10)), id="400-not-a-snapshot"),
-        pytest.param(400, ERROR, PassThrough(ERROR), id="400-of-another-kind"),
+        pytest.param(400, ERROR, PassOn(ERROR), id="400-of-another-kind"),
         pytest.param(401, ERROR, TokenRejected(ERROR, made(401, ERROR, Lifetimes(10))), id="401"),
         pytest.param(403, ERROR, Denied(ERROR), id="403"),
         *(
-            pytest.param(status, ERROR, PassThrough(ERROR), id=str(status))
+            pytest.param(status, ERROR, PassOn(ERROR), id=str(status))
             for status in (402, 405, 406, 408, 409, 410, 418, 422, 429, 451, 499)
         ),
         *(
-            pytest.param(status, ERROR, PassThrough(ERROR), id=str(status))
+            pytest.param(status, ERROR, PassOn(ERROR), id=str(status))
             for status in (500, 501, 502, 503, 504, 519, 528, 529, 531, 599)
         ),
     ],
@@ -240,13 +240,13 @@ def test_an_answer_of_the_edge(status: int, body: bytes, target: Target) -> None
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        pytest.param(400, PassThrough(None), id="400"),
+        pytest.param(400, PassOn(None), id="400"),
         pytest.param(401, TokenRejected(None), id="401"),
         pytest.param(403, Denied(None), id="403"),
         pytest.param(404, Denied(None), id="404-of-a-balancer-is-not-kept"),
-        pytest.param(429, PassThrough(None), id="429"),
-        pytest.param(500, PassThrough(None), id="500"),
-        pytest.param(503, PassThrough(None), id="503"),
+        pytest.param(429, PassOn(None), id="429"),
+        pytest.param(500, PassOn(None), id="500"),
+        pytest.param(503, PassOn(None), id="503"),
     ],
 )
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_an_error_without_explanation(status: int, body: bytes, expected: Verdic
     [
         pytest.param(404, ERROR, Denied(ERROR), id="404"),
         pytest.param(400, NO_SUCH, Denied(NO_SUCH), id="400-not-a-snapshot"),
-        pytest.param(400, ERROR, PassThrough(ERROR), id="400-of-another-kind"),
+        pytest.param(400, ERROR, PassOn(ERROR), id="400-of-another-kind"),
         pytest.param(401, ERROR, TokenRejected(ERROR), id="401"),
         pytest.param(403, ERROR, Denied(ERROR), id="403"),
     ],
@@ -310,7 +310,7 @@ def test_what_is_not_cached_may_be_named_as_it_is() -> None:
 
 def test_our_request_id_is_added() -> None:
     """An error without one gets the request's."""
-    assert verdict(500, b'{"id":"x","message":"y"}') == PassThrough(
+    assert verdict(500, b'{"id":"x","message":"y"}') == PassOn(
         b'{"id":"x","message":"y","request_id":"ours"}'
     )
 
@@ -377,7 +377,7 @@ def test_not_modified_though_nobody_asked(target: Target) -> None:
         pytest.param(200, BODY, kept(200, BODY, Lifetimes(60, 60, 300)), id="4.3.3-another-body"),
         pytest.param(404, ERROR, kept(404, ERROR, Lifetimes(10)), id="4.3.3-gone"),
         pytest.param(403, ERROR, Denied(ERROR), id="4.3.3-forbidden-by-now"),
-        pytest.param(503, ERROR, PassThrough(ERROR), id="4.3.3-server-error"),
+        pytest.param(503, ERROR, PassOn(ERROR), id="4.3.3-server-error"),
     ],
 )
 def test_modified(status: int, body: bytes, expected: Verdict) -> None:
