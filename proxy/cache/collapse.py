@@ -3,8 +3,8 @@
 Within this process requests share a flight that `Collapser.names` gives a name of theirs. Over all replicas
 one holds a lease of the key while it fetches: 2 s long, renewed every 0.5 s. The others look for its result
 every 0.025 to 0.2 s: an entry, or the record of an outcome that is not stored. A replica that waits gives up
-with an error of its own after 1 s where its caller has a stale entry, else when its own fetch would have
-timed out, or when the drain is over. Where Redis cannot tell which replica holds the lease, each fetches.
+with an error: after 1 s if its caller has a stale entry, else when its own fetch would have timed out, or
+when the drain is over. If Redis cannot tell which replica holds the lease, each replica fetches.
 """
 
 import asyncio
@@ -67,12 +67,11 @@ class Collapser:
     def names(
         self, call: Call, basis: FillPrecondition | None, mark: Mark, mode: FetchMode
     ) -> tuple[Hashable, ...]:
-        """Give the name of the flight that `call` may share, then the further name of one that it starts.
+        """Name the flight that `call` may share; what follows are further names of a flight that it starts.
 
-        A flight is not shared if it began before something was invalidated: its name holds the stamps that
-        its lookup saw. A lookup that Redis did not answer saw none; then the name holds this replica's own
-        counts, from before the lookup. Every flight has that name, too: a fetch that began before Redis went
-        away is not made again.
+        A flight is not shared across an invalidation: its name holds the stamps that its lookup saw. If Redis
+        did not answer the lookup, the name holds this replica's own invalidation counts from before it. Each
+        flight has that name, too, so that one that began before Redis went away is still shared.
         """
         alone = call.key, mode, mark.counts
         return (alone,) if basis is None else ((call.key, mode, basis), alone)
@@ -89,9 +88,8 @@ class Collapser:
     async def fetch_for_all(self, call: Call, lookup: Lookup, mode: FetchMode) -> Fetched | ProxyError:
         """Fetch, unless another replica does: then wait for its result. Runs in a flight.
 
-        The wait is for the lease of the basis that this request's own lookup saw (after EntryChanged, that of
-        the lookup made then), whatever is invalidated meanwhile: a fetch under that lease is as new as this
-        request.
+        The lease is that of the basis which this request's own lookup saw (after EntryChanged: the lookup
+        made then), also if something is invalidated meanwhile: a fetch under it is as new as this request.
         """
         due = self._fetcher.due()
         asked_at = due.began
@@ -128,8 +126,8 @@ class Collapser:
     ) -> ProxyError | None:
         """Say why this replica gives up waiting for the lease, for which it last asked at `asked_at`.
 
-        At the moment at which its own wait for the quota would be over it asks the gate, once: the other
-        replica may be waiting for the same quota.
+        When its own wait for the quota would be over, it asks the gate once whether the quota is spent: the
+        other replica may be waiting for the same quota.
         """
         now = self._monotonic()
         last = due.began + STALE_PATIENCE_S if mode is HAS_FALLBACK else due.wait + self.total_timeout_s
@@ -149,7 +147,7 @@ class Collapser:
         self, licence: Licence, call: Call, lookup: Lookup, mode: FetchMode, due: Due
     ) -> Fetched | ProxyError:
         """Fetch, renew the lease meanwhile, and leave an outcome that is not stored to the others."""
-        kept = _Kept(self._store, licence.lease)
+        renewal = _Renewal(self._store, licence.lease)
         record, is_stored = None, False
         try:
             result = await self._fetcher.fetch(call, lookup, mode, due, licence)
@@ -157,13 +155,13 @@ class Collapser:
             is_stored = isinstance(result, Fetched) and result.stored
             return result
         finally:
-            kept.stop()
+            renewal.stop()
             if not is_stored:  # what is stored has given the lease up
                 await self._store.release(licence.lease, record)
 
 
-class _Kept:
-    """A lease that is renewed every `_LEASE_RENEWAL_S` until `stop`; a short fetch costs one timer for it."""
+class _Renewal:
+    """Renews a lease every `_LEASE_RENEWAL_S` until `stop`; a fetch that is shorter costs one timer."""
 
     def __init__(self, store: Store, lease: Leased) -> None:
         self._store = store

@@ -267,9 +267,9 @@ class ReadThrough:
     ) -> Served | Failed:
         """Give a stale entry instead of a failure (RFC 5861 §4), unless it was invalidated meanwhile.
 
-        It is looked up again for that. If Redis does not answer now, `fallback` is served, which was found
-        before the fetch, unless this replica has invalidated it since `ended` was read, other than by a
-        soft purge.
+        To know that, the entry is looked up again. If Redis does not answer, `fallback` is served, which the
+        lookup before the fetch found; but not if this replica has invalidated it since `ended` was read. A
+        soft purge does not count as that.
         """
         if not is_replaceable(answer.status):
             return answer

@@ -1,7 +1,7 @@
 """Refreshes in the background: an entry that answered stale is fetched by a single read, or with a list.
 
-`core/refresh.py` chooses, and records which snapshots the list held. No caller waits for a refresh; none is
-begun while one of the same key is in flight, or if the process has no room for another flight.
+`core/refresh.py` chooses which, and records the snapshots that each list held. No caller waits for a refresh.
+None begins while one of the same key is in flight, or while the process has no room for another flight.
 """
 
 from collections.abc import Awaitable, Callable, Hashable

@@ -1,6 +1,4 @@
-"""What settings mean that each allow: a listener that more can reach than should, a deadline that is never
-reached, a collection that the API does not have.
-"""
+"""Settings that are allowed and seem wrong: who reaches a listener, deadlines, names of collections."""
 
 from collections.abc import Iterator
 

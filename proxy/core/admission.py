@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 class Admitted:
     """The call may be made.
 
-    Until its answer is known it counts as made at `at`. `remaining` are the calls left after it in the minute
-    and in the hour, whose limit is `per_hour`. `probe`: the token was cooling down, and any answer but 429 to
-    this call ends the cool-down.
+    Until its answer is known it counts as made at `at`, the latest moment at which it can be. `remaining` are
+    the calls left after it in the minute and in the hour, whose limit is `per_hour`. `probe`: the token was
+    cooling down, and any answer but 429 to this call ends the cool-down.
     """
 
     at: float
@@ -30,7 +30,7 @@ class Admitted:
         return self.at - self.call_s
 
     def waits_until(self, seconds: float) -> float:
-        """Say until when others wait for its answer, if that is `seconds` at most."""
+        """Give until when others wait for its answer: until it must be over, `seconds` at most."""
         return self.at - max(self.call_s - seconds, 0.0)
 
 
@@ -39,10 +39,9 @@ class Postponed:
     """Not now. `wait_s` is when to ask again.
 
     `window` names what is spent (`minute`, `hour`), the `cooldown` of the token, the one of an `operation`,
-    or `turn`: the answer to a call in flight has to report first how many calls are left, which may be
-    sooner. `remaining` are the calls left, of `per_hour` in the hour, if the common ledger reported them.
-    `replicas` is 0 if all calls of the token were counted; else the window is the share of one of so many
-    replicas.
+    or `turn`: calls are serialized, and the one in flight has to be answered first, which may be sooner.
+    `remaining` are the calls left, of `per_hour` in the hour, if the common ledger reported them. `replicas`
+    is 0, or, if this replica alone decided, the number of replicas that share the window.
     """
 
     wait_s: float

@@ -3,8 +3,8 @@
 Documents of collections are cached as `cache.collections` says. A write to anything in a collection, by any
 caller, invalidates all documents of it, and of each collection whose documents show it. Sources: the schemas
 of the resources in DigitalOcean's official specification (github.com/digitalocean/openapi), and its paths,
-which are also those of the client that is made from it (pydo 0.44). What the table does not name, a write may
-change everywhere.
+which are also those of the client that is made from it (pydo 0.44). A write to a collection that the table
+does not name invalidates all collections.
 """
 
 import re
@@ -68,10 +68,10 @@ def _others(*lists: str) -> frozenset[str]:
 
 READABLE = _others(
     "1-clicks account action-gateway actions add-ons agents apps billing byoip_prefixes cdn certificates",
-    "customers databases dedicated-inferences domains droplets firewalls floating_ips functions gen-ai images",
-    "insights kubernetes load_balancers microvms monitoring nfs organizations partner_network_connect",
-    "projects regions registries registry reports reserved_ips reserved_ipv6 security sizes snapshots spaces",
-    "tags uptime vector-databases volumes vpc_nat_gateways vpc_peerings vpcs",
+    "customers databases dedicated-inferences domains droplets firewalls floating_ips functions gen-ai",
+    "images insights kubernetes load_balancers microvms monitoring nfs organizations projects",
+    "partner_network_connect regions registries registry reports reserved_ips reserved_ipv6 security sizes",
+    "snapshots spaces tags uptime vector-databases volumes vpc_nat_gateways vpc_peerings vpcs",
 )
 """The collections that have a GET: those of pydo 0.44, and `floating_ips`, the older name of `reserved_ips`.
 The API grows, so another name may be cached, too; `check` and the start's log warn of it."""

@@ -94,7 +94,7 @@ class Entry:
     `called_at` is when its upstream call started (Unix seconds): age counts from there, so that it is never
     too low. `gzip` is the compressed body of a list of 1 KiB or more; `seeded`: the entry came with a list;
     `validator` is the upstream's own entity tag, if it sent one. `purged_at` is when a soft purge made it
-    stale (Unix seconds): the stamps tell that, and it is not sealed.
+    stale (Unix seconds): the stamps tell it, so it is no part of the envelope.
     """
 
     status: int
@@ -187,9 +187,9 @@ class Lookup(NamedTuple):
         return self.entry is None and self.basis is None
 
     def to_keep(self, now: float) -> Entry | None:
-        """Give the entry that memory may keep: a fresh one, and not the refusal of a token.
+        """Give the entry that memory may keep: a fresh one, but no cached 401.
 
-        That answers for all keys of its caller.
+        A cached 401 answers for all keys of its caller, and only Redis has it.
         """
         entry = self.entry
         return entry if entry is not None and self.basis is not None and entry.is_fresh(now) else None

@@ -30,7 +30,7 @@ class Token:
         return self._value
 
     def sha256(self) -> str:
-        """Give its SHA-256 in hexadecimal digits, to find its alias: `callers.aliases_file` holds such."""
+        """Give its SHA-256 in hexadecimal digits, to find its alias: `callers.aliases_file` names that."""
         return sha256(self._value.encode()).hexdigest()
 
     def keyed_hash(self, secret: bytes) -> bytes:

@@ -87,9 +87,9 @@ def scopes_of_delete(call: Call, collections: Collection[str] = ()) -> tuple[Sco
 class InvalidationCounts:
     """How often this replica made or followed an invalidation of what a key is kept under. Counts only grow.
 
-    They are to this process what stamps are to Redis: if the counts for a key have changed since an entry was
-    found, or a fetch began, it was invalidated since. After more than `most` names everything counts as
-    invalidated once, and the names are forgotten.
+    They do for this process what stamps do in Redis: if the counts for a key have changed since an entry was
+    found, or since a fetch began, the entry was invalidated in between. After more than `most` names
+    everything counts as invalidated once, and the names are forgotten.
     """
 
     def __init__(self, most: int = MOST_COUNTED) -> None:

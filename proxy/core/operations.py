@@ -1,8 +1,8 @@
 """Operations of the API that have a limit of their own: which of one token's cool down, and until when.
 
-A 429 of such a limit says nothing about the token's other calls, so it stops that operation only: one method
-and path, ids included. Where one on another path is refused within a minute it may be the token's limit after
-all: then the token cools down. Pure: time comes in. Redis keeps the same for all replicas.
+A 429 of such a limit says nothing about the token's other calls, so it stops one operation only: one method
+and path, ids included. If an operation on another path gets a 429 within a minute, the limit may be the
+token's after all: then the token cools down. Pure: time comes in. Redis keeps the same for all replicas.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Operations:
         self._last_at = 0.0
 
     def wait_s(self, now: float, name: str) -> float:
-        """Tell for how long an operation cools down yet; 0: not at all."""
+        """Give the seconds for which an operation still cools down; 0: it does not."""
         return max(self._until.get(name, now) - now, 0.0)
 
     def cool(self, now: float, operation: Operation, retry_after_s: float) -> bool:

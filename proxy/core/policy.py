@@ -42,7 +42,7 @@ class HitThenRevalidate:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The upstream has to be asked. If it fails, `fallback` may answer (RFC 5861 §4)."""
+    """The upstream has to be asked. If that fails, the stale `fallback` may answer (RFC 5861 §4)."""
 
     fwd: Fwd
     fallback: Entry | None = None

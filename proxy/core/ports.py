@@ -37,7 +37,7 @@ class Store(Protocol):
     def look(self, key: Key, found: Callable[[Lookup | None], None]) -> None:
         """Do what `lookup` does, and call `found` with the result, at once or later.
 
-        No task waits for it. None: this one takes more than one round trip, and only `lookup` makes them.
+        No task waits for it. None: it would take a second round trip, which only `lookup` makes.
         """
 
     async def put(self, key: Key, entry: Entry, basis: FillPrecondition, lease: Leased | None = None) -> bool:
@@ -59,7 +59,7 @@ class Store(Protocol):
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to become the one replica that fetches `key`. None: the store cannot tell.
 
-        A `bid` of the gate's is put to the common ledger in the same round trip, if this replica becomes it.
+        Only if it does, a `bid` of the gate's is put to the common ledger, in the same round trip.
         """
 
     async def renew(self, lease: Leased) -> None:
@@ -73,12 +73,12 @@ class Store(Protocol):
 
         `by_read`: a read was answered 403 or 404; no write or purge asked for it. A `refusal` comes with a
         CallerScope, and answers the caller's lookups while it lasts. Tell whether the store did it now; else
-        it is pending, and done when Redis can be reached.
+        it is pending, and the store does it when Redis can be reached.
         """
 
 
 class Hearing(Protocol):
-    """This replica's memory, as the channel sees it: it follows the invalidations of other replicas."""
+    """This replica's memory, as the channel sees it: told what others invalidate, and until when to serve."""
 
     def invalidate(self, scope: Scope) -> None:
         """Serve nothing any more that `scope` covers."""
@@ -189,7 +189,7 @@ class Bid(Protocol):
 
     @property
     def asked(self) -> bool:
-        """Tell whether it was put, and its answer not taken."""
+        """Tell whether it was put, and `take` was not called yet."""
 
     def take(self) -> Admission | Postponed | None:
         """Give the answer, once. None: the ledger cannot be asked."""
@@ -202,7 +202,7 @@ class CommonLedger(Protocol):
     """The replicas' common ledger of each token. No method raises; None: it cannot be asked."""
 
     def bid(self, partition: Partition, call_class: CallClass, operation: str) -> Bid | None:
-        """Give the question of `admit`, for the store to put. None: this ledger is asked only by itself."""
+        """Give the question of `admit`, for the store to put. None: this ledger cannot be asked that way."""
 
     async def admit(
         self, partition: Partition, call_class: CallClass, operation: str

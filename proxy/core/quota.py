@@ -55,7 +55,7 @@ class Ledger:
         self._call_s = call_s
         self._counts = tuple(Count(window) for window in limits.windows)
         self._others = Count(limits.windows[1])
-        """The calls in the hour that others made, as far as the upstream reported them."""
+        """The calls in the hour that others made: those that only reports of the upstream show."""
         self._suspect_since = -math.inf
         """When the upstream reported more calls by others than fit into a minute, or that no call is left."""
         self._full_at = -math.inf
@@ -138,12 +138,12 @@ class Ledger:
         return count.total + need - self._ceiling(count, call_class)
 
     def _only_told(self, count: Count) -> int:
-        """Give how many calls a window holds that the upstream reported and that can be taken back."""
+        """Give how many calls a window holds only because of reports, which a later report may take back."""
         minute = self._counts[0]
         return minute.held(self._full_at, self._filled) if count is minute else self._others.total
 
     def _pause_s(self, now: float) -> float:
-        """Give the time until the next verification call: as long as the reported value has stood by now."""
+        """Give the time until the next verification call: as long as the doubt has lasted, 5 s to 5 min."""
         minute, hour = self._counts
         at_least_s = minute.window.length_s / PAUSES
         return min(max(now - self._suspect_since, at_least_s), hour.window.length_s / PAUSES)
@@ -152,8 +152,8 @@ class Ledger:
         """Tell whether a call has to be serialized: until its answer reports `ratelimit-remaining`.
 
         It has to if the upstream never reported it; if others used the token within the hour, and the last
-        report is older than a bucket (but not for a refresh, which leaves a margin); or if `need` more calls
-        may not fit into the minute beside the calls by others that may fall into it.
+        report is older than a bucket (but not for a refresh, which leaves a margin); or if the minute may not
+        hold `need` more calls together with the calls by others that it may hold unseen.
         """
         if not self._call_s:
             return False
@@ -244,7 +244,7 @@ class Ledger:
         self._cool_until = max(self._cool_until or 0.0, now + min(wait_s, LONGEST_RETRY_AFTER_S))
 
     def follow(self, now: float, remaining: tuple[int, int], per_hour: int | None = None) -> None:
-        """Catch up with another ledger of the same token: calls that only it has count as made by others."""
+        """Catch up with the common ledger: calls that only it counts are added here as calls by others."""
         self._forget(now)
         if per_hour is not None:
             self._limit_hour(per_hour)
@@ -298,7 +298,7 @@ class Ledger:
         return limit >= self.per_hour or ceiling > own
 
     def _fill(self, now: float) -> None:
-        """Fill the minute: no call is left in either window, and the minute has room again sooner."""
+        """Fill the minute: no call is left in one of the windows, and the minute has room again first."""
         minute = self._counts[0]
         if not minute.take(self._full_at, self._filled):
             self._suspect_since = now
@@ -309,12 +309,12 @@ class Ledger:
     def _reconcile(self, now: float, used_told: int, asked_at: float) -> None:
         """Compare `used_told`, the calls that the upstream counts in the hour, with ours.
 
-        If it counts more, others made the difference; if fewer, that many calls by others are taken back.
-        Assume that it already counted our calls in flight; an error is corrected when they finish. Calls by
-        others are spread evenly over the time since the last report. Their part within the last minute counts
-        in the minute as of now, unless that is more than the upstream admits. After the first report the rest
-        may fall into the minute, too (`_unknown`). Only the answer to a call that was made after the last
-        report can take calls back: the answers of a burst come in any order.
+        If it counts more, others made the difference; if fewer, that many calls by others are taken back. Our
+        calls in flight are taken as counted by it already; if not, the next reports correct that. Calls by
+        others are spread evenly over the time since the last report. The part that falls into the last minute
+        is added to the minute, unless it is more than the upstream admits in a minute. After the first report
+        the rest may be of the last minute, too (`_unknown`). Only the answer to a call that was made after
+        the last report can take calls back: the answers of a burst come in any order.
         """
         minute, hour = self._counts
         length_s = minute.window.length_s

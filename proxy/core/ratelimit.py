@@ -36,4 +36,4 @@ class RateLimit:
 
 
 UNKNOWN = RateLimit()
-"""Of a caller of whose quota nothing is known. Never told anything."""
+"""The one without headers, for all callers whose quota is not known; its content never changes."""

@@ -1,12 +1,12 @@
 """Whether to refresh by a list or by single reads: which snapshots each caller reads, and when they are due.
 
 A page of the list refreshes up to 200 snapshots and costs one call, as much as the single read of one. So if
-a snapshot is due that is known to be on that page, the list costs no more than its single read, and saves the
-call of each other snapshot that is near its expiry. If it turns out not to be on the page, a single read
-follows: there may be more pages, and a token may list less than it reads. Each list shows what is on the
-page. After a list that saved no call, that caller's snapshots are refreshed by single reads for REST_S.
+a snapshot that is due is on that page, the list costs no more than its single read, and saves the call of
+each other snapshot that is near its expiry. If it is not on the page, a single read follows: there may be
+more pages, and a token may list less than it reads. Each list shows what is on the page. After a list that
+saved no call, that caller's snapshots are refreshed by single reads for REST_S.
 
-Known are only the snapshots that this replica answered lately; others are refreshed by single reads.
+This counts only snapshots that this replica answered lately; others are refreshed by single reads.
 """
 
 from collections import OrderedDict
@@ -32,7 +32,7 @@ REST_S = 300.0
 """After a list that saved no call, or failed, no list refreshes for that caller for so long."""
 
 _ENOUGH = 3
-"""If at least so many snapshots are due, a list is worth its call even if some are not on the page."""
+"""The number of due snapshots with which a list saves a call, even if one of them is not on the page."""
 
 _NEAR = 0.5
 """A snapshot is near its expiry if less than this part of its freshness is left.
@@ -53,7 +53,7 @@ class Place(Enum):
 def choose(place: Place, others: int) -> By:
     """Choose for a snapshot that is due, with `others` near their expiry that may be on the page.
 
-    If it may be missing there, a list is worth its call only with two others.
+    If that snapshot may not be on the page, a list saves a call only if two others are.
     """
     if place is Place.OFF_PAGE:
         return "single"
@@ -104,7 +104,7 @@ class HotSet:
             others = sum(name != key.name for name in islice(caller.due(now), _ENOUGH))
             by = choose(snapshot.place, others)
         if by == "single":
-            snapshot.fresh_until = now + snapshot.fresh_s  # it will be: no list is needed for it
+            snapshot.fresh_until = now + snapshot.fresh_s  # by the single read that begins now
         return by
 
     def listed(self, partition: Partition, on_page: Collection[str], now: float) -> int:
@@ -148,7 +148,7 @@ class _Caller:
         return (name for name, snapshot in reversed(self.snapshots.items()) if now < snapshot.hot_until)
 
     def due(self, now: float) -> Iterator[str]:
-        """Name the hot snapshots that may be on the page and are near their expiry, or expired."""
+        """Name the hot snapshots that are near their expiry, or past it, and may be on the page."""
         for name in self.hot(now):
             snapshot = self.snapshots[name]
             near = snapshot.fresh_until - now <= snapshot.fresh_s * _NEAR

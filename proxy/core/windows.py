@@ -1,4 +1,4 @@
-"""One of the upstream's windows: who may use how much of it, and the calls in it, counted in buckets.
+"""One of the upstream's windows: how much of it each class of call may use, and its calls, in buckets.
 
 Pure: time comes in. `quota.py` decides by these counts which calls are admitted.
 """
@@ -12,11 +12,11 @@ MINUTE_BUCKETS = 60
 HOUR_BUCKETS = 120
 
 REFRESH_SHARE = 0.9
-"""Part of what misses may use that refreshes may."""
+"""Refreshes may use this part of what misses may use."""
 
 
 class CallClass(IntEnum):
-    """Who goes first when calls are scarce."""
+    """What a call is for: when calls are scarce, writes come before misses, and misses before refreshes."""
 
     WRITE = 0
     MISS = 1
@@ -57,7 +57,10 @@ class QuotaLimits:
 
 
 def shares(call_class: CallClass, reserve: float) -> tuple[float, float]:
-    """Give the two factors that make a class's ceiling of a limit: without the reserve, without refreshes."""
+    """Give the two factors that make a class's ceiling of a limit.
+
+    The first takes off the reserve, which only writes may use; the second what refreshes leave to misses.
+    """
     return (
         1.0 if call_class is CallClass.WRITE else 1 - reserve,
         REFRESH_SHARE if call_class is CallClass.REFRESH else 1.0,
@@ -79,7 +82,7 @@ class Count:
             self._put(self._bucket(at), calls)
 
     def spread(self, since: float, now: float, calls: int) -> None:
-        """Add calls that were made evenly over that time, as far as the window remembers it."""
+        """Add calls, spread evenly over the time since `since`, or over the window if that is shorter."""
         first, last = self._bucket(max(min(since, now), now - self.window.length_s)), self._bucket(now)
         steps = last - first + 1
         for step in range(steps):
@@ -96,11 +99,11 @@ class Count:
         return taken
 
     def held(self, at: float, calls: int) -> int:
-        """Give how many of so many calls the bucket of `at` holds."""
+        """Give how many calls the bucket of `at` holds, `calls` at most."""
         return min(calls, self.buckets.get(self._bucket(at), 0)) if calls else 0
 
     def take_back(self, added: "Count", calls: int) -> None:
-        """Take calls out of this window that are among those `added` to it, the latest first."""
+        """Take calls of others out of this window, and of `added`, which has just these: the latest first."""
         for bucket in sorted(added.buckets, reverse=True):
             back = min(calls, added.buckets[bucket], self.buckets.get(bucket, 0))
             if back:
@@ -109,7 +112,7 @@ class Count:
                 calls -= back
 
     def forget(self, now: float) -> None:
-        """Drop the buckets whose last moment is older than the window: none are before `next_leaves_at`."""
+        """Drop the buckets that have left the window; before `next_leaves_at` there are none."""
         for bucket in [bucket for bucket in self.buckets if self._leaves_at(bucket) <= now]:
             self.total -= self.buckets.pop(bucket)
         self.next_leaves_at = min(map(self._leaves_at, self.buckets), default=math.inf)

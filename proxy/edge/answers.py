@@ -55,8 +55,8 @@ def served_response(
 ) -> web.Response:
     """Make the response for an answer of the cache or the upstream: 304 if `if_none_match` names its tag.
 
-    `gzip`: the caller accepts a compressed body. `told` is what it is told about its quota, unless the
-    upstream's answer to this very call does.
+    `gzip`: the caller accepts a compressed body. `told` is what it gets about its quota, unless the
+    upstream's answer to this very call has that.
     """
     headers = _headers(request_id)
     headers.extend(served.ratelimit or told.headers)

@@ -8,10 +8,10 @@ A connection is
     BUSY     while we owe an answer, or Redis is asked for it: as long as that takes, but a caller who does
              not read what we write has `header_timeout_s` to go on reading
 
-One timer a connection looks at these deadlines now and then and is set for the next; requests only move a
-number. A deadline judges the caller: where the event loop was busy, bytes of the caller's may have arrived
-and wait to be read. So a connection whose time is over is closed only after the loop has turned `LAST_LOOKS`
-times more without anything new.
+Each connection has one timer, which looks at its deadline and is set anew; a request only changes the number.
+A deadline judges the caller, not this process: while the event loop was busy, bytes of the caller's may have
+arrived that are not read yet. So a connection whose time is over is closed only after the loop has turned
+`LAST_LOOKS` times more without anything new.
 
 A caller that closes its sending side (TCP FIN) with its request, or within a second of it, is answered as
 far as its requests have come whole; then the connection is closed. A half-closed and an abandoned connection
@@ -19,9 +19,9 @@ look alike until something is written: a FIN later than that second counts as ab
 in ticks of the event loop, so that time in which it was busy does not count. Over TLS asyncio closes the
 connection at every FIN.
 
-The fast path is asked only while it waits for no reply of Redis, and aiohttp's handler rests: all bytes that
-it was given are whole requests, and it has written each answer to its end. It rests from the start until
-it is given bytes. It rests again when these are answered, the connection is kept, and
+The fast path is asked only while it waits for no reply of Redis and aiohttp's handler *rests*: it has no part
+of a request, and has written each answer to its end. The handler rests from the start until it is given
+bytes. It rests again when these are answered, the connection is kept, and
 
 - what it was given was one whole request and nothing else: the fast path's parser said so; or
 - it ended as a request's head ends, so that there is no part of a request in the parser; the body of the last
@@ -244,7 +244,7 @@ class Connection(asyncio.Protocol):
                 handle.cancel()
 
     def reading_ended(self) -> None:
-        """Record that all of the request is here: the answer is due, and later bytes are the next one's."""
+        """Record that all of the request is here: later bytes belong to the next one."""
         self._more = False
         self._enter(_Phase.BUSY)
 

@@ -1,4 +1,4 @@
-"""One token and one call of it, as the gate and the ledgers tell each other: account, permit, settlement."""
+"""What gate and ledgers say of one token and one call of it: account, permit, settlement."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Account(NamedTuple):
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
-        """The partitions under which the common ledger counts the token's calls; the current one last."""
+        """The partitions under which the common ledger counts the token's calls, the current one last."""
         return (self.partition,) if self.previous is None else (self.previous, self.partition)
 
 

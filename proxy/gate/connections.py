@@ -11,7 +11,7 @@ from proxy.core.identity import Partition
 
 
 class ConnectionSlots:
-    """At most `most` at once."""
+    """At most `most` calls have a connection at once, and half as many of one token."""
 
     def __init__(self, most: int) -> None:
         self._all = asyncio.Semaphore(most)
@@ -50,6 +50,6 @@ class Slot:
             raise
 
     def give_back(self) -> None:
-        """Let another call have it."""
+        """Give the connection up; the call that has waited longest gets it."""
         self._all.release()
         self._of_one.release()

@@ -240,7 +240,7 @@ class UpstreamGate:
     ) -> AsyncIterator[CallContext]:
         """Admit one call of an `operation`. The block makes it, and records the answer in its context.
 
-        The other arguments are those of `ask`, and so is what it raises.
+        The other arguments, and the errors, are those of `ask`.
         """
         breaker = self._breakers[route]
         self._refuse_while_paused(breaker)
@@ -313,7 +313,10 @@ class UpstreamGate:
             raise Overloaded("too many tokens that the API does not know; it was not asked for this")
 
     async def _connect(self, slot: Slot, breaker: Breaker, asker: Asker) -> None:
-        """Take a connection. Raises Overloaded, and what others met meanwhile: UpstreamPaused, QuotaSpent."""
+        """Take a connection. Raises Overloaded.
+
+        Raises UpstreamPaused or QuotaSpent if the breaker opened, or a 429 came, while this call waited.
+        """
         if slot.is_free:
             end_if_abandoned()
             await slot.take()

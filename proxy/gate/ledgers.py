@@ -5,8 +5,8 @@ replies says how many calls are left. While Redis does not answer, the own ledge
 call as many times as there are replicas, since each of them may be making as many. It lacks what the other
 replicas called since the last reply: calls are serialized until one response of the API reports
 `ratelimit-remaining`. After Redis did not answer, or lost the common ledger, that ledger may lack calls:
-until these have left the minute, both ledgers have to admit a call. A cool-down that Redis was not there to
-be told of is told with the token's next request.
+until these have left the minute, both ledgers have to admit a call. A cool-down that could not be written to
+Redis is written with the token's next request.
 """
 
 import math
@@ -151,7 +151,7 @@ class Accounts:
         await self._give_back_in_common(account, permit.common)
 
     async def settle(self, account: Account, permit: Permit, settlement: Settlement) -> None:
-        """Count a permit as used; a 429 stops the token's calls, or its operation, on all replicas."""
+        """Count a call as over; its 429 stops the token's calls, or one operation, on all replicas."""
         own = self._own(account)
         now = self._monotonic()
         own.known = own.known if settlement.known is None else settlement.known
@@ -191,7 +191,7 @@ class Accounts:
     async def _cool_operation(
         self, own: "_Own", account: Account, operation: Operation, retry_after_s: int | None
     ) -> bool:
-        """Stop one operation. Tell whether it is on the second path in a minute: then stop the token."""
+        """Stop one operation. True: one on another path was stopped within a minute, so the token stops."""
         minute_s = self._limits.minute_s
         seconds = retry_after_s or minute_s / PAUSES
         another = own.operations.cool(self._monotonic(), operation, seconds)
@@ -215,16 +215,13 @@ class Accounts:
         return own.told
 
     def _tell(self, own: "_Own", *, reported: bool = False) -> None:
-        """Have what is told written anew when it is asked for: the own ledger has changed.
-
-        Nothing is told before calls left were `reported` to this replica.
-        """
+        """Have the headers written anew when next asked for; none before calls left were `reported`."""
         own.reported = own.reported or reported
         own.told_until = -math.inf
         own.told.outdate()
 
     def _write(self, own: "_Own") -> None:
-        """Write what is told, as the own ledger stands."""
+        """Write the caller's headers, as the own ledger stands."""
         now = self._monotonic()
         _, remaining, _, limit = own.ledger.standing(now)
         own.told_until = own.ledger.frees_at()
@@ -247,9 +244,9 @@ class Accounts:
         return replace(postponed, replicas=self._replicas())
 
     def _doubt(self, own: "_Own") -> None:
-        """Let both ledgers decide while a call that is made now may count: the common one may lack it.
+        """Let both ledgers decide until a call that is made now has left the minute.
 
-        The own one lacks what other replicas called since the common one's last reply: calls are serialized.
+        The common one may lack that call; the own one lacks what others called, and serializes calls.
         """
         if own.is_in_touch:
             own.ledger.doubt()
@@ -287,7 +284,7 @@ class Accounts:
                 return reply
             admissions.append(reply.admitted)
             own.known = own.known or reply.known
-            if partition == account.partition and own.misses(self._monotonic(), reply.born):
+            if partition == account.partition and own.shows_loss(self._monotonic(), reply.born):
                 self._doubt(own)
         if cooling := self.cooling(account, operation):
             await self._give_back_in_common(account, admissions)
@@ -330,13 +327,13 @@ class _Own:
         self.untold = False
         """The common ledger does not know a cool-down that this one knows."""
         self.reported = False
-        """The upstream, or the common ledger with a refusal, has told this replica what is left."""
+        """An answer of the upstream, or a refusal of the common ledger, has said what is left."""
         self.told = RateLimit()
         self.told_until = math.inf
         """Until then no call leaves the hour."""
 
-    def misses(self, now: float, born: str) -> bool:
-        """Tell whether the common ledger was lost since, while this one still counts calls in the hour."""
+    def shows_loss(self, now: float, born: str) -> bool:
+        """Tell whether Redis lost the common ledger (another `born`), whose calls this one still counts."""
         before, self.born = self.born, born
         if before in (None, born):
             return False

@@ -133,7 +133,7 @@ class Turns:
     async def _wait(
         self, line: Line, asker: Asker, decision: Permit | Postponed, answered: asyncio.Event
     ) -> Permit:
-        """Wait in line, and ask until there is a permit, or it is clear that none will come in time."""
+        """Wait in line until there is a permit. Raises QuotaSpent when none can come in time."""
         place = asyncio.Event()
         line.queue.append(place)
         is_first = line.queue[0] is place
@@ -208,7 +208,7 @@ class Turns:
 def class_of(call_class: CallClass, *, patient: bool) -> CallClass:
     """Give the class in which a call is asked for.
 
-    A miss that does not wait has a stale entry to serve, and calls in the line may not: it is a refresh.
+    A miss that does not wait counts as a refresh: its caller has a stale entry, and those in line may not.
     """
     return CallClass.REFRESH if not patient and call_class is CallClass.MISS else call_class
 

@@ -1,4 +1,4 @@
-"""What is settled when a call is over: the ledgers, the calls in line, the circuit breaker, and the log.
+"""What follows when a call is over: for the ledgers, the calls in line, the circuit breaker, and the log.
 
 A call is settled with the ledgers once: when it is over, or before a long body, if the gate calls `tell`. The
 caller waits for that only after a 401, a 429 or no answer; else it gets its answer meanwhile, and the call
@@ -113,7 +113,7 @@ class Settler:
             self._observe(settled())
 
     def _tell_later(self, telling: Coroutine[None, None, None]) -> None:
-        """Settle with the ledgers after the caller got its answer."""
+        """Settle with the ledgers while the caller gets its answer."""
         task = asyncio.create_task(telling, name="settle")
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)

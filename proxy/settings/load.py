@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from proxy.core.errors import SettingsError
 from proxy.settings.rules import WrongEntry
-from proxy.settings.sections import KEYS, PREFIX, SECTIONS, SettingKey, Loaded, Settings
+from proxy.settings.sections import KEYS, PREFIX, SECTIONS, Loaded, SettingKey, Settings
 from proxy.settings.show import as_loaded, mask, printable, shown, shown_entry, shown_refused
 
 _UTF16_MARKS: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -8,7 +8,7 @@ import re
 from typing import Final, NamedTuple
 
 from proxy.settings.rules import SOCKET
-from proxy.settings.sections import KEYS, SECTIONS, SettingKey, Loaded, Settings
+from proxy.settings.sections import KEYS, SECTIONS, Loaded, SettingKey, Settings
 
 _SHOWN_CHARS: Final = 120
 _INT_BITS: Final = 64

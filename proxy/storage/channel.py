@@ -1,4 +1,4 @@
-"""The channel: the connection on which this replica hears what others invalidate, and its own beats.
+"""The channel: the connection that brings what other replicas invalidate, and this one's own beats.
 
 `conversation.py` has the rules; this file reads, sends and waits. A connection on which nothing came for
 SILENCE_S is dead: this replica's own beats would have come. After each loss the memory is empty, and
@@ -31,10 +31,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Channel:
-    """The channel of the store's `servers`, from which everything is also published.
+    """The channel of the store's `servers`; messages are published by these, too.
 
-    `register` writes this replica into the membership and gives the others there that publish; None where
-    that is unknown. It may raise Unavailable. `address` says in the log where Redis is.
+    `register` writes this replica into the membership, and gives the other replicas there that publish; None
+    if it cannot tell. It may raise Unavailable. `address` says in the log where Redis is.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Channel:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def invalidate(self, scope: Scope, *groups: Sequence[Command]) -> None:
-        """Run what invalidates `scope` in Redis, group by group, and announce it to the other replicas then.
+        """Run what invalidates `scope` in Redis, group by group; then announce it to the other replicas.
 
         Returns when none of them serves from memory what was invalidated: all have acknowledged it, or their
         leases have expired. Raises Unavailable.

@@ -2,12 +2,12 @@
 
 The laws of this file:
 
-- Each primary has a `Link` of its own, with its workers, its deadlines and its outages. What one node cannot
-  do fails alone: the other slots go on.
+- Each primary has a `Link` of its own, with its workers, its deadlines and its outages. If a node fails, only
+  the commands of its slots fail.
 - The map of slots comes from CLUSTER SLOTS of a node that is usable. It is read again at once after a
   redirection, every RETRY_S while a node is not usable, and every CALM_S.
-- A command that was redirected has not been run, and is sent again, until `timeout_s` after the first time.
-  What may have been run is never repeated.
+- A command that was redirected has not been run, and is sent again, until `timeout_s` after it was first
+  sent. A command that may have been run is never sent again.
 
     =====================  =========================================================================
     a node replies         the command is sent again

@@ -44,7 +44,7 @@ MOST_WAITING = 10_000
 """Calls in the queue, at most; by default there are fewer callers and fetches. Beyond it a call fails."""
 
 _OF_REDIS = 0.9
-"""A reply has to come in this part of `timeout_s`: the rest is for the request's way through this process."""
+"""Redis has this part of `timeout_s` for a reply; the rest is for handling the request in this process."""
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 _LONGEST_PROBATION_S = 0.5

@@ -1,10 +1,9 @@
 """The embedded Valkey: a private server process that runs exactly as long as this one.
 
 It listens on a Unix socket in a directory of its own, keeps nothing on disk, evicts the least recently
-used entries at its memory limit, and is started again on the same path when it dies. What is stored in it
-is not known here.
+used entries at its memory limit, and is started again on the same path when it dies.
 
-A pipe, the *lifeline*, makes sure of that. We hold the only write end; a shell in the server's
+A pipe, the *lifeline*, makes it stop with this process. We hold the only write end; a shell in the server's
 session waits on the read end:
 
     =================  ====================  ===============================================

@@ -257,9 +257,7 @@ class Entries:
         stamps = dict(found.stamps)
         missing = [name for name in names if name not in stamps]
         if found.corrupt:  # in a round trip of its own: a script may be sent once more, after all others
-            await self._servers.ask(
-                *(delete_if_still(name, value) for name, value in found.corrupt.items())
-            )
+            await self._servers.ask(*(delete_if_still(name, value) for name, value in found.corrupt.items()))
         if not missing:
             return tuple(stamps[name] for name in names)
         commands: list[Command] = [

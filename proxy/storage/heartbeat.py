@@ -1,8 +1,8 @@
 """What this replica asks Redis once a second, whether or not a request comes.
 
-In one round trip it deletes or softens the stamps of pending invalidations, has all replicas empty their
-memory where there were some, registers itself, and compares its secret with those of the others. A connection
-that was closed unnoticed is found here, too.
+In one round trip it deletes or softens the stamps of pending invalidations (and then has all replicas empty
+their memory), registers itself, and compares its secret with those of the others. It also finds a connection
+that was closed unnoticed.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class Heartbeat:
         self._mismatch = Incident()
         self._task: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
-        """The channel sends a heartbeat, too: two that delete the same stamps would both settle them."""
+        """The channel sends heartbeats, too. Of two at a time, both would settle the same stamps."""
 
     def start(self) -> None:
         """Begin."""

@@ -1,4 +1,4 @@
-"""Invalidation in Redis: which stamps are deleted or softened, and what of that Redis has not done yet.
+"""Invalidation in Redis: which stamps are deleted or softened, now or when Redis can be reached again.
 
 An invalidation deletes stamps. From then on every entry that depends on one of them is a miss on all
 replicas, and a fetch that began before cannot store one that is not. A soft purge *softens* stamps instead:
@@ -43,7 +43,7 @@ MOST_PENDING = 1024
 """Stamps that are pending, at most. Instead of one more, the stamp of everything is pending."""
 
 REMEMBERED_S = 60.0
-"""A primary that is cut off may take deletions in vain for about so long before it is left."""
+"""A primary that is cut off from its replicas may take deletions that are lost, for about so long."""
 
 _SOFTEN = Script.load("soften", STAMP_BYTES=STAMP_BYTES)
 _LOG = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class PendingInvalidations:
         self._monotonic = monotonic
         self._incident = Incident()
         self._added: set[bytes] = set()
-        """Stamps that were added after the last heartbeat was sent: its replies say nothing about these."""
+        """Stamps that were added after the last heartbeat was sent: its replies are not about these."""
         self._done: OrderedDict[bytes, _Done] = OrderedDict()
         """Stamps that Redis deleted or softened; the latest last, MOST_PENDING of them at most."""
         self._primaries: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ class PendingInvalidations:
             self._done.move_to_end(name)
 
     def follow(self, primaries: tuple[str, ...]) -> None:
-        """If these are others than before, let the next heartbeat do again what was done lately."""
+        """If the primaries have changed, let the next heartbeat do again what was done lately."""
         before, self._primaries = self._primaries, primaries
         since = self._monotonic() - REMEMBERED_S
         while self._done and next(iter(self._done.values())).at < since:
@@ -246,7 +246,7 @@ class Invalidations:
         return True
 
     def _stamps(self, scope: Scope) -> tuple[bytes, ...]:
-        """Name stamps whose change invalidates `scope`: an entry has none of its own, so all of its caller.
+        """Name the stamps whose change invalidates `scope`: for an entry, which has none, its caller's.
 
         The stamp of all callers' lists comes first: `Entries.seed` relies on it.
         """
@@ -267,9 +267,10 @@ class Invalidations:
     def _replace(self, key: Key) -> list[Command]:
         """Delete the stamp of the caller's lists, and replace the entry by a tombstone, for `guard_s`.
 
-        The tombstone is sealed with stamps that were never in Redis, so it answers no lookup. No fetch in
-        flight saw it in its lookup, so none is stored over it, nor over what takes its place: the mark says
-        that something was ended here, whatever the replicas' clocks say about which fetch began first.
+        The tombstone is sealed with stamps that were never in Redis, so it answers no lookup. A fetch in
+        flight has not seen the tombstone in its lookup, so it is not stored over it. Nor is it stored over
+        what takes the tombstone's place: the mark (`ended`) says that an entry was invalidated here, and no
+        clock decides which fetch began first.
         """
         name, stamps = self._keys.of(key)
         nothing = Entry(TOMBSTONE, b"", "", self._clock(), Lifetimes(0))

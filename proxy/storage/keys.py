@@ -79,7 +79,7 @@ class Keys:
         return f"{self._mine(partition)}:quota:op:{digest}".encode()
 
     def last_path(self, partition: Partition) -> bytes:
-        """Name the place of the path of the operation of a caller that was stopped last."""
+        """Name where the path of the caller's operation stands that a 429 stopped last."""
         return f"{self._mine(partition)}:quota:path".encode()
 
     def known(self, partition: Partition) -> bytes:

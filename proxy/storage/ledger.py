@@ -28,7 +28,7 @@ KNOWN_S = 7 * 24 * 3600
 """A token is unverified so long after the upstream last accepted it: a token may be used once a day."""
 
 MOST_NAMES = 512
-"""Tokens and operations whose keys are remembered: a call asks twice."""
+"""Pairs of token and operation whose Redis keys are remembered: each call needs them twice."""
 
 CORRUPT = "CORRUPT"
 """The beginning of the script's error for a value that is no ledger."""
@@ -59,8 +59,9 @@ class Admission(NamedTuple):
 class RedisLedger:
     """The ledgers of all tokens. Every question is one round trip; None where Redis does not answer it.
 
-    What is no ledger is no answer either; it is deleted. `call_s` is as in `core.quota.Ledger`. `now` is for
-    tests that hold it against that one; without it, the server's clock counts.
+    A value in a ledger's place that is none is deleted, and counts as no answer. `call_s` is as in
+    `core.quota.Ledger`. `now` is for tests that hold it against that one; without it, the server's clock
+    counts.
     """
 
     def __init__(

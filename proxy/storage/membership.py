@@ -135,7 +135,7 @@ class Membership:
         self._fewer_since = None
 
     def _count(self, seen: int, now: float) -> None:
-        """Count more replicas at once, fewer after PRESENT_S: an empty Redis hears of them one by one."""
+        """Count more replicas at once, fewer after PRESENT_S: in an empty Redis they register one by one."""
         if seen < self.replicas and self._fewer_since is None:
             self._fewer_since = now
         elif seen >= self.replicas or now - (self._fewer_since or now) >= PRESENT_S:

@@ -1,6 +1,6 @@
 """The log lines of a Redis that is not usable: one when that is found, one when it is usable again.
 
-A Redis that is found unusable again and again is logged once in QUIET_S.
+If it changes again and again, there is one such pair of lines in QUIET_S.
 """
 
 import logging

@@ -21,8 +21,8 @@ if seen ~= '' and seen ~= ARGV[1] then
   if #head < 10 or struct.unpack('>H', head) == TOMBSTONE then return 0 end
   if struct.unpack('>d', head, 3) >= struct.unpack('>d', ARGV[2], CALLED_AT_FIRST + 1) then return 0 end
 end
--- What takes a tombstone's place is kept for as long as the tombstone would have been: an empty place would let in
--- the fetches that began before the invalidation.
+-- What replaces a tombstone is kept for as long as the tombstone would have been: if the place were empty, a fetch that
+-- began before the invalidation could be stored there.
 redis.call('SET', KEYS[1], ARGV[2], 'EX', math.max(ARGV[3], redis.call('TTL', KEYS[1])))
 if KEYS[3] and redis.pcall('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3]) end
 return 1

@@ -48,7 +48,7 @@ _MENDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("ERR unknown command", "ERR Unsupported option"), "use Redis 7 or newer, or Valkey"),
     (("ERR max number of clients",), "raise its maxclients"),
 )
-"""By how the server's error begins. The first that fits counts."""
+"""What to say of a refusal, by how the server's error begins; the first row that fits counts."""
 
 _OF_NO_USE = tuple(
     prefix

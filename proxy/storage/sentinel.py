@@ -4,9 +4,9 @@ The law of this file: the Sentinels say which server is the primary, and that se
 of them are asked at once, each has ASK_S, and what counts is the answer with the latest configuration epoch:
 a Sentinel that was cut off, and still names the one before, is overruled.
 
-They are asked for each new connection, and every POLL_S. Where they name another server, every connection to
-the one before is closed at once, whatever state it is in: a primary that hangs, or that goes on alone behind
-a network that is cut, is left as one that is dead.
+They are asked for each new connection, and every POLL_S. When they name another server, every connection to
+the one before is closed at once: also to a primary that hangs, or that still runs behind a network that is
+cut.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What the store is kept on, as the parts of the store know it: it takes commands, and carries a channel.
+"""Where the store sends its commands, and listens to its channel: one interface for all kinds of servers.
 
 There are three kinds: one server (`connection.Link`), the primary that Sentinels name (`sentinel.Primary`),
 and a Cluster (`cluster.Cluster`). They differ in which server a key is on, and in nothing that is said here.

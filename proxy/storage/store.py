@@ -2,8 +2,7 @@
 
 Each has a file of its own; this file only connects them. Three share the pending invalidations:
 Invalidations adds to them, Entries neither reads nor stores what they cover, Heartbeat sends them again.
-Where there is a memory (`tier`), the other replicas hear of invalidations on the channel, and this one hears
-of theirs.
+If this process has a memory (`tier`), replicas tell each other on the channel what they invalidate.
 """
 
 import time
