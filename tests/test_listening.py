@@ -7,7 +7,7 @@ import time
 import pytest
 from kit.virtual import now, run
 
-from proxy.tasks.listening import ListeningTimeout
+from proxy.tasks.listening import ListeningAlarm, ListeningTimeout
 
 BUSY_S = 0.15
 
@@ -161,3 +161,22 @@ async def test_silence_is_judged_on_a_busy_loop_too() -> None:
         await loop.create_future()
     handle.cancel()
     assert 10 <= turns <= 40
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["rings", "stopped"])
+def test_an_alarm_rings_once(*, stopped: bool) -> None:
+    """At the time that was asked for, unless it is stopped before; then it may be started again."""
+
+    async def main() -> None:
+        rung: list[float] = []
+        alarm = ListeningAlarm(lambda: rung.append(now()))
+        began = now()
+        alarm.start(2.0)
+        if stopped:
+            await asyncio.sleep(1.9)
+            alarm.stop()
+            alarm.start(1.0)
+        await asyncio.sleep(60)
+        assert rung == [pytest.approx(began + (2.9 if stopped else 2.0))]
+
+    run(main())

@@ -1,9 +1,10 @@
 """The conversation with Redis: pipelines, and whether it is usable.
 
-The law of this file: a deadline measures Redis, never this process. A pipeline worker is a task with one
-connection. It connects without a request that waits for it, tries every command that the program uses, and
-then sends all commands that were queued since its last round trip as one pipeline. A call of `ask` has no
-deadline of its own: its commands wait for a worker, and then for Redis. Every call gets replies or an error:
+The law of this file: a deadline measures Redis, never this process. A worker is a task that keeps one
+connection. It connects without a request that waits for it, and tries every command that the program uses.
+From then on the connection takes, in callbacks of the event loop, all commands that were queued since its
+last round trip, as one pipeline (`pipe.py`), until it is not to be used again. A call of `ask` has no
+deadline of its own: they wait for a connection, and then for Redis. Every call gets replies or an error:
 
     ===============================================  ==============================================
     what happens                                     what becomes of the calls
@@ -26,13 +27,15 @@ deadline of its own: its commands wait for a worker, and then for Redis. Every c
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from proxy.storage.calls import Ask, Calls, fail
-from proxy.storage.commands import PUBLISHED, Command, Script
+from proxy.storage.commands import PUBLISHED, Command
 from proxy.storage.outage import Outage
+from proxy.storage.pipe import Ask, Pipe, Told, fail
 from proxy.storage.readiness import Refusal, is_of_no_use, lost, refusal, refused
 from proxy.storage.wire import Wire
 from proxy.tasks.listening import ListeningTimeout
@@ -48,6 +51,7 @@ _OF_REDIS = 0.9
 
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 _LONGEST_PROBATION_S = 0.5
+_PING: Final[Sequence[Command]] = [("PING",)]
 _PING_S = 0.05
 _STABLE_S = 1.0
 """After a connection that was usable for so long the back-off begins anew."""
@@ -97,7 +101,11 @@ class Link:
         self._trial = trial
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._queue = Calls()
+        self._queue: list[Ask] = []
+        self._idle: deque[Pipe] = deque()
+        """The connections that wait for calls."""
+        self._flushing = False
+        """One of them takes the calls in the event loop's next turn."""
         self._first_attempt = asyncio.Event()
         self._usable = asyncio.Event()
         self._closing = False
@@ -161,7 +169,8 @@ class Link:
         if not self.up or len(self._queue) >= MOST_WAITING:
             raise Unavailable(too_slow=self._connected > 0 or self._silent)
         replies = asyncio.get_running_loop().create_future()
-        self._queue.put(Ask(commands, replies))
+        self._queue.append(Ask(commands, replies))
+        self._flush_soon()
         return replies
 
     async def ask_in_turn(self, *groups: Sequence[Command]) -> list[Any]:
@@ -176,7 +185,8 @@ class Link:
         """Have every worker connect anew: another server is to be used from now on."""
         self._refusals += 1
         self._connected = 0
-        self._queue.wake_all()
+        while self._idle:
+            self._end(self._idle.popleft(), Refusal("refused", ""))
 
     # -- a worker ------------------------------------------------------------------------------
 
@@ -213,37 +223,35 @@ class Link:
         try:
             with ListeningTimeout(self._connect_timeout_s):
                 await wire.open()
-            commands = self._trial()
+            pipe, commands = Pipe(wire, _OF_REDIS * self._timeout_s), self._trial()
             if commands:
-                replies = await self._run(wire, commands)
+                replies = await pipe.ask(commands)
                 if (found := refusal(commands, replies, wire.password)) is not None:
                     return found
             until = loop.time() + probation_s
             while (left_s := until - loop.time()) > 0:
                 await asyncio.sleep(min(left_s, _PING_S))
-                await self._run(wire, [("PING",)])
+                await pipe.ask(_PING)
         except Exception as error:  # noqa: BLE001 # a server that is no Redis gives no replies
             return refused(error, password=wire.password)
         return None
 
     async def _converse(self, wire: Wire) -> None:
-        """Send pipelines until the connection is not to be used again."""
+        """Let the connection be used until it is not to be used again."""
         self._connected += 1
         self._replied()
         self._first_attempt.set()
-        tried = self._refusals
-        trouble: Refusal | None = None
-        wire.on_lost = self._queue.wake_all  # so that an idle worker notices
+        pipe = Pipe(wire, _OF_REDIS * self._timeout_s, self._refusals)
+        wire.on_lost = partial(self._lost, pipe)
+        self._go_on(pipe)
         try:
-            while trouble is None:
-                trouble = await self._take(wire, tried)
+            await pipe.over.wait()
         finally:
-            if tried == self._refusals:
-                self._connected -= 1
-            if not self.up:
-                self._note(trouble)
-            elif self._queue:
-                self._queue.wake_one()
+            if not pipe.over.is_set():  # this link is closed
+                pipe.stop()
+                pipe.fail(Unavailable(too_slow=False))
+                self._idle = deque(each for each in self._idle if each is not pipe)
+                self._end(pipe, None)
 
     def _replied(self) -> None:
         """Record that Redis answers."""
@@ -256,70 +264,87 @@ class Link:
     def _note(self, trouble: Refusal | None) -> None:
         """Record that Redis is not usable: the calls in the queue fail, and one log line says why."""
         self._usable.clear()
-        fail(self._queue.take(), Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
+        waiting, self._queue = self._queue, []
+        fail(waiting, Unavailable(too_slow=trouble is not None and trouble.cause == "silent"))
         if trouble is not None and not self._closing:
             self._outage.unusable(trouble, asyncio.get_running_loop().time())
 
-    async def _take(self, wire: Wire, tried: int) -> Refusal | None:
-        """Wait for calls in the queue, and run them. A Refusal: the connection is not to be used again.
+    # -- a connection in use -------------------------------------------------------------------
 
-        That is so, too, if the server refused a command of another worker after this connection was tried,
-        when there were `tried` refusals: a primary that became a replica still answers lookups on old
-        connections.
+    def _flush_soon(self) -> None:
+        """Have an idle connection take all calls of this turn: they travel together."""
+        if self._queue and self._idle and not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._queue and self._idle:
+            self._run(self._idle.popleft())
+
+    def _go_on(self, pipe: Pipe) -> None:
+        """Run what waits, or be idle, unless the connection is not to be used again.
+
+        That is so, too, if the server refused a command of another connection after this one was tried: a
+        primary that became a replica still answers lookups on old connections. If another one found Redis
+        silent, a round trip tells whether it is on this one, too.
         """
-        while not (self._queue or self._silent or wire.has_ended or tried != self._refusals):
-            await self._queue.wait()
-        if tried != self._refusals:
-            return Refusal("refused", "")
-        if wire.has_ended:
-            return Refusal("lost", "")
-        # Another worker may have found Redis silent: only a round trip tells whether this connection is, too.
-        return await self._exchange(wire, self._queue.take(), tried)
+        if pipe.tried != self._refusals:
+            self._end(pipe, Refusal("refused", ""))
+        elif pipe.wire.has_ended:
+            self._end(pipe, Refusal("lost", ""))
+        elif self._queue or self._silent:
+            self._run(pipe)
+        else:
+            self._idle.append(pipe)
 
-    async def _exchange(self, wire: Wire, batch: Sequence[Ask], tried: int) -> Refusal | None:
-        """Run one pipeline and hand out the replies. A Refusal: the connection is not to be used again."""
-        before = self._round_trips
-        commands = [command for ask in batch for command in ask.commands]
-        try:
-            replies = await self._run(wire, commands or [("PING",)])
-        except TimeoutError:
-            fail(batch, Unavailable(too_slow=True))
-            trouble = Refusal("silent", f"no reply within {_OF_REDIS * self._timeout_s:g} s")
-            if self._round_trips == before:
-                self._silent = True
-                self._note(trouble)
-                self._queue.wake_all()
-            return trouble
-        except Exception as error:  # noqa: BLE001 # the same
-            fail(batch, Unavailable(too_slow=False))
-            return lost(error, wire.password)
-        except BaseException:
-            fail(batch, Unavailable(too_slow=False))
-            raise
-        if tried == self._refusals:
-            self._replied()
-        start = 0
-        for ask in batch:
-            end = start + len(ask.commands)
-            if not ask.replies.done():
-                ask.replies.set_result(replies[start:end])
-            start = end
-        # A server that was demoted, is full or loads its data: what the next connection is refused says more.
-        unfit = any(self._is_of_no_use(reply) for reply in replies if isinstance(reply, Exception))
-        if unfit and tried == self._refusals:
-            self.leave()
-        return Refusal("refused", "") if unfit else None
+    def _run(self, pipe: Pipe) -> None:
+        """Send all calls that wait as one pipeline."""
+        pipe.asks, self._queue = self._queue, []
+        pipe.before = self._round_trips
+        commands = [command for ask in pipe.asks for command in ask.commands]
+        pipe.run(commands or _PING, partial(self._told, pipe))
 
-    async def _run(self, wire: Wire, commands: Sequence[Command]) -> list[Any]:
-        """Run one pipeline; send once more, with their text, the scripts that the server does not know."""
-        with ListeningTimeout(_OF_REDIS * self._timeout_s):
-            replies = await wire.run(commands)
-        refused = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
-        unknown = [at for at in refused if Script.is_unknown(replies[at])]
-        if unknown:
-            calls = [Script.with_text(commands[at]) for at in unknown]
-            with ListeningTimeout(_OF_REDIS * self._timeout_s):
-                told = await wire.run(calls)
-            for at, reply in zip(unknown, told, strict=True):
-                replies[at] = reply
-        return replies
+    def _told(self, pipe: Pipe, told: Told) -> None:
+        """Hand out the replies to a pipeline, or why there are none."""
+        match told:
+            case list():
+                if pipe.tried == self._refusals:
+                    self._replied()
+                pipe.hand_out(told)
+                # It was demoted, is full or loads its data: what the next connection is refused says more.
+                unfit = any(self._is_of_no_use(reply) for reply in told if isinstance(reply, Exception))
+                if unfit and pipe.tried == self._refusals:
+                    self.leave()
+                trouble = Refusal("refused", "") if unfit else None
+            case TimeoutError():
+                pipe.fail(Unavailable(too_slow=True))
+                trouble = Refusal("silent", f"no reply within {_OF_REDIS * self._timeout_s:g} s")
+                if self._round_trips == pipe.before:
+                    self._silent = True
+                    self._note(trouble)
+                    for _ in range(len(self._idle)):
+                        self._run(self._idle.popleft())
+            case error:
+                pipe.fail(Unavailable(too_slow=False))
+                trouble = lost(error, pipe.wire.password)
+        if trouble is None:
+            self._go_on(pipe)
+        else:
+            self._end(pipe, trouble)
+
+    def _lost(self, pipe: Pipe) -> None:
+        """Notice that an idle connection has ended; a pipeline that is under way hears of it itself."""
+        if pipe in self._idle:
+            self._idle.remove(pipe)
+            self._end(pipe, Refusal("lost", ""))
+
+    def _end(self, pipe: Pipe, trouble: Refusal | None) -> None:
+        """Use the connection no more: its worker closes it, and connects anew."""
+        pipe.over.set()
+        if pipe.tried == self._refusals:
+            self._connected -= 1
+        if not self.up:
+            self._note(trouble)
+        else:
+            self._flush_soon()

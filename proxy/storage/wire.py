@@ -44,7 +44,7 @@ class Endpoint:
 
 
 class Wire(asyncio.Protocol):
-    """One connection. One pipeline is on its way at a time: `run` again when its replies are here.
+    """One connection. One pipeline is on its way at a time: `send` again when its replies are here.
 
     `on_message` is called with each message of a channel, once `run` has subscribed to one, and `on_lost`
     when the connection has ended.
@@ -59,7 +59,7 @@ class Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._expected = 0
         self._replies: list[Any] = []
-        self._done: asyncio.Future[list[Any]] | None = None
+        self._then: Callable[[list[Any] | Exception], None] | None = None
         self._ended = asyncio.Event()
 
     @property
@@ -91,20 +91,33 @@ class Wire(asyncio.Protocol):
             if isinstance(reply, Exception):
                 raise reply
 
-    def run(self, commands: Sequence[Command]) -> "asyncio.Future[list[Any]]":
-        """Send `commands`; give their replies, refusals as ResponseError objects.
+    def send(self, commands: Sequence[Command], then: Callable[[list[Any] | Exception], None]) -> None:
+        """Send `commands`; call `then` with their replies, refusals as ResponseError objects.
 
-        The future fails with OSError where the connection ends first, and with ProtocolError.
+        It gets an OSError where the connection has ended or ends first, and ProtocolError.
         """
-        self._done = asyncio.get_running_loop().create_future()
         if self._transport is None:
-            self._done.set_exception(ConnectionError("the connection has ended"))
-        else:
-            self._expected, self._replies = len(commands), []
-            # hiredis's types know commands of one word only.
-            packed = [pack_command(command) for command in commands]  # type: ignore[arg-type]
-            self._transport.write(b"".join(packed))
-        return self._done
+            then(ConnectionError("the connection has ended"))
+            return
+        # hiredis's types know commands of one word only.
+        packed = [pack_command(command) for command in commands]  # type: ignore[arg-type]
+        self._expected, self._replies, self._then = len(commands), [], then
+        self._transport.write(b"".join(packed))
+
+    def run(self, commands: Sequence[Command]) -> "asyncio.Future[list[Any]]":
+        """Do what `send` does, and give what it tells as a future."""
+        done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def then(told: list[Any] | Exception) -> None:
+            if done.done():
+                return
+            if isinstance(told, Exception):
+                done.set_exception(told)
+            else:
+                done.set_result(told)
+
+        self.send(commands, then)
+        return done
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended."""
@@ -135,14 +148,10 @@ class Wire(asyncio.Protocol):
             self._fail(error)
             self.close()
             return
-        if (
-            len(replies) == self._expected
-            and self._expected
-            and self._done is not None
-            and not self._done.done()
-        ):
+        if self._then is not None and len(replies) == self._expected:
+            then, self._then = self._then, None
             self._expected, self._replies = 0, []
-            self._done.set_result(replies)
+            then(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail the pipeline that is on its way."""
@@ -158,5 +167,6 @@ class Wire(asyncio.Protocol):
         self.on_message(message)
 
     def _fail(self, error: Exception) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error)
+        if self._then is not None:
+            then, self._then = self._then, None
+            then(error)

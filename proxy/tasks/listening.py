@@ -9,6 +9,7 @@ quick, all of that takes as long as was asked for.
 """
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -17,23 +18,87 @@ LAST_LOOKS = 16
 """More turns of the loop than a reply needs from the socket to the task that waits for it."""
 
 
-class ListeningTimeout:
-    """Raise TimeoutError in the `with` block after `seconds` in which this process was listening.
+class _Timer:
+    """Counts the time in which this process listened, and calls `_over` when there were `seconds` of it."""
 
-    `None` sets no limit. A block is entered once, in a task; `restart` may move its limit at any time.
-    What `asyncio.timeout` does is done here, too, and not by one of these: a miss enters five blocks.
-    """
+    __slots__ = ("_due", "_handle", "_left", "_loop", "_step_s")
 
-    __slots__ = ("_cancelling", "_due", "_expired", "_handle", "_left", "_loop", "_step_s", "_task")
+    _loop: asyncio.AbstractEventLoop
 
     def __init__(self, seconds: float | None) -> None:
-        self._expired = False
         self._handle: asyncio.Handle | None = None
         self._due = 0.0
         self._left = STEPS
         self._step_s = _step_s(seconds)
-        self._loop: asyncio.AbstractEventLoop
-        self._task: asyncio.Task[object]
+
+    def _begin(self) -> None:
+        if self._step_s is not None:
+            self._due = self._loop.time() + self._step_s
+            self._handle = self._loop.call_at(self._due, self._step)
+
+    def _disarm(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left > 0:
+            assert self._step_s is not None
+            self._due = max(self._due + self._step_s, self._loop.time() + self._step_s / 2)
+            self._handle = self._loop.call_at(self._due, self._step)
+        else:
+            self._look_again(LAST_LOOKS)
+
+    def _look_again(self, looks: int) -> None:
+        if looks:
+            self._handle = self._loop.call_soon(self._look_again, looks - 1)
+        else:
+            self._handle = None
+            self._over()
+
+    def _over(self) -> None:
+        raise NotImplementedError
+
+
+class ListeningAlarm(_Timer):
+    """Calls `ring` when this process has listened for so many seconds since `start`, unless it is stopped."""
+
+    __slots__ = ("_ring",)
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        super().__init__(None)
+        self._ring = ring
+
+    def start(self, seconds: float) -> None:
+        """Begin to count; it must not run."""
+        self._loop = asyncio.get_running_loop()
+        self._left = STEPS
+        self._step_s = _step_s(seconds)
+        self._begin()
+
+    def stop(self) -> None:
+        """Stop counting."""
+        self._disarm()
+
+    def _over(self) -> None:
+        self._ring()
+
+
+class ListeningTimeout(_Timer):
+    """Raise TimeoutError in the `with` block after `seconds` in which this process was listening.
+
+    `None` sets no limit. A block is entered once, in a task; `restart` may move its limit at any time.
+    What `asyncio.timeout` does is done here, too, and not by one of these: a miss enters two blocks.
+    """
+
+    __slots__ = ("_cancelling", "_expired", "_task")
+
+    _task: "asyncio.Task[object]"
+
+    def __init__(self, seconds: float | None) -> None:
+        super().__init__(seconds)
+        self._expired = False
         self._cancelling = 0
 
     def __enter__(self) -> Self:
@@ -81,32 +146,9 @@ class ListeningTimeout:
         since_step_s = self._loop.time() - (self._due - self._step_s)
         return (STEPS - self._left) * self._step_s + min(max(since_step_s, 0.0), self._step_s)
 
-    def _begin(self) -> None:
-        if self._step_s is not None:
-            self._due = self._loop.time() + self._step_s
-            self._handle = self._loop.call_at(self._due, self._step)
-
-    def _disarm(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-    def _step(self) -> None:
-        self._left -= 1
-        if self._left > 0:
-            assert self._step_s is not None
-            self._due = max(self._due + self._step_s, self._loop.time() + self._step_s / 2)
-            self._handle = self._loop.call_at(self._due, self._step)
-        else:
-            self._look_again(LAST_LOOKS)
-
-    def _look_again(self, looks: int) -> None:
-        if looks:
-            self._handle = self._loop.call_soon(self._look_again, looks - 1)
-        else:
-            self._handle = None
-            self._expired = True
-            self._task.cancel()
+    def _over(self) -> None:
+        self._expired = True
+        self._task.cancel()
 
 
 def _step_s(seconds: float | None) -> float | None:
