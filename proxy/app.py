@@ -191,7 +191,7 @@ class App:
         upstream = Upstream(
             options.upstream_options(settings, files.upstream),
             tracing.called(self._metrics.observe),
-            tracing.middlewares,
+            tracing.carry,
         )
         self._cleanup.push_async_callback(upstream.close)
         servers = await open_servers(settings, self._cleanup)

@@ -99,7 +99,7 @@ def test_off_each_part_is_left_as_it_is() -> None:
     for wrap in (off.requests, off.done, off.called, off.store, off.gate, off.upstream):
         part = object()
         assert wrap(part) is part  # type: ignore[operator]
-    assert (off.watch, off.middlewares) == (None, ())
+    assert (off.watch, off.carry) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Final, ParamSpec, TypeVar
 
-from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, web
+from aiohttp import web
 from multidict import MultiMapping
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -43,6 +43,7 @@ from opentelemetry.trace import (
     use_span,
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from yarl import URL
 
 from proxy import __version__
 from proxy.core.entry import Lookup
@@ -51,7 +52,7 @@ from proxy.core.events import RequestDone, Route, UpstreamCall
 from proxy.core.http import CACHE_NAME
 from proxy.core.ports import Store, StreamingGate, Upstream
 from proxy.core.resources import Key
-from proxy.tracing.parts import Respond, Tracing
+from proxy.tracing.parts import Headers, Respond, Tracing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,6 +64,7 @@ longer `traceparent` is none."""
 _OURS: Final = "snapshot_proxy"
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _PARENT, _STATE = "traceparent", "tracestate"
+_CONTEXT: Final = frozenset({_PARENT, _STATE, "baggage"})
 _W3C: Final = TraceContextTextMapPropagator()
 
 _IN_FETCH: ContextVar[bool] = ContextVar("in_fetch", default=False)
@@ -70,31 +72,30 @@ _WAITING: ContextVar[Span] = ContextVar("waiting", default=INVALID_SPAN)
 """The wait in the gate of the call that is made here."""
 
 
-async def _carry(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
+def _carry(method: str, to: URL, headers: Headers) -> Headers:
     """Send this trace's context upstream, and not what the caller of a passthrough sent."""
-    for name in (_PARENT, _STATE, "baggage"):
-        request.headers.popall(name, None)
-    _W3C.inject(request.headers)
     get_current_span().set_attributes(
         {
-            "http.request.method": _method(request.method),
-            "server.address": request.url.host or "",
-            "server.port": request.url.port or 0,
+            "http.request.method": _method(method),
+            "server.address": to.host or "",
+            "server.port": to.port or 0,
         }
     )
-    return await handler(request)
+    context: dict[str, str] = {}
+    _W3C.inject(context)
+    return [*(each for each in headers if each[0].lower() not in _CONTEXT), *context.items()]
 
 
 class Spans(Tracing):
     """Tracing that is on: makes spans with `provider`."""
 
     on = True
-    middlewares = (_carry,)
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer(CACHE_NAME, __version__)
         self.watch = _Fetches(self._tracer)
+        self.carry = _carry
 
     async def close(self, within_s: float) -> None:
         """Send the last spans, from a thread that is left behind after `within_s`."""

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Literal
 
 import aiohttp
+from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 from proxy import __version__
@@ -35,6 +36,7 @@ from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.request import Call
 from proxy.tasks.listening import ListeningTimeout
+from proxy.upstream.exchange import Exchange, Received
 from proxy.upstream.pool import Pool, Way, way
 from proxy.upstream.stream import BUFFER_BYTES, Upload, chunks_of, read_all
 
@@ -45,6 +47,10 @@ _TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.
 
 _WORDS_S = 1.0
 """Longest wait for the body of such a status: other calls of the token are made until it counts."""
+
+Headers = list[tuple[str, str]]
+Carry = Callable[[str, URL, Headers], Headers]
+"""Gives the headers of a request with those of its trace, by its method and where it goes."""
 
 _LONGEST_VALIDATOR = 255
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
@@ -68,15 +74,15 @@ class UpstreamOptions:
 class Upstream:
     """DigitalOcean's API: reads over kept connections, writes and repeats over connections of their own.
 
-    `middlewares` are put around each request. Raises SettingsError if `upstream.ca_file` is no file of
-    certificates.
+    `carry` gives the headers of a request with those of its trace. Raises SettingsError if
+    `upstream.ca_file` is no file of certificates.
     """
 
     def __init__(
         self,
         options: UpstreamOptions,
         observe: Callable[[UpstreamCall], None],
-        middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = (),
+        carry: Carry | None = None,
     ) -> None:
         self._options = options
         self._observe = observe
@@ -95,8 +101,11 @@ class Upstream:
             )
             for keeps in (True, False)
         )
-        around = (*middlewares, _say_once)
-        self._over_kept, self._over_new = _session(self._kept, around), _session(self._new, around)
+        self._carry = carry or (lambda _method, _to, headers: headers)
+        self._to = URL(options.base_url)
+        proxy = URL(options.http_proxy) if options.http_proxy else None
+        self._ask_kept, self._ask_new = (Exchange(pool, self._to, proxy) for pool in (self._kept, self._new))
+        self._over_kept, self._over_new = _session(self._kept), _session(self._new)
 
     def rule(self, options: UpstreamOptions) -> None:
         """Follow the times and the size in `options` from the next call on; nothing else may differ."""
@@ -120,30 +129,31 @@ class Upstream:
         called_at, started = time.time(), time.perf_counter()
         status: int | Literal["timeout", "error"] = "error"
         reads = call.method == "GET"
-        response: aiohttp.ClientResponse | None = None
+        response: Received | None = None
+        here = way()
         try:
-            with way() as here:
-                try:
-                    with ListeningTimeout(deadline - time.monotonic()):
-                        response = await self._session(kept=reads and not new_connection).request(
-                            call.method,
-                            URL(self._options.base_url + call.target.path, encoded=True),
-                            headers=[
-                                *_credentials(call),
-                                ("Accept", "application/json"),
-                                ("Accept-Encoding", "gzip"),
-                                ("User-Agent", USER_AGENT),
-                                *([("If-None-Match", validator)] if validator else ()),
-                            ],
-                            allow_redirects=False,
-                            proxy=self._options.http_proxy or None,
-                        )
-                        async with response:
-                            body = await self._body(response)
-                except (UpstreamError, aiohttp.ClientError, OSError, zlib.error) as error:
-                    if response is None or response.status not in _TELLING:
-                        raise self._translate(error, here, reads=reads) from None
-                    body = b""
+            try:
+                with ListeningTimeout(deadline - time.monotonic()):
+                    exchange = self._ask_kept if reads and not new_connection else self._ask_new
+                    headers = [
+                        *_credentials(call),
+                        ("Accept", "application/json"),
+                        ("Accept-Encoding", "gzip"),
+                        ("User-Agent", USER_AGENT),
+                    ]
+                    if validator:
+                        headers.append(("If-None-Match", validator))
+                    response = await exchange.ask(
+                        call.method, call.target.path, self._carry(call.method, self._to, headers)
+                    )
+                    body = await self._body(response)
+            except (UpstreamError, aiohttp.ClientError, HttpProcessingError, OSError, zlib.error) as error:
+                if response is None or response.status not in _TELLING:
+                    raise self._translate(error, here, reads=reads) from None
+                body = b""
+            finally:
+                if response is not None:
+                    response.close()
             status = response.status
         except UpstreamTimeout:
             status = "timeout"
@@ -164,7 +174,7 @@ class Upstream:
             content_type=response.headers.get("Content-Type", ""),
         )
 
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _body(self, response: Received) -> bytes:
         """Read an answer's body."""
         reading = read_all(response, self._options.max_body_bytes, self._options.read_timeout_s)
         if response.status not in _TELLING:
@@ -193,37 +203,37 @@ class Upstream:
         within_s = deadline - time.monotonic()
         due = ListeningTimeout(within_s)
         upload = None if body is None else Upload(body, due, within_s)
+        here = way()
         try:
-            with way() as here:
-                try:
-                    with due:
-                        response = await self._session(kept=reads and not new_connection).request(
-                            request.method,
-                            URL(self._options.base_url + request.target, encoded=True),
-                            headers=[*request.headers, *_credentials(request)],
-                            data=upload,
-                            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
-                            allow_redirects=False,
-                            proxy=self._options.http_proxy or None,
-                        )
-                except (aiohttp.ClientError, OSError) as error:
-                    if upload is not None and upload.failure is not None:
-                        status = GIVEN_UP_BY_CALLER
-                        raise upload.failure from None
-                    translated = self._translate(error, here, reads=reads)
-                    if (
-                        upload is not None
-                        and not upload.ended
-                        and isinstance(translated, UpstreamDisconnected)
-                    ):
-                        translated = UpstreamBrokeOff(
-                            "the upstream closed the connection before it had the request's whole body",
-                            proxy_error="connection_terminated",
-                        )
-                    raise translated from None
-                finally:
-                    if upload is not None:
-                        upload.due = None
+            try:
+                with due:
+                    response = await (
+                        self._over_kept if reads and not new_connection else self._over_new
+                    ).request(
+                        request.method,
+                        URL(self._options.base_url + request.target, encoded=True),
+                        headers=self._carry(
+                            request.method, self._to, [*request.headers, *_credentials(request)]
+                        ),
+                        data=upload,
+                        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),
+                        allow_redirects=False,
+                        proxy=self._options.http_proxy or None,
+                    )
+            except (aiohttp.ClientError, OSError) as error:
+                if upload is not None and upload.failure is not None:
+                    status = GIVEN_UP_BY_CALLER
+                    raise upload.failure from None
+                translated = self._translate(error, here, reads=reads)
+                if upload is not None and not upload.ended and isinstance(translated, UpstreamDisconnected):
+                    translated = UpstreamBrokeOff(
+                        "the upstream closed the connection before it had the request's whole body",
+                        proxy_error="connection_terminated",
+                    )
+                raise translated from None
+            finally:
+                if upload is not None:
+                    upload.due = None
             status = response.status
             async with response:
                 yield Streamed(
@@ -249,9 +259,6 @@ class Upstream:
                 )
             )
 
-    def _session(self, *, kept: bool) -> aiohttp.ClientSession:
-        return self._over_kept if kept else self._over_new
-
     def _translate(self, error: Exception, here: Way, *, reads: bool) -> UpstreamError:
         """Name what went wrong after the call began, in our words and RFC 9209's."""
         match error:
@@ -273,7 +280,7 @@ class Upstream:
                 return UpstreamInvalid(
                     "it is not the gzip it says", proxy_error="http_response_content_coding"
                 )
-            case aiohttp.ClientResponseError():
+            case aiohttp.ClientResponseError() | HttpProcessingError():
                 return UpstreamInvalid("it is not HTTP", proxy_error="http_protocol_error")
             case _:
                 self._distrust_if(here.kept)
@@ -289,7 +296,7 @@ class Upstream:
             self._kept.distrust()
 
 
-def _session(pool: Pool, middlewares: tuple[aiohttp.ClientMiddlewareType, ...]) -> aiohttp.ClientSession:
+def _session(pool: Pool) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=pool,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -298,7 +305,7 @@ def _session(pool: Pool, middlewares: tuple[aiohttp.ClientMiddlewareType, ...]) 
         raise_for_status=False,
         read_bufsize=BUFFER_BYTES,
         skip_auto_headers=("User-Agent",),
-        middlewares=middlewares,
+        middlewares=(_say_once,),
         timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
     )
 

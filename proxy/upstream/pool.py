@@ -10,8 +10,7 @@ where one is due.
 
 import ssl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -44,14 +43,11 @@ class Way:
 _WAY: ContextVar[Way] = ContextVar("way")
 
 
-@contextmanager
-def way() -> Iterator[Way]:
-    """Give the `Way` of the one request that is sent in this block."""
-    token = _WAY.set(here := Way())
-    try:
-        yield here
-    finally:
-        _WAY.reset(token)
+def way() -> Way:
+    """Give the `Way` of the one request that this task sends next."""
+    here = Way()
+    _WAY.set(here)
+    return here
 
 
 class _Protocol(ResponseHandler):
@@ -73,7 +69,7 @@ class Pool(aiohttp.TCPConnector):
     """Opens connections, each within `connect_timeout_s`; where it `keeps` them, they are used again.
 
     One on which something came that was not asked for is closed: it would be taken for the answer to the next
-    request, which may be another caller's. Every request is sent within a `way()`.
+    request, which may be another caller's. Every request has a `way()`.
     """
 
     def __init__(self, *, limit: int, context: ssl.SSLContext, connect_timeout_s: float, keeps: bool) -> None:

@@ -12,7 +12,8 @@ once, and the loop turns before the next ones.
 import asyncio
 import math
 import zlib
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from typing import Protocol
 
 import aiohttp
 
@@ -23,6 +24,16 @@ BUFFER_BYTES = 65_536
 """aiohttp stops reading at twice as much, or at a sixteenth as many HTTP chunks: 4,096 take 5 ms."""
 
 _GZIP = 16 + zlib.MAX_WBITS
+
+
+class Answering(Protocol):
+    """An answer whose body is still to come: aiohttp's, or an `Exchange`'s."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...  # noqa: D102 # aiohttp's names
+    @property
+    def content(self) -> aiohttp.StreamReader: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 class Upload:
@@ -58,7 +69,7 @@ class Upload:
 
 
 async def chunks_of(
-    response: aiohttp.ClientResponse, read_timeout_s: float, whole_s: float = math.inf, setting: str = ""
+    response: Answering, read_timeout_s: float, whole_s: float = math.inf, setting: str = ""
 ) -> AsyncIterator[bytes]:
     """Give the bytes of a body as they come, each piece within `read_timeout_s`. Raises UpstreamError.
 
@@ -91,7 +102,7 @@ async def chunks_of(
         await asyncio.sleep(0)  # more may be there already, and then nothing else waits
 
 
-async def read_all(response: aiohttp.ClientResponse, most: int, read_timeout_s: float) -> bytes:
+async def read_all(response: Answering, most: int, read_timeout_s: float) -> bytes:
     """Read and inflate a body, never holding more than `most` bytes of it and one chunk.
 
     An empty body is not inflated, whatever its header says. Raises UpstreamError, or zlib.error.
