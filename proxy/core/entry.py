@@ -32,6 +32,7 @@ import hmac
 import math
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
@@ -45,6 +46,9 @@ SEEN_BYTES = 17
 
 CALLED_AT_BYTES = (SEEN_BYTES + 2, SEEN_BYTES + 9)
 """The first and the last byte of `called_at` in an envelope, for the store's scripts."""
+
+MOST_STAMPS = 512
+"""Stamps whose checksum is remembered: a miss checks that of its caller, and that of all entries."""
 
 _VERSION = b"\x01"
 _CHECKSUM_BYTES = STAMP_BYTES - NONCE_BYTES
@@ -274,6 +278,7 @@ def unseal(value: bytes, key: bytes, keyring: Keyring) -> tuple[Entry, Stamps]:
     )
 
 
+@lru_cache(MOST_STAMPS)
 def make_stamp(key: bytes, nonce: bytes) -> bytes:
     """Make a stamp of 16 random bytes, for the store's `key`."""
     checksum = hashlib.sha256(key + nonce).digest()  # the nonce has a fixed length: no two pairs look alike

@@ -74,6 +74,8 @@ def parse_retry_after(value: str, now: float) -> int | None:
     compared with `now` (Unix seconds). None if it is neither.
     """
     value = value.strip()
+    if not value:
+        return None
     if value.isascii() and value.isdigit():
         seconds = int(value.lstrip("0")[:5] or "0")
     elif (date := _parse_date(value)) is not None:

@@ -18,8 +18,7 @@ they alone leave no room, one verification call is admitted all the same, every 
 reports more room, that many calls by others are taken back, our own calls never. The hour's limit is what
 `ratelimit-limit` reported last.
 
-`proxy/storage/ledger.py` keeps the same ledger in Redis for all replicas, as a script; a test holds the two
-equal. This one serves where Redis is away, and the simulated day.
+This one serves where Redis is away; in Redis a script does the same, and a test holds the two equal.
 """
 
 import math
@@ -205,9 +204,8 @@ class Ledger:
         self._forget(now)
         for count in self._counts:
             count.add(now, count.take(admitted.at, admitted.calls))
-        if admitted.probe and self._probe_until == admitted.waits_until(
-            PROBE_S
-        ):  # else another 429 came since
+        probed = admitted.probe and self._probe_until == admitted.waits_until(PROBE_S)
+        if probed:  # else another 429 came since
             self._probe_until = 0.0 if answered else now + self._counts[0].window.length_s / PAUSES
             self._cool_until = None if answered else self._cool_until
         if self._alone_until == admitted.waits_until(TURN_S):
@@ -248,11 +246,9 @@ class Ledger:
         self._forget(now)
         if per_hour is not None:
             self._limit_hour(per_hour)
-        of_minute, of_hour = (
-            max(count.window.limit - left - count.total, 0)
-            for count, left in zip(self._counts, remaining, strict=True)
-        )
         minute, hour = self._counts
+        of_minute = max(minute.window.limit - remaining[0] - minute.total, 0)
+        of_hour = max(hour.window.limit - remaining[1] - hour.total, 0)
         minute.add(now, of_minute)
         for count in (hour, self._others):
             count.add(now, of_hour)
@@ -268,13 +264,17 @@ class Ledger:
 
     def remaining(self) -> tuple[int, int]:
         """Give the calls left in the minute and in the hour, as of the latest question."""
-        minute, hour = (max(count.window.limit - count.total, 0) for count in self._counts)
-        return minute, hour
+        minute, hour = self._counts
+        return max(minute.window.limit - minute.total, 0), max(hour.window.limit - hour.total, 0)
 
     def standing(self, now: float) -> tuple[int, int, float, int]:
         """Give the calls left now in both windows, for how long there are none, and the hour's limit."""
         self._forget(now)
-        return *self.remaining(), max((self._cool_until or now) - now, 0.0), self.per_hour
+        return *self.remaining(), self.cools_s(now), self.per_hour
+
+    def cools_s(self, now: float) -> float:
+        """Give the seconds left of the cool-down."""
+        return max((self._cool_until or now) - now, 0.0)
 
     def frees_at(self) -> float:
         """Give when the oldest call leaves the hour; infinity if there is none."""
@@ -288,14 +288,16 @@ class Ledger:
 
     def _limit_hour(self, limit: int) -> None:
         hour = self._counts[1]
-        hour.window = hour.window._replace(limit=limit)
+        if limit != hour.window.limit:
+            hour.window = hour.window._replace(limit=limit)
 
     def _is_credible(self, limit: int) -> bool:
         """Tell whether `limit` can be the hour's: a lower one that our own calls have spent cannot."""
         hour = self._counts[1]
-        own = hour.total - self._others.total
+        if limit >= hour.window.limit:
+            return True
         ceiling = hour.window._replace(limit=limit).ceiling(CallClass.MISS, self.limits.reserve)
-        return limit >= self.per_hour or ceiling > own
+        return ceiling > hour.total - self._others.total
 
     def _fill(self, now: float) -> None:
         """Fill the minute: no call is left in one of the windows, and the minute has room again first."""
@@ -322,7 +324,7 @@ class Ledger:
             minute.take(self._full_at, self._filled)
             self._filled = 0
         missing = used_told - hour.total
-        if missing < 0 and self._told_at is not None and asked_at >= self._told_at:
+        if missing < 0 < self._others.total and self._told_at is not None and asked_at >= self._told_at:
             hour.take_back(self._others, max(-missing - minute.after(now), 0))
         missing = max(missing, 0)
         since = now - hour.window.length_s if self._told_at is None else self._told_at

@@ -130,7 +130,8 @@ class Count:
 
     def after(self, now: float) -> int:
         """Count the calls whose bucket has not begun yet: those in flight."""
-        return sum(calls for bucket, calls in self.buckets.items() if bucket > self._bucket(now))
+        last = self._bucket(now)
+        return sum(calls for bucket, calls in self.buckets.items() if bucket > last)
 
     def _put(self, bucket: int, calls: int) -> None:
         self.buckets[bucket] = self.buckets.get(bucket, 0) + calls

@@ -31,6 +31,7 @@ class CallContext:
         "_operation",
         "_told",
         "deadline",
+        "failure",
         "limit_told",
         "of_operation",
         "probe",
@@ -61,6 +62,7 @@ class CallContext:
         self.settle: Callable[[], Awaitable[None]]
         """Counts this call in the ledgers; `Settler.settled` sets it before the call is made."""
         self.status: int | None = None
+        self.failure: BaseException | None = None
         self.remaining_told: int | None = None
         self.limit_told: int | None = None
         self.retry_after_s: int | None = None
@@ -69,7 +71,7 @@ class CallContext:
     async def wait_for(self, answer: Awaitable[T]) -> T:
         """Wait for the upstream's answer, at most until the drain is over. Raises UpstreamGivenUp."""
         try:
-            async with self._drain.timeout():
+            with self._drain.timeout():
                 return await answer
         except TimeoutError:  # the upstream's own are UpstreamTimeouts
             raise UpstreamGivenUp(

@@ -246,8 +246,9 @@ class UpstreamGate:
         self._refuse_while_paused(breaker)
         asked_at = self._monotonic()
         give_up = min(asked_at + (self._max_wait_s if patient else 0.0), wait_until)
-        account, call_s = self._account(caller), self._call_s(call_class)
-        name = (caller.partition, call_class is CallClass.WRITE)
+        account, is_write = self._account(caller), call_class is CallClass.WRITE
+        call_s = self._write_timeout_s if is_write else self._total_timeout_s
+        name = (caller.partition, is_write)
         line = self._lines.setdefault(name, Line())
         line.calls += 1
         try:
@@ -274,20 +275,20 @@ class UpstreamGate:
                     by_remaining=route in _LIMITED_APART,
                     probe=breaker.begin(self._monotonic()),
                 )
-                is_write = call_class is CallClass.WRITE
-                settled = self._settler.settled(route, account, permit, context, breaker, is_write=is_write)
-                async with settled:
+                self._settler.begin(account, permit, context)
+                try:
                     yield context
+                except BaseException as error:
+                    context.failure = error
+                    raise
+                finally:
+                    await self._settler.over(route, account, context, breaker, is_write=is_write)
             finally:
                 slot.give_back()
         finally:
             line.calls -= 1
             if not line.calls:
                 del self._lines[name]
-
-    def _call_s(self, call_class: CallClass) -> float:
-        """Give the longest that a call of this class may take."""
-        return self._write_timeout_s if call_class is CallClass.WRITE else self._total_timeout_s
 
     def _refuse_while_paused(self, breaker: Breaker) -> None:
         wait_s = breaker.wait_s(self._monotonic())
@@ -322,9 +323,9 @@ class UpstreamGate:
             await slot.take()
         else:
             try:
-                with while_awaited():
-                    async with self._drain.timeout(asker.give_up - self._monotonic(), spare_s=asker.call_s):
-                        await slot.take()
+                left_s = asker.give_up - self._monotonic()
+                with while_awaited(), self._drain.timeout(left_s, spare_s=asker.call_s):
+                    await slot.take()
             except TimeoutError:
                 raise Overloaded(
                     "all connections to the upstream are busy; it was not asked for this"

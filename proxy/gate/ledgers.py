@@ -231,7 +231,7 @@ class Accounts:
 
     def cooldown_s(self, account: Account) -> float:
         """Give the seconds for which the account's calls stop, by this replica's own ledger."""
-        return self._own(account).ledger.standing(self._monotonic())[2]
+        return self._own(account).ledger.cools_s(self._monotonic())
 
     def _admit_here(self, own: "_Own", call_class: CallClass) -> Admitted | Postponed:
         admitted = own.ledger.admit(self._monotonic(), call_class, self._replicas())

@@ -158,9 +158,8 @@ class Turns:
     async def _stand(self, line: Line, place: asyncio.Event, asker: Asker) -> None:
         """Wait until the call may ask. Raises QuotaSpent when its time is over."""
         try:
-            with while_awaited():
-                async with self._drain.timeout(self._left_s(asker), spare_s=asker.call_s):
-                    await place.wait()
+            with while_awaited(), self._drain.timeout(self._left_s(asker), spare_s=asker.call_s):
+                await place.wait()
         except TimeoutError:
             raise spent(line.postponed) from None
 
@@ -196,9 +195,8 @@ class Turns:
             raise spent(postponed)
         pause_s = min(postponed.wait_s, _TURN_PAUSE_S if is_serialized else _LONGEST_PAUSE_S, left_s)
         pause_s = max(pause_s, _SHORTEST_PAUSE_S)
-        with suppress(TimeoutError), while_awaited():
-            async with self._drain.timeout(pause_s, spare_s=asker.call_s):
-                await answered.wait()
+        with suppress(TimeoutError), while_awaited(), self._drain.timeout(pause_s, spare_s=asker.call_s):
+            await answered.wait()
 
     def _left_s(self, asker: Asker) -> float:
         """Tell how long it may still wait: its call has to be over before the drain is."""

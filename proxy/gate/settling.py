@@ -7,8 +7,7 @@ failures. A kept connection that the upstream closed is none: an edge may do tha
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterable
 from http import HTTPStatus
 
 from proxy.core.breaker import Breaker
@@ -52,18 +51,8 @@ class Settler:
         """Wait for the settlements that are still under way."""
         await asyncio.gather(*self._telling, return_exceptions=True)
 
-    @asynccontextmanager
-    async def settled(
-        self,
-        route: Route,
-        account: Account,
-        permit: Permit,
-        context: CallContext,
-        breaker: Breaker,
-        *,
-        is_write: bool,
-    ) -> AsyncIterator[None]:
-        """Settle the call that is made inside, whatever its result."""
+    def begin(self, account: Account, permit: Permit, context: CallContext) -> None:
+        """Say how the call is settled with the ledgers."""
 
         async def settle() -> None:
             try:
@@ -73,38 +62,43 @@ class Settler:
                     line.wake()
 
         context.settle = settle
-        failure: BaseException | None = None
-        try:
-            yield
-        except BaseException as error:
-            failure = error
-            if _is_outage(error):
-                breaker.failed(self._monotonic(), probe=context.probe)
-            raise
-        finally:
-            if context.status in UPSTREAM_DOWN:
-                breaker.failed(self._monotonic(), probe=context.probe)
-            elif context.status is not None:
-                breaker.succeeded()
-            if context.status == HTTPStatus.UNAUTHORIZED:
-                for line in self._lines_of(account):
-                    line.refuse()
-            telling = self._tell(
-                context,
-                lambda: CallSettled(
-                    route,
-                    account.caller,
-                    context.status,
-                    error=_error_type(failure),
-                    outcome_unknown=is_write and _outcome_unknown(route, context, failure),
-                    breaker_open=breaker.is_open,
-                    cooldown_s=0.0 if context.of_operation else self._accounts.cooldown_s(account),
-                ),
-            )
-            if context.status in _TOLD_FIRST:
-                await telling
-            else:
-                self._tell_later(telling)
+
+    async def over(
+        self,
+        route: Route,
+        account: Account,
+        context: CallContext,
+        breaker: Breaker,
+        *,
+        is_write: bool,
+    ) -> None:
+        """Settle a call that is over, with an answer or a failure."""
+        failure = context.failure
+        if failure is not None and _is_outage(failure):
+            breaker.failed(self._monotonic(), probe=context.probe)
+        if context.status in UPSTREAM_DOWN:
+            breaker.failed(self._monotonic(), probe=context.probe)
+        elif context.status is not None:
+            breaker.succeeded()
+        if context.status == HTTPStatus.UNAUTHORIZED:
+            for line in self._lines_of(account):
+                line.refuse()
+        telling = self._tell(
+            context,
+            lambda: CallSettled(
+                route,
+                account.caller,
+                context.status,
+                error=_error_type(failure),
+                outcome_unknown=is_write and _outcome_unknown(route, context, failure),
+                breaker_open=breaker.is_open,
+                cooldown_s=0.0 if context.of_operation else self._accounts.cooldown_s(account),
+            ),
+        )
+        if context.status in _TOLD_FIRST:
+            await telling
+        else:
+            self._tell_later(telling)
 
     async def _tell(self, context: CallContext, settled: Callable[[], CallSettled]) -> None:
         try:

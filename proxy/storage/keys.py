@@ -5,12 +5,16 @@ versions that cannot read each other's values do not see them.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
 from proxy.core.collections import collection_of
 from proxy.core.identity import Partition
 from proxy.core.resources import Dependency, Key
+
+MOST_NAMED = 256
+"""Entries whose keys are remembered: a miss names them for its lookup, its lease and its put."""
 
 
 class EntryKeys(NamedTuple):
@@ -20,7 +24,7 @@ class EntryKeys(NamedTuple):
     stamps: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Keys:
     """The layout under one `redis.key_prefix`, in one `database`."""
 
@@ -29,12 +33,14 @@ class Keys:
 
     def of(self, key: Key) -> EntryKeys:
         """Name what a lookup of `key` reads."""
-        return EntryKeys(
-            f"{self._mine(key.partition)}:{key.resource.kind}:{key.name}".encode(),
-            tuple([self._stamp(each, key) for each in key.resource.depends_on]),
-        )
+        return _of(self, key)
 
-    def _stamp(self, dependency: Dependency, key: Key) -> bytes:
+    def entry(self, key: Key) -> bytes:
+        """Name an entry."""
+        return f"{self._mine(key.partition)}:{key.resource.kind}:{key.name}".encode()
+
+    def stamp(self, dependency: Dependency, key: Key) -> bytes:
+        """Name the stamp of what the entry of `key` depends on."""
         match dependency:
             case "caller":
                 return self.caller(key.partition)
@@ -124,3 +130,8 @@ class Keys:
 
     def _mine(self, partition: Partition) -> str:
         return f"{self.prefix}:1:{{{partition}}}"
+
+
+@lru_cache(MOST_NAMED)
+def _of(keys: Keys, key: Key) -> EntryKeys:
+    return EntryKeys(keys.entry(key), tuple([keys.stamp(each, key) for each in key.resource.depends_on]))

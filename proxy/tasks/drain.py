@@ -16,16 +16,14 @@ class DrainDeadline:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self.due = math.inf
         self._monotonic = monotonic
-        self._waits: dict[asyncio.Timeout, float] = {}
+        self._waits: set[_Wait] = set()
 
     def announce(self, due: float) -> None:
         """Say when answers are due, and shorten the waits that would last longer."""
         self.due = due
         soonest = asyncio.get_running_loop().time() + due - self._monotonic()
-        for timeout, spare_s in self._waits.items():
-            when = timeout.when()
-            if not timeout.expired() and (when is None or when > soonest - spare_s):
-                timeout.reschedule(soonest - spare_s)
+        for wait in self._waits:
+            wait.shorten(soonest)
 
     def timeout(self, within_s: float = math.inf, *, spare_s: float = 0.0) -> "_Wait":
         """Raise TimeoutError in the block after `within_s`, or `spare_s` before answers are due."""
@@ -33,25 +31,49 @@ class DrainDeadline:
 
 
 class _Wait:
-    """One wait. A class and not a generator: each call to the upstream waits twice."""
+    """One wait: what `asyncio.timeout` does, and without a timer where there is no limit yet."""
 
-    __slots__ = ("_spare_s", "_timeout", "_waits")
+    __slots__ = ("_cancelling", "_expired", "_handle", "_spare_s", "_task", "_waits", "_within_s")
 
-    def __init__(self, waits: dict[asyncio.Timeout, float], within_s: float, spare_s: float) -> None:
+    def __init__(self, waits: "set[_Wait]", within_s: float, spare_s: float) -> None:
         self._waits = waits
+        self._within_s = within_s
         self._spare_s = spare_s
-        when = None if within_s == math.inf else asyncio.get_running_loop().time() + within_s
-        self._timeout = asyncio.timeout_at(when)
+        self._handle: asyncio.TimerHandle | None = None
+        self._expired = False
+        self._task: asyncio.Task[object]
+        self._cancelling = 0
 
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-        self._waits[self._timeout] = self._spare_s
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._waits.add(self)
+        if self._within_s < math.inf:
+            self._handle = task.get_loop().call_later(self._within_s, self._expire)
 
-    async def __aexit__(
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del self._waits[self._timeout]
-        await self._timeout.__aexit__(kind, error, traceback)
+        self._waits.discard(self)
+        if self._handle is not None:
+            self._handle.cancel()
+        # Another one may have cancelled the task, too: then it stays cancelled.
+        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def shorten(self, soonest: float) -> None:
+        """Expire `spare_s` before this time of the event loop, if that is sooner."""
+        when = soonest - self._spare_s
+        if not self._expired and (self._handle is None or when < self._handle.when()):
+            if self._handle is not None:
+                self._handle.cancel()
+            self._handle = self._task.get_loop().call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
