@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 from simulation.plan import KINDS
@@ -19,6 +20,8 @@ from simulation.world import World
 _BATCH = 25
 _BAR = 30
 _MOST_SHOWN = 20
+_CLEAR = "\r\033[K"
+"""Takes the bar off a terminal's line."""
 
 
 def main() -> int:
@@ -57,6 +60,7 @@ def _many(first: int, number: int, workers: int) -> int:
         for summary in pool.imap_unordered(partial(run_all, counts=True), batches):
             seeds, requests, steps = seeds + summary.seeds, requests + summary.requests, steps + summary.steps
             failures += summary.failures
+            _tell_failures(summary.failures)
             pairs.update(summary.pairs)
             _progress(seeds, number, time.monotonic() - began, len(failures))
     took_s = time.monotonic() - began
@@ -65,10 +69,17 @@ def _many(first: int, number: int, workers: int) -> int:
         f" {requests} requests, {steps} callbacks"
     )
     _tell_coverage(pairs)
-    for failure in sorted(failures)[:_MOST_SHOWN]:
-        print(f"seed {failure.seed}: {failure.words}")
+    _tell_failures(sorted(failures)[:_MOST_SHOWN])
     print(f"{len(failures)} seeds violate an invariant" + (": make simulate SEED=…" if failures else ""))
     return 1 if failures else 0
+
+
+def _tell_failures(failures: Sequence[Failure]) -> None:
+    """Name seeds that violate an invariant: as soon as they are found, and once more at the end."""
+    if failures and sys.stderr.isatty():
+        print(_CLEAR, end="", file=sys.stderr, flush=True)
+    for failure in failures:
+        print(f"seed {failure.seed}: {failure.words}", flush=True)
 
 
 def _progress(seeds: int, number: int, took_s: float, failures: int) -> None:

@@ -164,6 +164,7 @@ class Checks:
         # One a replica where Redis is out of order, or was while a fetch waited for quota. One more when it
         # is back: that may not share a fetch that saw no stamps.
         most = 1 + world.plan.replicas * self._is_off(now, _AFTERMATH_S + wait_s)
+        most += any(self._may_be_stale(each.sent_at - wait_s, made) for each in others)
         # What Redis loses is invalidated: what was being fetched is fetched anew, once.
         lost_at = (*world.redis.lost_keys_at, *(at for at, step_s in world.redis.steps if step_s > 0))
         most += sum(now - _AFTERMATH_S - wait_s <= at <= now for at in lost_at)
@@ -186,6 +187,8 @@ class Checks:
             or self._is_the_first_alone(made)
             or self._is_of_a_share(made, minute - quota.per_minute)
             or self._is_of_a_lost_ledger(made, minute - quota.per_minute)
+            or self._is_of_lost_writes(made, minute - quota.per_minute)
+            or self._is_untold(made, minute - quota.per_minute)
             or self._is_of_a_clock_that_stepped(made, minute - quota.per_minute)
         ):
             self._fail(
@@ -206,10 +209,14 @@ class Checks:
 
     def _is_the_first_alone(self, made: Made) -> bool:
         """Redis goes down, and the callers move to other replicas: one 429 a replica at most."""
+        if self.world.plan.untold:
+            return False
         outages = sum(START + fault.at <= made.sent_at for fault in self.world.plan.faults)
         case = ("first", made.token, made.replica, outages)
         self.exceeded[case] += 1
-        return self.exceeded[case] == 1 and any(each.made is made for each in self._alone_lately(made))
+        return self.exceeded[case] == 1 and made.replica in (
+            each.made.replica for each in self._alone_lately(made)
+        )
 
     def _is_of_a_share(self, made: Made, exceeding: int) -> bool:
         """One replica alone cannot reach Redis: its share at most is exceeded."""
@@ -218,12 +225,27 @@ class Checks:
         return 0 < exceeding <= min(apart, share)
 
     def _is_of_a_lost_ledger(self, made: Made, exceeding: int) -> bool:
-        """Redis was down, and a replica that called meanwhile is killed within a minute."""
-        killed = {each.process.name: each.killed_at for each in self.world.killed}
-        lost = [each.made.replica for each in self._alone_lately(made) if each.made.replica in killed]
-        if not lost or exceeding > len(lost):
+        """Redis was down, and a replica that called meanwhile is killed, or stopped, within a minute."""
+        gone = {each.process.name: each.gone_at for each in self.world.gone}
+        lost = [each.made.replica for each in self._alone_lately(made) if each.made.replica in gone]
+        since = min((gone[name] for name in lost), default=0.0)
+        return self._is_of_lost_counts(made, exceeding, len(lost), since)
+
+    def _is_of_lost_writes(self, made: Made, exceeding: int) -> bool:
+        """Redis fails over, and the writes that it loses had counted calls."""
+        assert made.done_at is not None
+        start, lost = made.done_at - self._minute_s - _SLACK_S, self.world.redis.lost_writes
+        calls = sum(
+            each.token == made.token and each.sent_at >= start and since - _SLACK_S <= each.sent_at <= at
+            for each in self.world.api.made
+            for since, at in lost
+        )
+        return self._is_of_lost_counts(made, exceeding, calls, min((at for _, at in lost), default=0.0))
+
+    def _is_of_lost_counts(self, made: Made, exceeding: int, lost: int, since: float) -> bool:
+        """Until an answer has told of calls that no ledger counts, as many get a 429; later one of them."""
+        if exceeding > lost:
             return False
-        since = min(killed[name] for name in lost)
         told = (
             each.told_at is not None and since < each.told_at <= made.sent_at
             for each in self.world.api.made
@@ -233,6 +255,31 @@ class Checks:
             return True
         self.exceeded["lost", made.token] += 1
         return self.exceeded["lost", made.token] == 1
+
+    def _is_untold(self, made: Made, exceeding: int) -> bool:
+        """Nothing tells `ratelimit-*`: no ledger hears of the calls that others made without Redis.
+
+        One without Redis hears of none that others made after its own last question to the common one.
+        """
+        if not self.world.plan.untold:
+            return False
+        assert made.done_at is not None
+        alone = {each.made.number for each in self._alone_lately(made)}
+        mine = [
+            each
+            for each in self.world.api.made
+            if (each.token, each.replica) == (made.token, made.replica) and each.number not in alone
+        ]
+        asked_at = max((each.sent_at for each in mine if each.number < made.number), default=0.0)
+        unheard = sum(
+            each.token == made.token
+            and each.replica != made.replica
+            and made.done_at - self._minute_s <= each.sent_at <= made.done_at
+            and (each.number in alone) != (made.number in alone)
+            and (each.number in alone or each.sent_at >= asked_at)
+            for each in self.world.api.made
+        )
+        return 0 < exceeding <= unheard
 
     def _is_of_a_clock_that_stepped(self, made: Made, exceeding: int) -> bool:
         """Redis has a clock that steps: calls leave the minute earlier, or those in flight are lost."""
@@ -491,6 +538,24 @@ class Checks:
             if writes and concerns and (each.told_at is None or each.told_at + _SLACK_S >= since):
                 return True
         return any(request.ask.what in PURGES and request.began + 2 >= since for request in world.requests)
+
+    def _may_be_stale(self, since: float, made: Made) -> bool:
+        """Tell whether an entry came while a fetch was in flight, and may be stale before that is over.
+
+        A list brings it, or a request that shares no fetch. What refreshes it is a fetch of its own.
+        """
+        cache, maker = self.world.size.settings.cache, self._maker(made)
+        assert maker is not None
+        stale_before = maker.clock() - cache.fresh_s * (1 - cache.jitter)
+        return any(
+            each.token == made.token
+            and each.method == "GET"
+            and (each.name == made.name or not each.name.isdecimal())
+            and each.told_at is not None
+            and each.told_at >= since
+            and each.called_at <= stale_before
+            for each in self.world.api.made
+        )
 
     def _redis_is_off(self, now: float, aftermath_s: float = _AFTERMATH_S) -> bool:
         return any(

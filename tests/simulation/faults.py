@@ -157,9 +157,7 @@ def _killed(world: "World", fault: Fault, replica: Replica) -> None:
     if replica.stops:
         world.stopping -= 1
     world.killed.append(replica)
-    replica.killed_at = world.loop.now
-    world.loop.kill(replica.process)
-    world.redis.drop_all(replica.process)
+    world.leave(replica)
     for made in [*world.api.flying]:
         if made.replica == replica.process.name:
             world.api.over(made)

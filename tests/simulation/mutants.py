@@ -26,8 +26,7 @@ class Mutant(NamedTuple):
     attribute: str
     value: Any
     found_by: frozenset[str]
-    within: int = 0
-    """0: it is not found yet."""
+    within: int
 
 
 async def _nothing(*_: Any, **__: Any) -> None:
@@ -138,7 +137,7 @@ MUTANTS = (
         "follow",
         lambda *_: None,
         _of("limits", "cool-down"),
-        0,
+        800,
     ),
     Mutant(
         "calls are never settled",

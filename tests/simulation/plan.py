@@ -66,6 +66,8 @@ class Plan:
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...] = ()
     size: str = "large"
+    untold: bool = False
+    """The API's answers have no `ratelimit-*`."""
 
     def without(self, *, ask: int | None = None, then: int | None = None, fault: int | None = None) -> "Plan":
         """Leave out one fault, one request, or one of those that follow it (`then`)."""
@@ -102,6 +104,7 @@ def drawn(seed: int) -> Plan:
         tuple(sorted(scribe.asks, key=lambda each: each.at)),
         tuple(sorted(scribe.faults, key=lambda each: each.at)),
         size,
+        random.random() < _UNTOLD,
     )
 
 
@@ -110,6 +113,9 @@ _SIZES = (0.8, 0.12, 0.08)
 
 _BUSY = 0.15
 """The part of the larger worlds with more requests than the quota has room for."""
+
+_UNTOLD = 0.15
+"""The part of the worlds whose API tells no `ratelimit-*`."""
 
 _LEAVES = 0.1
 _SLOWLY = 0.3

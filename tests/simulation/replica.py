@@ -148,7 +148,8 @@ class Replica:
         """For how long it was paused, all in all."""
         self.alone_at = -inf
         """When memory last asked whether Redis can be reached, and it could not."""
-        self.killed_at = inf
+        self.gone_at = inf
+        """When it was killed, or had stopped in order."""
         self.stops = False
         """It was told to stop: it takes no request any more, and answers those that it has."""
         self.beats = 0

@@ -42,7 +42,8 @@ def run_all(seeds: Iterable[int], *, counts: bool = False, stop_at: int | None =
     number = requests = steps = 0
     failures: list[Failure] = []
     pairs: Counter[tuple[str, str]] = Counter()
-    gc.disable()  # a world's objects live as long as it does
+    gc.disable()  # a world's objects live as long as it does, and what was there before lives on
+    gc.freeze()
     try:
         for seed in seeds:
             outcome = run(seed, counts=counts)
@@ -58,6 +59,7 @@ def run_all(seeds: Iterable[int], *, counts: bool = False, stop_at: int | None =
             if number % _WORLDS_BETWEEN_COLLECTIONS == 0:
                 gc.collect()
     finally:
+        gc.unfreeze()
         gc.enable()
     return Summary(number, requests, steps, failures, pairs)
 

@@ -1,11 +1,12 @@
-"""What worlds found in the program: each a story, told once more, and the mend that it needs."""
+"""What worlds found: of the program each a story, told once more; of the checks the worlds themselves."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from proxy.core.invalidation import SnapshotsScope
-from simulation.plan import QUIET_SNAPSHOT, Ask, Plan
+from simulation.plan import QUIET_SNAPSHOT, Ask, Plan, drawn
 from simulation.world import World
 
 QUIET = Plan(1, 1, ())
@@ -157,3 +158,19 @@ def test_a_soft_purge_is_announced_after_redis_has_done_it() -> None:
     assert World(QUIET).run(scenario).violations == ()
     softened = max(at for at, each in enumerate(told) if each.startswith(b"EVAL") and b"p:1:ver:" in each)
     assert softened < next(at for at, each in enumerate(told) if b'"invalidated"' in each)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(86344, id="a-429-that-was-lost-was-not-told"),
+        pytest.param(64385, id="after-an-outage-by-a-replica-new-to-the-token"),
+        pytest.param(68474, id="stopped-after-an-outage"),
+        pytest.param(69024, id="a-failover-loses-what-was-counted"),
+        pytest.param(90175, id="a-list-brings-what-is-stale-at-once"),
+        pytest.param(94693, id="a-list-brings-what-is-stale-before-the-fetch-is-over"),
+    ],
+)
+def test_what_no_check_may_ask_for(seed: int) -> None:
+    """The checks called each of these a violation; `docs/simulation.md` says why it is none."""
+    assert World(replace(drawn(seed), untold=False)).run().violations == ()

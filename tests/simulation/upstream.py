@@ -29,6 +29,9 @@ class Made:
     method: str
     name: str
     sent_at: float
+    called_at: float
+    """The same by the replica's clock."""
+
     shared: bool
     """The caller's request allows that it is shared with others."""
 
@@ -43,6 +46,7 @@ class Made:
 
     status: int | None = None
     retry_until: float = 0.0
+    """Until when the replica was told to wait. A 429 that was lost on its way back tells nothing."""
 
 
 @dataclass(slots=True)
@@ -74,7 +78,10 @@ _HIT = 2 / 3
 
 
 class Api:
-    """Answers calls. Each token may make `per_minute` calls in any `minute_s`, `per_hour` in any `hour_s`."""
+    """Answers calls. Each token may make `per_minute` calls in any `minute_s`, `per_hour` in any `hour_s`.
+
+    `tells`: its answers have `ratelimit-*`.
+    """
 
     def __init__(
         self,
@@ -83,10 +90,13 @@ class Api:
         truth: Truth,
         limits: tuple[int, float, int, float],
         slow_s: float,
+        *,
+        tells: bool,
     ) -> None:
         self._loop = loop
         self._random = random
         self.truth = truth
+        self._tells = tells
         self._per_minute, self._minute_s, self._per_hour, self._hour_s = limits
         self._slow_s = slow_s
         self.slow: set[str] = set()
@@ -105,7 +115,8 @@ class Api:
         """Take one call of a replica, and answer it. Raises UpstreamError."""
         process, wish, called_at = CURRENT.get(), call.directives, clock()
         plain = not (wish.no_cache or wish.no_store or wish.max_age_s is not None)
-        made = Made(len(self.made), process.name, token, call.method, call.target.name, self._loop.now, plain)
+        now, name = self._loop.now, call.target.name
+        made = Made(len(self.made), process.name, token, call.method, name, now, called_at, plain)
         self.made.append(made)
         self.on_made(made)
         self.flying.append(made)
@@ -148,6 +159,9 @@ class Api:
             raise UpstreamTimeout("no answer", proxy_error="http_response_timeout") from None
         if cut:
             raise UpstreamDisconnected("closed", proxy_error="connection_terminated")
+        if status == HTTPStatus.TOO_MANY_REQUESTS and retry_after_s is not None:
+            assert made.done_at is not None
+            made.retry_until = made.done_at + retry_after_s
         return Answer(status, body, called_at, retry_after_s, told)
 
     def _trouble(self) -> str:
@@ -163,11 +177,9 @@ class Api:
         status, body, retry_after_s = self._decided(made, call, trouble, now)
         made.status = status
         told: tuple[tuple[str, str], ...] = ()
-        if status in _TELLING:
+        if self._tells and status in _TELLING:
             left = max(self._per_hour - self._count(made.token, self._hour_s), 0)
             told = (("ratelimit-limit", str(self._per_hour)), ("ratelimit-remaining", str(left)))
-        if status == HTTPStatus.TOO_MANY_REQUESTS and retry_after_s is not None:
-            made.retry_until = now + retry_after_s
         if not decision.cancelled():
             decision.set_result((status, body, told, retry_after_s))
 

@@ -74,11 +74,13 @@ class World:
         quota, scale = self.size.settings.quota, self.size.scale
         limits = (quota.per_minute, 60 * scale, quota.per_hour, 3600 * scale)
         slow_s = self.size.settings.upstream.total_timeout_s * _SLOW
-        self.api = Api(loop, self._random("api"), self.truth, limits, slow_s)
+        self.api = Api(loop, self._random("api"), self.truth, limits, slow_s, tells=not plan.untold)
         self.redis = Server(loop, self._random("redis"), EPOCH)
         loop.connect = self.redis.connect
         self.requests: list[Request] = []
         self.killed: list[Replica] = []
+        self.gone: list[Replica] = []
+        """Those that were killed, and those that have stopped in order."""
         self.paused: list[Replica] = []
         self.stopping = 0
         """Replicas that were told to stop, and have not started again."""
@@ -226,8 +228,7 @@ class World:
                 return
             self.tell(replica.name, "has stopped")
             self.checks.stopped(replica, requests)
-            self.loop.kill(replica.process)
-            self.redis.drop_all(replica.process)
+            self.leave(replica)
             self.later(seconds, again)
 
         def again() -> None:
@@ -235,6 +236,13 @@ class World:
             self.boot(self.replicas.index(replica))
 
         stopped.add_done_callback(lambda task: self.later(_LOOKS_S, gone, task.result()))
+
+    def leave(self, replica: Replica) -> None:
+        """Let a replica's process be over, and its connections with it."""
+        replica.gone_at = self.loop.now
+        self.gone.append(replica)
+        self.loop.kill(replica.process)
+        self.redis.drop_all(replica.process)
 
     def within(self, replica: Replica, work: Any) -> "asyncio.Task[Any]":
         """Begin a task in a replica's process."""
