@@ -75,7 +75,7 @@ def document(name: str, *, cacheable: bool = True) -> Target:
             id="list-of-a-volumes-snapshots",
         ),
         pytest.param("/v2/snapshots", Target(SNAPSHOT_LIST, "page=1&per_page=20"), id="list"),
-        pytest.param("/v2/regions", ApiPath("/v2/regions", ""), id="another-collection"),
+        pytest.param("/v2/zones", ApiPath("/v2/zones", ""), id="another-collection"),
         pytest.param("/v2/Droplets", ApiPath("/v2/Droplets", ""), id="capital"),
         pytest.param("/v2/dropletsX", ApiPath("/v2/dropletsX", ""), id="longer-name"),
         pytest.param("/v2/%64roplets", ApiPath("/v2/%64roplets", ""), id="encoded-collection"),
