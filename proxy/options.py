@@ -25,6 +25,7 @@ from proxy.core.quota import QuotaLimits
 from proxy.core.resources import DOCUMENT, RESOURCES
 from proxy.edge.listener import ConnectionLimits
 from proxy.files import OpenFiles
+from proxy.settings import sections
 from proxy.settings.secrets import read_password, read_secret
 from proxy.settings.sections import Settings
 from proxy.storage.client import Location, connector, database, location
@@ -38,7 +39,6 @@ from proxy.storage.servers import Servers
 from proxy.storage.slots import tag_in
 from proxy.storage.wire import Endpoint, Wire
 from proxy.tasks.flights import MOST_OF_ONE
-from proxy.upstream.client import UpstreamOptions
 
 _MINUTE_S: Final = 60.0
 _HOUR_S: Final = 3600.0
@@ -97,20 +97,9 @@ def memory(settings: Settings, servers: Servers) -> Memory:
 # -- the upstream and its quota ----------------------------------------------------------------
 
 
-def upstream_options(settings: Settings, max_connections: int) -> UpstreamOptions:
+def upstream_options(settings: Settings, max_connections: int) -> sections.Upstream:
     """Give where the API is and how long it may take; at most `max_connections` calls go there at once."""
-    upstream = settings.upstream
-    return UpstreamOptions(
-        base_url=upstream.base_url,
-        connect_timeout_s=upstream.connect_timeout_s,
-        read_timeout_s=upstream.read_timeout_s,
-        total_timeout_s=upstream.total_timeout_s,
-        write_timeout_s=upstream.write_timeout_s,
-        max_body_bytes=upstream.max_body_bytes,
-        max_connections=max_connections,
-        http_proxy=upstream.http_proxy,
-        ca_file=upstream.ca_file,
-    )
+    return replace(settings.upstream, max_connections=max_connections)
 
 
 def quota_limits(settings: Settings, clock_scale: float) -> QuotaLimits:

@@ -50,7 +50,7 @@ def report(
         store_shared=lambda: shared,
         secret_mismatch=lambda: store.secret_mismatch,
         pending_invalidations=lambda: store.pending_invalidations,
-        upstream_breaker_open=lambda: gate.breaker_open,
+        upstream_breaker_open=lambda: bool(gate.breakers_open),
         standings=gate.standings,
         per_minute=lambda: loaded().settings.quota.per_minute,
     )

@@ -280,7 +280,7 @@ def test_a_call_that_finds_no_connection_in_time(how: dict[str, object], refused
         assert [await outcome(each) for each in refused] == [(Overloaded, 0.0)] * FAILURES
         assert round(now() - began, 3) == refused_at_s
         assert it.ledger.of(TEAMS[0].partition).remaining()[0] == 10
-        assert not it.shield.breaker_open
+        assert not it.shield.breakers_open
         assert await outcome(busy) == 200
         assert len(it.api.asked) == 1
         assert await outcome(ask_as(it, TEAMS[0])) == 200
@@ -962,7 +962,7 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
         it.api.answer = failure
         for number in range(FAILURES):
             await outcome(ask(it, number))
-        assert it.shield.breaker_open
+        assert it.shield.breakers_open
         before = it.ledger.asked
         with pytest.raises(UpstreamPaused, match="asked again in 1 s"):
             await it.shield.ask(call())
@@ -974,7 +974,7 @@ def test_the_breaker_opens_and_one_probe_closes_it(failure: Callable[[], Answer]
         assert results.count(200) == 1
         assert results.count((UpstreamPaused, 0.0)) == 19
         assert len(it.api.asked) == FAILURES + 1
-        assert not it.shield.breaker_open
+        assert not it.shield.breakers_open
         assert await outcome(ask(it)) == 200
         assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - FAILURES - 2
         # What was kept is as old as the outage: the probe does not go over that.
@@ -991,7 +991,7 @@ def test_a_kept_connection_that_ended_is_no_trouble() -> None:
         it.api.answer = partial(hung_up, kept=True)
         for number in range(2 * FAILURES):
             assert await outcome(ask(it, number)) == (UpstreamDisconnected, 0.0)
-        assert not it.shield.breaker_open
+        assert not it.shield.breakers_open
         assert it.settled == [CallSettled(Route.SNAPSHOT, "other", None, GIVEN_UP)] * (2 * FAILURES)
         assert it.ledger.of(SOMEBODY).remaining()[0] == 1000 - 2 * FAILURES
         it.api.answer = None
@@ -1054,16 +1054,16 @@ def test_each_route_has_its_own_breaker(failing: Route) -> None:
             with pytest.raises(UpstreamTimeout):
                 await it.shield.ask(CALLS[failing])
         it.api.answer = it.api.answers["1"] = lambda: answer(200)
-        assert it.shield.breaker_open
+        assert it.shield.breakers_open
         for route, other in CALLS.items():
             if route is failing:
                 with pytest.raises(UpstreamPaused):
                     await it.shield.ask(other)
             else:
                 assert (await it.shield.ask(other)).status == 200
-        assert it.shield.breaker_open
+        assert it.shield.breakers_open
         await asyncio.sleep(NEWS_S + 1)
-        assert not it.shield.breaker_open
+        assert not it.shield.breakers_open
 
     run(main())
 
@@ -1093,7 +1093,7 @@ def test_answers_about_the_request_are_no_trouble() -> None:
         for status in (404, 500) * FAILURES:
             it.api.answer = lambda status=status: answer(status)  # type: ignore[misc]
             assert await outcome(ask(it)) == status
-        assert not it.shield.breaker_open
+        assert not it.shield.breakers_open
 
     run(main())
 
@@ -1262,7 +1262,7 @@ def test_what_is_in_the_air_at_the_end(
         assert [await outcome(each) for each in asking] == [(UpstreamGivenUp, 0.0)] * FAILURES
         assert round(now() - began, 3) == given_up_at_s
         assert len(it.api.asked) == FAILURES
-        assert not it.shield.breaker_open
+        assert not it.shield.breakers_open
         assert it.ledger.of(SOMEBODY).remaining()[0] == FAILURES
         assert it.shield._lines == {}
 

@@ -7,20 +7,18 @@ request are counted in `malformed`.
 import logging
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from aiohttp import HttpVersion, HttpVersion10, HttpVersion11, web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestPayloadError
-from multidict import MultiMapping
 
 from proxy.cache.readthrough import Failed, Found, ReadThrough, Served
 from proxy.core.cache_status import FROM_CACHE, Avoided, Outcome
 from proxy.core.clients import Clients
 from proxy.core.errors import (
     BadRequest,
-    HeadersTooLarge,
     HttpVersionNotSupported,
     MethodNotAllowed,
     NotProxied,
@@ -44,7 +42,8 @@ from proxy.core.request import (
 )
 from proxy.core.resources import Target
 from proxy.edge.answers import error_response, failed_response, new_request_id, served_response
-from proxy.edge.handler import MAX_FIELD_BYTES, MAX_LINE_BYTES, ForeignRequest, Handler
+from proxy.edge.handler import ForeignRequest, Handler
+from proxy.edge.head import check_head
 from proxy.edge.passthrough import Passthrough
 from proxy.logs import event
 
@@ -257,30 +256,6 @@ def _fact(error: ProxyError | None) -> str | None:
             return str(error).partition(";")[0]
         case _:
             return None
-
-
-class Head(Protocol):
-    """The part of a request's head that is checked: of aiohttp's request, or of its parser's message."""
-
-    @property
-    def version(self) -> HttpVersion: ...  # noqa: D102 # aiohttp's names
-    @property
-    def headers(self) -> MultiMapping[str]: ...  # noqa: D102
-    @property
-    def raw_headers(self) -> Sequence[tuple[bytes, bytes]]: ...  # noqa: D102
-
-
-def check_head(request: Head) -> None:
-    """Check what every request must have. Raises HeadersTooLarge or BadRequest."""
-    # aiohttp's own limit is a few bytes off in all headers but the first.
-    for name, value in request.raw_headers:
-        if len(name) + len(value) > MAX_FIELD_BYTES:
-            raise HeadersTooLarge(f"a header line is longer than {MAX_LINE_BYTES} bytes")
-    hosts = len(request.headers.getall("Host", ()))
-    if hosts > 1 or (hosts == 0 and request.version == HttpVersion11):
-        raise BadRequest("send exactly one Host header")
-    if request.version == HttpVersion10 and "Transfer-Encoding" in request.headers:
-        raise BadRequest("HTTP/1.0 has no Transfer-Encoding")  # RFC 9112 §6.1: its framing cannot be trusted
 
 
 def _connection(request: web.BaseRequest) -> "Connection":

@@ -6,7 +6,7 @@ It parses and answers, and calls the connection around it when a request is comp
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractAccessLogger, AbstractStreamWriter
@@ -21,33 +21,11 @@ from proxy.core.errors import (
     UriTooLong,
 )
 from proxy.edge.answers import error_response, new_request_id
+from proxy.edge.head import MAX_HEADERS, MAX_LINE_BYTES
 from proxy.logs import event
 
 if TYPE_CHECKING:
     from proxy.edge.connection import Connection
-
-MAX_LINE_BYTES = 8190
-MAX_HEADERS = 64
-
-MAX_FIELD_BYTES = MAX_LINE_BYTES - 2
-"""A header's name and value, without the `: ` between them."""
-
-
-class ParserOptions(TypedDict):
-    """How aiohttp's parser is to read a request."""
-
-    auto_decompress: bool
-    max_line_size: int
-    max_field_size: int
-    max_headers: int
-
-
-PARSER_OPTIONS: Final[ParserOptions] = {
-    "auto_decompress": False,  # it would inflate a body that is not used
-    "max_line_size": MAX_LINE_BYTES,
-    "max_field_size": MAX_FIELD_BYTES,  # it forgets the name in all but the first: see `api.py`
-    "max_headers": MAX_HEADERS,
-}
 
 _FOREIGN_VERSION = ("Invalid HTTP version", "Pause on PRI/Upgrade")
 """The parser's words, at the end of what it says before it shows bytes of the request. The second are for the

@@ -16,7 +16,8 @@ from aiohttp.http import RawRequestMessage
 from proxy.core.errors import ProxyError
 from proxy.edge.connection import Connection
 from proxy.edge.fastpath import FastPath
-from proxy.edge.handler import PARSER_OPTIONS, Handler, NoAccessLog
+from proxy.edge.handler import Handler, NoAccessLog
+from proxy.edge.head import PARSER_OPTIONS
 from proxy.logs import event
 from proxy.tasks.listening import LAST_LOOKS
 

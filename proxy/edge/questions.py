@@ -37,8 +37,7 @@ from proxy.core.errors import ProxyError
 from proxy.core.identity import Partition, Token
 from proxy.core.request import accepts_gzip, parse_authorization, parse_request_id, parse_target
 from proxy.core.resources import Key, Target
-from proxy.edge.api import check_head
-from proxy.edge.handler import PARSER_OPTIONS
+from proxy.edge.head import PARSER_OPTIONS, check_head
 from proxy.edge.memo import Memo, Question
 from proxy.edge.prepared import Form
 

@@ -106,11 +106,6 @@ class UpstreamGate:
         now = self._monotonic()
         return tuple(route for route, breaker in self._breakers.items() if breaker.is_news(now))
 
-    @property
-    def breaker_open(self) -> bool:
-        """Tell whether there is such a route."""
-        return bool(self.breakers_open)
-
     async def close(self) -> None:
         """Wait until the ledgers know of the last calls."""
         await self._settler.close()

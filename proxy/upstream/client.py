@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Literal
 
@@ -35,6 +34,7 @@ from proxy.core.http import is_etag, parse_retry_after
 from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
 from proxy.core.request import Call
+from proxy.settings import sections
 from proxy.tasks.listening import ListeningTimeout
 from proxy.upstream.exchange import Exchange, Received
 from proxy.upstream.pool import Pool, Way, way
@@ -56,21 +56,6 @@ _LONGEST_VALIDATOR = 255
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamOptions:
-    """Where the API is, and how long it may take: settings of section `upstream`, in seconds and bytes."""
-
-    base_url: str
-    connect_timeout_s: float
-    read_timeout_s: float
-    total_timeout_s: float
-    write_timeout_s: float
-    max_body_bytes: int
-    max_connections: int
-    http_proxy: str = ""
-    ca_file: str = ""
-
-
 class Upstream:
     """DigitalOcean's API: reads over kept connections, writes and repeats over connections of their own.
 
@@ -80,7 +65,7 @@ class Upstream:
 
     def __init__(
         self,
-        options: UpstreamOptions,
+        options: sections.Upstream,
         observe: Callable[[UpstreamCall], None],
         carry: Carry | None = None,
     ) -> None:
@@ -107,7 +92,7 @@ class Upstream:
         self._ask_kept, self._ask_new = (Exchange(pool, self._to, proxy) for pool in (self._kept, self._new))
         self._over_kept, self._over_new = _session(self._kept), _session(self._new)
 
-    def rule(self, options: UpstreamOptions) -> None:
+    def rule(self, options: sections.Upstream) -> None:
         """Follow the times and the size in `options` from the next call on; nothing else may differ."""
         self._options = options
         for pool in (self._kept, self._new):
