@@ -52,12 +52,12 @@ def in_one_order(query: str) -> str:
     return "&".join(sorted(query.split("&"), key=lambda pair: unquote_plus(pair.partition("=")[0])))
 
 
-def changed_by(collection: str, cached: Collection[str]) -> tuple[str, ...]:
-    """Name those of the `cached` collections that a write to something in `collection` may change.
+def changed_by(target: str, cached: Collection[str]) -> tuple[str, ...]:
+    """Name those of the `cached` collections that a write to `target`, a path of the API, may change.
 
     Both are compared in lower case: how the upstream reads capitals in a path is not documented.
     """
-    written = collection.lower()
+    written = collection_of(target[len("/v2/") :]).lower()
     shown_in = _SHOWN_IN.get(written)
     return tuple(each for each in sorted(cached) if shown_in is None or each == written or each in shown_in)
 

@@ -74,11 +74,8 @@ def scopes_of_delete(call: Call, collections: Collection[str] = ()) -> tuple[Sco
     scopes: list[Scope] = [SnapshotsScope((call.target.name,))]
     if not call.target.cacheable:
         scopes.append(CallerScope(call.caller.partition))
-    changed = {
-        each
-        for path in ("snapshots", call.target.path[len("/v2/") :])
-        for each in changed_by(collection_of(path), collections)
-    }
+    written = ("/v2/snapshots", call.target.path)
+    changed = {each for target in written for each in changed_by(target, collections)}
     if changed:
         scopes.append(CollectionsScope(tuple(sorted(changed))))
     return tuple(scopes)

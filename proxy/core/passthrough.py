@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from proxy.core.collections import changed_by, check_target, collection_of
+from proxy.core.collections import changed_by, check_target
 from proxy.core.errors import BadRequest
 from proxy.core.events import OTHER_CLIENT
 from proxy.core.identity import Caller, Partition
@@ -143,7 +143,7 @@ def scopes_of_write(
     read to its end) a request that names snapshots there counts as naming all of the caller's.
     """
     path = target.partition("?")[0].removesuffix("/")
-    changed = changed_by(collection_of(path[len("/v2/") :]), collections)
+    changed = changed_by(target, collections)
     of_snapshots = _scopes_of_snapshots(method, path, partition, body)
     return (*of_snapshots, CollectionsScope(changed)) if changed else of_snapshots
 
@@ -153,8 +153,7 @@ def scopes_of_absence(target: str, partition: Partition, collections: Collection
 
     Like those of a DELETE of a snapshot that is gone: what the caller has cached may still show it.
     """
-    path = target.partition("?")[0]
-    changed = changed_by(collection_of(path[len("/v2/") :]), collections)
+    changed = changed_by(target, collections)
     return (EntryScope(Key(SNAPSHOT_LIST, partition, "")),) if changed else ()
 
 

@@ -159,7 +159,7 @@ def test_names_that_the_api_does_not_have() -> None:
 @pytest.mark.parametrize("written", sorted(WRITTEN))
 def test_a_write_changes_its_collection(written: str) -> None:
     """At least; and what the table does not name may change all. Fixed lists change only then."""
-    changed = changed_by(written, READ)
+    changed = changed_by(f"/v2/{written}", READ)
     assert (written in changed) or written not in READ
     if written in TABLE:
         assert not {"regions", "sizes", "customers", "reports"} & {*changed}
@@ -171,7 +171,7 @@ def test_a_write_changes_its_collection(written: str) -> None:
 @pytest.mark.parametrize(("written", "shown_in", "where"), SHOWN, ids=str)
 def test_what_a_document_shows_invalidates_it(written: str, shown_in: str, where: str) -> None:
     """By the schemas of the specification."""
-    assert shown_in in changed_by(written, READ | {"floating_ips"}), where
+    assert shown_in in changed_by(f"/v2/{written}", READ | {"floating_ips"}), where
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_what_a_document_shows_invalidates_it(written: str, shown_in: str, where
 )
 def test_changed_by(written: str, cached: tuple[str, ...], changed: tuple[str, ...]) -> None:
     """Only what is cached; itself too; everything if it is not known."""
-    assert changed_by(written, cached) == changed
+    assert changed_by(f"/v2/{written}", cached) == changed
 
 
 MINE = Partition("a" * 32)
