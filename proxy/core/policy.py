@@ -240,7 +240,8 @@ class Policy:
 
         Raises UpstreamInvalid if it is not what the API documents: then the outcome is unknown, too.
         """
-        if answer.status < HTTPStatus.BAD_REQUEST and not tells_outcome(answer.status, None, deletes=True):
+        is_error = HTTPStatus.BAD_REQUEST <= answer.status < _END_OF_STATUSES
+        if not is_error and not tells_outcome(answer.status, None, deletes=True):
             raise UpstreamInvalid(f"status {answer.status} to a DELETE")
         envelope = error_envelope(answer.body, request_id)
         match answer.status:

@@ -546,9 +546,9 @@ def test_on_delete_done() -> None:
 
 
 @pytest.mark.G6
-@pytest.mark.parametrize("status", [200, 201, 202, 205, 206, 301, 302, 304, 307, 308])
+@pytest.mark.parametrize("status", [200, 201, 202, 205, 206, 301, 302, 304, 307, 308, 600, 999])
 def test_on_delete_undocumented(status: int) -> None:
-    """No other success and no redirect is documented: nobody knows what it means, as after no answer."""
+    """No other success, redirect or number above 599 is documented: it means as little as no answer."""
     with pytest.raises(UpstreamInvalid):
         POLICY.on_delete(Answer(status, b'{"id":"x","message":"y"}', 0.0), request_id="r", draw=0.0)
 
