@@ -94,5 +94,6 @@ async def _follow(hangups: "asyncio.Queue[None]", app: App, load_again: Callable
         await hangups.get()
         try:
             app.reload(load_again())
-        except SettingsError as error:
-            logs.event(_LOG, logging.WARNING, "not-reloaded", cause=str(error), consequence="nothing changed")
+        except (SettingsError, OSError) as error:  # OSError: a folder may not be looked into any more
+            cause = str(error) if isinstance(error, SettingsError) else error.strerror
+            logs.event(_LOG, logging.WARNING, "not-reloaded", cause=cause, consequence="nothing changed")

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import signal
@@ -29,10 +30,13 @@ from kit.support import (
 )
 from redis.asyncio import Redis
 
+from proxy import serve
 from proxy.app import Addresses, App
+from proxy.core.errors import SettingsError
+from proxy.logs import Formatter
 from proxy.reload import IN_FLIGHT
 from proxy.settings.load import load
-from proxy.settings.sections import KEYS, Loaded
+from proxy.settings.sections import KEYS, Loaded, Settings
 from proxy.simulator import VOLUME_SNAPSHOT_ID, Simulator, Token
 
 OPERATING = Path(__file__).parents[2] / "docs/operating.md"
@@ -476,6 +480,26 @@ async def test_a_configuration_that_was_a_pipe(upstream: str, tmp_path: Path) ->
         line = await service.hang_up()
         assert line["event"] == "not-reloaded"
         assert "is no regular file" in line["cause"]
+
+
+async def test_a_folder_that_may_not_be_looked_into(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing changes, and the next signal is followed all the same."""
+    failures: list[Exception] = [SettingsError("file a: is empty"), PermissionError(13, "Permission denied")]
+
+    def load_again() -> Loaded:
+        raise failures.pop()
+
+    hangups: asyncio.Queue[None] = asyncio.Queue()
+    following = asyncio.create_task(serve._follow(hangups, App(Settings()), load_again))
+    for _ in range(2):
+        hangups.put_nowait(None)
+    await until(lambda: not failures or following.done(), "both were followed")
+    following.cancel()
+    lines = [json.loads(Formatter(json.dumps).format(record)) for record in caplog.records]
+    assert [(line["event"], line["cause"]) for line in lines] == [
+        ("not-reloaded", "Permission denied"),
+        ("not-reloaded", "file a: is empty"),
+    ]
 
 
 async def test_hang_up_while_it_stops(
