@@ -1,8 +1,10 @@
 """One run: its servers, how long each is measured, and the page and the chart that come of it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from benchmarks import single
 from benchmarks.figures import Spread
@@ -32,6 +34,8 @@ FILLING = 32
 
 _MISSES_AMONG_HITS = 0.001
 _HITS_AMONG_MISSES = 0.01
+_CLOSING_S = 0.1
+"""After so long a server has closed what its callers have closed."""
 
 
 @contextmanager
@@ -120,13 +124,19 @@ class Bench:
             await load(subject.port, traffic, connections, seconds)
 
     async def measure(
-        self, subject: Subject, traffic: Traffic, connections: int, *, misses: bool = False
+        self,
+        subject: Subject,
+        traffic: Traffic,
+        connections: int,
+        *,
+        misses: bool = False,
+        seconds: int | None = None,
     ) -> "Round":
         """Put load on one server. Raises RuntimeError where these were not hits, or not misses."""
         pids, calls = subject.pids, single.calls(self.upstream_port)
         before_s = cpu_s(pids)
         with _named(subject):
-            done = await load(subject.port, traffic, connections, self.seconds)
+            done = await load(subject.port, traffic, connections, seconds or self.seconds)
         computed_s = cpu_s(pids) - before_s
         called = (single.calls(self.upstream_port) - calls) / done.answers
         wrong = called < 1 - _HITS_AMONG_MISSES if misses else called > _MISSES_AMONG_HITS
@@ -134,6 +144,14 @@ class Bench:
             wanted = "misses" if misses else "hits"
             raise RuntimeError(f"{subject.name}: {called:.4f} calls an answer, these were not {wanted}")
         return Round(done.rate, computed_s / done.seconds, computed_s / done.answers * 1e6)
+
+    async def opening_us(self, subject: Subject, traffic: Traffic, connections: int) -> float:
+        """Tell what it takes of CPU time to open one of many connections, ask once over it, and close it."""
+        before_s = cpu_s(subject.pids)
+        with _named(subject):
+            await fill(subject.port, islice(traffic, connections), connections)
+        await asyncio.sleep(_CLOSING_S)
+        return (cpu_s(subject.pids) - before_s) / connections * 1e6
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,15 @@ from contextlib import AsyncExitStack
 from benchmarks.bench import Bench, Round
 from benchmarks.figures import Spread, ratios, shown_ratio, table
 from benchmarks.rates import CONNECTIONS
-from benchmarks.subjects import Subject, valkey
+from benchmarks.subjects import CONSTANT, NGINX, OURS, Subject, constant, nginx, valkey
 from benchmarks.traffic import Cycled, Traffic, document, identical, lists, uniform
 
 SNAPSHOTS = 1_000
 ENTRIES = (1_000, 100_000, 1_000_000)
 OPEN = (10, 100, 1_000)
+LONGER = 2
+"""Opening a thousand connections would be too much of a shorter round."""
+
 CALLERS = (1, 100, 10_000)
 DOCUMENTS = {"1 MiB": 1 << 20, "64 KiB": 1 << 16, "4 KiB": 1 << 12, "equally long": 240}
 DRAWN = 100_000
@@ -38,15 +41,48 @@ async def entries(bench: Bench) -> None:
 
 
 async def connections(bench: Bench) -> None:
-    """Ask for one snapshot over ever more connections."""
+    """Ask for one snapshot over ever more connections: us, nginx, and what does nothing else."""
+    seconds = LONGER * bench.seconds
     bench.say("\n## A hit, by the number of connections\n")
+    bench.say(
+        f"{seconds} s each, in which the connections are opened, too. What it takes to open one, ask once and"
+    )
+    bench.say(
+        f"close it was measured with {OPEN[-1]:,}. {CONSTANT.capitalize()}: the kernel and uvloop alone.\n"
+    )
     async with AsyncExitStack() as running:
-        redis_port, _ = await running.enter_async_context(valkey())
-        server = bench.serve(redis_port, "server.max_connections=2000")
-        subject = await running.enter_async_context(server)
-        await bench.fill(subject, (), identical().requests)
-        points = {f"{number:,}": (subject, identical(), number) for number in OPEN}
-        await _compare(bench, "connections", points)
+        enter = running.enter_async_context
+        redis_port, _ = await enter(valkey())
+        ours = await enter(bench.serve(redis_port, "server.max_connections=2000"))
+        others = (await enter(constant()), await enter(nginx(bench.upstream_port)))
+        subjects = [ours, *(subject for subject in others if subject is not None)]
+        opened = {subject.name: list[float]() for subject in subjects}
+        rounds = {(subject.name, many): list[Round]() for subject in subjects for many in OPEN}
+        for subject in subjects:
+            await bench.fill(subject, (), identical().requests)
+            for many in OPEN:
+                await bench.warm_up(subject, identical(), many)
+        for turn in range(bench.rounds):
+            for subject in bench.order(turn, subjects):
+                opened[subject.name].append(await bench.opening_us(subject, identical(), OPEN[-1]))
+                for many in OPEN:
+                    rounds[subject.name, many].append(
+                        await bench.measure(subject, identical(), many, seconds=seconds)
+                    )
+    rows = []
+    for (name, many), each in rounds.items():
+        costs, first = ([one.cpu_us for one in those] for those in (each, rounds[name, OPEN[0]]))
+        cost, rate, grown = Spread.of(costs), Spread.of([one.rate for one in each]), ratios(costs, first)
+        shown = f"{cost.middle:,.1f}", f"{cost.least:,.1f} to {cost.most:,.1f}", shown_ratio(grown)
+        opening = f"{Spread.of(opened[name]).middle:,.0f}" if many == OPEN[-1] else ""
+        rows.append([name, f"{many:,}", *shown, f"{rate.middle:,.0f}", opening])
+        if many == OPEN[-1] and name != NGINX:
+            whose = "a hit" if name == OURS else name
+            bench.summary.append(
+                (f"CPU of {whose}: {many:,} connections beside {OPEN[0]}", shown_ratio(grown))
+            )
+    head = ["server", "connections", "CPU µs a hit", "least to most", f"of that with {OPEN[0]}", "a second"]
+    bench.say(table([*head, "CPU µs to open one"], rows))
 
 
 async def callers(bench: Bench) -> None:

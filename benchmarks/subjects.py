@@ -25,6 +25,7 @@ AFTERNOON = "aiohttp + redis-py"
 NGINX = "nginx"
 VARNISH = "Varnish"
 BARE = "bare aiohttp"
+CONSTANT = "constant bytes on uvloop"
 
 _PATIENCE_S = 15.0
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 # where nginx's cache costs no disk
@@ -124,6 +125,13 @@ async def bare() -> AsyncIterator[Subject]:
     """Run what answers each request with the same response, and does nothing else."""
     async with _printing_its_port("benchmarks.bare", core=SERVER_CORE) as (port, pid):
         yield Subject(BARE, port, pid)
+
+
+@asynccontextmanager
+async def constant() -> AsyncIterator[Subject]:
+    """Run what writes the same bytes for each chunk that comes."""
+    async with _printing_its_port("benchmarks.constant", core=SERVER_CORE) as (port, pid):
+        yield Subject(CONSTANT, port, pid)
 
 
 @asynccontextmanager
