@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.G1, pytest.mark.G6, pytest.mark.G9]
 MINE, THEIRS = Partition("a" * 32), Partition("b" * 32)
 KEY = Key(SNAPSHOT, MINE, "42")
 ENTRY = Entry(200, b"body", '"etag"', 1000.0, Lifetimes(60, 60, 300))
+NEWER = replace(ENTRY, called_at=1001.0)
 MAX_AGE_S = 10.0
 
 
@@ -277,14 +278,12 @@ def test_what_is_prepared_goes_with_its_entry() -> None:
     tier.memory.lay(kept, ("plain", "gzipped"))
     assert tier.memory.size == size + 2 * PREPARED_BYTES
     tier.fill(entry=replace(ENTRY))
-    again = tier.memory.held(KEY)
-    assert again is not None
-    assert again is not kept
-    assert (again.entry is ENTRY, again.prepared) == (True, ("plain", "gzipped"))
+    assert tier.memory.held(KEY) is kept
+    assert (kept.entry is ENTRY, kept.prepared) == (True, ("plain", "gzipped"))
     assert tier.memory.size == size + 2 * PREPARED_BYTES
     tier.memory.unprepare()
-    assert (again.prepared, tier.memory.size) == ((), size)
-    tier.memory.lay(again, ("plain",))
+    assert (kept.prepared, tier.memory.size) == ((), size)
+    tier.memory.lay(kept, ("plain",))
     tier.fill(entry=replace(ENTRY, called_at=ENTRY.called_at + 1))
     newer = tier.memory.held(KEY)
     assert newer is not None
@@ -301,7 +300,8 @@ def test_what_is_prepared_goes_with_its_entry() -> None:
         pytest.param(lambda tier: tier.memory.invalidate(SnapshotsScope(("43",))), True, id="another-one"),
         pytest.param(lambda tier: tier.memory.invalidate(SnapshotsScope(("42",))), False, id="invalidated"),
         pytest.param(lambda tier: tier.memory.invalidate(CallerScope(MINE)), False, id="its-caller"),
-        pytest.param(lambda tier: tier.fill(entry=ENTRY), False, id="renewed"),
+        pytest.param(lambda tier: tier.fill(entry=replace(ENTRY)), True, id="renewed"),
+        pytest.param(lambda tier: tier.fill(entry=NEWER), False, id="replaced"),
         pytest.param(lambda tier: tier.memory.forget(KEY), False, id="forgotten"),
         pytest.param(lambda tier: tier.memory.empty(), False, id="emptied"),
         pytest.param(lambda tier: tier.memory.rule(0, MAX_AGE_S), False, id="evicted"),
@@ -322,7 +322,29 @@ def test_what_was_held_is_asked_for_again(change: Callable[[Tier], None], *, sti
     assert (tier.memory.held(KEY) is kept) is still
 
 
-@pytest.mark.parametrize("way", ["forgotten", "emptied", "evicted", "renewed", "too-old", "invalidated"])
+@pytest.mark.G6
+def test_what_is_renewed_counts_as_kept_now() -> None:
+    """It answers from then on, is due when it is read again, is evicted last, and only if not invalidated."""
+    other = Key(SNAPSHOT, MINE, "43")
+    tier = Tier()
+    for key in (KEY, other):
+        tier.fill(key)
+        assert tier.memory.get(key) is ENTRY
+    tier.now += MAX_AGE_S - 1
+    tier.fill(entry=replace(ENTRY))
+    tier.memory.rule(size_of(KEY, ENTRY), MAX_AGE_S)
+    assert (tier.memory.get(other), len(tier.memory)) == (None, 1)
+    tier.now += MAX_AGE_S - 1
+    assert tier.memory.due(2.0, 1) == []
+    assert tier.memory.get(KEY) is ENTRY
+    assert tier.memory.due(2.0, 1) == [KEY]
+    before = tier.memory.mark(KEY)
+    tier.memory.invalidate(SnapshotsScope(("42",)))
+    tier.memory.keep(KEY, replace(ENTRY), before)
+    assert tier.memory.get(KEY) is None
+
+
+@pytest.mark.parametrize("way", ["forgotten", "emptied", "evicted", "replaced", "too-old", "invalidated"])
 def test_what_has_left_holds_nothing(way: str) -> None:
     """The fast path remembers more places than memory has entries; what is laid there then is not kept."""
     tier = Tier()
@@ -337,8 +359,8 @@ def test_what_has_left_holds_nothing(way: str) -> None:
             tier.memory.empty()
         case "evicted":
             tier.memory.rule(0, MAX_AGE_S)
-        case "renewed":
-            tier.fill()
+        case "replaced":
+            tier.fill(entry=NEWER)
         case "too-old":
             tier.now += MAX_AGE_S
             tier.memory.due(0.0, 1)

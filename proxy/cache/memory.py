@@ -146,15 +146,13 @@ class Memory:
         """Keep what a verified lookup, or this replica's own fetch, brought; `mark` is from before it.
 
         It is not kept if `key` was invalidated since, if it could not answer now, or if memory has an entry
-        of a later call.
+        of a later call. An equal entry is renewed where it is, with all that is prepared of it.
         """
         now = self._monotonic()
         until = mark.began + self.max_age_s
         old = self.held(key)
-        before, prepared = (entry, ()) if old is None else (old.entry, old.prepared)
-        if before.called_at > entry.called_at:
+        if old is not None and old.entry.called_at > entry.called_at:
             return
-        self.forget(key)
         size = size_of(key, entry)
         if (
             size > self._max_bytes
@@ -163,13 +161,15 @@ class Memory:
             or mark.emptied != self._emptied
             or not self._may_answer(mark.began, now)
         ):
-            return
-        kept = self._kept[key] = Kept(entry, mark, self._counts.total, size, until)
-        self.size += size
-        if before == entry:
-            kept.entry = before
-            self._lay(kept, prepared)
-        self._make_room(now)
+            self.forget(key)
+        elif old is not None and old.entry == entry:
+            old.mark, old.seen, old.until, old.read = mark, self._counts.total, until, False
+            self._kept.move_to_end(key)
+        else:
+            self.forget(key)
+            self._kept[key] = Kept(entry, mark, self._counts.total, size, until)
+            self.size += size
+            self._make_room(now)
 
     def lay(self, kept: Kept, prepared: tuple[Any, ...]) -> None:
         """Replace what the edge has prepared of an entry, count it, and make room for it."""
