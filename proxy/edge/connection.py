@@ -76,6 +76,7 @@ class Connection(asyncio.Protocol):
         "_loop",
         "_more",
         "_phase",
+        "_refused",
         "_resting",
         "_resting_soon",
         "_timer",
@@ -87,10 +88,11 @@ class Connection(asyncio.Protocol):
         "listener",
     )
 
-    def __init__(self, listener: "Listener", handler: Handler, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, listener: "Listener", loop: asyncio.AbstractEventLoop) -> None:
         self.listener = listener
-        self._handler: Handler | None = handler
+        self._handler: Handler | None = None  # until there is something for it
         self._loop = loop
+        self._refused = False
         self._phase = _Phase.IDLE
         self._deadline = _NEVER
         self._write_deadline = _NEVER
@@ -117,11 +119,9 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
         self._enter(_Phase.IDLE)
         if self.listener.admit(self):
-            assert self._handler is not None
-            self._handler.connection_made(transport)
             self._resting = self.listener.fastpath is not None
         else:
-            self._handler = None
+            self._refused = True
             self.listener.refuse(self)
         self._arm()
 
@@ -138,16 +138,16 @@ class Connection(asyncio.Protocol):
                 self._deadline = self._loop.time() + listener.limits.idle_timeout_s
                 return
             asked = answer
-        if self._handler is None:
+        if self._refused:
             self._refuse()
         elif asked is not None:
             self._ask_redis(data, asked)
         else:
             if self._looking is not None:
                 self._hand_over()
-            self._give(self._handler, data, whole=False)
+            self._give(data, whole=False)
 
-    def _give(self, handler: Handler, data: bytes, *, whole: bool) -> None:
+    def _give(self, data: bytes, *, whole: bool) -> None:
         """Give a chunk to aiohttp's handler; it is `whole` if the fast path's parser said so."""
         self._resting = False
         self._whole = whole
@@ -156,7 +156,15 @@ class Connection(asyncio.Protocol):
             self._enter(_Phase.READING)
         elif self._phase is _Phase.BUSY:
             self._more = True
-        handler.data_received(data)
+        (self._handler or self._begin_handling()).data_received(data)
+
+    def _begin_handling(self) -> Handler:
+        """Make aiohttp's handler, with its parser and its task: most connections of hits never need one."""
+        handler = self._handler = self.listener.handler(self)
+        handler.connection_made(self._transport)
+        if self._write_deadline != _NEVER:
+            handler.pause_writing()
+        return handler
 
     def _ask_redis(self, data: bytes, asked: Asked) -> None:
         """Have Redis asked for the answer to one whole request; `_looked` goes on when its reply is here."""
@@ -186,18 +194,18 @@ class Connection(asyncio.Protocol):
     def _hand_over(self) -> None:
         """Give the handler the request for which Redis is or was asked, and what was found."""
         assert self._looking is not None
-        assert self._handler is not None
         (data, self.asked), self._looking = self._looking, None
         self._phase = _Phase.IDLE
-        self._give(self._handler, data, whole=True)
+        self._give(data, whole=True)
 
     def eof_received(self) -> bool:
         """Handle the caller's FIN. True: keep the connection, to answer what has come."""
-        if self._handler is None or self._transport.get_extra_info("sslcontext") is not None:
+        if self._refused or self._transport.get_extra_info("sslcontext") is not None:
             return False
         if self._looking is not None:
             self._hand_over()
-        self._handler.eof_received()
+        if self._handler is not None:
+            self._handler.eof_received()
         if self._body is not None and not self._body.is_eof():
             return False  # the rest of the request will not come
         if self.listener.ticks - self._heard_at > PROMPT_TICKS:

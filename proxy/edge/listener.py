@@ -77,6 +77,10 @@ class Listener:
 
     def __call__(self) -> Connection:
         """Make the protocol of a new connection, for `loop.create_server`."""
+        return Connection(self, self._loop)
+
+    def handler(self, connection: Connection) -> Handler:
+        """Make aiohttp's protocol object for a connection."""
         handler = Handler(
             self._server,
             loop=self._loop,
@@ -86,8 +90,8 @@ class Listener:
             read_bufsize=65_536,  # a sixteenth as many HTTP chunks are parsed before the loop turns
             **PARSER_OPTIONS,
         )
-        handler.connection = Connection(self, handler, self._loop)
-        return handler.connection
+        handler.connection = connection
+        return handler
 
     def _tick(self) -> None:
         self.ticks += 1
