@@ -54,7 +54,7 @@ class Kept:
         self.prepared: tuple[Any, ...] = ()
         """What the edge has prepared of answers from it: a few at most, which go with it."""
         self.read = False
-        """It has answered since it was kept, or since it was last due."""
+        """It was asked for since it was kept, or since `due` last named it."""
         self.seen = seen
         """How many invalidations there had been when the counts were last found to be the same."""
         self.size = size
@@ -111,9 +111,10 @@ class Memory:
         return None if kept is None else kept.entry
 
     def held(self, key: Key) -> Kept | None:
-        """Give what is kept of `key` if it may answer without asking Redis; the caller checks its freshness.
+        """Give what is kept of `key` if it may answer without asking Redis, and note that it was read.
 
-        The clock is read here, after the request has come: a process that was stopped knows that it is late.
+        The caller checks its freshness. The clock is read here, after the request has come: a process that
+        was stopped knows that it is late.
         """
         kept = self._kept.get(key)
         return kept if kept is not None and self.answers(kept, key, self._monotonic()) else None
@@ -198,9 +199,9 @@ class Memory:
             kept.leave()
 
     def due(self, ahead_s: float, most: int) -> list[Key]:
-        """Name what has answered and is too old in less than `ahead_s`: the oldest first, at most `most`.
+        """Name what was read, and will be too old in less than `ahead_s`: the oldest first, at most `most`.
 
-        It is not named again before it has answered again.
+        It is not named again before it was read again.
         """
         now = self._monotonic()
         self._make_room(now)

@@ -1,9 +1,9 @@
 """Renews what memory is about to let go: what was read is looked up once more before it is too old to answer.
 
 The law of this file: it makes the lookup that the next request would make, only earlier, so that no request
-waits for it. The same mark is taken before, the same proof of what came, the same count of invalidations:
-nothing is kept longer than `max_age_s` after Redis, or the upstream, gave it. What was not read since is not
-looked up, and what Redis does not give stays as it is until it is too old.
+waits for it. The rules are the same: the mark is taken before, and an entry is kept for `max_age_s` from
+then, unless it was invalidated meanwhile. An entry that was not read since its last lookup is not looked up.
+An entry that Redis does not give stays in memory until it is too old.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ AHEAD = 0.2
 
 MOST_AT_ONCE = 32
 MOST = 1024
-"""Lookups that are on their way at the same time, and those of one look at memory."""
+"""Lookups that are in flight at the same time, and the most after one look at memory."""
 
 _LOOKS = 8
 _SHORTEST_PAUSE_S = 0.1
 _OFF_PAUSE_S = 1.0
-"""Memory that is off may be turned on while the service runs."""
+"""Seconds between two looks while memory is off: it may be turned on while the service runs."""
 
 
 async def renew(store: Store, memory: Memory, clock: Callable[[], float] = time.time) -> None:

@@ -313,8 +313,8 @@ class WriteUnknown(UpstreamError):
 def tells_outcome(status: int, retry_after_s: int | None, *, deletes: bool = False) -> bool:
     """Tell whether an answer of this status to a write says whether the write was carried out.
 
-    A 5xx does not, but for a 503 that says when to come again. One that `deletes` a snapshot is documented to
-    be answered 204 or with an error: another 2xx, or a redirect, says nothing.
+    A 5xx does not, but for a 503 with Retry-After. A request that `deletes` a snapshot is answered 204 or
+    with an error, says the documentation; so another 2xx, or a redirect, does not tell either.
     """
     if deletes and status < HTTPStatus.BAD_REQUEST:
         return status == HTTPStatus.NO_CONTENT

@@ -25,7 +25,7 @@ MOST_NAMED = 100
 """Up to so many ids of a body are invalidated one by one; more invalidate all of the caller's entries."""
 
 _NO_SNAPSHOTS = frozenset({"droplet", "volume", "database", "kubernetes"})
-"""What can be tagged and is no snapshot. A kind beyond these may be one: kinds grow, too."""
+"""Kinds of tagged resources that are no snapshots. Any other kind, also one that is new, may be one."""
 
 _OF_SNAPSHOTS = re.compile(r"/v2/snapshots(?![A-Za-z0-9_-])", re.IGNORECASE)  # snapshots.json too
 _HOP_BY_HOP = frozenset(
@@ -151,7 +151,7 @@ def scopes_of_write(
 def scopes_of_absence(target: str, partition: Partition, collections: Collection[str]) -> tuple[Scope, ...]:
     """Tell what a write that was answered 404 invalidates: the caller's lists and documents.
 
-    Like those of a DELETE of a snapshot that is gone: what the caller has cached may still show it.
+    What the write was for is gone, and what the caller has cached may still show it.
     """
     changed = changed_by(target, collections)
     return (EntryScope(Key(SNAPSHOT_LIST, partition, "")),) if changed else ()

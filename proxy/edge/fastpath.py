@@ -61,7 +61,7 @@ _ROUNDING_S = 1e-6
 """More than the rounding error of a sum or difference of Unix times."""
 
 MOST_COUNTERS = 4096
-"""Kinds of answers that are counted without looking their counters up."""
+"""Counters that are at hand, each of one route, outcome, status, caller and client."""
 
 
 class Reads(Protocol):
@@ -164,7 +164,7 @@ class FastPath:
         self._counter = lru_cache(MOST_COUNTERS)(counter)
 
     def forget(self) -> None:
-        """Drop what depends on the aliases and clients, and on what is logged."""
+        """Forget all that depends on aliases, on clients, or on which requests are logged."""
         self._questions.forget()
         self._hot.clear()
         self._unprepare()
@@ -234,7 +234,7 @@ class FastPath:
         self._look(asked.question.key, found)
 
     def found(self, asked: Asked) -> bytes | None:
-        """Give the whole answer and count it, if that is what Redis had. None: it is the handler's."""
+        """Give the whole answer and count it, if Redis had a fresh entry. None: the handler has to answer."""
         if asked.found is None:
             return None
         now = self._clock()
@@ -286,7 +286,8 @@ class FastPath:
     ) -> tuple[float, tuple[bytes, ...]]:
         """Give the entry's age, and all parts of an answer behind the request id.
 
-        `kept` is what memory has of the entry.
+        If memory has the entry (`kept`), and the answer is small, these parts are also remembered in `_hot`
+        for the rest of the second, of the first MOST_HOT questions in it.
         """
         told, age_s = ready.told, now - ready.called_at
         if now >= told.until:

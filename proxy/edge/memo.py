@@ -26,7 +26,7 @@ class Question:
         self.authorization = ""
         """What the header says, where the question is remembered without its request id."""
         self.kept: Kept | None = None
-        """Where memory had what is asked for: it holds nothing once that has left memory."""
+        """The place in memory where the entry was found last; it is empty once the entry has left memory."""
 
 
 Bytes = bytes | tuple[bytes, bytes]

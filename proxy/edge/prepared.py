@@ -22,10 +22,11 @@ MOST_BODY_BYTES = 65_536
 """A larger body is written by aiohttp, which waits for a caller who does not read."""
 
 MOST_KINDS = 1024
-"""Ends of heads that are shared by all answers of one length and lifetime."""
+"""Prepared ends of heads that are remembered, one for each pair of length and lifetime."""
 
 _REPORTED = 0.1
-"""An answer is prepared anew after this part of the lifetime: so reads are recorded for the refresh."""
+"""An answer is prepared anew after this part of the lifetime. Only then is a read recorded, which the choice
+of what to refresh needs."""
 
 _OK, _NOT_MODIFIED = 200, 304  # an enum's members would be half of the cost of `prepare`
 _OPENINGS = {
@@ -109,7 +110,7 @@ def prepare(
 
 @lru_cache(MOST_KINDS)
 def _end(fresh_s: int, length: int) -> tuple[int, bytes]:
-    """Write what follows `Age`; without a `length` (-1) there is no content. The number is shared, too."""
+    """Write what follows `Age`; a `length` of -1: there is no content. The `fresh_s` given is shared."""
     content = "" if length < 0 else f"Content-Type: {JSON}\r\nContent-Length: {length}\r\n"
     return fresh_s, f"\r\nCache-Control: private, max-age={fresh_s}\r\n{content}Date: ".encode()
 

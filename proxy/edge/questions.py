@@ -48,8 +48,7 @@ MOST_CALLERS = 4096
 MOST_HEADS = 256
 MOST_CLIENTS = 1024
 MOST_FORMS = 1024
-"""What is remembered of parts of questions: who asks; which headers a request has; which program sends it; in
-which form."""
+"""How many of each part of questions are remembered: callers, sets of headers, programs, forms."""
 
 _BEGIN = (b"GET /", b"HEAD /")
 _END = b"\r\n\r\n"

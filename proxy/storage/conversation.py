@@ -115,7 +115,7 @@ class Conversation:
         return self._announced[number]
 
     def left_s(self, announcement: Announcement, published: float) -> float:
-        """Give the longest time still to wait, if Redis took it at `published`. 0: it is complete."""
+        """Give the longest that is still to be waited, if Redis took it at `published`; 0: it is complete."""
         due = published + LONGEST_LEASE_S
         if not announcement.missing:
             due = min(due, self._knows_all_from())

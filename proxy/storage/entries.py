@@ -194,9 +194,9 @@ class Entries:
     # -- helpers -------------------------------------------------------------------------------
 
     def _reading(self, key: Key) -> "_Reading":
-        """Say how to read an entry and its stamps, and to make the snapshot's own stamp if that is missing.
+        """Give what reads an entry and its stamps, and makes the snapshot's own stamp if that is missing.
 
-        Where the entry is missing, this stamp mostly is, too: made here, it saves the fill a round trip.
+        If the entry is missing, this stamp mostly is, too. To make it here saves the fill a round trip.
         """
         keys = self._keys.of(key)
         commands: list[Command] = [("GET", name) for name in (keys.entry, *keys.stamps)]
@@ -222,7 +222,7 @@ class Entries:
         return found
 
     def _read(self, reading: "_Reading", replies: Sequence[Any]) -> "Lookup | _Incomplete":
-        """Tell what the replies to a lookup say. Raises Unavailable."""
+        """Make of the replies to a lookup what it found. Raises Unavailable."""
         keys, (value, *stamps) = reading.keys, replies
         if reading.own is not None and stamps[reading.own] is None:
             stamps[reading.own] = reading.proposal
@@ -251,8 +251,8 @@ class Entries:
     async def _mend(self, names: Sequence[bytes], found: "_Incomplete") -> Stamps:
         """Delete what is corrupt, make the stamps that are missing, and give all. Raises Unavailable.
 
-        Another replica that read the same may have put a stamp there since: that one stays, so that both
-        fetch on the same basis, under one lease.
+        Another replica may have made a missing stamp meanwhile: then that one counts, so that both fetch on
+        the same basis, under one lease.
         """
         stamps = dict(found.stamps)
         missing = [name for name in names if name not in stamps]
@@ -297,7 +297,7 @@ class _Reading(NamedTuple):
 
 
 class _Incomplete(NamedTuple):
-    """There is no entry, and not all stamps that a fill needs: these are there, and those are `corrupt`."""
+    """There is no entry, and a stamp that a fill needs is missing or `corrupt`; `stamps` are the others."""
 
     stamps: Mapping[bytes, bytes]
     corrupt: Mapping[bytes, Any]
@@ -318,7 +318,7 @@ def _verified(names: Sequence[bytes], stamps: Sequence[Any], corrupt: dict[bytes
 
 
 def _softened_at(names: Sequence[bytes], stamps: Sequence[Any], sealed: Stamps) -> float | None:
-    """Tell when stamps of an entry were softened; None if one has changed in another way, or is none."""
+    """Tell when the entry's stamps were softened last; None if one has changed otherwise, or is no stamp."""
     latest: float | None = None
     if len(sealed) != len(names):
         return None

@@ -69,11 +69,11 @@ class Leases:
     ) -> Leased | HeldElsewhere | Record | EntryChanged | None:
         """Try to be the replica that fetches `key` on this `basis`. None: Redis cannot tell. Never raises.
 
-        A holder before may have stored its entry and released the lease since the lookup: where the entry's
-        place has changed, the answer is EntryChanged. An entry that stands there is kept for `guard_s` more
-        at least: if it expired meanwhile, later lookups would see nothing, and ask for another lease. A `bid`
-        travels along, and is made only if this replica gets the lease: so none that waits for another holds a
-        call.
+        Another holder may have stored its entry and released the lease since the lookup: if the stored entry
+        is not the one that the lookup saw, the answer is EntryChanged. An entry that is there is kept for
+        `guard_s` more at least: if it expired during the fetch, later lookups would see nothing, and ask for
+        another lease. A `bid` travels along, and is put only if this replica gets the lease; so a replica
+        that waits for another one holds no call of the quota.
         """
         entry = self._keys.of(key).entry
         digest = self._keyring.mac(b"".join((*basis.stamps, basis.seen)))[:8].hex()
@@ -117,8 +117,7 @@ class Leases:
     async def _held(self, value: Any, ttl_ms: Any, name: bytes) -> HeldElsewhere | Record | None:
         """Read the value under a lease's key: its owner, or a record. Anything else is deleted: None.
 
-        A value that expires later than any lease is not ours either: each reader would wait for it. Raises
-        Unavailable.
+        So is a value that expires later than any lease can: replicas would wait for it. Raises Unavailable.
         """
         with suppress(CorruptValue):
             held = value if isinstance(value, bytes) else b""

@@ -32,7 +32,7 @@ _BY_KIND = {resource.kind: resource for resource in RESOURCES}
 
 
 class Unintelligible(Exception):
-    """A message that no replica with this secret and this version sent to this channel."""
+    """A message that does not verify or decode: no replica with this secret and version sent it."""
 
 
 class Beat(NamedTuple):

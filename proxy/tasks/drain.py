@@ -1,7 +1,8 @@
 """The drain's deadline: by then each request has its answer, since the process stops.
 
 It is infinite until the drain begins. From then on no wait lasts beyond it: new waits are bounded by it, and
-waits that began earlier are shortened. A wait that work of `spare_s` follows is shortened by as much more.
+waits that began earlier are shortened. If work of `spare_s` follows a wait, that is shortened by as much
+more.
 """
 
 import asyncio

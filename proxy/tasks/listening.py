@@ -89,7 +89,7 @@ class ListeningTimeout(_Timer):
     """Raise TimeoutError in the `with` block after `seconds` in which this process was listening.
 
     `None` sets no limit. A block is entered once, in a task; `restart` may move its limit at any time.
-    What `asyncio.timeout` does is done here, too, and not by one of these: a miss enters two blocks.
+    It does what `asyncio.timeout` does without using it, since a miss enters two blocks.
     """
 
     __slots__ = ("_cancelling", "_expired", "_task")
