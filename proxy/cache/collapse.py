@@ -38,11 +38,7 @@ STALE_PATIENCE_S = 1.0
 
 
 class Collapser:
-    """Lets requests share fetches.
-
-    `total_timeout_s` is the longest that a call to the upstream may take, `monotonic` gives the seconds that
-    deadlines count in.
-    """
+    """Lets requests share fetches. `monotonic` gives the seconds that deadlines count in."""
 
     def __init__(
         self,
@@ -50,15 +46,12 @@ class Collapser:
         gate: Gate,
         fetcher: Fetcher,
         *,
-        total_timeout_s: float,
         monotonic: Callable[[], float],
         drain: DrainDeadline,
     ) -> None:
         self._store = store
         self._gate = gate
         self._fetcher = fetcher
-        self.total_timeout_s = total_timeout_s
-        """Another one counts from the next request on."""
         self._monotonic = monotonic
         self._drain = drain
 
@@ -81,7 +74,7 @@ class Collapser:
         wanted = call.directives
         if not call.target.cacheable or wanted.no_cache or wanted.no_store:
             return False
-        return wanted.max_age_s is None or wanted.max_age_s >= self.total_timeout_s
+        return wanted.max_age_s is None or wanted.max_age_s >= self._fetcher.total_timeout_s
 
     # -- over all replicas ---------------------------------------------------------------------
 
@@ -130,7 +123,8 @@ class Collapser:
         other replica may be waiting for the same quota.
         """
         now = self._monotonic()
-        last = due.began + STALE_PATIENCE_S if mode is HAS_FALLBACK else due.wait + self.total_timeout_s
+        given_up = due.wait + self._fetcher.total_timeout_s
+        last = due.began + STALE_PATIENCE_S if mode is HAS_FALLBACK else given_up
         if now > min(last, self._drain.due):
             return UpstreamFailedElsewhere(
                 "another replica fetches this, and did not bring it in time; this one did not ask the API",

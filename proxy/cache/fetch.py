@@ -144,7 +144,7 @@ class Fetcher:
         self._policy = policy
         self._memory = memory
         self._invalidator = invalidator
-        self._total_timeout_s = total_timeout_s
+        self.total_timeout_s = total_timeout_s
         self._max_wait_s = max_wait_s
         self._observe = observe
         self._monotonic = monotonic
@@ -152,13 +152,13 @@ class Fetcher:
 
     def rule(self, policy: Policy, *, total_timeout_s: float, max_wait_s: float) -> None:
         """Fetch by other rules from the next fetch on."""
-        self._policy, self._total_timeout_s, self._max_wait_s = policy, total_timeout_s, max_wait_s
+        self._policy, self.total_timeout_s, self._max_wait_s = policy, total_timeout_s, max_wait_s
 
     def due(self) -> Due:
         """Give the deadlines of a fetch that begins now."""
         began = self._monotonic()
         wait = began + self._max_wait_s
-        return Due(began, wait, wait + self._total_timeout_s + _SPARE_S)
+        return Due(began, wait, wait + self.total_timeout_s + _SPARE_S)
 
     async def fetch(
         self,

@@ -125,20 +125,16 @@ class ReadThrough:
             monotonic=monotonic,
             draw=draw,
         )
+        self.rule = self._fetcher.rule
+        """Answer by other rules from the next fetch on; what is stored keeps its lifetimes."""
         self._collapser = Collapser(
             store,
             gate,
             self._fetcher,
-            total_timeout_s=total_timeout_s,
             monotonic=monotonic,
             drain=drain,
         )
         self._refresher = Refresher(store, self._collapser, flights, observe=observe, clock=clock)
-
-    def rule(self, policy: Policy, *, total_timeout_s: float, max_wait_s: float) -> None:
-        """Answer by other rules from the next fetch on; what is stored keeps its lifetimes."""
-        self._fetcher.rule(policy, total_timeout_s=total_timeout_s, max_wait_s=max_wait_s)
-        self._collapser.total_timeout_s = total_timeout_s
 
     async def get(self, call: Call, found: Found | None = None) -> Served | Failed:
         """Answer one read that the fast path did not answer, by what the store has.
