@@ -65,7 +65,7 @@ async def write(store: Any, ledger: Any) -> dict[str, Any]:
     await _basis(store, ENDED)
     assert await store.invalidate(EntryScope(ENDED))
     await _basis(store, OF_REFUSED)
-    assert await store.invalidate(CallerScope(REFUSED), refusal=REFUSAL)
+    assert await store.invalidate(CallerScope(REFUSED), rejection=REFUSAL)
     for seconds, remaining in ((0, 97), (10, 90), (20, None)):
         admitted = await _admit(ledger, NOW + seconds)
         settled = {"answered": True, "known": True, "now": NOW + seconds + 0.5}

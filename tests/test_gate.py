@@ -827,7 +827,7 @@ def test_why_a_call_would_not_be_made(spent: int, window: str | None) -> None:
         it = gate()
         for _ in range(spent):
             it.ledger.of(SOMEBODY).count(now())
-        refusal = await it.shield.refusal(call(), CallClass.MISS)
+        refusal = await it.shield.quota_spent(call(), CallClass.MISS)
         assert (refusal and refusal.window) == window
         assert it.ledger.of(SOMEBODY).remaining()[0] == 10 - spent
 
@@ -842,7 +842,7 @@ def test_a_call_on_its_way_tells_first() -> None:
         it.api.takes_s = 1.0
         first = ask(it)
         await settle_down()
-        assert await it.shield.refusal(call(), CallClass.MISS) is None
+        assert await it.shield.quota_spent(call(), CallClass.MISS) is None
         assert await outcome(first) == 200
 
     run(main())

@@ -146,10 +146,12 @@ class Store:
         assert lease == LEASE
         self.released.append(record)
 
-    async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+    async def invalidate(
+        self, scope: Scope, *, by_read: bool = False, rejection: Entry | None = None
+    ) -> bool:
         """Be told what is invalidated, what answers instead, and whether a read's 403 or 404 is the cause."""
         await asyncio.sleep(0)
-        self.told.append(("drop" if by_read else "invalidate", scope, refusal))
+        self.told.append(("drop" if by_read else "invalidate", scope, rejection))
         return not self.away
 
     @property
@@ -182,7 +184,7 @@ class Upstream:
     def bid(self, call: Call, call_class: CallClass, *, patient: bool) -> None:
         """Ask by itself only."""
 
-    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+    async def quota_spent(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
         """Say why a call would not be made now."""
         assert (call.key, call_class) == (KEY, CallClass.MISS)
         await asyncio.sleep(0)
@@ -1635,12 +1637,12 @@ async def test_what_a_write_elsewhere_invalidates(
 
 @pytest.mark.G2
 @pytest.mark.parametrize("away", [False, True], ids=["store-up", "store-down"])
-@pytest.mark.parametrize("refusal", [None, REFUSAL], ids=["silently", "with-a-refusal"])
-async def test_a_token_that_is_refused_elsewhere(refusal: Entry | None, away: bool) -> None:
+@pytest.mark.parametrize("rejection", [None, REFUSAL], ids=["silently", "with-a-refusal"])
+async def test_a_token_that_is_refused_elsewhere(rejection: Entry | None, away: bool) -> None:
     """A 401 on any request invalidates all of the caller's entries; its body answers for a while."""
     path = Path(Store(missing(), away=away), Upstream(said()))
-    assert await path.invalidate("unauthorized", CallerScope(THEIRS), refusal=refusal) is not away
-    assert path.store.told == [("invalidate", CallerScope(THEIRS), refusal)]
+    assert await path.invalidate("unauthorized", CallerScope(THEIRS), rejection=rejection) is not away
+    assert path.store.told == [("invalidate", CallerScope(THEIRS), rejection)]
     assert path.noted == [Invalidation("unauthorized")]
 
 

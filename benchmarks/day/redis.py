@@ -87,7 +87,7 @@ class MemoryStore:
         self._keys = Keys("memory")
         self._names: dict[Key, EntryKeys] = {}
         self._stamps: dict[bytes, bytes] = {}
-        self._refusals: dict[Partition, Entry] = {}
+        self._rejections: dict[Partition, Entry] = {}
         self._ended: dict[Key, float] = {}
         """Until when an entry counts as just invalidated by itself."""
         self._leases: dict[bytes, _Lease] = {}
@@ -98,9 +98,9 @@ class MemoryStore:
     @_question
     def lookup(self, key: Key) -> Lookup:
         """Find an entry, and what a fill would rest on."""
-        refusal = self._refusals.get(key.partition)
-        if refusal is not None and refusal.is_fresh(self._now()):
-            return Lookup(refusal, None)
+        rejection = self._rejections.get(key.partition)
+        if rejection is not None and rejection.is_fresh(self._now()):
+            return Lookup(rejection, None)
         stamps, kept = self._stamps_of(key), self._standing(key)
         if kept is None:
             return Lookup(None, FillPrecondition(stamps, b""))
@@ -178,8 +178,8 @@ class MemoryStore:
                 self._leases[lease.name] = _Lease(b"", self._now() + RECORD_MS / 1000, record)
 
     @_question
-    def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
-        """Invalidate, and put in an entry's place what keeps earlier fetches out, or a `refusal`."""
+    def invalidate(self, scope: Scope, *, by_read: bool = False, rejection: Entry | None = None) -> bool:
+        """Invalidate, and put in an entry's place what keeps earlier fetches out, or a `rejection`."""
         del by_read  # it counts nothing
         match scope:
             case EntryScope(key):
@@ -188,9 +188,9 @@ class MemoryStore:
                 self.kept[key] = Kept(nothing, (), next(self._nonces), self._now() + _GUARD_S)
                 stamps = [self._keys.lists_of(key.partition)]
             case CallerScope(partition):
-                self._refusals.pop(partition, None)
-                if refusal is not None:
-                    self._refusals[partition] = refusal
+                self._rejections.pop(partition, None)
+                if rejection is not None:
+                    self._rejections[partition] = rejection
                 stamps = [self._keys.caller(partition)]
             case SnapshotsScope(snapshot_ids):
                 stamps = [self._keys.lists, *map(self._keys.snapshot, snapshot_ids)]

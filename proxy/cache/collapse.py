@@ -134,7 +134,7 @@ class Collapser:
                 retry_after_s=None,
             )
         if asked_at < due.wait <= now:
-            return await self._gate.refusal(call, mode.call_class)
+            return await self._gate.quota_spent(call, mode.call_class)
         return None
 
     async def _fetch_leased(

@@ -191,8 +191,8 @@ class Fetcher:
             case Keep():
                 lease = None if licence is None else licence.lease
                 return await self._fill(call, lookup, mark, answer, verdict, lease=lease)
-            case TokenRejected(_, refusal):
-                await self._reject_token(call, refusal)
+            case TokenRejected(_, rejection):
+                await self._reject_token(call, rejection)
             case Denied():
                 await self._invalidator.invalidate("read", EntryScope(call.key))
             case PassOn(body, content_type) if content_type:
@@ -285,8 +285,8 @@ class Fetcher:
                 invalidated = await self._invalidate_deleted(call)
             case Absent():
                 invalidated = await self._invalidator.invalidate("delete", EntryScope(call.key))
-            case TokenRejected(_, refusal):
-                invalidated = await self._reject_token(call, refusal)
+            case TokenRejected(_, rejection):
+                invalidated = await self._reject_token(call, rejection)
             case PassOn():
                 pass
         return Deletion(_passed_on(answer, verdict.body, writes=True), invalidated)
@@ -294,9 +294,9 @@ class Fetcher:
     async def _invalidate_deleted(self, call: Call) -> bool:
         return await self._invalidator.invalidate("delete", *scopes_of_delete(call, self._policy.collections))
 
-    async def _reject_token(self, call: Call, refusal: Entry | None) -> bool:
+    async def _reject_token(self, call: Call, rejection: Entry | None) -> bool:
         scope = CallerScope(call.key.partition)
-        return await self._invalidator.invalidate("unauthorized", scope, refusal=refusal)
+        return await self._invalidator.invalidate("unauthorized", scope, rejection=rejection)
 
 
 async def _compressed(entry: Entry) -> Entry:

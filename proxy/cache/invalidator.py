@@ -22,13 +22,13 @@ class Invalidator:
         self._observe = observe
 
     async def invalidate(
-        self, cause: Cause | Literal["read"], *scopes: Scope, refusal: Entry | None = None
+        self, cause: Cause | Literal["read"], *scopes: Scope, rejection: Entry | None = None
     ) -> bool:
         """Invalidate what `scopes` cover, if there are any. Tell whether it is done on all replicas.
 
         False: Redis did not answer. The store sends the invalidation once a second until Redis takes it, and
-        until then this replica serves no entry that it covers. A `refusal` is the entry of a 401: it answers
-        all lookups of that caller while it lasts.
+        until then this replica serves no entry that it covers. A `rejection` is the entry of a 401: it
+        answers all lookups of that caller while it lasts.
         """
         if scopes and cause != "read":
             self._observe(Invalidation(cause))
@@ -36,7 +36,7 @@ class Invalidator:
             self.memory.invalidate(scope)
         done = True
         for scope in scopes:
-            if not await self._store.invalidate(scope, by_read=cause == "read", refusal=refusal):
+            if not await self._store.invalidate(scope, by_read=cause == "read", rejection=rejection):
                 self.memory.invalidate(scope)  # once more: a lookup meanwhile still found what is pending now
                 done = False
         return done

@@ -68,10 +68,12 @@ class Store(Protocol):
     async def release(self, lease: Leased, record: Record | None) -> None:
         """Give the lease up, and leave an outcome that is not stored as a `record` for the others."""
 
-    async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+    async def invalidate(
+        self, scope: Scope, *, by_read: bool = False, rejection: Entry | None = None
+    ) -> bool:
         """Invalidate what `scope` covers, entries whose fetch is in flight included.
 
-        `by_read`: a read was answered 403 or 404; no write or purge asked for it. A `refusal` comes with a
+        `by_read`: a read was answered 403 or 404; no write or purge asked for it. A `rejection` comes with a
         CallerScope, and answers the caller's lookups while it lasts. Tell whether the store did it now; else
         it is pending, and the store does it when Redis can be reached.
         """
@@ -120,7 +122,7 @@ class Gate(Protocol):
     def told(self, partition: Partition) -> RateLimit:
         """Give what the caller is told about its quota, without asking for it; it changes in place."""
 
-    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+    async def quota_spent(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
         """Say why the quota would refuse a call now; None if not, or only until a call is answered."""
 
 

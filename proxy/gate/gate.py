@@ -215,7 +215,7 @@ class UpstreamGate:
                 await context.tell()
             yield answer
 
-    async def refusal(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
+    async def quota_spent(self, call: Call, call_class: CallClass) -> QuotaSpent | None:
         """Say why the quota would refuse a call now; None if not, or only until a call is answered."""
         postponed = await self._accounts.foresee(self._account(call.caller), call_class, 1)
         return None if postponed is None or postponed.window == "turn" else spent(postponed)

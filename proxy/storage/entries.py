@@ -239,9 +239,9 @@ class Entries:
                     return Lookup(entry, FillPrecondition(_seals(stamps), seen))
         except CorruptValue:
             corrupt[keys.entry] = value
-        refusal = self._refusal(stamps[0], keys.stamps[0])  # each row depends on its caller first
-        if refusal is not None:
-            return Lookup(refusal, None)
+        rejection = self._rejection(stamps[0], keys.stamps[0])  # each row depends on its caller first
+        if rejection is not None:
+            return Lookup(rejection, None)
         # The entry was invalidated, or there is none. A fill is sealed with the stamps as they are now.
         verified = _verified(keys.stamps, stamps, corrupt)
         if corrupt or len(verified) < len(stamps):
@@ -272,7 +272,7 @@ class Entries:
                 raise Unavailable(too_slow=False) from None
         return tuple(stamps[name] for name in names)
 
-    def _refusal(self, value: Any, name: bytes) -> Entry | None:
+    def _rejection(self, value: Any, name: bytes) -> Entry | None:
         """Read the cached 401 that replaces the caller's stamp, if there is one."""
         if not isinstance(value, bytes) or is_stamp(value, name):
             return None

@@ -212,13 +212,15 @@ class Invalidations:
         self._observe = observe
         self._clock = clock
 
-    async def invalidate(self, scope: Scope, *, by_read: bool = False, refusal: Entry | None = None) -> bool:
+    async def invalidate(
+        self, scope: Scope, *, by_read: bool = False, rejection: Entry | None = None
+    ) -> bool:
         """Invalidate what `scope` covers, and tell whether Redis did it; else it is pending. Never raises.
 
         It is published in the same round trip, in a Cluster after it. This returns when no other replica
         serves any of it from its memory: at most 1.1 s after Redis did it.
 
-        `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `refusal` comes with a
+        `by_read`: a read was answered 403 or 404; it is counted as `drop`. A `rejection` comes with a
         CallerScope.
         """
         stamps, soft = self._stamps(scope), isinstance(scope, SoftScope)
@@ -226,8 +228,8 @@ class Invalidations:
         match scope:
             case EntryScope(key):
                 groups = [self._replace(key)]
-            case CallerScope(partition) if refusal is not None:
-                groups = [[self._refuse(partition, refusal)]]
+            case CallerScope(partition) if rejection is not None:
+                groups = [[self._reject(partition, rejection)]]
             case _:
                 groups = in_order(stamps, self._clock(), stamps if soft else ())
         operation: Literal["end", "drop"] = "drop" if by_read else "end"
@@ -282,11 +284,11 @@ class Invalidations:
             ("SET", name, value, "EX", self.guard_s),
         ]
 
-    def _refuse(self, partition: Partition, refusal: Entry) -> Command:
-        """Replace the caller's stamp by the `refusal`, a cached 401, until that has expired.
+    def _reject(self, partition: Partition, rejection: Entry) -> Command:
+        """Replace the caller's stamp by the `rejection`, a cached 401, until that has expired.
 
         Every lookup of this caller finds it, and nothing else.
         """
         caller = self._keys.caller(partition)
-        lasts_ms = max(int((refusal.lifetimes.fresh_s - refusal.age_s(self._clock())) * 1000), 1)
-        return ("SET", caller, seal(refusal, (), caller, self._keyring), "PX", lasts_ms)
+        lasts_ms = max(int((rejection.lifetimes.fresh_s - rejection.age_s(self._clock())) * 1000), 1)
+        return ("SET", caller, seal(rejection, (), caller, self._keyring), "PX", lasts_ms)

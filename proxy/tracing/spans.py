@@ -267,7 +267,7 @@ class _TracedGate:
         self.stream = _streaming_within(waiting, gate.stream)
         self.bid = gate.bid
         self.told = gate.told
-        self.refusal = gate.refusal
+        self.quota_spent = gate.quota_spent
 
 
 class _TracedUpstream:

@@ -108,7 +108,7 @@ class Pair:
                 case 0:
                     assert await store.invalidate(EverythingScope())
                 case 1:
-                    assert await store.invalidate(CallerScope(key.partition), refusal=refusal)
+                    assert await store.invalidate(CallerScope(key.partition), rejection=refusal)
                 case 2 | 3 | 4:
                     assert await store.invalidate(SnapshotsScope((key[1],)))
                 case _:

@@ -383,7 +383,7 @@ async def test_a_look_without_a_task_finds_the_same(one: Replica, key: Key) -> N
     assert looked.entry.purged_at is not None
     await one.store.invalidate(EntryScope(key))
     refusal = replace(GUARDED, status=401, called_at=time.time())
-    await one.store.invalidate(CallerScope(key.partition), refusal=refusal)
+    await one.store.invalidate(CallerScope(key.partition), rejection=refusal)
     await is_the_same()
     assert await one.looked(key) == Lookup(refusal, None)
 
