@@ -22,7 +22,6 @@ from proxy.system.openssl import mended_by, openssl_words
 
 _LEAST_VERSION = 7  # EXPIRE ... GT
 _PINGS = 20
-_MOST_WORDS = 160
 _NO_TLS = "wrong version number"
 _SUITABLE = (
     "Redis 7 or newer, or Valkey: a primary with room, and with rights for this user on the key prefix"

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.exceptions import (
     AuthenticationError,
     ConnectionError as RedisConnectionError,
@@ -136,11 +135,6 @@ def lost(error: Exception, password: str = "") -> Refusal:
     """Explain why a connection that was usable was closed."""
     found = refused(error, password=password)
     return Refusal("lost", found.reason) if found.cause == "unreachable" else found
-
-
-def password_of(client: Redis) -> str:
-    """Give the password that `client` sends, so that it can be kept out of words; empty without one."""
-    return str(client.connection_pool.connection_kwargs.get("password") or "")
 
 
 def words(error: BaseException, password: str = "") -> str:
