@@ -56,13 +56,13 @@ local key, known_key, others_key, operation_key, path_key, fields = KEYS[1], KEY
 local windows = {m = minute, h = hour}
 local flat = redis.pcall('HGETALL', key)
 local corrupt = flat.err
+local find, sub, number = string.find, string.sub, tonumber -- a full minute has 60 of these
 for i = 1, #flat, 2 do
   local name, value = flat[i], flat[i + 1]
-  local prefix, bucket = string.match(name, '^([mh])(%d+)$')
-  if prefix and string.match(value, '^%d+$') and #value < 10 then
-    windows[prefix].buckets[tonumber(bucket)] = tonumber(value)
-  elseif string.match(name, '^%u$') and string.match(value, '^%d+%.%d+$') then
-    fields[name] = tonumber(value)
+  if find(name, '^[mh]%d+$') and find(value, '^%d+$') and #value < 10 then
+    windows[sub(name, 1, 1)].buckets[number(sub(name, 2))] = number(value)
+  elseif find(name, '^%u$') and find(value, '^%d+%.%d+$') then
+    fields[name] = number(value)
   else
     corrupt = true
   end
@@ -75,6 +75,7 @@ end
 local function set(name, value)
   if value then
     value = string.format('%.6f', value)
+    if fields[name] == tonumber(value) then return end
     redis.call('HSET', key, name, value)
     fields[name] = tonumber(value)
   elseif fields[name] then
@@ -82,8 +83,10 @@ local function set(name, value)
     fields[name] = nil
   end
 end
+local known_now
 local function is_known()
-  return redis.call('EXISTS', known_key) == 1
+  if known_now == nil then known_now = redis.call('EXISTS', known_key) == 1 end
+  return known_now
 end
 local function expire()
   local window = (fields.C or is_known()) and hour or minute
@@ -113,6 +116,9 @@ local function take(window, at)
   put(window, bucket, -1)
   return 1
 end
+local function move(window, at) -- count as made now what was counted as made at another time
+  if math.floor(at / window.bucket) ~= math.floor(now / window.bucket) then add(window, now, take(window, at)) end
+end
 local function wait(window, ceiling, need)
   local excess = window.total + need - ceiling
   if excess <= 0 then return 0 end
@@ -125,21 +131,13 @@ local function wait(window, ceiling, need)
   end
   return window.length
 end
-local function ceiling(limit, kept, share)
-  return math.max(math.floor(limit * kept * share), 1)
-end
+local function ceiling(limit, kept, share) return math.max(math.floor(limit * kept * share), 1) end
 local function pause()
   return math.min(math.max(now - (fields.X or 0), minute.length / PAUSES), hour.length / PAUSES)
 end
-local function probe_ends(at)
-  return tonumber(string.format('%.6f', at - math.max(call - PROBE_S, 0)))
-end
-local function turn_ends(at)
-  return tonumber(string.format('%.6f', at - math.max(call - TURN_S, 0)))
-end
-local function left(window)
-  return math.max(window.limit - window.total, 0)
-end
+local function probe_ends(at) return tonumber(string.format('%.6f', at - math.max(call - PROBE_S, 0))) end
+local function turn_ends(at) return tonumber(string.format('%.6f', at - math.max(call - TURN_S, 0))) end
+local function left(window) return math.max(window.limit - window.total, 0) end
 local function postpone(seconds, why)
   return {0, string.format('%.6f', seconds), why, left(minute), left(hour), hour.limit}
 end
@@ -266,8 +264,8 @@ end
 if question == 'settle' then
   local at, told, probe = tonumber(ARGV[10]), tonumber(ARGV[11]), ARGV[12] == '1'
   local answered, known, limit, kept = ARGV[13] == '1', ARGV[14], tonumber(ARGV[15]), tonumber(ARGV[16])
-  add(minute, now, take(minute, at))
-  add(hour, now, take(hour, at))
+  move(minute, at)
+  move(hour, at)
   if probe and fields.P == probe_ends(at) then
     if answered then
       set('P', nil)
@@ -323,6 +321,7 @@ if question == 'settle' then
   end
   if known == '1' then redis.call('SET', known_key, 1, 'EX', KNOWN_S) end
   if known == '0' then redis.call('DEL', known_key) end
+  if known ~= '' then known_now = known == '1' end
   expire()
   return {}
 end
