@@ -1412,7 +1412,7 @@ def fails(proxy_error: str, kind: type[UpstreamError] = UpstreamUnreachable) -> 
         pytest.param(lambda: answer(404), 404, "", False, id="refused"),
         pytest.param(lambda: answer(500), 500, "", True, id="500"),
         pytest.param(lambda: answer(503), 503, "", True, id="503"),
-        pytest.param(lambda: replace(answer(503), retry_after_s=7), 503, "", False, id="503-that-says-when"),
+        pytest.param(lambda: answer(503)._replace(retry_after_s=7), 503, "", False, id="503-that-says-when"),
         pytest.param(fails("connection_refused"), None, "connection_refused", False, id="nothing-there"),
         pytest.param(fails("dns_error"), None, "dns_error", False, id="no-name"),
         pytest.param(fails("tls_certificate_error"), None, "tls_certificate_error", False, id="untrusted"),

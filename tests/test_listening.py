@@ -169,14 +169,14 @@ def test_an_alarm_rings_once(*, stopped: bool) -> None:
 
     async def main() -> None:
         rung: list[float] = []
-        alarm = ListeningAlarm(lambda: rung.append(now()))
+        alarm = ListeningAlarm(2.0, lambda: rung.append(now()))
         began = now()
-        alarm.start(2.0)
+        alarm.start()
         if stopped:
             await asyncio.sleep(1.9)
             alarm.stop()
-            alarm.start(1.0)
+            alarm.start()
         await asyncio.sleep(60)
-        assert rung == [pytest.approx(began + (2.9 if stopped else 2.0))]
+        assert rung == [pytest.approx(began + (3.9 if stopped else 2.0))]
 
     run(main())

@@ -8,6 +8,7 @@ its answer to a DELETE mean? None of them reads a clock or draws a number.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from typing import NamedTuple
 
 from proxy.core.cache_status import Fwd
 from proxy.core.entry import Entry, Freshness, Lifetimes
@@ -91,8 +92,7 @@ def _on_lookup(entry: Entry | None, directives: Directives, now: float) -> Hit |
 # -- the second question -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The upstream's answer to one call. `called_at` is when the call was sent (Unix seconds).
 
     `ratelimit` are the headers of that name, which only the caller of this call gets; `validator` is the

@@ -8,7 +8,7 @@ DigitalOcean's official specification.
 
 import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import orjson
@@ -203,7 +203,9 @@ def _instant(value: Any) -> str:
         raise _Unfit("is not an RFC 3339 date-time")
     day, minute, second, fraction, sign, hours, minutes = match.groups()
     try:
-        local = datetime.fromisoformat(f"{day}T{minute}").replace(tzinfo=UTC)
+        local = datetime.fromisoformat(f"{day}T{minute}")
+        if not sign and not fraction:
+            return f"{day}T{minute}:{second}Z"
         offset = timedelta(hours=int(hours), minutes=int(minutes)) if sign else timedelta()
         moment = local - offset if sign == "+" else local + offset
     except (ValueError, OverflowError):

@@ -11,7 +11,6 @@ import math
 from collections import defaultdict
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from http import HTTPStatus
 
 from proxy.core.breaker import Breaker
@@ -174,7 +173,7 @@ class UpstreamGate:
                     )
                 )
                 context.answered(answer.status, answer.ratelimit, answer.retry_after_s, answer.body)
-                return replace(answer, remaining_share=context.remaining_share)
+                return answer._replace(remaining_share=context.remaining_share)
         finally:
             if bid is not None and bid.asked:  # it was refused before the ledger's answer was taken
                 await bid.drop()

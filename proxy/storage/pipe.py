@@ -30,7 +30,7 @@ class Pipe:
     """
 
     __slots__ = (
-        *("_alarm", "_commands", "_replies", "_then", "_timeout_s", "_unknown"),
+        *("_alarm", "_commands", "_replies", "_then", "_unknown"),
         *("asks", "before", "over", "tried", "wire"),
     )
 
@@ -44,8 +44,7 @@ class Pipe:
         """How many round trips there had been when it was sent."""
         self.over = asyncio.Event()
         """Set when this connection is not to be used again."""
-        self._timeout_s = timeout_s
-        self._alarm = ListeningAlarm(self._late)
+        self._alarm = ListeningAlarm(timeout_s, self._late)
         self._then: Callable[[Told], None] | None = None
         self._commands: Sequence[Command] = ()
         self._replies: list[Any] = []
@@ -89,7 +88,7 @@ class Pipe:
         self._then = None
 
     def _send(self, commands: Sequence[Command]) -> None:
-        self._alarm.start(self._timeout_s)
+        self._alarm.start()
         try:
             self.wire.send(commands, self._told)
         except Exception as error:  # noqa: BLE001 # a command that cannot be written

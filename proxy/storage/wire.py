@@ -61,6 +61,8 @@ class Wire(asyncio.Protocol):
         self._replies: list[Any] = []
         self._then: Callable[[list[Any] | Exception], None] | None = None
         self._ended = asyncio.Event()
+        self.has_ended = False
+        """The connection, once open, has been closed."""
 
     @property
     def password(self) -> str:
@@ -71,11 +73,6 @@ class Wire(asyncio.Protocol):
     def address(self) -> Address:
         """Where it leads; without a host for a Unix socket, or where that is not known before it is open."""
         return Address(self._endpoint.host, self._endpoint.port)
-
-    @property
-    def has_ended(self) -> bool:
-        """Tell whether the connection, once open, has been closed."""
-        return self._ended.is_set()
 
     async def open(self) -> None:
         """Connect, authenticate, select the database, and wait for the reply to a PING.
@@ -156,6 +153,7 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail the pipeline that is on its way."""
         self._transport = None
+        self.has_ended = True
         self._ended.set()
         if self.on_lost is not None:
             self.on_lost()

@@ -80,12 +80,16 @@ class _Aboard:
         self.abandoned = False
         self.idle = False
 
-    @contextmanager
-    def idling(self) -> Iterator[None]:
-        """Raise Abandoned here when the last caller leaves, or has left."""
+    def end_if_left(self) -> None:
+        """Raise Abandoned if the last caller has left."""
         if not self.callers:
             self.abandoned = True
             raise Abandoned
+
+    @contextmanager
+    def idling(self) -> Iterator[None]:
+        """Raise Abandoned here when the last caller leaves, or has left."""
+        self.end_if_left()
         self.idle = True
         try:
             yield
@@ -148,8 +152,9 @@ def while_awaited() -> AbstractContextManager[None]:
 
 def end_if_abandoned() -> None:
     """Raise Abandoned where the flight has no callers left."""
-    with while_awaited():
-        pass
+    aboard = _CURRENT.get()
+    if aboard is not None:
+        aboard.end_if_left()
 
 
 class Flights(Generic[T]):

@@ -62,24 +62,25 @@ class _Timer:
 
 
 class ListeningAlarm(_Timer):
-    """Calls `ring` when this process has listened for so many seconds since `start`, unless it is stopped."""
+    """Calls `ring` when this process has listened for `seconds` since `start`, unless it is stopped."""
 
     __slots__ = ("_ring",)
 
-    def __init__(self, ring: Callable[[], None]) -> None:
-        super().__init__(None)
+    def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
+        super().__init__(seconds)
         self._ring = ring
-
-    def start(self, seconds: float) -> None:
-        """Begin to count; it must not run."""
         self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        """Begin to count; it must not run."""
         self._left = STEPS
-        self._step_s = _step_s(seconds)
         self._begin()
 
     def stop(self) -> None:
         """Stop counting."""
-        self._disarm()
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
     def _over(self) -> None:
         self._ring()

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -53,6 +52,13 @@ def way() -> Way:
 class _Protocol(ResponseHandler):
     """aiohttp's protocol object: 256 KiB of small answers in one read would take it 60 ms."""
 
+    freed_at: float | None = None
+    """When the connection was last given back, in monotonic seconds; None: it is new."""
+
+    def freed(self) -> None:
+        """Note that the connection is given back."""
+        self.freed_at = time.monotonic()
+
     def data_received(self, data: bytes) -> None:
         """Parse what came. Too many answers are an error, as what is no HTTP is."""
         for start in range(0, len(data) or 1, _SLICE_BYTES):
@@ -77,8 +83,6 @@ class Pool(aiohttp.TCPConnector):
         make: Callable[..., ResponseHandler] = _Protocol
         self._factory = partial(make, loop=self._loop)
         self.connect_timeout_s = connect_timeout_s
-        self._freed: WeakKeyDictionary[ResponseHandler, float] = WeakKeyDictionary()
-        """When each connection was last given back, in monotonic seconds."""
         self._stale_until = 0.0
 
     def distrust(self) -> None:
@@ -98,10 +102,10 @@ class Pool(aiohttp.TCPConnector):
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise self._unreachable(error) from None
         protocol = connection.protocol
-        assert protocol is not None
+        assert isinstance(protocol, _Protocol)
         here = _WAY.get()
-        here.connected, here.kept = True, protocol in self._freed
-        connection.add_callback(partial(self._give_back, protocol))
+        here.connected, here.kept = True, protocol.freed_at is not None
+        connection.add_callback(protocol.freed)
         return connection
 
     async def _usable(
@@ -118,12 +122,9 @@ class Pool(aiohttp.TCPConnector):
         return connection
 
     def _is_spoilt(self, protocol: ResponseHandler | None) -> bool:
-        if protocol is None or protocol.should_close:
+        if not isinstance(protocol, _Protocol) or protocol.should_close:
             return True
-        return self._freed.get(protocol, self._stale_until) < self._stale_until
-
-    def _give_back(self, protocol: ResponseHandler) -> None:
-        self._freed[protocol] = time.monotonic()
+        return protocol.freed_at is not None and protocol.freed_at < self._stale_until
 
     def _unreachable(self, error: Exception) -> UpstreamUnreachable:
         """Say why there is no connection, in our words and RFC 9209's."""
