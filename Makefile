@@ -7,12 +7,14 @@ PYTHON ?= $(shell for each in python3 python3.11 python3.12 python3.13 python3.1
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
-# A file's tests run in one process: they share servers. The slowest files come first (tests/conftest.py). Tests of
-# services wait half of their time: three processes keep two cores busy.
-PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
-# Several processes at once are a load that some bounds of time were not made for: what fails has to pass alone.
+# Tests import their files in several processes, and start the program hundreds of times: from compiled files.
+export PYTHONDONTWRITEBYTECODE :=
+# A file's tests run in one process: they share servers. The slowest files come first (tests/conftest.py).
+PARALLEL := --dist loadfile --no-loadscope-reorder -n 3
+# Tests of services wait half of their time: four processes keep two cores busy. Several at once are a load that some
+# bounds of time were not made for: what fails has to pass alone.
 passes = $(BIN)/python -m pytest $(PARALLEL) $(1) \
-	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1)
+	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1) -n 0
 
 .PHONY: help demo quick test test-long simulate check lengths format bench screenshot clean
 .DELETE_ON_ERROR:
@@ -27,15 +29,16 @@ demo: $(VENV)/.runtime
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) --quick $(ARGS)
 
-# All tests but the long ones; or what ARGS says: make test ARGS="tests/core -x". The parts are covered by their own tests:
-# those of whole services come on top, uncounted, and take two thirds of the time that they would take counted.
+# All tests but the long ones; or what ARGS says: make test ARGS="tests/core -x". Coverage is of the parts by their own
+# tests. Those of whole services, worlds and deployments come on top, uncounted: counted they would take twice as long.
+UNCOUNTED := $(addprefix tests/,deploy e2e simulation test_day.py test_demo.py test_documents.py test_outage_of_minutes.py)
 test: $(VENV)/.dev
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
 	$(BIN)/coverage erase
-	$(call passes,-m "not long" --ignore=tests/e2e --cov --cov-append --cov-report=)
-	$(call passes,-m "not long" tests/e2e)
+	$(call passes,-m "not long" $(UNCOUNTED:%=--ignore=%) --cov --cov-append --cov-report=)
+	$(call passes,-n 4 -m "not long" $(UNCOUNTED))
 	$(BIN)/coverage report --fail-under=90
 	@$(BIN)/coverage report --include='proxy/core/*' --format=total --fail-under=100 >/dev/null \
 	|| { echo "proxy/core has to be covered to 100 %: see above for what is missing"; exit 1; }
@@ -46,8 +49,8 @@ endif
 HITS := bursts collapsing collections deletion directives isolation leases lists one_snapshot outage purge refresh \
 	replicas snapshot_paths stale store_failures
 test-long: $(VENV)/.dev
-	$(call passes,-m long)
-	export TEST_MEMORY=off; $(call passes,-m "not long" $(HITS:%=tests/e2e/test_%.py))
+	$(call passes,-n 4 -m long)
+	export TEST_MEMORY=off; $(call passes,-n 4 -m "not long" $(HITS:%=tests/e2e/test_%.py))
 
 # The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first).
 simulate: $(VENV)/.dev

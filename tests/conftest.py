@@ -102,6 +102,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look at thousands of tests again: what stands now stays until the end."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _stays_inside() -> Iterator[None]:
     """With `--quick`, fail a test that started a process, listened or connected."""

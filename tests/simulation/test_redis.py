@@ -51,7 +51,9 @@ async def test_what_it_replies_a_valkey_replies(valkey: Valkey) -> None:
     "lines",
     [
         pytest.param(["SET a x EX 0", "GET a", "SET a x", "SET a y NX", "SET a y NX GET", "GET a"], id="set"),
-        pytest.param(["SET a x PX 5", "TTL a", "EXPIRE a 5 GT", "TTL a", "EXPIRE a 1 GT", "TTL a"], id="gt"),
+        pytest.param(
+            ["SET a x PX 60400", "TTL a", "EXPIRE a 90 GT", "TTL a", "EXPIRE a 1 GT", "TTL a"], id="gt"
+        ),
         pytest.param(["SET a x PX 9000", "SET a y KEEPTTL", "PTTL a", "SET a z", "PTTL a"], id="keep-ttl"),
         pytest.param(["SET a x", "EXPIRE a 5 GT", "TTL a", "PTTL b", "EXPIRE b 5"], id="no-expiry"),
         pytest.param(["SET a abcdef", "GETRANGE a 1 3", "GETRANGE a 4 99", "GETRANGE b 0 3"], id="range"),

@@ -1,5 +1,8 @@
 """Leases in a real Valkey: one holder, told apart from records and from what is neither.
 
+A question to the ledger may travel with one: it is asked if the lease is taken, else not; and what is stored
+gives its lease up in the same step.
+
 Two stores stand for two replicas. What they do is interleaved by hand.
 """
 
@@ -16,27 +19,37 @@ from proxy.core.entry import Entry, EntryChanged, FillPrecondition, HeldElsewher
 from proxy.core.events import StoreOperation
 from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import CallerScope, EntryScope, EverythingScope, Scope, SnapshotsScope
+from proxy.core.quota import CallClass, QuotaLimits
 from proxy.core.resources import SNAPSHOT, Key
+from proxy.storage import leases, ledger as ledgers
 from proxy.storage.connection import Link
 from proxy.storage.keys import Keys
 from proxy.storage.leases import LEASE_MS, RECORD_MS
+from proxy.storage.ledger import Admission, Bid, RedisLedger
 from proxy.storage.store import Store
 
 pytestmark = pytest.mark.G3
 
+KEYS = Keys("test")
+LIMITS = QuotaLimits(per_minute=6, per_hour=20, reserve=0.0)
 KEY = Key(SNAPSHOT, Partition("0" * 32), "6372321")
 OTHER_KEY = Key(SNAPSHOT, Partition("1" * 32), "6372321")
 ENTRY = Entry(200, b'{"snapshot":{}}', '"tag"', 1_000.0, Lifetimes(60, 60, 300))
 
 
 class Replica(Store):
-    """A store that remembers what it told of itself."""
+    """A store that remembers what it told of itself, and a ledger on the same connection."""
 
     def __init__(self, link: Link) -> None:
         self.seen: list[StoreOperation] = []
+        self.ledger = RedisLedger(link, KEYS, LIMITS, call_s=2.0, observe=lambda _: None)
         super().__init__(
-            link, Keys("test"), Keyring(bytes(32)), stamp_ttl_s=600, guard_s=60, observe=self.seen.append
+            link, KEYS, Keyring(bytes(32)), stamp_ttl_s=600, guard_s=60, observe=self.seen.append
         )
+
+    def bid(self) -> Bid:
+        """Make a question for one call."""
+        return self.ledger.bid(KEY.partition, CallClass.MISS, "")
 
     async def basis(self, key: Key = KEY) -> FillPrecondition:
         """Look up, and give what a fill would rest on."""
@@ -152,7 +165,7 @@ async def test_what_a_fetch_rests_on_stays(
     one, two = replicas
     assert await one.put(KEY, replace(ENTRY, lifetimes=Lifetimes(fresh_s)), await one.basis())
     await one.hold(await one.basis())
-    assert lasts_s - 1 <= await redis.ttl(Keys("test").of(KEY).entry) <= lasts_s
+    assert lasts_s - 1 <= await redis.ttl(KEYS.of(KEY).entry) <= lasts_s
     assert await two.lease(KEY, await two.basis()) == HeldElsewhere()
 
 
@@ -256,3 +269,90 @@ async def test_without_a_server_nothing_is_leased(replicas: tuple[Replica, Repli
     await one.renew(lease)
     await one.release(lease, Record(500, b""))
     assert await one.lease(KEY, basis) is None
+
+
+# -- a question to the ledger that travels with a lease -----------------------------------------
+
+
+async def calls(redis: Redis) -> int:
+    """Give how many calls the ledger counts in the hour."""
+    fields: dict[bytes, bytes] = await redis.hgetall(KEYS.quota(KEY.partition))
+    return sum(int(count) for name, count in fields.items() if name.startswith(b"h"))
+
+
+@pytest.mark.G4
+@pytest.mark.parametrize("known", ["both", "neither", "the-ledger's"])
+async def test_with_a_lease_that_is_taken(
+    known: str, replicas: tuple[Replica, Replica], redis: Redis
+) -> None:
+    """One call is counted. Where the server knows only the second script, that one found no lease."""
+    one, _ = replicas
+    basis, bid = await one.basis(), one.bid()
+    for script in (leases._LEASE, ledgers._LEDGER):
+        await redis.script_load(script.text)
+    if known != "both":
+        await redis.script_flush()
+    if known == "the-ledger's":
+        await redis.script_load(ledgers._LEDGER.text)
+    assert isinstance(await one.lease(KEY, basis, bid), Leased)
+    if known == "the-ledger's":
+        assert not bid.asked
+        assert await calls(redis) == 0
+        return
+    assert bid.asked
+    assert isinstance(bid.take(), Admission)
+    await bid.drop()  # it was taken
+    assert (bid.asked, await calls(redis)) == (False, 1)
+
+
+@pytest.mark.G4
+@pytest.mark.parametrize("changed", [False, True], ids=["held-elsewhere", "entry-changed"])
+async def test_with_a_lease_that_is_not_taken(
+    replicas: tuple[Replica, Replica], redis: Redis, *, changed: bool
+) -> None:
+    """A replica that waits for another, or looks again, holds no call meanwhile."""
+    one, two = replicas
+    basis = await two.basis()
+    early = await one.basis()
+    lease = await one.hold(early)
+    if changed:
+        assert await one.put(KEY, ENTRY, early, lease)
+    bid = two.bid()
+    assert await two.lease(KEY, basis, bid) == (EntryChanged() if changed else HeldElsewhere())
+    assert (bid.asked, await calls(redis)) == (False, 0)
+
+
+@pytest.mark.G4
+async def test_what_is_not_taken_is_given_back(replicas: tuple[Replica, Replica], redis: Redis) -> None:
+    """A call that was admitted and will not be made counts no longer."""
+    one, _ = replicas
+    bid = one.bid()
+    await one.lease(KEY, await one.basis(), bid)
+    assert await calls(redis) == 1
+    await bid.drop()
+    assert await calls(redis) == 0
+
+
+@pytest.mark.G4
+@pytest.mark.parametrize(
+    ("what", "stored", "left"),
+    [
+        pytest.param("its-own", True, False, id="stored"),
+        pytest.param("a-successor's", True, True, id="stored-after-the-lease-expired"),
+        pytest.param("invalidated", False, True, id="refused"),
+    ],
+)
+async def test_what_is_stored_gives_its_lease_up(
+    what: str, replicas: tuple[Replica, Replica], redis: Redis, *, stored: bool, left: bool
+) -> None:
+    """A lease of another owner stays, and so does its own where nothing was stored: a record may follow."""
+    one, two = replicas
+    basis = await one.basis()
+    lease = await one.hold(basis)
+    if what == "a-successor's":
+        await redis.delete(lease.name)
+        assert isinstance(await two.lease(KEY, basis), Leased)
+    elif what == "invalidated":
+        await two.invalidate(EntryScope(KEY))
+    assert await one.put(KEY, ENTRY, basis, lease) is stored
+    assert bool(await redis.exists(lease.name)) is left
