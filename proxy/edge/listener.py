@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, web
 from aiohttp.http import RawRequestMessage
 
 from proxy.core.errors import ProxyError
@@ -29,6 +29,9 @@ FIRST_REQUEST_S = 1.0
 """In a drain: how long a connection may take that has not sent anything yet."""
 
 TICK_S = 0.25
+
+_NO_REQUEST = "UNKNOWN"
+"""aiohttp's method of what stands for bytes that are no request. No request has it: the parser refuses it."""
 
 _LINGER_S = 2.0
 _LONG_S = 365 * 86_400
@@ -102,6 +105,8 @@ class Listener:
     ) -> web.BaseRequest:
         """Tell the connection which request is handled now, then make it as `server` would."""
         cast(Handler, protocol).connection.begun(payload)
+        if message.method == _NO_REQUEST:  # aiohttp would answer as HTTP/1.0, whatever the caller speaks
+            message = message._replace(version=HttpVersion11)
         return self._make_request(message, payload, protocol, *rest)
 
     def admit(self, connection: Connection) -> bool:

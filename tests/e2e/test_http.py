@@ -359,7 +359,8 @@ async def refused(simulator: Simulator, service: Serve, request: bytes, status: 
     assert envelope["message"].startswith("snapshot-proxy: ")
     assert reply.headers["Proxy-Status"].startswith("snapshot-proxy; error=http_request_")
     assert reply.headers["Cache-Control"] == "no-store"
-    assert reply.version in {"HTTP/1.1", "HTTP/1.0"}  # RFC 9112 §2.3: never one that we do not speak
+    spoken = {"HTTP/1.1", "HTTP/1.0"} if b" HTTP/1.0\r\n" in request else {"HTTP/1.1"}
+    assert reply.version in spoken  # RFC 9110 §6.2: the highest of the caller's major version
     for told in (reply.head + reply.body, bytes(service.raw[written:])):
         assert b"5ec2e7f0" not in told
         assert b"elsewhere" not in told
