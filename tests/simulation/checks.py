@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 ANSWER = re.compile(rb"answer-(\d+)")
 _SLACK_S = 0.2
+_ON_THE_WAY_S = 0.005
+"""So much earlier than it is sent a call may have been admitted, where Redis is prompt."""
 _AFTERMATH_S = 3.0
 """For so long after a fault of Redis, or of a replica, what depends on both may still be off."""
 
@@ -257,29 +259,43 @@ class Checks:
         return self.exceeded["lost", made.token] == 1
 
     def _is_untold(self, made: Made, exceeding: int) -> bool:
-        """Nothing tells `ratelimit-*`: no ledger hears of the calls that others made without Redis.
-
-        One without Redis hears of none that others made after its own last question to the common one.
-        """
+        """Nothing tells `ratelimit-*`: as many calls as the ledgers lack can exceed the limit."""
         if not self.world.plan.untold:
             return False
         assert made.done_at is not None
-        alone = {each.made.number for each in self._alone_lately(made)}
-        mine = [
+        since = made.done_at - self._minute_s
+        others = [
             each
             for each in self.world.api.made
+            if each.token == made.token
+            and each.replica != made.replica
+            and since <= each.sent_at <= made.done_at
+        ]
+        return 0 < exceeding <= sum(self._is_unheard(each, made) for each in others)
+
+    def _is_unheard(self, other: Made, made: Made) -> bool:
+        """Tell whether the replica of `made` may not have heard of another one's call.
+
+        The common ledger lacks what was called without Redis, and what it has lost. The replica's own one
+        lacks what the others have called since it last asked the common one; without Redis its share makes up
+        for what they call then, while they live.
+        """
+        alone = {each.made.number for each in self._alone_lately(made)}
+        if other.number in alone:
+            is_gone = any(each.process.name == other.replica for each in self.world.gone)
+            return made.number not in alone or is_gone
+        lost_at = [at for at in self.world.redis.lost_keys_at if at <= made.sent_at]
+        asked_at = [
+            each.sent_at
+            for each in self.world.api.made[: made.number]
             if (each.token, each.replica) == (made.token, made.replica) and each.number not in alone
         ]
-        asked_at = max((each.sent_at for each in mine if each.number < made.number), default=0.0)
-        unheard = sum(
-            each.token == made.token
-            and each.replica != made.replica
-            and made.done_at - self._minute_s <= each.sent_at <= made.done_at
-            and (each.number in alone) != (made.number in alone)
-            and (each.number in alone or each.sent_at >= asked_at)
-            for each in self.world.api.made
+        return any(
+            max((asked for asked in asked_at if asked <= at), default=0.0) - _ON_THE_WAY_S
+            <= other.sent_at
+            <= at
+            for at in (*lost_at, *([made.sent_at] if made.number in alone else ()))
         )
-        return 0 < exceeding <= unheard
 
     def _is_of_a_clock_that_stepped(self, made: Made, exceeding: int) -> bool:
         """Redis has a clock that steps: calls leave the minute earlier, or those in flight are lost."""

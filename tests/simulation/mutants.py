@@ -88,7 +88,7 @@ MUTANTS = (
         _of("left", "one call", "needless", "answered"),
         5,
     ),
-    Mutant("flights are not shared", flights._Flight, "answers", lambda *_: False, _of("one call"), 900),
+    Mutant("flights are not shared", flights._Flight, "answers", lambda *_: False, _of("one call"), 500),
     Mutant(
         "a flight's name lacks the stamps",
         collapse.Collapser,
@@ -145,7 +145,7 @@ MUTANTS = (
         "settle",
         _nothing,
         _of("cool-down", "limits", "answered", "needless"),
-        900,
+        250,
     ),
     Mutant(
         "calls in the air are not counted",
@@ -153,7 +153,7 @@ MUTANTS = (
         "_admit_in_common",
         _nothing,
         _of("limits", "cool-down"),
-        700,
+        300,
     ),
     Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 100),
     Mutant("a lookup does not compare stamps", entries, "unseal", None, _of("deleted", "refused"), 10),
