@@ -21,14 +21,16 @@ T = TypeVar("T")
 class CallContext:
     """One admitted call, which may last until `deadline` (monotonic); `answered` says how it went.
 
-    It is a `probe` if the circuit breaker is open and lets this one through.
-    `by_remaining`: a 429 that reports calls left is meant for the `operation`, and not for the token.
+    `settle` counts it in the ledgers. It is a `probe` if the circuit breaker is open and lets this one
+    through. `by_remaining`: a 429 that reports calls left is meant for the `operation`, and not for the
+    token.
     """
 
     __slots__ = (
         "_by_remaining",
         "_drain",
         "_operation",
+        "_settle",
         "_told",
         "deadline",
         "failure",
@@ -38,7 +40,6 @@ class CallContext:
         "remaining_share",
         "remaining_told",
         "retry_after_s",
-        "settle",
         "status",
     )
 
@@ -48,6 +49,7 @@ class CallContext:
         remaining_share: float,
         drain: DrainDeadline,
         operation: Operation,
+        settle: Callable[[Settlement], Awaitable[None]],
         *,
         by_remaining: bool,
         probe: bool,
@@ -58,9 +60,8 @@ class CallContext:
         self._drain = drain
         self._operation = operation
         self._by_remaining = by_remaining
+        self._settle = settle
         self._told = False
-        self.settle: Callable[[], Awaitable[None]]
-        """Counts this call in the ledgers; `Settler.settled` sets it before the call is made."""
         self.status: int | None = None
         self.failure: BaseException | None = None
         self.remaining_told: int | None = None
@@ -101,7 +102,7 @@ class CallContext:
         """Settle the call with the ledgers, once: before a long body, else when the call is over."""
         if not self._told:
             self._told = True
-            await self.settle()
+            await self._settle(self.settlement())
 
     def settlement(self) -> Settlement:
         """Say what the answer means for the quota. A gateway's 5xx says nothing about the token."""

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 
 from proxy.core.breaker import Breaker
@@ -266,10 +267,10 @@ class UpstreamGate:
                     self._share_of(permit),
                     self._drain,
                     operation,
+                    partial(self._settler.settle, account, permit),
                     by_remaining=route in _LIMITED_APART,
                     probe=breaker.begin(self._monotonic()),
                 )
-                self._settler.begin(account, permit, context)
                 try:
                     yield context
                 except BaseException as error:

@@ -21,7 +21,7 @@ from proxy.core.errors import (
     tells_outcome,
 )
 from proxy.core.events import GIVEN_UP, CallSettled, Route
-from proxy.gate.account import Account, Permit
+from proxy.gate.account import Account, Permit, Settlement
 from proxy.gate.context import CallContext
 from proxy.gate.ledgers import Accounts
 from proxy.gate.line import Line
@@ -51,17 +51,13 @@ class Settler:
         """Wait for the settlements that are still under way."""
         await asyncio.gather(*self._telling, return_exceptions=True)
 
-    def begin(self, account: Account, permit: Permit, context: CallContext) -> None:
-        """Say how the call is settled with the ledgers."""
-
-        async def settle() -> None:
-            try:
-                await self._accounts.settle(account, permit, context.settlement())
-            finally:
-                for line in self._lines_of(account):
-                    line.wake()
-
-        context.settle = settle
+    async def settle(self, account: Account, permit: Permit, settlement: Settlement) -> None:
+        """Settle a call with the ledgers, and let those in line ask again: for `CallContext.tell`."""
+        try:
+            await self._accounts.settle(account, permit, settlement)
+        finally:
+            for line in self._lines_of(account):
+                line.wake()
 
     async def over(
         self,
