@@ -26,7 +26,10 @@ def check_target(path: str, query: str) -> None:
     """Check a raw path and query of the API. Raises BadRequest for a dot, empty or encoded segment."""
     segments = path.removeprefix("/").removesuffix("/").split("/")
     if not all(map(_SEGMENT.fullmatch, segments)):
-        raise BadRequest("dot, empty and encoded segments of a path are not forwarded")
+        raise BadRequest(
+            "a segment of the path is empty, a dot or percent-encoded, or holds a character other than"
+            " letters, digits and . _ ~ : @ ! $ & ' ( ) * + , = -"
+        )
     if not _QUERY.fullmatch(query):
         raise BadRequest("the query holds characters that belong percent-encoded")
 

@@ -127,6 +127,13 @@ def test_refused_targets(target: str) -> None:
         forwarded(target)
 
 
+@pytest.mark.parametrize("target", ["/v2/a;b", "/v2/a#b", "/v2/a%41", "/v2/a//b", "/v2/a/.."])
+def test_what_a_segment_may_hold_is_said(target: str) -> None:
+    """A character that is neither a dot nor encoded is refused for what it is."""
+    with pytest.raises(BadRequest, match=r"empty, a dot or percent-encoded, or holds a character other than"):
+        forwarded(target)
+
+
 @pytest.mark.parametrize(
     "target",
     [
