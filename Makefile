@@ -50,6 +50,7 @@ HITS := bursts collapsing collections deletion directives isolation leases lists
 	replicas snapshot_paths stale store_failures
 test-long: $(VENV)/.dev
 	$(call passes,-n 4 -m long)
+	$(call passes,-m hypothesis --hypothesis-profile=long)
 	export TEST_MEMORY=off; $(call passes,-n 4 -m "not long" $(HITS:%=tests/e2e/test_%.py))
 
 # The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first).

@@ -18,7 +18,9 @@ from kit.support import Valkey
 
 from proxy.simulator import Simulator, Token
 
-settings.register_profile("here", deadline=None)  # a busy machine is slow now and then
+# Deadlines: a busy machine is slow now and then. `make test-long` tries ten times as many examples.
+settings.register_profile("here", deadline=None, max_examples=50)
+settings.register_profile("long", deadline=None, max_examples=500)
 settings.load_profile("here")
 
 TESTS = Path(__file__).parent
@@ -36,6 +38,7 @@ WIRE = [
             "connection",
             "demo",
             "documents",
+            "exchange",
             "files",
             "logs",
             "readme",
@@ -46,14 +49,14 @@ WIRE = [
 ]
 """Directories and files whose tests start processes or open sockets."""
 
-LONG_RUNS = [f"simulation/test_{name}.py" for name in ("many", "mutants")]
-"""Files whose tests need neither, and half a minute."""
+LONG_RUNS = ["test_day.py", "test_outage_of_minutes.py", "simulation/test_mutants.py"]
+"""Files whose tests need neither, and some seconds each."""
 
 SLOWEST = [
     *(f"test_{name}.py" for name in ("documents", "cli")),
     *("deploy/test_prometheus.py", "storage/test_kinds.py", "storage/test_store.py"),
     *(f"deploy/test_{name}.py" for name in ("workloads", "alerting", "composition")),
-    *("storage/test_tls_sets.py", "simulation/test_many.py", "test_outage_of_minutes.py"),
+    *("storage/test_tls_sets.py", "simulation/test_many.py", "test_outage_of_minutes.py", "test_accounts.py"),
     *(
         f"e2e/test_{name}.py"
         for name in ("quota", "redis_sets", "faults", "store_failures", "deletion", "leases")
@@ -63,7 +66,17 @@ SLOWEST = [
     *(f"e2e/clients/test_{name}.py" for name in ("matrix", "gradient")),
     *(
         f"e2e/test_{name}.py"
-        for name in ("secrets", "stale", "deadlines", "tracing", "page", "refresh", "replicas")
+        for name in (
+            "page",
+            "refresh",
+            "bursts",
+            "clients",
+            "replicas",
+            "secrets",
+            "stale",
+            "deadlines",
+            "tracing",
+        )
     ),
 ]
 """They begin first: one of them at the end would keep one process waiting for the other."""
@@ -87,6 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if config.getoption("--quick"):
         sys.addaudithook(hook)
+        config.option.markexpr = config.option.markexpr or "not long"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

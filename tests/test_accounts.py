@@ -74,7 +74,9 @@ class Fleet:
         return max(after - before for before, after in pairwise(self.called))
 
 
-@pytest.mark.parametrize("after_s", [2.0, 5.0, 6.2, 9.0, 13.1])
+@pytest.mark.parametrize(
+    "after_s", [6.2, 13.1, *(pytest.param(each, marks=pytest.mark.long) for each in (2.0, 5.0, 9.0))]
+)
 @pytest.mark.parametrize(
     ("away_s", "loses"),
     [

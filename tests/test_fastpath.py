@@ -761,7 +761,7 @@ def streams(draw: st.DrawFn) -> list[tuple[bytes | None, int]]:
 @example(
     callers=[[(PLAIN, 0), (None, 0)], [(PLAIN, 0), (request(token=OTHER), 0)]], drain=True, redis_turns=0
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_stream(
     callers: list[list[tuple[bytes | None, int]]], *, drain: bool, redis_turns: int | None
 ) -> None:
@@ -893,7 +893,6 @@ def asks(of: questions.Questions, data: bytes) -> tuple[Any, ...] | None:
     ),
     client_header=st.sampled_from(("User-Agent", *SPELLED)),
 )
-@settings(max_examples=400, deadline=None)
 @example(
     request_of=around_id("/v2/snapshots/1", "X-Request-Id", ["x-request-id: twice"], [], b""),
     first="twice",
@@ -1008,7 +1007,7 @@ async def test_few_answers_are_kept_whole() -> None:
         max_size=12,
     )
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, -0.5, None)])
 @example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, 0.0, "call")])
 def test_any_second(steps: list[tuple[bytes, float, str | None]]) -> None:

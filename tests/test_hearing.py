@@ -640,7 +640,7 @@ class Fleet(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     "runs",
     [
-        pytest.param(100, id="100"),
+        pytest.param(40, id="40"),
         pytest.param(3000, id="3000", marks=[pytest.mark.long, pytest.mark.timeout(0)]),
     ],
 )

@@ -318,7 +318,9 @@ def test_a_caller_leaves_at_any_moment(leaving: Call, after_s: float) -> None:
 # -- all at once -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 100))]
+)
 def test_many_come_and_go(seed: int) -> None:
     """Whoever stays is answered; no call is sent for nobody; nothing is left behind."""
     chance = Random(seed)  # noqa: S311 # a failure can be repeated
