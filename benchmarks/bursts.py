@@ -3,7 +3,8 @@
 All callers of a burst send at the same moment, over connections that are open already. Each replica is then
 busy for longer than `redis.timeout_s`, and nothing may come of it: no second call, no `store-unavailable`, no
 pending invalidation, no refusal that the quota had room for. Prints a table, and ends with status 1 where a
-row is not what it must be. `--part 0.1` makes every number a tenth.
+row is not what it must be. `--part 0.1` makes every number a tenth, `--set memory.max_bytes=0` asks
+the same of replicas without a memory.
 """
 
 import argparse
@@ -145,8 +146,11 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(quota: tuple[int, int] = (AMPLE, AMPLE)) -> AsyncIterator[Fleet]:
-    """Run three replicas on one Redis; `quota` is the upstream's and the proxy's: a minute, an hour."""
+async def fleet(quota: tuple[int, int] = (AMPLE, AMPLE), *more: str) -> AsyncIterator[Fleet]:
+    """Run three replicas on one Redis; `quota` is the upstream's and the proxy's: a minute, an hour.
+
+    `more` are settings.
+    """
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as running:
         upstream = Upstream(quota[1])
@@ -170,7 +174,7 @@ async def fleet(quota: tuple[int, int] = (AMPLE, AMPLE)) -> AsyncIterator[Fleet]
         for _ in range(REPLICAS):
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "proxy", "serve"),
-                *(f"--set={each}" for each in settings),
+                *(f"--set={each}" for each in (*settings, *more)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -393,13 +397,13 @@ async def latencies(fleet: Fleet, fault: Callable[[Fleet], Awaitable[None]]) -> 
     return parts
 
 
-async def faults() -> bool:
+async def faults(*more: str) -> bool:
     """Print what a caller waits for while Redis fails; tell whether that was too long."""
     print("\n| Redis is | answers | 99 % within, ms beyond the upstream's: until it is known | after |")
     print("| --- | ---: | ---: | ---: |")
     figures = []
     for fault in (healthy, silent, slow, cut, gone):
-        async with fleet() as running:
+        async with fleet((AMPLE, AMPLE), *more) as running:
             parts = await latencies(running, fault)
         figures.append([sorted(part)[int(len(part) * 0.99) - 1] for part in parts])
         shown = " | ".join(f"{figure:.0f}" for figure in figures[-1])
@@ -461,18 +465,19 @@ def _one_cold(callers: int) -> Burst:
     return lambda fleet: one_cold_snapshot(fleet, callers)
 
 
-async def main(part: float, runs: int) -> int:
+async def main(part: float, runs: int, *more: str) -> int:
     """Measure and print. Gives the exit status."""
     print("# Bursts\n")
     for fact in facts()[:2]:
         print(f"- {fact}")
-    print(f"- {REPLICAS} replicas, one Valkey, upstream and load on the same cores; {runs} runs each\n")
+    print(f"- {REPLICAS} replicas, one Valkey, upstream and load on the same cores; {runs} runs each")
+    print(*(f"- {setting}" for setting in more), "", sep="\n")
     print("| burst | runs | seconds, median | what must not be |\n| --- | ---: | ---: | --- |")
     wrong = False
     for name, quota, repeated, burst in bursts(part):
         sums: Counter[str] = Counter()
         seconds = []
-        async with fleet(quota) as running:
+        async with fleet(quota, *more) as running:
             for _ in range(runs * repeated):
                 began = time.perf_counter()
                 result = await burst(running)
@@ -481,12 +486,13 @@ async def main(part: float, runs: int) -> int:
         wrong = wrong or any(sums.values())
         shown = " · ".join(f"{what}: {number}" for what, number in sums.items())
         print(f"| {name} | {len(seconds)} | {sorted(seconds)[len(seconds) // 2]:.2f} | {shown} |", flush=True)
-    return int(await faults() or wrong)
+    return int(await faults(*more) or wrong)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bursts", description=__doc__)
     parser.add_argument("--part", type=float, default=1.0, help="part of every number, for a quick look")
     parser.add_argument("--runs", type=int, default=10, help="runs of each burst")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the replicas'")
     given = parser.parse_args()
-    sys.exit(uvloop.run(main(given.part, given.runs)))
+    sys.exit(uvloop.run(main(given.part, given.runs, *given.set)))

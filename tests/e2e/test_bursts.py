@@ -7,6 +7,7 @@ import pytest_asyncio
 
 from benchmarks import bursts
 from benchmarks.bursts import Burst, Fleet
+from tests.kit.support import MEMORY
 
 pytestmark = [pytest.mark.G5, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.G5, pytest.mark.asyncio(loop_scope="module"), pytest.m
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def fleet() -> AsyncIterator[Fleet]:
     """Run three replicas whose quota does not matter."""
-    async with bursts.fleet() as running:
+    async with bursts.fleet((bursts.AMPLE, bursts.AMPLE), *MEMORY) as running:
         yield running
 
 
@@ -38,6 +39,6 @@ async def test_a_burst(fleet: Fleet, burst: Burst) -> None:
 @pytest.mark.G4
 async def test_a_burst_within_the_quota() -> None:
     """What the quota has room for is answered, however many hits of another token are on their way."""
-    async with bursts.fleet(bursts.QUOTA) as fleet:
+    async with bursts.fleet(bursts.QUOTA, *MEMORY) as fleet:
         result = await bursts.cold_beside_hits(fleet, 100, 800)
         assert not any(result.values()), result
