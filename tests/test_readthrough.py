@@ -1119,15 +1119,19 @@ async def test_an_unshared_fetch_is_not_joined() -> None:
     assert [served.cache_status.outcome for served in await asyncio.gather(*waiting)] == [Outcome.MISS] * 2
 
 
-async def test_a_failure_is_shared() -> None:
+@pytest.mark.parametrize(
+    ("failure", "called"),
+    [pytest.param(TIMEOUT, True, id="call"), pytest.param(SPENT, False, id="no-call-so-none-was-saved")],
+)
+async def test_a_failure_is_shared(failure: ProxyError, *, called: bool) -> None:
     """Who waits for a fetch that fails does not make the upstream fail again."""
-    path = Path(Store(missing()), Upstream(TIMEOUT))
+    path = Path(Store(missing()), Upstream(failure))
     path.upstream.open.clear()
     waiting = await started(*(path.get(call()) for _ in range(5)))
     path.upstream.open.set()
     failed = await asyncio.gather(*waiting)
-    assert failed[0] == Failed(TIMEOUT, Forwarded(Fwd.URI_MISS))
-    assert failed[1:] == [Failed(TIMEOUT, Forwarded(Fwd.URI_MISS, collapsed=True))] * 4
+    assert failed[0] == Failed(failure, Forwarded(Fwd.URI_MISS))
+    assert failed[1:] == [Failed(failure, Forwarded(Fwd.URI_MISS, collapsed=called))] * 4
     assert len(path.upstream.asked) == 1
 
 
