@@ -49,7 +49,10 @@ WIRE = [
 ]
 """Directories and files whose tests start processes or open sockets."""
 
-LONG_RUNS = ["test_day.py", "test_outage_of_minutes.py", "simulation/test_mutants.py"]
+LONG_RUNS = [
+    *("test_day.py", "test_outage_of_minutes.py"),
+    *("simulation/test_many.py", "simulation/test_mutants.py"),
+]
 """Files whose tests need neither, and some seconds each."""
 
 SLOWEST = [

@@ -42,8 +42,9 @@ def run_all(seeds: Iterable[int], *, counts: bool = False, stop_at: int | None =
     number = requests = steps = 0
     failures: list[Failure] = []
     pairs: Counter[tuple[str, str]] = Counter()
-    gc.disable()  # a world's objects live as long as it does, and what was there before lives on
-    gc.freeze()
+    if not gc.get_freeze_count():  # what was there before the first world lives on: no collection looks at it
+        gc.freeze()
+    gc.disable()  # a world's objects live as long as it does
     try:
         for seed in seeds:
             outcome = run(seed, counts=counts)
@@ -59,7 +60,6 @@ def run_all(seeds: Iterable[int], *, counts: bool = False, stop_at: int | None =
             if number % _WORLDS_BETWEEN_COLLECTIONS == 0:
                 gc.collect()
     finally:
-        gc.unfreeze()
         gc.enable()
     return Summary(number, requests, steps, failures, pairs)
 
