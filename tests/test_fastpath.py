@@ -29,6 +29,7 @@ from proxy.core.identity import Partition, Token
 from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.core.resources import DOCUMENT, SNAPSHOT, SNAPSHOT_LIST, Key, list_target
 from proxy.edge import fastpath, memo, prepared, questions
+from proxy.edge.connection import Connection
 from proxy.edge.fastpath import Asked
 from proxy.edge.handler import Handler, plain_server
 from proxy.edge.listener import Listener
@@ -598,6 +599,35 @@ def test_a_body_that_the_handler_does_not_want() -> None:
         wire.send(PLAIN)
         await turns()
         assert edge.answered_fast == 0
+        wire.close()
+        await turns(2)
+
+    run(work())
+
+
+def test_a_connection_gets_a_handler_when_there_is_something_for_it() -> None:
+    """One that only brings hits needs no parser and no task of aiohttp's; one is made for all else."""
+
+    async def work() -> None:
+        edge = Edge(memory(), fast=True)
+        made: list[Connection] = []
+        make = edge.listener.handler
+
+        def counted(connection: Connection) -> Handler:
+            made.append(connection)
+            return make(connection)
+
+        edge.listener.handler = counted  # type: ignore[method-assign]
+        wire = Wire(edge.listener)
+        for _ in range(2):
+            wire.send(PLAIN)
+        assert (made, edge.answered_fast) == ([], 2)
+        for _ in range(2):
+            wire.send(PLAIN[:-2])
+            wire.send(PLAIN[-2:])
+            await turns()
+        assert (made, edge.answered_fast) == ([wire.protocol], 2)
+        assert wire.received.count(b"HTTP/1.1 200") == 4
         wire.close()
         await turns(2)
 
