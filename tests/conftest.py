@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 from hypothesis import settings
 from kit.support import Valkey
+from redis.asyncio import Redis
 
 from proxy.simulator import Simulator, Token
 
@@ -151,6 +152,13 @@ async def valkey() -> AsyncIterator[Valkey]:
     """Run a real Valkey on loopback."""
     async with Valkey() as running:
         yield running
+
+
+@pytest.fixture
+async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
+    """Look at the server past all of our code."""
+    async with Redis.from_url(valkey.url) as connected:
+        yield connected
 
 
 @pytest.fixture

@@ -99,13 +99,6 @@ async def simulator(request: pytest.FixtureRequest) -> AsyncIterator[Simulator]:
 
 
 @pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    """Look into the store."""
-    async with Redis.from_url(valkey.url) as connected:
-        yield connected
-
-
-@pytest.fixture
 def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> list[str]:
     """Give what replicas share."""
     return [

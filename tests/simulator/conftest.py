@@ -1,4 +1,4 @@
-"""A simulator on loopback and a client of it."""
+"""A token of the simulator on loopback, and a client of it."""
 
 from collections.abc import AsyncIterator
 
@@ -6,13 +6,6 @@ import aiohttp
 import pytest
 
 from proxy.simulator import Simulator, Token
-
-
-@pytest.fixture
-async def simulator() -> AsyncIterator[Simulator]:
-    """Run a simulator of the default world and limits."""
-    async with Simulator() as running:
-        yield running
 
 
 @pytest.fixture

@@ -77,13 +77,6 @@ async def replicas(valkey: Valkey) -> AsyncIterator[tuple[Replica, Replica]]:
         yield made[0], made[1]
 
 
-@pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    """Look into the server."""
-    async with Redis.from_url(valkey.url) as connected:
-        yield connected
-
-
 async def test_one_of_many_holds_it(replicas: tuple[Replica, Replica]) -> None:
     """However many ask at once on one basis, one gets the lease."""
     one, two = replicas

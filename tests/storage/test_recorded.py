@@ -40,13 +40,6 @@ class Replica(NamedTuple):
 
 
 @pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    """Look at the server past all of our code."""
-    async with Redis.from_url(valkey.url) as client:
-        yield client
-
-
-@pytest.fixture
 async def replica(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Replica]:
     """Connect one, with the clock and the chance of the record; its leases last for as long as a test may."""
     for name in ("LEASE_MS", "RECORD_MS"):

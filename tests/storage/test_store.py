@@ -159,13 +159,6 @@ async def hasty(valkey: Valkey) -> AsyncIterator[Replica]:
         yield running
 
 
-@pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    """Look at the server past all of our code."""
-    async with Redis.from_url(valkey.url) as client:
-        yield client
-
-
 class Invalidated(NamedTuple):
     """One scope, what it covers of `KEPT`, and what this replica does not read while it is pending."""
 
