@@ -202,8 +202,7 @@ async def test_not_ready_when_stopping(client: aiohttp.ClientSession) -> None:
         return b"", "text/plain"
 
     runner = web.AppRunner(
-        admin_application(scrape=scrape_nothing, ready=lambda: False, purge=purge),
-        access_log=None,
+        admin_application(scrape=scrape_nothing, ready=lambda: False, purge=purge), access_log=None
     )
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

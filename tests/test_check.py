@@ -48,12 +48,7 @@ def look(simulator: Simulator, capsys: pytest.CaptureFixture[str]) -> Look:
     async def run(*overrides: str) -> tuple[int, str]:
         settings = load(
             config_file=None,
-            overrides=[
-                "server.port=0",
-                "admin.port=0",
-                f"upstream.base_url={simulator.url}",
-                *overrides,
-            ],
+            overrides=["server.port=0", "admin.port=0", f"upstream.base_url={simulator.url}", *overrides],
             environ={},
         ).settings
         status = await check(settings)
@@ -266,13 +261,7 @@ async def test_aliases(tmp_path: Path, look: Look) -> None:
     ],
 )
 async def test_certificate(
-    days: int,
-    status: int,
-    level: Level,
-    words: str,
-    *,
-    tmp_path: Path,
-    look: Look,
+    days: int, status: int, level: Level, words: str, *, tmp_path: Path, look: Look
 ) -> None:
     """Its end is told in days."""
     issued = trustme.CA().issue_cert("localhost", not_after=datetime.now(UTC) + timedelta(days=days))
@@ -425,14 +414,7 @@ async def test_wrong_password(given: str, secret: Path, look: Look) -> None:
     ],
 )
 async def test_rights(
-    rights: str,
-    status: int,
-    level: Level,
-    words: str,
-    *,
-    lru: Valkey,
-    secret: Path,
-    look: Look,
+    rights: str, status: int, level: Level, words: str, *, lru: Valkey, secret: Path, look: Look
 ) -> None:
     """A user that may do too little."""
     password = secret.with_name("password")
@@ -534,9 +516,7 @@ async def test_secrets_of_other_replicas(
             await client.zadd("snapshot-proxy:1:replicas", {member: time()})
         await client.zadd("snapshot-proxy:1:replicas", {f"z:{'0' * 16}": time() - 11})
     found, printed = await look(
-        f"redis.url={lru.url}",
-        f"security.secret_file={secret}",
-        f"security.previous_secret_file={before}",
+        f"redis.url={lru.url}", f"security.secret_file={secret}", f"security.previous_secret_file={before}"
     )
     assert found == status, printed
     assert has(printed, level, words)

@@ -80,10 +80,7 @@ def test_who_is_not_asked_again_would_have_answered_the_same() -> None:
         fleet,
         fleet.day(range(2)),
         down=(600.0, 900.0),
-        systems={
-            "repeats": Ours,
-            "looks": lambda api, names, fleet: Ours(api, names, fleet, repeat_s=0.0),
-        },
+        systems={"repeats": Ours, "looks": lambda api, names, fleet: Ours(api, names, fleet, repeat_s=0.0)},
     )
     assert outcomes["repeats"] == outcomes["looks"]
 
@@ -206,11 +203,7 @@ def test_what_does_not_add_up_is_an_error() -> None:
             self.tally.calls -= 1
 
     with pytest.raises(AssertionError, match="59 calls were sent, 60 arrived"):
-        run(
-            ONE,
-            polled(1.0),
-            systems={"it": lambda api, names, _: Forgets(api, names, 1, stale=False)},
-        )
+        run(ONE, polled(1.0), systems={"it": lambda api, names, _: Forgets(api, names, 1, stale=False)})
 
 
 def test_the_readme_shows_figures_of_the_last_run() -> None:

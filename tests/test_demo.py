@@ -45,10 +45,7 @@ LINES = [
 async def run(*arguments: str) -> tuple[int, str]:
     """Run Python to its end: exit status, and what it printed on either stream."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     output, _ = await process.communicate()
     assert process.returncode is not None

@@ -80,11 +80,7 @@ def test_a_breaker_that_opens_and_closes(watched: Watched) -> None:
     assert watched.lines() == []
     watched.settle(OK, OK, after_s=2.0)
     assert watched.lines() == [
-        (
-            "INFO",
-            "breaker-closed",
-            {"route": "snapshot", "address": WHERE, "seconds": 252.0, "count": 1001},
-        )
+        ("INFO", "breaker-closed", {"route": "snapshot", "address": WHERE, "seconds": 252.0, "count": 1001})
     ]
 
 
@@ -132,11 +128,7 @@ def test_a_cooldown(watched: Watched) -> None:
     assert watched.lines() == []
     watched.settle(CallSettled(Route.SNAPSHOT, "team-a", 200))
     assert watched.lines() == [
-        (
-            "INFO",
-            "cooldown-ended",
-            {"caller": "team-a", "address": WHERE, "seconds": 12.0, "count": 2},
-        )
+        ("INFO", "cooldown-ended", {"caller": "team-a", "address": WHERE, "seconds": 12.0, "count": 2})
     ]
 
 

@@ -56,10 +56,7 @@ def test_is_wanted(environ: Mapping[str, str], *, wanted: bool) -> None:
         ),
         pytest.param(
             OTLP
-            | {
-                "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
-                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-            },
+            | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"},
             "",
             id="grpc-but-not-for-traces",
         ),

@@ -298,11 +298,7 @@ def test_an_absent_document_is_kept() -> None:
     ("status", "body", "content_type", "expected"),
     [
         pytest.param(
-            200,
-            b"kind: Config",
-            "application/yaml",
-            PassOn(b"kind: Config", "application/yaml"),
-            id="yaml",
+            200, b"kind: Config", "application/yaml", PassOn(b"kind: Config", "application/yaml"), id="yaml"
         ),
         pytest.param(
             200,

@@ -171,12 +171,7 @@ def test_what_the_upstream_did_not_explain(
             id="the-only-replicas-hour",
         ),
         pytest.param(
-            "turn",
-            0.2,
-            0,
-            "another call must first report how many calls this token has left;",
-            1,
-            id="turn",
+            "turn", 0.2, 0, "another call must first report how many calls this token has left;", 1, id="turn"
         ),
         pytest.param("turn", 0.0, 0, "another call must first report", 1, id="at-least-a-second"),
     ],

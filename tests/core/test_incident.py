@@ -29,10 +29,7 @@ def test_a_threshold_counts_signs_in_a_row() -> None:
 
 @pytest.mark.parametrize(
     ("now", "over"),
-    [
-        pytest.param(69.9, None, id="not-yet"),
-        pytest.param(70.0, Over(8.0, 2), id="quiet-for-long-enough"),
-    ],
+    [pytest.param(69.9, None, id="not-yet"), pytest.param(70.0, Over(8.0, 2), id="quiet-for-long-enough")],
 )
 def test_what_nobody_ends_ends_when_it_is_quiet(now: float, over: Over | None) -> None:
     """It lasted until its last sign."""

@@ -12,16 +12,7 @@ from proxy.core.entry import CorruptValue, Entry, Lifetimes, make_stamp, seal, u
 from proxy.core.errors import BadRequest, UpstreamInvalid
 from proxy.core.http import etag_of, gzipped
 from proxy.core.identity import Keyring
-from proxy.core.policy import (
-    Absent,
-    Answer,
-    Deleted,
-    Denied,
-    Keep,
-    PassOn,
-    Policy,
-    TokenRejected,
-)
+from proxy.core.policy import Absent, Answer, Deleted, Denied, Keep, PassOn, Policy, TokenRejected
 from proxy.core.request import accepts_gzip
 from proxy.core.resources import SNAPSHOT_LIST, Target, list_target
 from proxy.core.snapshot import normalize_list, normalize_list_of_droplet, normalize_snapshot
@@ -218,9 +209,7 @@ def test_shape_of_a_list() -> None:
             id="second-one-wrong",
         ),
         pytest.param(
-            list_of(SNAPSHOT | {"id": ""}),
-            "snapshots[0].id is neither a string nor an integer",
-            id="no-id",
+            list_of(SNAPSHOT | {"id": ""}), "snapshots[0].id is neither a string nor an integer", id="no-id"
         ),
         pytest.param(
             list_of(SNAPSHOT | {"tags": ["secret-value", 1]}),

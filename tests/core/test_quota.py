@@ -7,16 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from proxy.core.policy import stretched
-from proxy.core.quota import (
-    PROBE_S,
-    TURN_S,
-    Admitted,
-    CallClass,
-    Ledger,
-    Postponed,
-    QuotaLimits,
-    Window,
-)
+from proxy.core.quota import PROBE_S, TURN_S, Admitted, CallClass, Ledger, Postponed, QuotaLimits, Window
 
 pytestmark = pytest.mark.G4
 
@@ -647,10 +638,7 @@ def test_a_429_ends_that() -> None:
 
 @pytest.mark.parametrize(
     ("told_at_s", "lately"),
-    [
-        pytest.param(600.0, 12, id="long-ago-and-evenly"),
-        pytest.param(50.0, 120, id="within-the-minute"),
-    ],
+    [pytest.param(600.0, 12, id="long-ago-and-evenly"), pytest.param(50.0, 120, id="within-the-minute")],
 )
 def test_doubts(told_at_s: float, lately: int) -> None:
     """A ledger that missed something lets one call go alone; what was called since may be of this minute."""

@@ -116,28 +116,17 @@ ROWS = (
     Row("RedisDown", 0, {"job:snapshot_proxy_store_up:avg5m": (0.501, 0.5)}),
     Row("ReplicaWithoutRedis", 0, {"job:snapshot_proxy_store_up:min5m": (0.5, 0.499), **MOST_WITHOUT}),
     Row("InvalidationsPending", 3, {"snapshot_proxy_pending_invalidations": (0, 0.1), **MOST_WITHOUT}),
-    Row(
-        "RedisRefuses",
-        5,
-        {REFUSED: (7, "0+0.1"), **ONE_WITHOUT},
-        1,
-    ),
+    Row("RedisRefuses", 5, {REFUSED: (7, "0+0.1"), **ONE_WITHOUT}, 1),
     Row(
         "RedisSlow",
         10,
         {OPERATIONS.format("timeout"): (0.0999, 0.1001), OPERATIONS.format("ok"): (9.92, 9.9), **ONE_WITHOUT},
     ),
     Row(
-        "RedisCorrupt",
-        10,
-        {OPERATIONS.format("corrupt"): (0, 0.1), "snapshot_proxy_secret_mismatch": (1, 0)},
+        "RedisCorrupt", 10, {OPERATIONS.format("corrupt"): (0, 0.1), "snapshot_proxy_secret_mismatch": (1, 0)}
     ),
     Row("SecretMismatch", 2, {"snapshot_proxy_secret_mismatch": (0, 1)}),
-    Row(
-        "NotShared",
-        10,
-        {f"snapshot_proxy_store_shared[instance={name}]": (1, 0) for name in ("a", "b")},
-    ),
+    Row("NotShared", 10, {f"snapshot_proxy_store_shared[instance={name}]": (1, 0) for name in ("a", "b")}),
 )
 
 FAST = "job_slo:snapshot_proxy_budget_burns_fast:burn_rate"
@@ -145,10 +134,7 @@ SOON = "job_caller:snapshot_proxy_quota_spent_soon:forecast"
 LEFT = "job_caller_window:snapshot_proxy_quota_remaining:min[caller=ci,window=hour]"
 HOUR = "snapshot_proxy_quota_limit[caller=ci,window=hour]"
 RECORDED = (
-    (
-        FAST,
-        {BUDGET.format("1h"): (14.4, 14.41), BUDGET.format("5m"): (14.4, 14.41), FAILURES: TEN_AN_HOUR},
-    ),
+    (FAST, {BUDGET.format("1h"): (14.4, 14.41), BUDGET.format("5m"): (14.4, 14.41), FAILURES: TEN_AN_HOUR}),
     (FAST, {BUDGET.format("6h"): (6, 6.01), BUDGET.format("30m"): (6, 6.01), FAILURES: TEN_AN_HOUR}),
     *(
         (

@@ -116,13 +116,7 @@ def case(name: str, file: str, old: str, new: str, problem: str) -> Any:
         case(
             "rules", f"{CHART}/monitoring.yaml", "rules/*.yml", "rules/a*.yml", "not what deploy/prometheus"
         ),
-        case(
-            "monitor",
-            f"{CHART}/monitoring.yaml",
-            "port: admin\n",
-            "port: metrics\n",
-            "ServiceMonitor",
-        ),
+        case("monitor", f"{CHART}/monitoring.yaml", "port: admin\n", "port: metrics\n", "ServiceMonitor"),
         case(
             "scaled",
             f"{CHART}/availability.yaml",

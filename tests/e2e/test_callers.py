@@ -117,7 +117,7 @@ async def test_clients(simulator: Simulator, token: Token, client: aiohttp.Clien
         "other": 2,
     }
     assert [line["client"] for line in service.log if line["event"] == "request"][:3] == [
-        *("terraform", "terraform", "doctl"),
+        *("terraform", "terraform", "doctl")
     ]
     idle = [value for series, value in metrics.items() if 'client="idle"' in series]
     assert len(idle) > 100  # there from the start, so that a rate sees its first request

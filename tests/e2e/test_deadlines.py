@@ -285,12 +285,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
     ],
 )
 async def test_a_busy_loop_is_no_outage(
-    *,
-    client: aiohttp.ClientSession,
-    tls: tuple[ssl.SSLContext, str],
-    waits: str,
-    setting: str,
-    method: str,
+    *, client: aiohttp.ClientSession, tls: tuple[ssl.SSLContext, str], waits: str, setting: str, method: str
 ) -> None:
     """What arrives while the event loop is busy counts, however late it is read: no breaker opens."""
     context, ca_file = tls

@@ -254,12 +254,7 @@ async def test_every_order(cluster: Cluster, kind: Kind, order: tuple[str, ...])
             seen = await cluster.read(2, reader, kind, snapshot)
             assert not (ended and seen.there), f"served after the answer: {seen}"
 
-    await run(
-        order,
-        Race(cluster, kind, snapshot, filler),
-        Deleting(cluster, snapshot, deleter, 204),
-        look,
-    )
+    await run(order, Race(cluster, kind, snapshot, filler), Deleting(cluster, snapshot, deleter, 204), look)
     for replica, reader in itertools.product(range(REPLICAS), (filler, looker, deleter)):
         seen = await cluster.read(replica, reader, kind, snapshot)
         assert not seen.there, f"resurrected on replica {replica}: {seen}"
@@ -690,10 +685,7 @@ class Replicas:
 async def replicas(upstream: Simulator, tmp_path: Path) -> AsyncIterator[Replicas]:
     """Run them."""
     async with Valkey() as valkey:
-        settings = (
-            *shared(upstream.url, valkey.url, tmp_path),
-            "redis.timeout_s=0.3",
-        )
+        settings = (*shared(upstream.url, valkey.url, tmp_path), "redis.timeout_s=0.3")
         async with app(*settings) as first, app(*settings) as second:
             yield Replicas(valkey, first.api, second.api)
 
@@ -755,10 +747,7 @@ async def test_a_fetch_from_before_is_not_joined(
 
 
 async def test_more_is_pending_than_fits(
-    upstream: Simulator,
-    session: aiohttp.ClientSession,
-    replicas: Replicas,
-    monkeypatch: pytest.MonkeyPatch,
+    upstream: Simulator, session: aiohttp.ClientSession, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None is forgotten: from then on everything is pending, in one stamp."""
     monkeypatch.setattr("proxy.storage.invalidation.MOST_PENDING", 3)
@@ -792,11 +781,7 @@ async def test_a_fetch_outlives_what_took_its_place(
     snapshot = upstream.world.find(DROPLET_SNAPSHOT_ID, team="default")
     assert snapshot is not None
     async with Valkey() as valkey:
-        settings = (
-            *shared(upstream.url, valkey.url, tmp_path),
-            "cache.negative_s=1",
-            "redis.timeout_s=2",
-        )
+        settings = (*shared(upstream.url, valkey.url, tmp_path), "cache.negative_s=1", "redis.timeout_s=2")
         async with app(*settings) as first, app(*settings) as second:
             await introduce(session, first.api, token.value)  # three calls at once go upstream
             async with upstream.hold(method="GET", path=DROPLET_PATH, stage="after") as gate:

@@ -169,10 +169,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 def proxy(
-    at: Addresses,
-    simulator: Simulator,
-    session: aiohttp.ClientSession,
-    monkeypatch: pytest.MonkeyPatch,
+    at: Addresses, simulator: Simulator, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Proxy]:
     """Give the service with an empty cache, before an upstream that has everything."""
     simulator.reset()

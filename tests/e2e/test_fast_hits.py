@@ -64,11 +64,7 @@ async def until_fast(at: Addresses, client: aiohttp.ClientSession, answered: Ans
 
 @pytest.mark.parametrize("access", ["all", "misses"])
 async def test_hits(
-    simulator: Simulator,
-    token: Token,
-    access: str,
-    answered: Answered,
-    caplog: pytest.LogCaptureFixture,
+    simulator: Simulator, token: Token, access: str, answered: Answered, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From memory, from Redis and by the handler: the same headers.
 

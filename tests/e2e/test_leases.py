@@ -101,10 +101,7 @@ async def simulator(request: pytest.FixtureRequest) -> AsyncIterator[Simulator]:
 @pytest.fixture
 def settings(simulator: Simulator, valkey: Valkey, tmp_path: Path) -> list[str]:
     """Give what replicas share."""
-    return [
-        *shared(simulator.url, valkey.url, tmp_path),
-        *PATIENT,
-    ]
+    return [*shared(simulator.url, valkey.url, tmp_path), *PATIENT]
 
 
 @pytest.fixture(autouse=True)

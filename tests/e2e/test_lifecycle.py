@@ -18,16 +18,7 @@ import aiohttp
 import pytest
 from kit.balancer import LAME_DUCK_S, Backend, Balancer
 from kit.replicas import shared
-from kit.support import (
-    DEADLINE_S,
-    DROPLET_PATH,
-    Scaled,
-    Serve,
-    Valkey,
-    bearer,
-    until,
-    until_metrics,
-)
+from kit.support import DEADLINE_S, DROPLET_PATH, Scaled, Serve, Valkey, bearer, until, until_metrics
 from kit.wire import connect
 from redis.asyncio import Redis
 

@@ -459,9 +459,6 @@ async def test_a_new_resource_type(simulator: Simulator, token: Token, wire: aio
             total(await scrape(at.admin), "snapshot_proxy_unknown_values_total", field="resource_type")
         ]
     assert [one.status for one in seen] == [200] * 5
-    assert [one.cache for one in seen] == [
-        *("fwd=uri-miss; fwd-status=200; stored", "hit") * 2,
-        "hit",
-    ]
+    assert [one.cache for one in seen] == [*("fwd=uri-miss; fwd-status=200; stored", "hit") * 2, "hit"]
     assert all(b'"resource_type":"nfs"' in one.body for one in seen)
     assert counted == [0, 3]

@@ -176,7 +176,7 @@ async def test_any_method(upstream: Upstream, wire: aiohttp.ClientSession) -> No
             assert received.headers["X-Request-Id"] == response.headers["X-Request-Id"]
             # A request with a body is sent over a new connection, which the upstream cannot have closed.
             assert names(received) == {
-                *("host", "authorization", "x-a", "x-request-id", "content-length", "connection"),
+                *("host", "authorization", "x-a", "x-request-id", "content-length", "connection")
             }
     assert upstream.received == []
 
@@ -1124,14 +1124,7 @@ left in the cache of the caller, and of another one.
     [pytest.param(*row, id=name) for name, row in WRITES.items()],
 )
 async def test_what_a_write_ends(
-    kept: Kept,
-    *,
-    outcome: str,
-    method: str,
-    target: str,
-    body: Any,
-    callers: set[str],
-    others: set[str],
+    kept: Kept, *, outcome: str, method: str, target: str, body: Any, callers: set[str], others: set[str]
 ) -> None:
     """On every replica: ids in the path for all, ids in a body for the caller, else all of the caller's."""
     fault = {
@@ -1368,13 +1361,7 @@ async def test_redis_is_away(
     simulator: Simulator, token: Token, client: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     """The answer says that the invalidation is pending, and nobody here is served what it ends."""
-    async with (
-        Valkey() as valkey,
-        app(
-            *shared(simulator.url, valkey.url, tmp_path),
-            ON,
-        ) as at,
-    ):
+    async with Valkey() as valkey, app(*shared(simulator.url, valkey.url, tmp_path), ON) as at:
         await _get(client, at.api + DROPLET_PATH, token)
         valkey.pause()
         async with client.put(

@@ -451,11 +451,7 @@ async def test_redis_is_away(cluster: Cluster, tmp_path: Path, what: dict[str, A
     """503 and Retry-After; nobody here is served it meanwhile, and it is done for all when Redis is back."""
     token = cluster.simulator.world.token()
     async with Valkey() as valkey:
-        settings = (
-            *shared(cluster.simulator.url, valkey.url, tmp_path),
-            "redis.timeout_s=0.3",
-            FROM_REDIS,
-        )
+        settings = (*shared(cluster.simulator.url, valkey.url, tmp_path), "redis.timeout_s=0.3", FROM_REDIS)
         async with app(*settings) as first, app(*settings) as second:
             for at in (first, second, first, second):
                 seen = await ask(cluster.session, at.api + DROPLET_PATH, token)

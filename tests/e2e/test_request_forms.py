@@ -254,8 +254,7 @@ async def test_bodies(
 ) -> None:
     """A body of at most 16 KiB is read, ignored, not forwarded, and what follows it is the next request."""
     data = await raw_exchange(
-        proxy.url,
-        proxy.request(method, path, *lines, body=body) + proxy.request("GET", VOLUME_PATH, CLOSE),
+        proxy.url, proxy.request(method, path, *lines, body=body) + proxy.request("GET", VOLUME_PATH, CLOSE)
     )
     first, second = replies(data, [method, "GET"])
     assert (first.status, second.status) == (status, 200)
@@ -301,14 +300,7 @@ async def test_larger_bodies(
     ],
 )
 async def test_expect(
-    *,
-    proxy: Proxy,
-    method: str,
-    path: str,
-    status: int,
-    lines: tuple[str, ...],
-    body: bytes,
-    interim: bool,
+    *, proxy: Proxy, method: str, path: str, status: int, lines: tuple[str, ...], body: bytes, interim: bool
 ) -> None:
     """100 where a body is wanted, and only there; then the answer."""
     data = await raw_exchange(proxy.url, proxy.request(method, path, *lines, CLOSE, body=body))

@@ -117,12 +117,7 @@ class FakeLedger:
         if known is not None:
             (self.known.add if known else self.known.discard)(partition)
         self.of(partition).settle(
-            admitted,
-            _now(),
-            remaining_told,
-            limit_told=limit_told,
-            answered=answered,
-            known=known is True,
+            admitted, _now(), remaining_told, limit_told=limit_told, answered=answered, known=known is True
         )
 
     async def cool(self, partition: Partition, retry_after_s: float | None) -> float | None:

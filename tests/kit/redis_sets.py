@@ -170,11 +170,7 @@ class ClusterSet:
     """Three primaries with a replica each; a primary that is silent for `node_timeout_ms` is replaced."""
 
     def __init__(
-        self,
-        *options: str,
-        node_timeout_ms: int = 1000,
-        replicas: int = 1,
-        tls: ssl.SSLContext | None = None,
+        self, *options: str, node_timeout_ms: int = 1000, replicas: int = 1, tls: ssl.SSLContext | None = None
     ) -> None:
         self._options = (
             *(*_LRU, "--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms)),

@@ -180,10 +180,7 @@ class Replica:
             trial=_trial,
         )
         self.memory = memory = Memory(
-            settings.memory.max_bytes,
-            settings.memory.max_age_s,
-            reachable=self._reachable,
-            monotonic=now,
+            settings.memory.max_bytes, settings.memory.max_age_s, reachable=self._reachable, monotonic=now
         )
         self.store = Store(
             link,

@@ -5,14 +5,7 @@ from typing import Any
 
 import pytest
 
-from proxy.simulator import (
-    DROPLET_ID,
-    DROPLET_SNAPSHOT_ID,
-    FULL_ACCESS,
-    VOLUME_ID,
-    VOLUME_SNAPSHOT_ID,
-    World,
-)
+from proxy.simulator import DROPLET_ID, DROPLET_SNAPSHOT_ID, FULL_ACCESS, VOLUME_ID, VOLUME_SNAPSHOT_ID, World
 from proxy.simulator.answers import (
     FORBIDDEN,
     NO_CONTENT,

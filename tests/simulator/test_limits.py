@@ -5,25 +5,12 @@ from itertools import accumulate
 import pytest
 from hypothesis import given, strategies as st
 
-from proxy.simulator.limits import (
-    Admitted,
-    Busy,
-    Limits,
-    Meter,
-    OperationMeter,
-    Refused,
-    Standing,
-    unmetered,
-)
+from proxy.simulator.limits import Admitted, Busy, Limits, Meter, OperationMeter, Refused, Standing, unmetered
 
 NOW = 1_600_000_000
 
 
-@given(
-    limit=st.integers(1, 5),
-    window_s=st.integers(1, 20),
-    gaps_s=st.lists(st.integers(0, 8), max_size=60),
-)
+@given(limit=st.integers(1, 5), window_s=st.integers(1, 20), gaps_s=st.lists(st.integers(0, 8), max_size=60))
 def test_no_window_ever_holds_more_than_the_limit(limit: int, window_s: int, gaps_s: list[int]) -> None:
     """Whatever the rhythm of the calls, and none is refused for which there was room."""
     meter = Meter(Limits(per_minute=limit, minute_s=window_s))
@@ -40,9 +27,7 @@ def test_no_window_ever_holds_more_than_the_limit(limit: int, window_s: int, gap
 
 
 @given(
-    per_minute=st.integers(0, 4),
-    per_hour=st.integers(0, 6),
-    gaps_s=st.lists(st.floats(0, 30), max_size=40),
+    per_minute=st.integers(0, 4), per_hour=st.integers(0, 6), gaps_s=st.lists(st.floats(0, 30), max_size=40)
 )
 def test_both_windows_hold_at_once(per_minute: int, per_hour: int, gaps_s: list[float]) -> None:
     """The burst limit and the hourly one are kept together."""

@@ -266,8 +266,7 @@ async def test_an_operation_cools_down_for_all_replicas(links: list[Link]) -> No
     await links[2].ask(("DEL", Keys("test").last_path(SOMEBODY)))  # a minute later
     assert await second.cool_operation(SOMEBODY, ONE, 0.05, 6.0) is False
     ttl_ms, last_ms = await links[2].ask(
-        ("PTTL", Keys("test").operation(SOMEBODY, "another")),
-        ("PTTL", Keys("test").last_path(SOMEBODY)),
+        ("PTTL", Keys("test").operation(SOMEBODY, "another")), ("PTTL", Keys("test").last_path(SOMEBODY))
     )
     assert 29_000 < ttl_ms <= 30_000
     assert 5_000 < last_ms <= 6_000

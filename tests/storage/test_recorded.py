@@ -58,9 +58,7 @@ async def replica(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         clock=lambda: recorded.NOW,
     )
     yield Replica(
-        store,
-        RedisLedger(link, KEYS, recorded.LIMITS, call_s=recorded.CALL_S, observe=told.append),
-        told,
+        store, RedisLedger(link, KEYS, recorded.LIMITS, call_s=recorded.CALL_S, observe=told.append), told
     )
     await link.close()
 

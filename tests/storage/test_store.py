@@ -226,11 +226,7 @@ def test_the_names_of_keys() -> None:
     names = Keys("a:prefix").of(Key(SNAPSHOT, partition, "42"))
     assert names == (
         b"a:prefix:1:{0123456789abcdef0123456789abcdef}:snap:42",
-        (
-            b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen",
-            b"a:prefix:1:ver:42",
-            b"a:prefix:1:all",
-        ),
+        (b"a:prefix:1:{0123456789abcdef0123456789abcdef}:gen", b"a:prefix:1:ver:42", b"a:prefix:1:all"),
     )
     assert Keys("a:prefix").of(Key(DOCUMENT, partition, "droplets/1?a=b")) == (
         b"a:prefix:1:{0123456789abcdef0123456789abcdef}:doc:droplets/1?a=b",

@@ -147,11 +147,7 @@ async def test_check_asks_all_with_tls(running: Set, settings: tuple[str, ...], 
 
 @pytest.mark.parametrize("wrong", ["authority", "name"])
 async def test_another_certificate_is_not_believed(
-    running: Set,
-    settings: tuple[str, ...],
-    authority: trustme.CA,
-    tmp_path: Path,
-    wrong: str,
+    running: Set, settings: tuple[str, ...], authority: trustme.CA, tmp_path: Path, wrong: str
 ) -> None:
     """One of another authority, or for another name than the address that the set announces.
 
