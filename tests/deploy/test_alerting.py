@@ -79,8 +79,10 @@ def test_mistake_is_found(*, check: str, file: str, old: str, new: str, problem:
         pytest.param(RECORDING, '"hit|seeded', '"hit|stale|seeded', "recording", id="stale-is-no-hit"),
         pytest.param(RECORDING, "_reads:rate5m > 0", "_reads:rate5m", "recording", id="nan-at-rest"),
         pytest.param(OBJECTIVES, '"429|5xx"', '"5xx"', "recording", id="429-is-no-answer"),
-        pytest.param(OBJECTIVES, "[1h]) > 10", "[1h]) > 0", "objectives", id="a-few-at-night"),
-        pytest.param(ALERTS, "or on (job)", "or", "incidents", id="two-pages"),
+        pytest.param(
+            OBJECTIVES, "[1h]) > 10", "[1h]) > 0", "objectives", id="a-few-at-night", marks=pytest.mark.long
+        ),
+        pytest.param(ALERTS, "or on (job)", "or", "incidents", id="two-pages", marks=pytest.mark.long),
     ],
 )
 def test_rule_without_its_meaning_fails_its_tests(

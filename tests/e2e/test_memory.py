@@ -15,10 +15,11 @@ from typing import Self
 
 import aiohttp
 import pytest
-from kit.replicas import shared, together
+from kit.replicas import shared
 from kit.support import DEADLINE_S, DROPLET_PATH, IN_MEMORY, Serve, Valkey, app, bearer, scrape, total
 from redis.asyncio import Redis
 
+from proxy.app import Addresses
 from proxy.simulator import Simulator, Token
 from proxy.storage.conversation import LEASE_S
 
@@ -126,21 +127,25 @@ async def test_what_a_list_brings_takes_the_place_of_what_is_older(
 
 
 @pytest.fixture
-async def two(settings: tuple[str, ...], caller: Caller) -> AsyncIterator[tuple[Serve, Serve]]:
-    """Run two replicas, as processes, whose memories hold the same two snapshots."""
-    async with together(Serve(*settings), Serve(*settings)) as replicas:
-        one, other = replicas
-        for replica in (one, other, one):
-            for path in (DROPLET_PATH, VOLUME_PATH):
-                await caller.until_in_memory(replica.api, replica.admin, path)
+async def two(settings: tuple[str, ...], caller: Caller) -> AsyncIterator[tuple[Addresses, Addresses]]:
+    """Run two replicas whose memories hold the same two snapshots."""
+    async with app(*settings) as one, app(*settings) as other:
+        await same_in_memory(caller, one, other)
         yield one, other
+
+
+async def same_in_memory(caller: Caller, one: Addresses | Serve, other: Addresses | Serve) -> None:
+    """Fill the memories of both."""
+    for replica in (one, other, one):
+        for path in (DROPLET_PATH, VOLUME_PATH):
+            await caller.until_in_memory(replica.api, replica.admin, path)
 
 
 @pytest.mark.G2
 @pytest.mark.G6
 @pytest.mark.parametrize("what", ["delete", "purge", "purge-all", "unauthorized"])
 async def test_when_it_is_answered_no_memory_serves_it(
-    two: tuple[Serve, Serve], caller: Caller, simulator: Simulator, what: str
+    two: tuple[Addresses, Addresses], caller: Caller, simulator: Simulator, what: str
 ) -> None:
     """By one replica: the very next request to the other is no hit of what was there before."""
     one, other = two
@@ -172,24 +177,25 @@ async def test_when_it_is_answered_no_memory_serves_it(
 
 @pytest.mark.G6
 async def test_a_replica_that_is_stopped(
-    two: tuple[Serve, Serve], caller: Caller, token: Token, simulator: Simulator
+    settings: tuple[str, ...], caller: Caller, token: Token, simulator: Simulator
 ) -> None:
     """A DELETE is answered within about a second; when the other goes on, it serves nothing from before."""
-    one, other = two
-    host, _, port = other.api.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    other.process.send_signal(signal.SIGSTOP)
-    began = monotonic()
-    assert await caller.ask(one.api, method="DELETE") == "fwd=method; fwd-status=204"
-    assert LEASE_S / 2 < monotonic() - began < LEASE_S + 4  # a busy machine
-    lines = (f"GET {DROPLET_PATH} HTTP/1.1", f"Host: {host}", f"Authorization: Bearer {token.value}", "", "")
-    writer.write("\r\n".join(lines).encode())
-    await writer.drain()
-    other.process.send_signal(signal.SIGCONT)
-    async with asyncio.timeout(DEADLINE_S):
-        head = await reader.readuntil(b"\r\n\r\n")
-    writer.close()
-    assert head.startswith(b"HTTP/1.1 404 "), head
+    async with app(*settings) as one, Serve(*settings) as other:
+        await same_in_memory(caller, one, other)
+        host, _, port = other.api.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        other.process.send_signal(signal.SIGSTOP)
+        began = monotonic()
+        assert await caller.ask(one.api, method="DELETE") == "fwd=method; fwd-status=204"
+        assert LEASE_S / 2 < monotonic() - began < LEASE_S + 4  # a busy machine
+        head = f"GET {DROPLET_PATH} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token.value}\r\n\r\n"
+        writer.write(head.encode())
+        await writer.drain()
+        other.process.send_signal(signal.SIGCONT)
+        async with asyncio.timeout(DEADLINE_S):
+            answer = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 404 "), answer
     assert simulator.count(path=DROPLET_PATH, method="DELETE") == 1
 
 

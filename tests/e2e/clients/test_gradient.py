@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from e2e.clients.steps import PATIENT
 from gradient import AsyncGradient, Gradient
-from kit.support import DEADLINE_S, Serve, free_port, scrape, total
+from kit.support import DEADLINE_S, Serve, app, free_port, scrape, total
 
 from proxy.simulator import (
     DROPLET_ID,
@@ -108,7 +108,7 @@ async def test_whole_class(mode: str, form: str) -> None:
             return await ask_async(url, token, form, what)
         return await asyncio.to_thread(ask, url, token, form, what)
 
-    async with Simulator() as simulator, Serve(f"upstream.base_url={simulator.url}", PATIENT) as service:
+    async with Simulator() as simulator, app(f"upstream.base_url={simulator.url}", PATIENT) as service:
         for what in CALLS:
             simulator.world = World(snapshots_per_team=8)
             token = simulator.world.token()

@@ -22,7 +22,7 @@ from e2e.clients import (
     python_digitalocean_client,
 )
 from e2e.clients.steps import DROPLET_NAME, PATIENT, STEPS, VOLUME_NAME, Connect, Target, walk
-from kit.support import Serve, free_port, scrape, total
+from kit.support import Serve, app, free_port, scrape, total
 from libcloud.common.exceptions import BaseHTTPError
 from libcloud.compute.base import StorageVolume
 
@@ -87,7 +87,7 @@ def tls_settings(directory: Path) -> tuple[list[str], str]:
 )
 async def test_base_urls(simulator: Simulator, connect: Connect, working: set[str]) -> None:
     """A slash or a prefix too many is told as such, also with the passthrough on: never as a 404."""
-    async with Serve(f"upstream.base_url={simulator.url}", PATIENT, "passthrough.enabled=true") as service:
+    async with app(f"upstream.base_url={simulator.url}", PATIENT, "passthrough.enabled=true") as service:
         for suffix in ("/v2", "/v2/", "/api", "//", "/", ""):
             async with connect(Target(service.api + suffix, TOKEN)) as client:
                 if suffix in working:
@@ -111,7 +111,7 @@ async def compare(connect: Connect, simulator: Simulator, tmp_path: Path, scheme
     tls, trusted = tls_settings(tmp_path) if scheme == "https" else ([], None)
     port = free_port()
     public = f"{scheme}://127.0.0.1:{port}"
-    async with Serve(
+    async with app(
         f"upstream.base_url={simulator.url}",
         PATIENT,
         f"server.port={port}",
