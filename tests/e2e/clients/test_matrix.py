@@ -22,7 +22,7 @@ from e2e.clients import (
     python_digitalocean_client,
 )
 from e2e.clients.steps import DROPLET_NAME, PATIENT, STEPS, VOLUME_NAME, Connect, Target, walk
-from kit.support import Serve, app, free_port, scrape, total
+from kit.support import app, free_port, scrape, total
 from libcloud.common.exceptions import BaseHTTPError
 from libcloud.compute.base import StorageVolume
 
@@ -170,7 +170,7 @@ async def test_python_digitalocean_stays_on_the_proxy(simulator: Simulator) -> N
     port = free_port()
     public = f"http://127.0.0.1:{port}"
     async with (
-        Serve(
+        app(
             f"upstream.base_url={simulator.url}",
             PATIENT,
             f"server.port={port}",
@@ -194,7 +194,7 @@ async def test_python_digitalocean_leaves_without_a_public_url(simulator: Simula
     """Without `server.public_url` its second page comes from the API itself: the links are the upstream's."""
     fresh_world(simulator, snapshots_per_team=250)
     async with (
-        Serve(f"upstream.base_url={simulator.url}", PATIENT) as service,
+        app(f"upstream.base_url={simulator.url}", PATIENT) as service,
         python_digitalocean_client.connect(Target(service.api, TOKEN)) as client,
     ):
         assert len(await client.list_all()) == 252
@@ -215,7 +215,7 @@ async def test_pydo_wants_tls(simulator: Simulator) -> None:
 
 async def test_libcloud_lists_a_volume(simulator: Simulator) -> None:
     """Its own list asks the volume, which is passed through; what it deletes there is gone for reads too."""
-    async with Serve(f"upstream.base_url={simulator.url}", PATIENT, "passthrough.enabled=true") as service:
+    async with app(f"upstream.base_url={simulator.url}", PATIENT, "passthrough.enabled=true") as service:
         driver = libcloud_client.driver(Target(service.api, TOKEN))
         volume = StorageVolume(VOLUME_ID, "volume", 1, driver)
         path = f"/v2/snapshots/{VOLUME_SNAPSHOT_ID}"
@@ -243,7 +243,7 @@ def run_snippet(code: str, names: dict[str, object]) -> object:
 @pytest.mark.parametrize("client", ["gradient", "pydo", "python-digitalocean", "apache-libcloud"])
 async def test_docs_show_working_code(simulator: Simulator, client: str) -> None:
     """The code of `docs/clients.md` reads the documented snapshot, through the proxy alone."""
-    async with Serve(f"upstream.base_url={simulator.url}", PATIENT) as service:
+    async with app(f"upstream.base_url={simulator.url}", PATIENT) as service:
         url = urlsplit(service.api)
         names = {"PROXY": service.api, "TOKEN": TOKEN, "HOST": url.hostname, "PORT": url.port}
         assert await asyncio.to_thread(run_snippet, SNIPPETS[client], names) == DROPLET_NAME
