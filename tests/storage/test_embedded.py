@@ -574,7 +574,8 @@ async def test_server_that_cannot_start(
     script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error says how it failed, with its last line; nothing is left."""
-    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
+    if "within 0.2 s" in message:  # a busy machine lets the others take longer
+        monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.2)
     replace_binary(monkeypatch, tmp_path, script.replace("../", '"$(dirname "$4")"/'))
     server = EmbeddedServer(MAX_BYTES)
     with pytest.raises(EmbeddedServerError, match=f"{message}$"):
