@@ -50,7 +50,7 @@ _REPLACEABLE = UPSTREAM_DOWN | {HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.TOO
 class FetchMode(NamedTuple):
     """How to ask: as which class of call, and whether to wait for the quota. It is part of a flight's name.
 
-    Else a caller would join a refresh that the quota rejected, though its own call has room, or can wait.
+    So a caller whose class has room, or who can wait, does not share the refusal of a background refresh.
     """
 
     call_class: CallClass

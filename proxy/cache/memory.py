@@ -3,12 +3,14 @@
 The laws of this file:
 
 - A key begins with its caller's partition: there is no way to an entry without one.
-- An entry is kept with the invalidation counts of before its lookup, or its fetch, was sent. It answers only
-  while they are the same: one that was invalidated meanwhile, here or on another replica, is never served.
+- The invalidation counts are read before a lookup or a fetch is sent, and kept with the entry that it brings.
+  The entry answers only while they are the same: one that was invalidated meanwhile, here or on another
+  replica, is never served.
 - It answers for `max_age_s` from that moment; then Redis is asked again.
-- Entries answer only while this replica **hears** what others invalidate: until a time that the channel
-  (`storage/channel.py`) prolongs with each beat that comes back. After that time the replica is **deaf**, and
-  never again serves what it kept before. If it cannot reach Redis either, it serves what it fetched since.
+- While this replica **hears** what others invalidate, all entries may answer: until a time that the channel
+  (`storage/channel.py`) prolongs with each beat that comes back. After that time the replica is **deaf**:
+  what was kept before never answers again. While Redis cannot be reached either, what was fetched since
+  answers.
 - Never more than `max_bytes` are kept, all counted. The entry that was kept first is evicted first: it is
   also the first that Redis would have to be asked for again. A hit changes nothing here but the note that the
   entry was read: `renewal.py` asks Redis for those before they are too old.

@@ -1,22 +1,22 @@
 """A cached answer, and how it is sealed for a store that is not trusted.
 
-An `Entry` is one caller's answer for one snapshot. Its value in the store is an envelope with a MAC over
-the store's key and everything in it: a flipped bit, a value under another key, another caller's value or
-another version does not verify, and is a miss.
+An `Entry` is one caller's answer for one snapshot, list or document. Its value in the store is an envelope
+with a MAC over the store's key and everything in it: a flipped bit, a value under another key, another
+caller's value or another version does not verify, and is a miss.
 
-**Stamps** make invalidation exact. A stamp is a random nonce in the store; an envelope carries those that its
-fill read *before* it called the upstream, and counts only while each of them is there unchanged. So
-replacing a stamp invalidates every entry that depends on it, those in flight included, without scanning,
-clocks or order. An evicted stamp is a miss. A stamp needs no secret: a writer who could forge one could also
-restore an older one. So replicas with different secrets, as during a rotation, share the stamps of snapshots
-and of everything.
+**Stamps** make invalidation exact. A stamp is a random nonce in the store. A fetch reads the stamps of its
+entry *before* it calls the upstream, and seals them into the envelope. A lookup accepts the entry only if the
+store still has the same stamps. So replacing a stamp invalidates every entry that depends on it, those in
+flight included, without scanning, clocks or order. An evicted stamp is a miss. A stamp needs no secret: a
+writer who could forge one could also restore an older one. So replicas with different secrets, as during a
+rotation, share the stamps of snapshots and of everything.
 
 **Softened stamps** make entries stale and leave them there. A soft purge keeps the stamp's nonce and puts a
 second part behind it: another nonce, and the time. An entry is sealed with the *seal* of each stamp: its
-nonce and the last checksum. If both are the same the entry is as fresh as its age says; if only the nonce is,
-the stamp was softened since the entry's fill began, and it is stale from the time in the second part on,
-whatever its age and the clocks say. A version that knows no second parts takes such a stamp for a corrupt
-one: a miss.
+nonce and the last checksum. If both are the same the entry is as fresh as its age says. If only the nonce is
+the same, a soft purge came after the entry's fetch had begun: the entry is stale from the time in the second
+part on, whatever its age and the clocks say. A version that knows no second parts takes such a stamp for a
+corrupt one: a miss.
 
     envelope   version u8 · MAC 16 bytes over (version, key's length u16, key, rest) · rest
     rest       status u16 · called_at f64 · fresh_s, swr_s, sie_s u32 each · seeded u8 · stamps' number u8
@@ -93,12 +93,12 @@ Stamps = tuple[bytes, ...]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One caller's answer for one snapshot or one page of the list.
+    """One caller's answer for one snapshot, one page of a list or one document.
 
     `called_at` is when its upstream call started (Unix seconds): age counts from there, so that it is never
-    too low. `gzip` is the compressed body of a list of 1 KiB or more; `seeded`: the entry came with a list;
-    `validator` is the upstream's own entity tag, if it sent one. `purged_at` is when a soft purge made it
-    stale (Unix seconds): the stamps tell it, so it is no part of the envelope.
+    too low. `gzip` is the compressed body of a list or document of 1 KiB or more; `seeded`: the entry came
+    with a list; `validator` is the upstream's own entity tag, if it sent one. `purged_at` is when a soft
+    purge made it stale (Unix seconds): the stamps tell it, so it is no part of the envelope.
     """
 
     status: int

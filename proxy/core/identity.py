@@ -1,7 +1,7 @@
 """Who asks: token, partition, caller, and the keyring that derives them from the shared secret.
 
-The law of this file: a token becomes a `Partition` by a keyed hash and is never compared, stored or
-shown itself; it travels in a `Caller`, which derives the partition, so that no code can pair a token with
+The law of this file: a token becomes a `Partition` by a keyed hash and is never written to Redis, logged
+or shown itself; it travels in a `Caller`, which derives the partition, so that no code can pair a token with
 another token's partition.
 """
 

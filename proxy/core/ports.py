@@ -96,7 +96,11 @@ class Gate(Protocol):
     """The way to the upstream that counts each call against the token's quota."""
 
     def bid(self, call: Call, call_class: CallClass, *, patient: bool) -> "Bid | None":
-        """Give the question to the common ledger that `ask` would begin with; None: it begins otherwise."""
+        """Give the quota's question that goes to Redis together with the lease for a fetch of `call`.
+
+        None: `ask` would not begin with it. The call waits in line, the breaker is open, or the replica's own
+        ledger decides.
+        """
 
     async def ask(
         self,

@@ -1,17 +1,17 @@
 """The upstream's limits for one token: what was called, what may be called, and until when to wait.
 
 DigitalOcean counts each request for one minute and for one hour from when it was made; both windows roll. A
-`Ledger` counts in buckets, so that its memory has a bound, and never too little. A call counts as of the
-latest moment at which it can still reach the upstream; after its answer, as of that answer, since the
-upstream has counted it by then; and until the whole bucket has left the window. The call of a replica that
-died counts like any other.
+`Ledger` counts in buckets (1 s of the minute, 30 s of the hour), so that its memory has a bound, and never
+too little. A call in flight counts as of the latest moment at which it can still reach the upstream (70 s
+after it was admitted); an answered one as of its answer, since the upstream has counted it by then. Each
+counts until its whole bucket has left the window. The call of a replica that died counts like any other.
 
 Three classes of calls share a window. Writes may use all of it; misses leave the operator's reserve;
 background refreshes leave a tenth more. Other clients of the same token show in `ratelimit-remaining`: what
 is missing there counts as called by them. After another client used the token, calls are serialized until one
-response reports `ratelimit-remaining`. So are the calls of a token until its first response does. When that
-reports calls by others, all of these may have been made just before: for a minute, calls that
-might not fit beside them are serialized, so that one 429 is enough to stop them.
+response reports `ratelimit-remaining`. So are the calls of a token until its first response does. If that
+reports calls by other programs, they may all lie within this minute: for 60 s calls are serialized where the
+minute may be full, so that one 429 is enough to stop them.
 
 What the upstream reports may be wrong. So calls by others that it reported are counted apart from our own. If
 they alone leave no room, one verification call is admitted all the same, every 5 s to 5 min; if its answer
@@ -30,9 +30,9 @@ from proxy.core.windows import CallClass, Count, QuotaLimits, Window
 __all__ = ["Admitted", "CallClass", "Ledger", "Postponed", "QuotaLimits", "Window"]
 
 PAUSES = 12
-"""If a 429 does not say for how long, a token cools down until its oldest call leaves the minute, and for
-this part of a minute, 5 s, at least. After 5 s, too, one call verifies a reported number of calls left that
-is hard to believe; later ones verify it less often, at last every twelfth of an hour, 5 min."""
+"""A twelfth of the minute, 5 s, is the shortest cool-down after a 429 without a time (which else lasts until
+the oldest call leaves the minute), and the time until the first verification call. A twelfth of the hour, 5
+min, is the longest time between two verification calls."""
 
 TURN_S = 2.0
 """A serialized call postpones the others for so long at most: its replica may have died, or its answer never

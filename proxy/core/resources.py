@@ -1,8 +1,9 @@
 """What is cached: one row for each kind of resource, from its path to its key, normalizer and lifetime.
 
-All matching is done on the raw path. To cache another GET, add a row and its normalizer, here; all else reads
-the row. For a TTL of its own it names a key of the section `cache`: a line in `settings/sections.py`,
-`config/proxy.toml` and `docs/settings.md`, which SIGHUP then follows. What to know before:
+All matching is done on the raw path. To cache another GET, add a row here, and its normalizer to
+`snapshot.py` (or take `normalize_document`); all else reads the row. For a TTL of its own it names a key of
+the section `cache`: a line in `settings/sections.py`, `config/proxy.toml` and `docs/settings.md`, which
+SIGHUP then follows. What to know before:
 
 - `depends_on` begins with `caller`, whose stamp a cached 401 replaces, and ends with `everything`. Between
   them stands at most one of `snapshot`, `lists` and `collection`: memory counts one name for all callers.
@@ -64,7 +65,7 @@ class Resource:
 
     route: Route
     path: re.Pattern[str]
-    """The whole raw path of a request for it. Only a `closed` row may match more than it can `read`."""
+    """The whole raw path of a request for it. `read` raises BadRequest for what matches and is no name."""
 
     methods: tuple[str, ...]
     """Those that this row answers: GET and HEAD from the cache; DELETE is forwarded and invalidates."""

@@ -60,6 +60,7 @@ def shares(call_class: CallClass, reserve: float) -> tuple[float, float]:
     """Give the two factors that make a class's ceiling of a limit.
 
     The first takes off the reserve, which only writes may use; the second what refreshes leave to misses.
+    With a reserve of 0.05: (1, 1) for writes, (0.95, 1) for misses, (0.95, 0.9) for refreshes.
     """
     return (
         1.0 if call_class is CallClass.WRITE else 1 - reserve,

@@ -19,8 +19,8 @@ look alike until something is written: a FIN later than that second counts as ab
 in ticks of the event loop, so that time in which it was busy does not count. Over TLS asyncio closes the
 connection at every FIN.
 
-The fast path is asked only while it waits for no reply of Redis and aiohttp's handler *rests*: it has no part
-of a request, and has written each answer to its end. The handler rests from the start until it is given
+The fast path is asked only while it waits for no reply of Redis, and aiohttp's handler *rests*: that has no
+unread byte of a request, and no unfinished answer. The handler rests from the start until it is given
 bytes. It rests again when these are answered, the connection is kept, and
 
 - what it was given was one whole request and nothing else: the fast path's parser said so; or
@@ -317,7 +317,7 @@ class Connection(asyncio.Protocol):
 
     def _arm(self) -> None:
         limits = self.listener.limits
-        # No deadline lies nearer than this: so often the timer looks, and requests need not touch it.
+        # No deadline that is set later can be nearer than this: a request only sets the time, not the timer.
         at_the_latest = self._loop.time() + min(limits.header_timeout_s, limits.idle_timeout_s)
         due = min(self._deadline, self._write_deadline, at_the_latest)
         self._timer = self._loop.call_at(due, self._look)

@@ -9,26 +9,26 @@ it here; it counts only if it is one whole request of HTTP/1.1 without a body an
 functions that `api.py` uses check it. What is refused, or has a header on which the answer depends in a way
 that is not handled here, is no question: the handler gets the very same bytes, and has seen no others.
 
-**A memo of questions, never of answers.** The same bytes are the same question of the same caller: the token
-is among them. So the memo cannot be wrong for another caller. It outlives no invalidation: each question is
-put to memory, if only to ask whether the place where its entry lay last may still answer; a place holds
-nothing once its entry was evicted, replaced or invalidated. Only the names in it (a caller's alias, a client)
-can change; then `forget` drops all of it.
+**A memo of questions, never of answers.** A *question* is what a request asks for: caller, key, conditions,
+request id. The same bytes are the same question of the same caller: the token is among them. So the memo
+cannot be wrong for another caller. Nor can it outlive an invalidation: for every request memory is asked
+whether the entry that it gave last may still answer, and memory has dropped that if it was evicted, replaced
+or invalidated. Only the names in a question (a caller's alias, a client) can change; then `forget` drops all.
 
-**The same answer.** `peek` answers, with the policy of all other reads. What is prepared of its answer lies
-with the very entry in memory and goes with it, and counts for no longer than that is fresh: the policy would
-say the same again, but for two numbers and the date, which are put in each time.
+**The same answer.** `peek` answers, with the policy of all other reads. The bytes that are prepared of its
+answer lie beside the entry in memory, which drops both together. They are used for a tenth of the TTL at most
+(or a second), and never when the entry is stale: the policy would say the same again, but for `ttl`, `Age`,
+the date and the caller's quota, which are put in each time.
 
-**The same second.** Of few answers the bytes behind the request id are kept (`Hot`) for as long as neither
-number nor the date changes, a second at most. They are given only while memory would still answer with the
-very entry, which it is asked each time, and while the caller's quota is told by the very same bytes.
+**The same second.** Of the busiest answers all bytes behind the request id are kept (`Hot`) until one of
+these numbers or the date changes, a second at most. They are given only while memory says that it would still
+answer with this entry, and while the caller's quota is told by the very same bytes.
 
 **What Redis has.** If memory has no fresh entry, the very lookup that the handler would make is made for it
 here, for this request alone: its mark is taken after the request has come. If what it finds is fresh, `hit`
 answers, with the same policy. Else the handler gets the request's bytes and what was found, and goes on from
-there. Until then it has nothing of this connection still; whatever happens before Redis has replied (more
-bytes, a half-close, a drain, a caller who does not read) makes the request the handler's at once, or when
-the reply is here.
+there. While Redis is asked the handler has no bytes of the request. If more bytes or a FIN come meanwhile, it
+gets the request at once; if a drain begins or the caller does not read, when Redis has replied.
 
 Anything else (a stale entry, a large one, an error, a caller who does not read) is the handler's.
 """

@@ -128,7 +128,7 @@ class UpstreamGate:
         return self._accounts.told(partition)
 
     def bid(self, call: Call, call_class: CallClass, *, patient: bool) -> Bid | None:
-        """Give the question to the common ledger that `ask` would begin with; None: it begins otherwise."""
+        """Give the question to the common ledger that `ask` would begin with, if it would."""
         line = self._lines.get((call.caller.partition, call_class is CallClass.WRITE))
         if (line is not None and line.queue) or self._breakers[call.route].wait_s(self._monotonic()) > 0:
             return None

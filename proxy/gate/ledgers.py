@@ -2,8 +2,8 @@
 
 This replica keeps a ledger of its own for each token (4096 at most). It follows the common one, each of whose
 replies says how many calls are left. While Redis does not answer, the own ledger decides, and counts each
-call as many times as there are replicas, since each of them may be making as many. It lacks what the other
-replicas called since the last reply: calls are serialized until one response of the API reports
+call as many times as there are replicas: so each of n replicas has an n-th of the limit. It lacks what the
+other replicas called since the last reply: calls are serialized until one response of the API reports
 `ratelimit-remaining`. After Redis did not answer, or lost the common ledger, that ledger may lack calls:
 until these have left the minute, both ledgers have to admit a call. A cool-down that could not be written to
 Redis is written with the token's next request.
@@ -24,7 +24,7 @@ from proxy.core.ratelimit import UNKNOWN, RateLimit
 from proxy.gate.account import Account, Permit, Settlement
 
 _LONGER_S = 1.0
-"""A cool-down that lasts so much longer in one ledger than in another is written into that one, too."""
+"""A cool-down that lasts so much longer in one ledger than in another is written into the other one, too."""
 
 MOST_ACCOUNTS = 4096
 """Tokens that this replica keeps a ledger of; the least recently used are evicted."""

@@ -1,7 +1,7 @@
 """What waits for the quota: calls of one token on this replica, in order of arrival, reads apart from writes.
 
-While the ledgers postpone calls, only the first in a line asks them: again as soon as a call of the token is
-answered, and otherwise after the seconds that the ledger named, at most 1 s; at most 0.05 s while calls are
+While the ledgers postpone calls, only the first in a line asks them. It asks again when a call of the token
+is answered, and at the latest after the wait that the ledger named, cut to 1 s, or to 0.05 s while calls are
 serialized. After a permit twice as many may ask at once, up to 64: a line is served in a few round trips. A
 call further back is refused at once if the window will have no room for it in time. A call leaves the line
 with a permit, with QuotaSpent when its time is over, with TokenRefused when the upstream answered 401 to

@@ -4,15 +4,15 @@ The law of this file: a deadline measures Redis, never this process. A worker is
 connection. It connects without a request that waits for it, and tries every command that the program uses.
 From then on the connection takes, in callbacks of the event loop, all commands that were queued since its
 last round trip, as one pipeline (`pipe.py`), until it is not to be used again. A call of `ask` has no
-deadline of its own: they wait for a connection, and then for Redis. Every call gets replies or an error:
+deadline of its own: it waits for a free connection, and then for Redis. Every call gets replies or an error:
 
     ===============================================  ==============================================
     what happens                                     what becomes of the calls
     ===============================================  ==============================================
     the replies arrive, however late they are read   each gets its own
-    one worker has no reply for `timeout_s`, others  those of that pipeline fail; the worker
-    have had replies since it sent                   connects anew
-    no worker has had a reply for `timeout_s`        those of that pipeline and of the queue fail,
+    one worker has no reply in time, others have     those of that pipeline fail; the worker
+    had replies since it sent                        connects anew
+    no worker has had a reply in time                those of that pipeline and of the queue fail,
                                                      and new ones fail at once until a worker has
                                                      a reply again
     a reply says that the server cannot be used      each gets its own; new ones fail at once, and
@@ -23,7 +23,7 @@ deadline of its own: they wait for a connection, and then for Redis. Every call 
     the last worker has lost its connection          those of the queue fail, and new ones at once
     ===============================================  ==============================================
 
-`timeout_s` counts only the time in which the event loop was listening.
+In time: within 0.9 of `timeout_s`, of which only the time counts in which the event loop was listening.
 """
 
 import asyncio

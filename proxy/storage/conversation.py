@@ -8,9 +8,9 @@ this follow the laws of this file:
   came back. Reading late shortens that, and never prolongs it.
 - It beats only while it is subscribed, and after it has registered itself (`membership.py`): a replica that
   invalidates hears the beats of all that may serve, or finds them registered.
-- An invalidation is first made in Redis, then published. It is complete when each replica that was heard
-  within LONGEST_LEASE_S, or is registered and was not heard yet, has acknowledged it, or when no lease from
-  before it can last any more.
+- An invalidation is first made in Redis, then published. It is complete when each replica that may be alive
+  (heard within LONGEST_LEASE_S, or registered and not heard yet) has acknowledged it, and at the latest
+  LONGEST_LEASE_S after Redis took it: no lease from before lasts longer.
 - A replica that begins to listen has missed beats. It knows all others when a beat of each registered one
   has come, or when LONGEST_LEASE_S has passed; until then each of its invalidations waits for that. The same
   holds after a message that it cannot verify, which a replica with another secret or a later version may have

@@ -137,11 +137,11 @@ class Entries:
 
         Names the ids whose entries are now these or newer ones; none where nothing was stored. Never raises.
 
-        What was invalidated since that lookup must not be stored again. An invalidation for all callers
-        deletes or softens the stamp of all callers' lists first and the snapshot's own after it. So here the
-        snapshots' stamps are read first and the lists' after them, and nothing is stored where the lists'
-        have changed. An invalidation for one caller deletes the stamp of the caller's lists first: the script
-        compares it in the same step in which it stores.
+        What was invalidated since that lookup must not be stored again. So this reads the snapshots' stamps,
+        then the lists', and stores only if the lists' are those of the lookup: an invalidation for all
+        callers deletes or softens the lists' stamp first and the snapshot's own after it. An invalidation for
+        one caller deletes the stamp of the caller's lists first: the script compares it in the same step in
+        which it stores.
         """
         list_keys = self._keys.of(Key(SNAPSHOT_LIST, partition, ""))
         keys = {name: self._keys.of(Key(SNAPSHOT, partition, name)) for name in seeds}

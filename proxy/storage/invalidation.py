@@ -270,9 +270,9 @@ class Invalidations:
         """Delete the stamp of the caller's lists, and replace the entry by a tombstone, for `guard_s`.
 
         The tombstone is sealed with stamps that were never in Redis, so it answers no lookup. A fetch in
-        flight has not seen the tombstone in its lookup, so it is not stored over it. Nor is it stored over
-        what takes the tombstone's place: the mark (`ended`) says that an entry was invalidated here, and no
-        clock decides which fetch began first.
+        flight has not seen the tombstone in its lookup, so it is not stored over it. For `guard_s` the mark
+        (`ended`) says that an entry was invalidated here: while it stands, a fetch replaces a stored entry
+        only if its own lookup saw that very entry. So no clock decides which fetch began first.
         """
         name, stamps = self._keys.of(key)
         nothing = Entry(TOMBSTONE, b"", "", self._clock(), Lifetimes(0))
