@@ -44,14 +44,12 @@ else
 	|| { echo "proxy/core has to be covered to 100 %: see above for what is missing"; exit 1; }
 endif
 
-# What `make test` leaves out. Then those tests of whole services again in which a lookup decides, without the memory in
-# front of Redis: what callers see is the same.
-HITS := bursts collapsing collections deletion directives isolation leases lists one_snapshot outage purge refresh \
-	replicas snapshot_paths stale store_failures
+# What `make test` leaves out. Then all tests of whole services again, without the memory in front of Redis: what callers
+# see is the same.
 test-long: $(VENV)/.dev
 	$(call passes,-n 4 -m long)
 	$(call passes,-m hypothesis --hypothesis-profile=long)
-	export TEST_MEMORY=off; $(call passes,-n 4 -m "not long" $(HITS:%=tests/e2e/test_%.py))
+	export TEST_MEMORY=off; $(call passes,-n 4 -m "not long" tests/e2e)
 
 # The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first).
 simulate: $(VENV)/.dev
