@@ -34,7 +34,7 @@ from proxy.core.entry import STAMP_BYTES
 from proxy.storage.conversation import LONGEST_LEASE_S
 from proxy.storage.leases import LEASE_MS
 from simulation.loop import START
-from simulation.plan import AT_ONE_REPLICA, OF_REDIS, Ask, Fault
+from simulation.plan import AT_ONE_REPLICA, OF_CALLERS, OF_REDIS, Ask, Fault
 from simulation.replica import Replica
 from simulation.upstream import Made
 
@@ -469,13 +469,38 @@ class Checks:
             cause, by = "DELETE of unknown outcome", request.replica
             pending = "invalidation-pending" in failed.cache_status.header
             self.ended.append(Ended(cause, by, now, request.began, None, ask.name, pending=pending))
-        if kind in ("QuotaSpent", "TokenRefused") or self.world.api.troubles or self.world.killed:
+        if kind == "TokenRefused" or self.world.api.troubles or self.world.killed:
+            return
+        if kind == "QuotaSpent":
+            if self._had_room(request):
+                words = f"request {request.number} got {error.status} {kind}, and {ask.token} had room"
+                self._fail("needless", words)
             return
         if self.world.paused or (request.replica.stops and kind in _IN_A_DRAIN):
             return
         if kind in _LATE and self._waited_for_a_lease(ask):
             return
         self._fail("needless", f"request {request.number} got {error.status} {kind}, and the API is well")
+
+    def _had_room(self, request: Request) -> bool:
+        """Tell whether the quota plainly had room for a request: by what the API got, and not by a ledger.
+
+        That is where nothing went wrong with Redis, the API or a replica until now, the API said no 429 to
+        the token, no call of it was made without Redis, and at most half of its minute and of its hour was
+        used since a minute and an hour before the request came.
+        """
+        world, token, now = self.world, request.ask.token, self.world.loop.now
+        if any(fault.kind not in OF_CALLERS and START + fault.at <= now for fault in world.plan.faults):
+            return False
+        made = [each for each in world.api.made if each.token == token]
+        if any(each.status == HTTPStatus.TOO_MANY_REQUESTS for each in made):
+            return False
+        if any(each.made.token == token for each in self.alone) or not request.replica.link.up:
+            return False
+        quota = world.size.settings.quota
+        since = request.began - self._minute_s - _SLACK_S
+        lately = sum(each.sent_at >= since for each in made)
+        return lately <= quota.per_minute / 2 and len(made) <= quota.per_hour / 2
 
     def _waited_for_a_lease(self, ask: Ask) -> bool:
         """Tell whether a replica could not give up its lease: what waited for that has the time left."""
