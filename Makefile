@@ -51,9 +51,12 @@ test-long: $(VENV)/.dev
 	$(call passes,-m hypothesis --hypothesis-profile=long)
 	export TEST_MEMORY=off; $(call passes,-n 4 -m "not long" tests/e2e)
 
-# The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first).
+# The program in simulated worlds: SEED=197 tells the story of one, N=100000 runs many on all cores (FROM= the first,
+# WORKERS= in so many processes).
+given = $(if $(filter undefined,$(origin $(1))),,--$(2)='$($(1))')
 simulate: $(VENV)/.dev
-	PYTHONPATH=.:tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--n $(or $(N),2000) --from $(or $(FROM),0))
+	PYTHONPATH=.:tests $(BIN)/python -m simulation $(call given,SEED,seed) $(call given,N,n) $(call given,FROM,from) \
+	  $(call given,WORKERS,workers)
 
 check: $(VENV)/.dev lengths
 	$(BIN)/ruff format --check .

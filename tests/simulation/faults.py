@@ -7,7 +7,7 @@ none of them can. A kind that stands in the plan and not here is an error.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from simulation.plan import AT_ONE_REPLICA, OF_THE_API, SNAPSHOTS, TOKENS, Fault
+from simulation.plan import AT_ONE_REPLICA, OF_THE_API, PAUSED_AT_AN_ANSWER, SNAPSHOTS, TOKENS, Fault
 from simulation.replica import Replica
 from simulation.upstream import Trouble
 
@@ -26,7 +26,7 @@ _LONGEST_LAG_S = 0.3
 def strike(world: "World", fault: Fault) -> None:
     """Let a fault begin now."""
     replica = world.replicas[fault.which % len(world.replicas)]
-    one = fault.kind in AT_ONE_REPLICA
+    one = fault.kind in (*AT_ONE_REPLICA, PAUSED_AT_AN_ANSWER)
     world.meet(fault.kind, [replica] if one else world.replicas)
     world.tell("FAULT", f"{fault.kind} for {fault.seconds:.3f} s" + (f" at {replica.name}" if one else ""))
     if fault.kind in OF_THE_API:
@@ -150,6 +150,11 @@ def _paused(world: "World", fault: Fault, replica: Replica) -> None:
     world.later(fault.seconds, go_on)
 
 
+def _paused_at_an_answer(world: "World", fault: Fault, replica: Replica) -> None:
+    """Pause a replica when the next answer of the API has come to it, and before it has read that."""
+    world.api.when_told[replica.process.name] = lambda: _paused(world, fault, replica)
+
+
 def _killed(world: "World", fault: Fault, replica: Replica) -> None:
     if replica.process.dead:
         return
@@ -202,6 +207,7 @@ _EFFECTS: dict[str, Callable[["World", Fault, Replica], None]] = {
     "cut-off": _cut_off,
     "clock-steps": _clock_steps,
     "paused": _paused,
+    PAUSED_AT_AN_ANSWER: _paused_at_an_answer,
     "killed": _killed,
     "stopped": _stopped,
     "token-revoked": _revoked,

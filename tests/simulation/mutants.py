@@ -6,6 +6,7 @@ a hole in the invariants, or in what worlds try.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from proxy.cache import collapse, fetch, memory, readthrough
@@ -14,6 +15,7 @@ from proxy.core.entry import Leased
 from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import InvalidationCounts
 from proxy.gate import ledgers
+from proxy.gate.account import Permit
 from proxy.storage import conversation, entries, invalidation, leases, ledger
 from proxy.tasks import flights
 
@@ -49,6 +51,74 @@ def _of(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+class _Around(NamedTuple):
+    """Makes a mutant's value of what it replaces."""
+
+    make: Callable[[Callable[..., Any]], Any]
+
+
+def _own_only_renewed(original: Callable[..., Any]) -> Any:
+    async def if_owner(self: Any, lease: Leased, command: Any, *rest: Any) -> None:
+        if command == "PEXPIRE":
+            await original(self, lease, command, *rest)
+        else:
+            await self._servers.ask((command, lease.name, *rest))
+
+    return if_owner
+
+
+def _looks_late(original: Callable[..., Any]) -> Any:
+    async def fill(self: Any, call: Any, lookup: Any, *rest: Any, **more: Any) -> Any:
+        now = await self._store.lookup(call.key)
+        return await original(self, call, lookup._replace(basis=now.basis), *rest, **more)
+
+    return fill
+
+
+def _forgets_at_once(original: Callable[..., Any]) -> Any:
+    async def admit(self: Any, account: Any, *rest: Any, **more: Any) -> Any:
+        permit = await original(self, account, *rest, **more)
+        if isinstance(permit, Permit):
+            await self.give_back(account, permit)
+        return permit
+
+    return admit
+
+
+def _no_age_of_a_404(original: Callable[..., Any]) -> Any:
+    def on_lookup(entry: Any, directives: Any, now: float) -> Any:
+        is_404 = entry is not None and entry.status == HTTPStatus.NOT_FOUND
+        return original(entry, directives, min(now, entry.called_at) if is_404 else now)
+
+    return on_lookup
+
+
+class _Equal(bytes):
+    """A stamp that is equal to every other one."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = bytes.__hash__
+
+
+class _AllEqual(tuple[bytes, ...]):
+    """Stamps, each of which is equal to every other one."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([_Equal(each) for each in tuple.__iter__(self)])
+
+
+def _no_stamps(original: Callable[..., Any]) -> Any:
+    def unseal(*arguments: Any) -> Any:
+        entry, stamps = original(*arguments)
+        return entry, _AllEqual(stamps)
+
+    return unseal
+
+
 MUTANTS = (
     Mutant(
         "an invalidation deletes no stamp",
@@ -79,6 +149,14 @@ MUTANTS = (
         50,
     ),
     Mutant("no lease is asked for", leases.Leases, "lease", _always_leased, _of("one call"), 10),
+    Mutant(
+        "a lease is released without owner check",
+        leases.Leases,
+        "_if_owner",
+        _Around(_own_only_renewed),
+        _of("one call"),
+        90,
+    ),
     Mutant("a lease is not renewed", leases.Leases, "renew", _nothing, _of("one call"), 200),
     Mutant(
         "a lease is not released",
@@ -150,52 +228,47 @@ MUTANTS = (
     Mutant(
         "calls in the air are not counted",
         ledgers.Accounts,
+        "admit",
+        _Around(_forgets_at_once),
+        _of("limits", "cool-down"),
+        80,
+    ),
+    Mutant(
+        "no common ledger",
+        ledgers.Accounts,
         "_admit_in_common",
         _nothing,
         _of("limits", "cool-down"),
         300,
     ),
-    Mutant("an entry never expires", readthrough, "on_lookup", None, _of("age"), 100),
-    Mutant("a lookup does not compare stamps", entries, "unseal", None, _of("deleted", "refused"), 10),
+    Mutant(
+        "a fill stores before it looks",
+        fetch.Fetcher,
+        "_fill",
+        _Around(_looks_late),
+        _of("deleted", "refused"),
+        10,
+    ),
+    Mutant("a 404 never expires", readthrough, "on_lookup", _Around(_no_age_of_a_404), _of("age"), 100),
+    Mutant(
+        "a lookup does not compare stamps",
+        entries,
+        "unseal",
+        _Around(_no_stamps),
+        _of("deleted", "refused"),
+        10,
+    ),
 )
-
-
-def _special(mutant: Mutant) -> Any:
-    """Give the value of a mutant that needs what it replaces."""
-    original: Callable[..., Any] = getattr(mutant.where, mutant.attribute)
-    if mutant.name == "an entry never expires":
-
-        def on_lookup(entry: Any, directives: Any, now: float) -> Any:
-            return original(entry, directives, now if entry is None else min(now, entry.called_at))
-
-        return on_lookup
-    if mutant.name == "a lookup does not compare stamps":
-
-        class Equal(tuple[bytes, ...]):
-            __slots__ = ()
-
-            def __iter__(self) -> Iterator[Any]:
-                return iter([_Any(each) for each in tuple.__iter__(self)])
-
-        class _Any(bytes):
-            def __eq__(self, other: object) -> bool:
-                return True
-
-            __hash__ = bytes.__hash__
-
-        def unseal(*arguments: Any) -> Any:
-            entry, stamps = original(*arguments)
-            return entry, Equal(stamps)
-
-        return unseal
-    return mutant.value
 
 
 @contextmanager
 def planted(mutant: Mutant) -> Iterator[None]:
     """Change the program, and change it back."""
     own = vars(mutant.where)[mutant.attribute]
-    setattr(mutant.where, mutant.attribute, _special(mutant))
+    value = mutant.value
+    if isinstance(value, _Around):
+        value = value.make(getattr(mutant.where, mutant.attribute))
+    setattr(mutant.where, mutant.attribute, value)
     try:
         yield
     finally:

@@ -25,7 +25,10 @@ OF_THE_API = ("api-late", "api-lost", "api-5xx", "api-429", "api-unreachable")
 OF_CALLERS = ("token-revoked", "scope-changed")
 AT_ONE_REPLICA = ("clock-steps", "paused", "killed", "stopped", "cut-off", "channel-stalls")
 KINDS = (*OF_REDIS, *OF_THE_API, *OF_CALLERS, *AT_ONE_REPLICA, "channel-deaf")
-"""Every kind of fault."""
+"""Every kind of fault that is drawn by itself."""
+
+PAUSED_AT_AN_ANSWER = "paused-at-an-answer"
+"""A kind that only one scene has. No call is in flight meanwhile, so it excuses no second one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,10 @@ class Plan:
 
 def drawn(seed: int) -> Plan:
     """Draw the plan of a seed: from a single quiet replica to three with four faults."""
+    if Random(f"lease {seed}").random() < _LAPSES:  # noqa: S311 # no secret
+        return _lapsed(seed)
     random = Random(f"plan {seed}")  # noqa: S311 # no secret
-    size = random.choices([*SIZES], _SIZES)[0]
+    size = random.choices([*_SIZES], [*_SIZES.values()])[0]
     scribe = _Scribe(random, size)
     if size == "small":
         scribe.scattered(random.randrange(1, 5))
@@ -108,8 +113,18 @@ def drawn(seed: int) -> Plan:
     )
 
 
-_SIZES = (0.8, 0.12, 0.08)
-"""The parts of the worlds that are small, large and slow."""
+def _lapsed(seed: int) -> Plan:
+    """Draw the plan of a lease that expires while its holder is paused."""
+    scribe = _Scribe(Random(f"lapsed {seed}"), "lapse", replicas=3)  # noqa: S311 # no secret
+    scribe.lapse()
+    return Plan(seed, 3, tuple(scribe.asks), tuple(scribe.faults), "lapse")
+
+
+_LAPSES = 0.01
+"""The part of the worlds that are about an expired lease. A generator of its own draws them: others stay."""
+
+_SIZES = {"small": 0.8, "large": 0.12, "slow": 0.08}
+"""The parts of the other worlds that have each size."""
 
 _BUSY = 0.15
 """The part of the larger worlds with more requests than the quota has room for."""
@@ -124,12 +139,12 @@ _SLOWLY = 0.3
 class _Scribe:
     """Writes the requests and faults of one plan, scene by scene."""
 
-    def __init__(self, random: Random, size: str) -> None:
+    def __init__(self, random: Random, size: str, replicas: int = 0) -> None:
         self.random = random
         self.size = size
         self.length_s = SIZES[size].length_s
         self.seconds = (0.03, 0.1, 0.3) if size == "small" else (0.05, 0.3, 1.0, 2.5)
-        self.replicas = random.choice((1, 2, 2, 3) if size == "small" else (1, 2, 3, 3))
+        self.replicas = replicas or random.choice((1, 2, 2, 3) if size == "small" else (1, 2, 3, 3))
         self.asks: list[Ask] = []
         self.faults: list[Fault] = []
 
@@ -228,6 +243,22 @@ class _Scribe:
         for _ in range(self.random.randrange(2, 6)):
             later_s = 3 * self.random.random()
             self.asks.append(self.ask(at + later_s, "get", token=token, name=QUIET_SNAPSHOT))
+
+    def lapse(self) -> None:
+        """Let a lease expire while its holder is paused, which has a failure to leave to the others.
+
+        A second replica takes the lease, and its call lasts; the first goes on, and a third asks.
+        """
+        draw, token = self.random.random, self.random.choice(TOKENS)
+        first, second, third = self.random.sample(range(self.replicas), self.replicas)
+        at = 0.1 + 0.2 * draw()
+        self.fault("api-5xx", at - 0.05, seconds=0.4)
+        self.fault(PAUSED_AT_AN_ANSWER, at - 0.04, seconds=2.2 + draw(), which=first)
+        wishes = [("get", 0.0, first), ("slow-get", 0.05 + 0.4 * draw(), second)]
+        wishes += [("get", 2 + 4 * draw(), third) for _ in range(self.random.randrange(1, 4))]
+        for what, later_s, where in wishes:
+            wish = self.ask(at + later_s, what, token=token, name=QUIET_SNAPSHOT, where=where)
+            self.asks.append(replace(wish, leaves_s=None))
 
     def _burst(self) -> None:
         """Let one token need more calls than it has, and Redis go away when half of them are made."""

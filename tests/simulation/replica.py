@@ -7,6 +7,7 @@ listeners, the fast path's parser, the passthrough.
 
 import asyncio
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -130,6 +131,14 @@ SIZES = {
 }
 """In each a read waits for another replica for longer than a lease lasts. `slow`: a call, or its wait for the
 quota, may last longer than a lease that is not renewed."""
+
+SIZES["lapse"] = SIZES["slow"]._replace(
+    settings=replace(
+        SIZES["slow"].settings,
+        cache=replace(SIZES["slow"].settings.cache, fresh_s=9, max_fresh_s=9),
+    )
+)
+"""No entry is stale before the world is over, so that no refresh explains a second call for a document."""
 
 _SECRET = b"a world that keeps no secret at all"
 

@@ -41,7 +41,7 @@ def _timed(command: list[bytes], at: float) -> list[bytes]:
 
 
 async def test_what_it_replies_a_valkey_replies(valkey: Valkey) -> None:
-    """Every command of twenty worlds, one after the other on one database."""
+    """Every command of forty worlds, one after the other on one database."""
     commands = [command for seed in range(40) for command in conversation(seed)]
     assert len(commands) > 5000
     assert await _different(valkey, commands) == []

@@ -105,6 +105,8 @@ class Api:
         """Every call, by its number."""
         self.troubles: list[Trouble] = []
         self.flying: list[Made] = []
+        self.when_told: dict[str, Callable[[], None]] = {}
+        """What happens to a replica, by its process, when the next answer has come, and before it is read."""
         self._counted: dict[str, list[float]] = {token: [] for token in truth.tokens}
         self.on_made: Callable[[Made], None]
         self.on_over: Callable[[Made], None]
@@ -125,6 +127,9 @@ class Api:
         finally:
             if not process.dead:
                 self.over(made)
+                if (happens := self.when_told.pop(process.name, None)) is not None:
+                    happens()
+                    await asyncio.sleep(0)
 
     def over(self, made: Made) -> None:
         """Record that the replica knows the outcome, or has died."""
