@@ -29,7 +29,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.cache.readthrough import Failed, Served
-from proxy.core.cache_status import Detail
+from proxy.core.cache_status import Detail, FromCache
 from proxy.core.entry import STAMP_BYTES
 from proxy.storage.conversation import LONGEST_LEASE_S
 from proxy.storage.leases import LEASE_MS
@@ -118,20 +118,11 @@ class Checks:
     alone: list["Alone"] = field(default_factory=list)
     """The calls that were made without Redis."""
 
-    _oldest_s: dict[HTTPStatus, float] = field(init=False)
     _memory_s: float = field(init=False)
     _minute_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        settings = self.world.size.settings
-        cache = settings.cache
-        longest_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
-        self._oldest_s = {
-            HTTPStatus.OK: cache.max_fresh_s + longest_s,
-            HTTPStatus.NOT_FOUND: cache.negative_s,
-            HTTPStatus.UNAUTHORIZED: cache.negative_s,
-        }
-        self._memory_s = settings.memory.max_age_s
+        self._memory_s = self.world.size.settings.memory.max_age_s
         self._minute_s = 60 * self.world.size.scale
 
     def _fail(self, name: str, words: str) -> None:
@@ -183,15 +174,16 @@ class Checks:
         quota = self.world.size.settings.quota
         if minute <= quota.per_minute and hour <= quota.per_hour:
             return
+        exceeding = max(minute - quota.per_minute, hour - quota.per_hour)
         if not (
             self._is_new_to_an_empty_redis(made)
             or self._is_of_strangers(made)
             or self._is_the_first_alone(made)
-            or self._is_of_a_share(made, minute - quota.per_minute)
-            or self._is_of_a_lost_ledger(made, minute - quota.per_minute)
-            or self._is_of_lost_writes(made, minute - quota.per_minute)
-            or self._is_untold(made, minute - quota.per_minute)
-            or self._is_of_a_clock_that_stepped(made, minute - quota.per_minute)
+            or self._is_of_a_share(made, exceeding)
+            or self._is_of_a_lost_ledger(made, exceeding)
+            or self._is_of_lost_writes(made, exceeding)
+            or self._is_untold(made, exceeding)
+            or self._is_of_a_clock_that_stepped(made, exceeding)
         ):
             self._fail(
                 "limits",
@@ -401,9 +393,11 @@ class Checks:
         assert decided is not None
         if served.entry is None:  # not from a cache: as old as its call
             return
-        oldest_s = self._oldest_s.get(HTTPStatus(served.status))
+        # Nor is the answer of a call that was in flight when the request came.
+        is_kept = made.told_at is not None and made.told_at < request.began
+        oldest_s = self._oldest_s(served, made)
         skew_s = self.world.most_skew_s
-        if oldest_s is not None and request.began - decided > oldest_s + skew_s + _SLACK_S:
+        if is_kept and oldest_s is not None and request.began - decided > oldest_s + skew_s + _SLACK_S:
             self._fail(
                 "age", f"request {number} got a {served.status} that is {request.began - decided:.3f} s old"
             )
@@ -415,6 +409,34 @@ class Checks:
                 f"request {number} got answer {made.number}, which a {ended.cause} ended"
                 f" {request.began - ended.answered_at:.3f} s before the request",
             )
+
+    def _oldest_s(self, served: Served, made: Made) -> float | None:
+        """Give the longest lifetime of what was served, as far as this answer may use it.
+
+        Only a token that has used much of its quota when it calls gets more than `fresh_s`, and only for
+        single snapshots. Of the stale windows those come on top that the answer says it uses.
+        """
+        cache, quota = self.world.size.settings.cache, self.world.size.settings.quota
+        if served.status in (HTTPStatus.NOT_FOUND, HTTPStatus.UNAUTHORIZED):
+            return cache.negative_s
+        if served.status != HTTPStatus.OK:
+            return None
+        is_error = " detail=" in served.cache_status.header
+        stale_s = cache.stale_if_error_s if is_error else 0
+        if b'"snapshots"' in served.body:
+            return cache.list_fresh_s + stale_s
+        status = served.cache_status
+        if isinstance(status, FromCache) and status.ttl_s <= 0:
+            stale_s = max(stale_s, cache.stale_while_revalidate_s)
+        since = made.sent_at - self._minute_s - _SLACK_S
+        before = [
+            each for each in self.world.api.made if each.token == made.token and each.number <= made.number
+        ]
+        lately = sum(each.sent_at >= since for each in before)
+        # Without Redis each replica counts a call as many times as there are replicas.
+        most = self.world.plan.replicas if any(each.made.token == made.token for each in self.alone) else 1
+        is_short = most * lately >= _MUCH * quota.per_minute or most * len(before) >= _MUCH * quota.per_hour
+        return (cache.max_fresh_s if is_short else cache.fresh_s) + stale_s
 
     def _covers(self, ended: Ended, request: Request, made: Made, served: Served) -> bool:
         """Tell whether the answer is one that `ended` promised not to be given any more."""
@@ -487,7 +509,8 @@ class Checks:
 
         That is where nothing went wrong with Redis, the API or a replica until now, the API said no 429 to
         the token, no call of it was made without Redis, and at most half of its minute and of its hour was
-        used since a minute and an hour before the request came.
+        used since a minute and an hour before the request came, even if each other request that has no answer
+        yet, or came just now, becomes a call.
         """
         world, token, now = self.world, request.ask.token, self.world.loop.now
         if any(fault.kind not in OF_CALLERS and START + fault.at <= now for fault in world.plan.faults):
@@ -498,9 +521,14 @@ class Checks:
         if any(each.made.token == token for each in self.alone) or not request.replica.link.up:
             return False
         quota = world.size.settings.quota
+        coming = sum(
+            each.ask.token == token and (not each.done or each.began >= now - _SLACK_S)
+            for each in world.requests
+            if each is not request
+        )
         since = request.began - self._minute_s - _SLACK_S
         lately = sum(each.sent_at >= since for each in made)
-        return lately <= quota.per_minute / 2 and len(made) <= quota.per_hour / 2
+        return lately + coming <= quota.per_minute / 2 and len(made) + coming <= quota.per_hour / 2
 
     def _waited_for_a_lease(self, ask: Ask) -> bool:
         """Tell whether a replica could not give up its lease: what waited for that has the time left."""
@@ -618,6 +646,8 @@ _TELLING = frozenset({200, 204, 404})
 """Answers with one of these tell how many calls are left."""
 
 _BEATS_TO_KNOW_ALL = 2
+_MUCH = 0.4
+"""Of the quota: from half of it on entries live longer, and a ledger counts a little more than there is."""
 
 
 def _concerns(ended: Ended, request: Request, made: Made, served: Served) -> bool:

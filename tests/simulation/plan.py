@@ -72,6 +72,12 @@ class Plan:
     untold: bool = False
     """The API's answers have no `ratelimit-*`."""
 
+    per_hour: int | None = None
+    """The hour's limit, where it is not the one of the world's size."""
+
+    brief: bool = False
+    """Entries live for as short as they can."""
+
     def without(self, *, ask: int | None = None, then: int | None = None, fault: int | None = None) -> "Plan":
         """Leave out one fault, one request, or one of those that follow it (`then`)."""
         faults = tuple(each for at, each in enumerate(self.faults) if at != fault)
@@ -103,7 +109,7 @@ def drawn(seed: int) -> Plan:
             scribe.scene()
     for _ in range(random.choice((0, 0, 1, 1, 2) if size == "small" else (0, 0, 1, 1, 2, 3, 4))):
         scribe.fault(random.choice(KINDS))
-    return Plan(
+    plan = Plan(
         seed,
         scribe.replicas,
         tuple(sorted(scribe.asks, key=lambda each: each.at)),
@@ -111,6 +117,21 @@ def drawn(seed: int) -> Plan:
         size,
         random.random() < _UNTOLD,
     )
+    return _varied(plan, Random(f"limits {seed}"))  # noqa: S311 # no secret
+
+
+def _varied(plan: Plan, random: Random) -> Plan:
+    """Give some worlds other limits. They are drawn apart, so that all other worlds stay as they are.
+
+    The hour is small only where Redis and the replicas stay well: the worst cases of docs/quota.md count
+    calls in a minute. In half of these worlds only the ledgers' own counts keep it.
+    """
+    draw, well = random.random(), all(fault.kind in (*OF_THE_API, *OF_CALLERS) for fault in plan.faults)
+    if well and draw < _SMALL_HOURS:
+        return replace(plan, per_hour=random.randrange(4, 9), untold=plan.untold or random.random() < 1 / 2)
+    if plan.size != "small" and draw > 1 - _BRIEF:
+        return replace(plan, brief=True)
+    return plan
 
 
 def _lapsed(seed: int) -> Plan:
@@ -131,6 +152,12 @@ _BUSY = 0.15
 
 _UNTOLD = 0.15
 """The part of the worlds whose API tells no `ratelimit-*`."""
+
+_SMALL_HOURS = 0.08
+"""The part of the worlds without a fault of Redis or a replica that have an hour so small that it binds."""
+
+_BRIEF = 0.15
+"""The part of the larger worlds whose entries live for a second."""
 
 _LEAVES = 0.1
 _SLOWLY = 0.3

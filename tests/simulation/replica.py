@@ -140,6 +140,27 @@ SIZES["lapse"] = SIZES["slow"]._replace(
 )
 """No entry is stale before the world is over, so that no refresh explains a second call for a document."""
 
+
+def sized(name: str, *, per_hour: int | None, brief: bool) -> Size:
+    """Give a size, with another limit of the hour if one is given, and if `brief` the shortest lifetimes."""
+    size = SIZES[name]
+    settings = size.settings
+    if per_hour is not None:
+        settings = replace(settings, quota=replace(settings.quota, per_hour=per_hour))
+    if brief:
+        shortest = replace(
+            settings.cache,
+            fresh_s=1,
+            list_fresh_s=1,
+            negative_s=1,
+            stale_while_revalidate_s=1,
+            stale_if_error_s=1,
+            max_fresh_s=1,
+        )
+        settings = replace(settings, cache=shortest)
+    return size._replace(settings=settings)
+
+
 _SECRET = b"a world that keeps no secret at all"
 
 

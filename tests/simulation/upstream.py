@@ -201,8 +201,10 @@ class Api:
         made.counted = (self._count(token, self._minute_s), self._count(token, self._hour_s))
         if made.counted[0] > self._per_minute or made.counted[1] > self._per_hour:
             self._counted[token].pop()
-            oldest = self._counted[token][-self._per_minute]
-            return 429, _error("too_many_requests", made.number), max(ceil(oldest + self._minute_s - now), 1)
+            is_hour = made.counted[1] > self._per_hour
+            most, window_s = (self._per_hour, self._hour_s) if is_hour else (self._per_minute, self._minute_s)
+            oldest = self._counted[token][-most]
+            return 429, _error("too_many_requests", made.number), max(ceil(oldest + window_s - now), 1)
         if trouble == "429":
             return 429, _error("too_many_requests", made.number), self._random.choice((None, 1, 2))
         if call.method == "DELETE":

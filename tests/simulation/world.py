@@ -28,7 +28,7 @@ from simulation.faults import strike
 from simulation.loop import CURRENT, START, Loop, Process, Stuck
 from simulation.network import Server
 from simulation.plan import QUIET_SNAPSHOT, SNAPSHOTS, TOKENS, Ask, Plan
-from simulation.replica import EPOCH, SIZES, Replica
+from simulation.replica import EPOCH, Replica, sized
 from simulation.upstream import Api, Made, Truth
 
 MOST_STEPS = 400_000
@@ -70,7 +70,7 @@ class World:
         self.truth.readable = {
             (token, name) for token in TOKENS for name in SNAPSHOTS if random.random() < _READABLE
         } | {(token, QUIET_SNAPSHOT) for token in TOKENS}
-        self.size = SIZES[plan.size]
+        self.size = sized(plan.size, per_hour=plan.per_hour, brief=plan.brief)
         quota, scale = self.size.settings.quota, self.size.scale
         limits = (quota.per_minute, 60 * scale, quota.per_hour, 3600 * scale)
         slow_s = self.size.settings.upstream.total_timeout_s * _SLOW
