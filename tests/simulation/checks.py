@@ -452,21 +452,24 @@ class Checks:
         lost = self.world.redis.lost_writes
         if any(since <= ended.answered_at and at >= ended.before for since, at in lost):
             return True
+        # What could not be told to Redis is pending.
+        is_pending = ended.pending and self._redis_is_off(ended.answered_at)
         if ended.by is request.replica:  # which neither reads nor stores what it has not yet invalidated
-            return ended.cause in _OF_READS and ended.pending
-        if ended.pending:
+            return ended.cause in _OF_READS and is_pending
+        if is_pending:
             self._settle(ended)
-            return True
         # A replica that cannot reach Redis serves what it fetched itself, for as long as memory keeps it.
         told_at = request.began if made.told_at is None else made.told_at
         unanswered = served.cache_status.detail is Detail.STORE_UNAVAILABLE
-        is_alone = unanswered or request.replica.alone_at >= request.began
-        return is_alone and request.began - told_at <= self._memory_s + _SLACK_S
+        if unanswered or request.replica.alone_at >= request.began:
+            return request.began - told_at <= self._memory_s + _SLACK_S
+        # Another one serves what Redis has, as long as that lives (`age`), until Redis has what is pending.
+        return is_pending
 
     def _settle(self, ended: Ended) -> None:
         """Count a pending invalidation as any other from when Redis has taken it, and no memory has it."""
         by = ended.by
-        if by is None or by.process.dead or ended.cause in _OF_READS or by.store.pending_invalidations:
+        if by is None or by.process.dead or by.store.pending_invalidations:
             return
         ended.pending = False
         ended.answered_at = self.world.loop.now + LONGEST_LEASE_S
