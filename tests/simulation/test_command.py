@@ -73,13 +73,18 @@ def test_what_cannot_be_run(given: list[str], words: str, capsys: pytest.Capture
 
 
 def test_make_passes_on_what_is_given() -> None:
-    """Also an empty value, which is then refused."""
+    """Also an empty value, which is then refused. The tests may have been begun by another `make`."""
     root = Path(__file__).parents[2]
     given = ["SEED=", "N=5", "FROM=2", "WORKERS=3"]
     make = shutil.which("make")
     assert make
     told = subprocess.run(
-        [make, "-n", "simulate", *given], cwd=root, check=True, capture_output=True, text=True
+        [make, "--dry-run", "--no-print-directory", "simulate", *given],
+        cwd=root,
+        env={name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL"}},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     words = told.stdout.replace("\\\n", " ").split()
     assert words[-4:] == ["--seed=''", "--n='5'", "--from='2'", "--workers='3'"]
