@@ -5,6 +5,7 @@ What a hit costs the kernel and uvloop: no program on them can cost less. `pytho
 
 import asyncio
 import sys
+from typing import cast
 
 import uvloop
 
@@ -28,7 +29,7 @@ class Constant(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        self.transport = transport  # type: ignore[assignment] # uvloop's is none by inheritance
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
 
     def data_received(self, data: bytes) -> None:
         """Answer."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from proxy import logs
 from proxy.app import App
-from proxy.core.collections import unknown
+from proxy.core.collections import undocumented
 from proxy.core.errors import SettingsError
 from proxy.settings.sections import Loaded, Settings
 from proxy.storage.embedded import EmbeddedServerError
@@ -76,7 +76,7 @@ async def serve(loaded: Loaded, load_again: Callable[[], Loaded]) -> int:
 
 def _warn_of_collections(settings: Settings) -> None:
     """Name in the log the cached collections that the API's documentation does not have."""
-    for name, nearest in unknown(settings.cache.collections):
+    for name, nearest in undocumented(settings.cache.collections):
         logs.event(
             _LOG,
             logging.WARNING,

@@ -296,6 +296,30 @@ def test_a_429_without_the_common_ledger_stops_this_replica() -> None:
     run(main())
 
 
+def test_a_cool_down_is_told_though_the_first_request_is_cancelled() -> None:
+    """It was being written to Redis then; the next request writes it."""
+
+    async def main() -> None:
+        fleet = Fleet()
+        await fleet.go(1.0)
+        fleet.ledger.away = True
+        one, other, _ = fleet.replicas
+        await asyncio.sleep(10)
+        turn = await one.admit(ACCOUNT, CallClass.WRITE)
+        assert isinstance(turn, Permit)
+        await one.settle(ACCOUNT, turn, Settlement(refused=True, retry_after_s=7))
+        fleet.ledger.away, fleet.ledger.held = False, asyncio.Event()
+        leaving = asyncio.create_task(one.admit(ACCOUNT, CallClass.WRITE))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        fleet.ledger.held = None
+        assert await one.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown")
+        assert await other.admit(ACCOUNT, CallClass.WRITE) == Postponed(7.0, "cooldown"), "told to all"
+
+    run(main())
+
+
 def test_a_refusal_of_its_share_says_so() -> None:
     """Where Redis cannot be asked, it is not the token whose calls are spent; with it, it is."""
 

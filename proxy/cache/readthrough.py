@@ -305,9 +305,7 @@ def _from_upstream(
     match result:
         case ProxyError():
             received = result.received_status if isinstance(result, UpstreamError) else None
-            shared = collapsed and not isinstance(
-                result, NotSent
-            )  # else there was no call, and none is saved
+            shared = collapsed and not isinstance(result, NotSent)  # without a call, none is saved
             return Failed(result, Forwarded(fwd, received, collapsed=shared, detail=detail))
         case Fetched():
             received = HTTPStatus.NOT_MODIFIED if result.revalidated else result.status

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from proxy.check.finding import Finding, ok, warning
-from proxy.core.collections import unknown
+from proxy.core.collections import undocumented
 from proxy.settings.rules import is_every_interface, is_loopback
 from proxy.settings.sections import Settings
 
@@ -30,7 +30,7 @@ def admin(settings: Settings) -> Iterator[Finding]:
 
 def collections(settings: Settings) -> Iterator[Finding]:
     """Look for collections that the API's documentation does not have."""
-    for name, nearest in unknown(settings.cache.collections):
+    for name, nearest in undocumented(settings.cache.collections):
         yield warning(
             f"cache.collections: DigitalOcean documents no collection {name}, so this may cache nothing",
             f"if {nearest} is meant, correct the name; if the API has /v2/{name} by now, leave it",

@@ -39,7 +39,7 @@ def collection_of(path: str) -> str:
     return path.partition("?")[0].partition("/")[0]
 
 
-def unknown(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+def undocumented(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Give those of `names` that the API's documentation does not have, each with the nearest name it has."""
     known = sorted(READABLE)
     return tuple(

@@ -25,6 +25,12 @@ from proxy.core.resources import Key
 # -- what the cache needs --------------------------------------------------------------------------
 
 
+Headers = list[tuple[str, str]]
+
+Carry = Callable[[str, str, Headers], Headers]
+"""Gives the headers of a call to the API with those of its trace, by method, base URL and headers."""
+
+
 class Store(Protocol):
     """Where all replicas keep entries and leases, and invalidate entries. No method raises.
 

@@ -16,10 +16,10 @@ request that the parser and `api.py` took for a question, with these four things
 Then `before + other + after` with another fit `other` is the same question with that id. The parser goes
 through bytes once, from the first to the last. When it has read `before` it is inside the value of a header
 that means nothing to it. No byte of a fit id ends that value, since none is a space, a control character or a
-line break: it is still inside when `after` begins. What it gives
-differs in this value alone, no limit of it or of `api.py` is as low as 128 bytes, and no check looks at the
-value but `parse_request_id`. That is called each time, with the remembered value of `Authorization`, which
-is in `before` or `after`. Any other request goes to the parser.
+line break: it is still inside when `after` begins. What it gives differs in this value alone, no limit of it
+or of `api.py` is as low as 128 bytes, and no check looks at the value but `parse_request_id`. That is called
+each time, with the remembered value of `Authorization`, which is in `before` or `after`. Any other request
+goes to the parser.
 """
 
 from asyncio import get_running_loop

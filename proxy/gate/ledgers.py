@@ -79,8 +79,8 @@ class Accounts:
         """
         own = self._own(account)
         if own.untold:
-            own.untold = False
-            if (cools_s := self.cooldown_s(account)) > 0:
+            own.untold = (cools_s := self.cooldown_s(account)) > 0
+            if own.untold:  # until it is written, though this request may be cancelled meanwhile
                 await self._cool_in_common(own, account, cools_s)
         if cooling := self.cooling(account, operation):
             return cooling

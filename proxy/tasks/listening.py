@@ -36,7 +36,8 @@ class _Timer:
             self._due = self._loop.time() + self._step_s
             self._handle = self._loop.call_at(self._due, self._step)
 
-    def _disarm(self) -> None:
+    def stop(self) -> None:
+        """Stop counting."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
@@ -58,7 +59,7 @@ class _Timer:
             self._over()
 
     def _over(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # the two classes below differ in this
 
 
 class ListeningAlarm(_Timer):
@@ -75,12 +76,6 @@ class ListeningAlarm(_Timer):
         """Begin to count; it must not run."""
         self._left = STEPS
         self._begin()
-
-    def stop(self) -> None:
-        """Stop counting."""
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
 
     def _over(self) -> None:
         self._ring()
@@ -117,7 +112,7 @@ class ListeningTimeout(_Timer):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._disarm()
+        self.stop()
         # Another one may have cancelled the task, too: then it stays cancelled.
         if (
             self._expired
@@ -134,7 +129,7 @@ class ListeningTimeout(_Timer):
         """
         if self._expired:
             return
-        self._disarm()
+        self.stop()
         self._left = STEPS
         self._step_s = _step_s(seconds)
         self._begin()

@@ -7,15 +7,10 @@ the other one. This file knows nothing of OpenTelemetry.
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from yarl import URL
 
 from proxy.core.events import RequestDone, UpstreamCall
-from proxy.core.ports import Store, StreamingGate, Upstream
+from proxy.core.ports import Carry, Store, StreamingGate, Upstream
 from proxy.tasks.flights import Watch
-
-Headers = list[tuple[str, str]]
-Carry = Callable[[str, URL, Headers], Headers]
-"""Gets method, address and headers of a call."""
 
 Respond = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -25,6 +20,8 @@ class Tracing:
 
     on = False
     """Whether requests have spans. The fast path makes none: then all requests go to the handler."""
+
+    carry: Carry | None = None
 
     watch: Watch | None = None
     """What flights tell of themselves: of fetches, and of requests that wait for a fetch of another one."""
@@ -48,9 +45,6 @@ class Tracing:
     def gate(self, gate: StreamingGate) -> StreamingGate:
         """Trace waits for quota and connections."""
         return gate
-
-    carry: Carry | None = None
-    """Gives the headers of a call with those of its trace."""
 
     def upstream(self, upstream: Upstream) -> Upstream:
         """Trace calls."""

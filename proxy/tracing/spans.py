@@ -50,9 +50,9 @@ from proxy.core.entry import Lookup
 from proxy.core.errors import ProxyError
 from proxy.core.events import RequestDone, Route, UpstreamCall
 from proxy.core.http import CACHE_NAME
-from proxy.core.ports import Store, StreamingGate, Upstream
+from proxy.core.ports import Headers, Store, StreamingGate, Upstream
 from proxy.core.resources import Key
-from proxy.tracing.parts import Headers, Respond, Tracing
+from proxy.tracing.parts import Respond, Tracing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,8 +72,9 @@ _WAITING: ContextVar[Span] = ContextVar("waiting", default=INVALID_SPAN)
 """The wait in the gate of the call that is made here."""
 
 
-def _carry(method: str, to: URL, headers: Headers) -> Headers:
+def _carry(method: str, base_url: str, headers: Headers) -> Headers:
     """Send this trace's context upstream, and not what the caller of a passthrough sent."""
+    to = URL(base_url)
     get_current_span().set_attributes(
         {
             "http.request.method": _method(method),

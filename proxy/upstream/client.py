@@ -33,6 +33,7 @@ from proxy.core.events import GIVEN_UP_BY_CALLER, Route, UpstreamCall
 from proxy.core.http import is_etag, parse_retry_after
 from proxy.core.passthrough import PassthroughRequest, Streamed, is_read
 from proxy.core.policy import Answer
+from proxy.core.ports import Carry
 from proxy.core.request import Call
 from proxy.settings import sections
 from proxy.tasks.listening import ListeningTimeout
@@ -47,10 +48,6 @@ _TELLING = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.
 
 _WORDS_S = 1.0
 """Longest wait for the body of such a status: other calls of the token are made until it counts."""
-
-Headers = list[tuple[str, str]]
-Carry = Callable[[str, URL, Headers], Headers]
-"""Gives the headers of a request with those of its trace, by its method and where it goes."""
 
 _LONGEST_VALIDATOR = 255
 _RATELIMIT = ("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
@@ -86,10 +83,10 @@ class Upstream:
             )
             for keeps in (True, False)
         )
-        self._carry = carry or (lambda _method, _to, headers: headers)
-        self._to = URL(options.base_url)
+        self._carry = carry or (lambda _method, _base_url, headers: headers)
+        to = URL(options.base_url)
         proxy = URL(options.http_proxy) if options.http_proxy else None
-        self._ask_kept, self._ask_new = (Exchange(pool, self._to, proxy) for pool in (self._kept, self._new))
+        self._ask_kept, self._ask_new = (Exchange(pool, to, proxy) for pool in (self._kept, self._new))
         self._over_kept, self._over_new = _session(self._kept), _session(self._new)
 
     def rule(self, options: sections.Upstream) -> None:
@@ -129,7 +126,9 @@ class Upstream:
                     if validator:
                         headers.append(("If-None-Match", validator))
                     response = await exchange.ask(
-                        call.method, call.target.path, self._carry(call.method, self._to, headers)
+                        call.method,
+                        call.target.path,
+                        self._carry(call.method, self._options.base_url, headers),
                     )
                     body = await self._body(response)
             except (UpstreamError, aiohttp.ClientError, HttpProcessingError, OSError, zlib.error) as error:
@@ -198,7 +197,9 @@ class Upstream:
                         request.method,
                         URL(self._options.base_url + request.target, encoded=True),
                         headers=self._carry(
-                            request.method, self._to, [*request.headers, *_credentials(request)]
+                            request.method,
+                            self._options.base_url,
+                            [*request.headers, *_credentials(request)],
                         ),
                         data=upload,
                         skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type"),

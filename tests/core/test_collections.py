@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from kit.api_collections import DOCUMENTED, SHOWN
 
 from proxy.core import collections
-from proxy.core.collections import LONGEST_NAME, changed_by, collection_of, in_one_order, unknown
+from proxy.core.collections import LONGEST_NAME, changed_by, collection_of, in_one_order, undocumented
 from proxy.core.entry import Entry, Lifetimes
 from proxy.core.errors import BadRequest, UpstreamEdgeFailed, UpstreamInvalid
 from proxy.core.identity import Keyring, Partition, Token
@@ -151,9 +151,9 @@ def test_the_table_names_collections_of_the_api() -> None:
 def test_names_that_the_api_does_not_have() -> None:
     """Those that it documents are known; another one is named with the nearest."""
     assert READ | {"floating_ips"} == collections.READABLE
-    assert unknown(["droplets", "droplet", "sizes", "zzz"])[0] == ("droplet", "droplets")
-    assert [name for name, _ in unknown(["zzz", "vpc"])] == ["zzz", "vpc"]
-    assert unknown(READ) == ()
+    assert undocumented(["droplets", "droplet", "sizes", "zzz"])[0] == ("droplet", "droplets")
+    assert [name for name, _ in undocumented(["zzz", "vpc"])] == ["zzz", "vpc"]
+    assert undocumented(READ) == ()
 
 
 @pytest.mark.parametrize("written", sorted(WRITTEN))

@@ -622,6 +622,7 @@ class Checks:
         return any(
             each.token == made.token
             and each.method == "GET"
+            and each.status in _ENTRIES
             and (each.name == made.name or not each.name.isdecimal())
             and each.told_at is not None
             and each.told_at >= since
@@ -646,6 +647,7 @@ _OFF_REDIS = _OFF = frozenset((*OF_REDIS, *AT_ONE_REPLICA, "channel-deaf"))
 _OF_READS = frozenset({"403", "404"})
 _LATE = frozenset({"UpstreamTimeout", "UpstreamFailedElsewhere"})
 _TELLING = frozenset({200, 204, 404})
+_ENTRIES = frozenset({200, 304, 404})  # what is stored, or renews what is
 """Answers with one of these tell how many calls are left."""
 
 _BEATS_TO_KNOW_ALL = 2

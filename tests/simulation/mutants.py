@@ -7,16 +7,20 @@ a hole in the invariants, or in what worlds try.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from proxy.cache import collapse, fetch, memory, readthrough
 from proxy.core import quota
 from proxy.core.entry import Leased
+from proxy.core.errors import QuotaSpent
 from proxy.core.identity import Keyring, Partition
 from proxy.core.invalidation import InvalidationCounts
+from proxy.core.windows import QuotaLimits
 from proxy.gate import ledgers
 from proxy.gate.account import Permit
-from proxy.storage import conversation, entries, invalidation, leases, ledger
+from proxy.gate.gate import UpstreamGate
+from proxy.storage import channel, conversation, entries, invalidation, leases, ledger
+from proxy.storage.connection import Unavailable
 from proxy.tasks import flights
 
 
@@ -89,6 +93,30 @@ def _no_age_of_a_404(original: Callable[..., Any]) -> Any:
     def on_lookup(entry: Any, directives: Any, now: float) -> Any:
         is_404 = entry is not None and entry.status == HTTPStatus.NOT_FOUND
         return original(entry, directives, min(now, entry.called_at) if is_404 else now)
+
+    return on_lookup
+
+
+async def _quota_spent(*_: Any, **__: Any) -> NoReturn:
+    raise QuotaSpent("minute", 1.0)
+
+
+async def _unavailable(*_: Any, **__: Any) -> NoReturn:
+    raise Unavailable(too_slow=False)
+
+
+def _no_hour(windows: Any) -> Any:
+    def without(self: Any) -> Any:
+        minute, hour = windows.fget(self)
+        return minute, hour._replace(limit=10**6)
+
+    return property(without)
+
+
+def _no_age_of_a_200(original: Callable[..., Any]) -> Any:
+    def on_lookup(entry: Any, directives: Any, now: float) -> Any:
+        never = entry is not None and entry.status == HTTPStatus.OK and entry.purged_at is None
+        return original(entry, directives, min(now, entry.called_at) if never else now)
 
     return on_lookup
 
@@ -249,6 +277,10 @@ MUTANTS = (
         _of("deleted", "refused"),
         10,
     ),
+    Mutant("every call is refused", UpstreamGate, "ask", _quota_spent, _of("needless"), 5),
+    Mutant("the hour is not counted", QuotaLimits, "windows", _Around(_no_hour), _of("limits"), 700),
+    Mutant("Redis takes no invalidation", channel.Channel, "invalidate", _unavailable, _of("deleted"), 60),
+    Mutant("a 200 never expires", readthrough, "on_lookup", _Around(_no_age_of_a_200), _of("age"), 150),
     Mutant("a 404 never expires", readthrough, "on_lookup", _Around(_no_age_of_a_404), _of("age"), 100),
     Mutant(
         "a lookup does not compare stamps",

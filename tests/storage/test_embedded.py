@@ -351,8 +351,10 @@ async def test_signals_to_the_whole_service_leave_the_shell(server: EmbeddedServ
 # -- our own end -------------------------------------------------------------------------------
 
 PARENT = """
-import asyncio, subprocess
+import asyncio, signal, subprocess
 from proxy.storage.embedded import EmbeddedServer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where a shell has it ignored
 
 async def main():
     servers = [EmbeddedServer(8 << 20), EmbeddedServer(8 << 20)]
