@@ -1040,6 +1040,7 @@ async def test_few_answers_are_kept_whole() -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, -0.5, None)])
 @example(steps=[(PLAIN, 0.0, None), (PLAIN, 0.0, None), (PLAIN, 0.0, "call")])
+@example(steps=[(PLAIN, 7.0, None)] * 6)
 def test_any_second(steps: list[tuple[bytes, float, str | None]]) -> None:
     """Whatever happens to entry, quota and clock between two requests, each answer is the handler's."""
 
@@ -1060,12 +1061,13 @@ def test_any_second(steps: list[tuple[bytes, float, str | None]]) -> None:
             elif change == "call":
                 held.remaining[key.partition] = number
                 held.quotas[key.partition].outdate()
+            before = edges[0].answered_fast
             for wire in wires:
                 wire.received.clear()
                 wire.send(data)
                 await turns()
             assert without_date(bytes(wires[0].received)) == without_date(bytes(wires[1].received))
-            if edges[0].done[-1][0] is Route.SNAPSHOT and b" 200 OK" in wires[0].received:
+            if edges[0].answered_fast > before:  # else aiohttp wrote the date, by the machine's clock
                 second = format_datetime(datetime.fromtimestamp(int(held.now), UTC), usegmt=True)
                 assert f"\r\nDate: {second}\r\n".encode() in wires[0].received
         assert edges[0].done == edges[1].done
